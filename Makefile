@@ -1,0 +1,34 @@
+# Two commands for a newcomer: `make train` and `make test`. Both set themselves up in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# One thread per process: the launcher and the tests run several processes on few cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup train test test-all lint clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lasp needs Python >= 3.11, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+train: setup
+	$(BIN)/python launch/prepare_data.py
+	$(BIN)/torchrun --standalone --nproc_per_node 2 launch/train.py \
+	  --job.config_file launch/configs/quickstart.toml
+
+test: setup lint
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: setup lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) outputs data build *.egg-info
