@@ -1,0 +1,14 @@
+"""Lightning attention and its sequence parallelism. Importing needs no GPU and no process group."""
+
+from lasp import decay
+from lasp.attention import lightning_attention, lightning_attention_step
+from lasp.ops import reference
+from lasp.shard import SequenceShard
+
+__all__ = [
+    "SequenceShard",
+    "decay",
+    "lightning_attention",
+    "lightning_attention_step",
+    "reference",
+]

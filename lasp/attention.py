@@ -1,0 +1,456 @@
+"""Lightning attention, on one device and over ranks: the public operator.
+
+Arithmetic (`lasp.ops`) and exchange (`lasp.exchange`) meet here and nowhere else. The forward is
+two steps, each one opaque operator to torch.compile and to activation checkpointing:
+
+    lasp::enter    the local state of k, v; the exchange; the state that enters this rank
+    lasp::attend   one pass over q, k, v from that state, writing o once
+
+and the backward is one (`lasp::attend_backward`): the local gradient of the state, its exchange in
+the other direction with dq computed meanwhile, then dk and dv. What `enter` returns is small and
+is saved; a recomputation that keeps it (see `parallel.recompute`) communicates nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch.distributed import ProcessGroup
+
+from lasp import exchange as exchanges
+from lasp import ops
+from lasp.ops.documents import decay_rates, document_offsets
+
+__all__ = ["lightning_attention", "lightning_attention_step"]
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def lightning_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    group: ProcessGroup | None = None,
+    exchange: str = "ring",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Causal linear attention with a constant decay per head, over one device or many.
+
+        o_t = scale * q_t . S_t,   S_t = exp(log_decay) * S_{t-1} + k_t v_t^T,   S_0 = initial_state
+
+    (Lightning Attention, arXiv 2405.17381, eq. 15-22; over ranks LASP, arXiv 2404.02882.) With
+    `group` each rank passes its contiguous part of the sequence, in group-rank order; lengths may
+    differ, and be zero. Between ranks only states travel, in float32. Differentiable in q, k, v and
+    initial_state; the backward repeats no exchange of the forward.
+
+    Args:
+        q, k: [B, T, H, D], bfloat16, float16 or float32 (on the CPU also float64); D in 1..256.
+        v: [B, T, H, E], dtype of q; E in 1..256. Any strides; a unit last one saves a copy.
+        log_decay: float32 [H], <= 0: natural log of what remains of the state after one token.
+            None means no decay. A constant: it gets no gradient.
+        scale: factor on the output, applied in float32.
+        initial_state: float32 [N, H, D, E], state before the first token; N = B, or the number of
+            documents. With `group` it is the global sequence's and given on the first rank only.
+        output_final_state: also return the state after this rank's last token, earlier ranks'
+            tokens included.
+        cu_seqlens: int32 [N + 1], boundaries of packed documents (B must be 1); the state restarts
+            at each. Best on the CPU: a GPU is waited for, once per tensor, to read it.
+        group: ranks over which the sequence is cut; None: it is all here.
+        exchange: "ring" (LASP), "all_gather" (LASP-2) or "doubling".
+
+    Returns:
+        o [B, T, H, E] in the dtype of q; with output_final_state (o, final_state), the latter
+        float32 [N, H, D, E].
+
+    Raises:
+        ValueError: on bad input, and on every rank of `group` if the ranks disagree.
+    """
+    if group is not None and torch.distributed.get_world_size(group) == 1:
+        group = None
+    problem = _find_problem(q, k, v, log_decay, initial_state, cu_seqlens, group, exchange)
+    if problem is not None:
+        if group is not None:
+            _agree(group, k, v, None, scale, exchange, problem)
+        raise ValueError(problem)
+    q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
+    o, final_state = _LightningAttention.apply(
+        q,
+        k,
+        v,
+        log_decay,
+        initial_state,
+        cu_seqlens,
+        float(scale),
+        output_final_state,
+        None if group is None else group.group_name,
+        exchange,
+    )
+    return (o, final_state) if output_final_state else o
+
+
+def lightning_attention_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    state: torch.Tensor,
+    log_decay: torch.Tensor | None = None,
+    *,
+    scale: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`lightning_attention` for one more token: decoding with a state of constant size.
+
+    Args:
+        q, k: [B, H, D]; v: [B, H, E], dtype of q.
+        state: float32 [B, H, D, E], the state after the tokens so far (a `final_state`).
+        log_decay, scale: as in `lightning_attention`.
+
+    Returns:
+        (o [B, H, E] in the dtype of q, the new state); `state` itself is left as it was.
+
+    Raises:
+        ValueError: on shapes, dtypes, devices or decays that do not fit.
+    """
+    if q.dim() != 3 or k.shape != q.shape or v.shape[:2] != q.shape[:2] or v.dim() != 3:
+        raise ValueError(
+            f"q {_shape(q)}, k {_shape(k)}, v {_shape(v)} do not fit: one token's q and k are "
+            "[B, H, D], its v [B, H, E]."
+        )
+    problem = _find_problem(
+        *(x.unsqueeze(1) for x in (q, k, v)), log_decay, state, None, None, "ring", "state"
+    )
+    if problem is not None:
+        raise ValueError(problem)
+    decay_rates(log_decay)
+    return ops.step(q, k, v, state, log_decay, scale=float(scale))
+
+
+class _LightningAttention(torch.autograd.Function):
+    """One node for all of it, so that every rank runs both exchanges, in the same order."""
+
+    @staticmethod
+    def forward(
+        ctx, q, k, v, log_decay, initial_state, cu_seqlens, scale, with_final, group_name, method
+    ):
+        entering, segment_states, final_state = torch.ops.lasp.enter(
+            k, v, log_decay, initial_state, cu_seqlens, scale, with_final, group_name, method
+        )
+        o = torch.ops.lasp.attend(q, k, v, log_decay, entering, segment_states, cu_seqlens, scale)
+        ctx.save_for_backward(q, k, v, log_decay, entering, segment_states, cu_seqlens)
+        ctx.scale, ctx.group_name, ctx.method = scale, group_name, method
+        ctx.with_final = with_final
+        ctx.set_materialize_grads(False)
+        if not with_final:
+            ctx.mark_non_differentiable(final_state)
+        return o, final_state
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do, dfinal):
+        q, k, v, log_decay, entering, segment_states, cu_seqlens = ctx.saved_tensors
+        if do is None:
+            do = v.new_zeros(v.shape, dtype=q.dtype)
+        dq, dk, dv, dinitial = torch.ops.lasp.attend_backward(
+            do,
+            dfinal if ctx.with_final else None,
+            q,
+            k,
+            v,
+            log_decay,
+            entering,
+            segment_states,
+            cu_seqlens,
+            ctx.scale,
+            ctx.group_name,
+            ctx.method,
+        )
+        dinitial = dinitial if ctx.needs_input_grad[4] else None
+        return dq, dk, dv, None, dinitial, None, None, None, None, None
+
+
+torch.library.define(
+    "lasp::enter",
+    "(Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, Tensor? cu_seqlens, "
+    "float scale, bool with_final, str? group_name, str method) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "lasp::attend",
+    "(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor entering, Tensor segment_states, "
+    "Tensor? cu_seqlens, float scale) -> Tensor",
+)
+torch.library.define(
+    "lasp::attend_backward",
+    "(Tensor do, Tensor? dfinal, Tensor q, Tensor k, Tensor v, Tensor? log_decay, "
+    "Tensor entering, Tensor segment_states, Tensor? cu_seqlens, float scale, "
+    "str? group_name, str method) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("lasp::enter", "CompositeExplicitAutograd")
+def _enter(k, v, log_decay, initial_state, cu_seqlens, scale, with_final, group_name, method):
+    """(entering state, states at the borders of segments, state after the last token).
+
+    What is not there is an empty tensor: the entering state without group and initial_state, the
+    segment states where one pass needs none, the final state where it is not asked for.
+    """
+    if group_name is None:
+        decay_rates(log_decay)
+    else:
+        group = _group(group_name)
+        _agree(group, k, v, log_decay, scale, method)
+    offsets = document_offsets(cu_seqlens, k.shape[1])
+    segment_states, local = ops.prefix_states(k, v, log_decay, offsets=offsets)
+    entering = initial_state
+    if group_name is not None:
+        factor = _decay_over(log_decay, k)
+        pending = exchanges.start(local, factor, initial_state, group, method=method)
+        entering = pending.finish()
+    final_state = local.new_empty(0)
+    if with_final:
+        final_state = local
+        if entering is not None:
+            final_state = torch.addcmul(local, _decay_over(log_decay, k, offsets), entering)
+    if entering is None:
+        entering = local.new_empty(0)
+    elif entering is initial_state:
+        entering = entering.clone()
+    return entering, segment_states, final_state
+
+
+@torch.library.impl("lasp::attend", "CompositeExplicitAutograd")
+def _attend(q, k, v, log_decay, entering, segment_states, cu_seqlens, scale):
+    return ops.scan(
+        q,
+        k,
+        v,
+        log_decay,
+        scale=scale,
+        initial_state=_present(entering),
+        segment_states=_present(segment_states),
+        offsets=document_offsets(cu_seqlens, q.shape[1]),
+    )
+
+
+@torch.library.impl("lasp::attend_backward", "CompositeExplicitAutograd")
+def _attend_backward(
+    do, dfinal, q, k, v, log_decay, entering, segment_states, cu_seqlens, scale, group_name, method
+):
+    """(dq, dk, dv, gradient of the state that enters this rank)."""
+    do = do if do.stride(-1) == 1 or do.shape[-1] == 1 else do.contiguous()
+    offsets = document_offsets(cu_seqlens, q.shape[1])
+    common = dict(scale=scale, offsets=offsets)
+    segment_grads, local = ops.prefix_states(q, do, log_decay, reverse=True, **common)
+    factor = _decay_over(log_decay, q, offsets)
+    if dfinal is not None:
+        local = torch.addcmul(local, factor, dfinal)
+    pending = None
+    if group_name is not None:
+        pending = exchanges.start(
+            local, factor, None, _group(group_name), method=method, reverse=True
+        )
+
+    # dq needs the saved state only: it runs while the gradient of the state travels.
+    dq = ops.scan(
+        do,
+        v,
+        k,
+        log_decay,
+        initial_state=_transposed(entering),
+        segment_states=_transposed(segment_states),
+        **common,
+    )
+
+    leaving_grad, dinitial = dfinal, local
+    if pending is not None:
+        from_next = pending.finish()
+        dinitial = torch.addcmul(local, factor, from_next)
+        leaving_grad = from_next if dfinal is None else from_next + dfinal
+    dv = ops.scan(
+        k,
+        q,
+        do,
+        log_decay,
+        initial_state=leaving_grad,
+        segment_states=_present(segment_grads),
+        reverse=True,
+        **common,
+    )
+    dk = ops.scan(
+        v,
+        do,
+        q,
+        log_decay,
+        initial_state=None if leaving_grad is None else leaving_grad.transpose(-1, -2),
+        segment_states=_transposed(segment_grads),
+        reverse=True,
+        **common,
+    )
+    return dq, dk, dv, dinitial
+
+
+@torch.library.register_fake("lasp::enter")
+def _enter_fake(k, v, log_decay, initial_state, cu_seqlens, scale, with_final, group_name, method):
+    num_documents = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    state = k.new_empty(
+        num_documents, k.shape[2], k.shape[3], v.shape[3], dtype=_state_dtype(k.dtype)
+    )
+    nothing = state.new_empty(0)
+    has_entering = group_name is not None or initial_state is not None
+    return (
+        torch.empty_like(state) if has_entering else nothing,
+        ops.fake_segment_states(k, v, cu_seqlens),
+        state if with_final else nothing.clone(),
+    )
+
+
+@torch.library.register_fake("lasp::attend")
+def _attend_fake(q, k, v, log_decay, entering, segment_states, cu_seqlens, scale):
+    return v.new_empty(v.shape)
+
+
+@torch.library.register_fake("lasp::attend_backward")
+def _attend_backward_fake(
+    do, dfinal, q, k, v, log_decay, entering, segment_states, cu_seqlens, scale, group_name, method
+):
+    num_documents = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dinitial = q.new_empty(
+        num_documents, q.shape[2], q.shape[3], v.shape[3], dtype=_state_dtype(q.dtype)
+    )
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dinitial
+
+
+def _find_problem(
+    q, k, v, log_decay, initial_state, cu_seqlens, group, exchange, state_name="initial_state"
+) -> str | None:
+    """What is wrong with the arguments, in a sentence; None if nothing is.
+
+    Looks at shapes, dtypes and devices only. Values (decays, document boundaries) are looked at
+    inside the operator, where torch.compile does not trace.
+    """
+    if any(x.dim() != 4 for x in (q, k, v)):
+        return (
+            f"q {_shape(q)}, k {_shape(k)}, v {_shape(v)}: each must have 4 dimensions "
+            "[batch, tokens, heads, head size]."
+        )
+    if k.shape != q.shape or v.shape[:3] != q.shape[:3]:
+        return (
+            f"q {_shape(q)}, k {_shape(k)}, v {_shape(v)} do not fit: q and k are [B, T, H, D] and "
+            "v is [B, T, H, E] with the same B, T, H. (For grouped heads, expand k and v.)"
+        )
+    B, T, H, D = q.shape
+    E = v.shape[3]
+    if not (1 <= D <= 256 and 1 <= E <= 256 and H >= 1 and B >= 1):
+        return f"q {_shape(q)}, v {_shape(v)}: head sizes must be 1..256, batch and heads >= 1."
+    if not q.dtype == k.dtype == v.dtype:
+        return f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: they must share one dtype. Cast them."
+    if q.dtype not in _DTYPES and not (q.dtype == torch.float64 and q.device.type == "cpu"):
+        return (
+            f"q, k, v are {q.dtype} on {q.device.type}: allowed are bfloat16, float16 and float32, "
+            "and float64 on the CPU."
+        )
+    others = {"k": k, "v": v, "log_decay": log_decay, state_name: initial_state}
+    for name, x in others.items():
+        if x is not None and x.device != q.device:
+            return f"q is on {q.device} but {name} on {x.device}: move both to one device."
+    if log_decay is not None:
+        if log_decay.dtype != torch.float32 or tuple(log_decay.shape) != (H,):
+            return (
+                f"log_decay is {log_decay.dtype} {_shape(log_decay)}: it must be float32 [{H}], "
+                "one number per head. (Low precision loses digits of slow decays.)"
+            )
+        if log_decay.requires_grad:
+            return "log_decay requires a gradient, but it is a constant here: pass .detach()."
+    num_documents = B
+    if cu_seqlens is not None:
+        if group is not None:
+            return (
+                "cu_seqlens together with group is not supported yet: pack documents on one "
+                "device, or pass one document per sequence."
+            )
+        if B != 1:
+            return f"cu_seqlens is given and the batch is {B}: packed documents need batch 1."
+        if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            return (
+                f"cu_seqlens is {cu_seqlens.dtype} {_shape(cu_seqlens)}: it must be int32 "
+                "[documents + 1], the cumulative lengths from 0 to the number of tokens."
+            )
+        if cu_seqlens.shape[0] < 2:
+            return f"cu_seqlens has {cu_seqlens.shape[0]} entries: it needs at least [0, tokens]."
+        num_documents = cu_seqlens.shape[0] - 1
+    if exchange not in exchanges.METHODS:
+        return f"exchange is {exchange!r}: choose one of {', '.join(sorted(exchanges.METHODS))}."
+    if initial_state is not None:
+        allowed = (num_documents, H, D, E)
+        state_dtype = _state_dtype(q.dtype)
+        if tuple(initial_state.shape) != allowed or initial_state.dtype != state_dtype:
+            return (
+                f"{state_name} is {initial_state.dtype} {_shape(initial_state)}: it must be "
+                f"{state_dtype} {list(allowed)} (sequences, heads, size of k, size of v)."
+            )
+        if group is not None and torch.distributed.get_rank(group) != 0:
+            return (
+                f"initial_state is given on rank {torch.distributed.get_rank(group)} of the group: "
+                "it belongs to the global sequence, so only rank 0 passes it."
+            )
+    return None
+
+
+def _agree(group, k, v, log_decay, scale, method, problem=None) -> None:
+    """Raise ValueError on every rank unless all ranks of the group call alike.
+
+    Local lengths are not part of it: they may differ.
+    """
+    rates = None
+    if problem is None:
+        try:
+            rates = decay_rates(log_decay)
+        except ValueError as error:
+            problem = str(error)
+    if rates is not None:
+        digest = hashlib.sha256(repr(rates).encode()).hexdigest()[:8]
+        rates = f"{list(rates[:4])} (digest {digest})"
+    call = {
+        "batch, heads, size of k and v": (k.shape[0], *k.shape[2:], v.shape[-1]),
+        "dtype": str(k.dtype),
+        "exchange": method,
+        "log_decay": rates,
+        "scale": scale,
+    }
+    exchanges.guard.agree(group, call, k.device, problem)
+
+
+def _decay_over(log_decay, x, offsets=None):
+    """exp(log_decay * n) for the n tokens of this device, [H, 1, 1], or per document
+    [N, H, 1, 1]."""
+    if log_decay is None:
+        return x.new_ones(x.shape[2], 1, 1, dtype=_state_dtype(x.dtype))
+    rates_H11 = log_decay.to(_state_dtype(x.dtype))[:, None, None]
+    if offsets is None:
+        return torch.exp(rates_H11 * x.shape[1])
+    bounds = torch.tensor(offsets, dtype=rates_H11.dtype)
+    return torch.exp(bounds.diff().to(x.device, non_blocking=True)[:, None, None, None] * rates_H11)
+
+
+def _group(group_name: str) -> ProcessGroup:
+    return torch.distributed.distributed_c10d._resolve_process_group(group_name)
+
+
+def _present(states: torch.Tensor) -> torch.Tensor | None:
+    return states if states.numel() else None
+
+
+def _transposed(states: torch.Tensor) -> torch.Tensor | None:
+    return states.transpose(-1, -2) if states.numel() else None
+
+
+def _state_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _shape(x: torch.Tensor) -> str:
+    return str(list(x.shape))

@@ -1,0 +1,65 @@
+"""Log-decay builders: how much each head forgets per token, as float32 [H] values <= 0.
+
+The decay of lightning attention is a constant of the head (and, in TransNormerLLM, of the layer):
+lambda = exp(log_decay). Published models disagree on the formula; each has its own function here.
+Layers are counted from 0, over the whole model, and heads over all tensor-parallel ranks: build the
+full vector, then slice it.
+"""
+
+import math
+
+import torch
+
+__all__ = ["alibi_slopes", "minimax", "retention", "tnl"]
+
+
+def alibi_slopes(num_heads: int) -> list[float]:
+    """The ALiBi slopes 2^(-8 (h+1) / H), positive; for H not a power of two the published rule.
+
+    That rule takes the slopes of the largest power of two below H and fills up with every second
+    slope of the next one (arXiv 2108.12409, and the released TransNormerLLM code).
+    """
+    if num_heads < 1:
+        raise ValueError(f"num_heads is {num_heads}: it must be at least 1.")
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2.0 ** (-8.0 * (h + 1) / power) for h in range(power)]
+    if power < num_heads:
+        slopes += alibi_slopes(2 * power)[0::2][: num_heads - power]
+    return slopes
+
+
+def tnl(num_heads: int, layer: int, num_layers: int) -> torch.Tensor:
+    """Log decay of TransNormerLLM's released checkpoints (and MiniMax's original code), [H].
+
+    -slope_h * (1 - layer / (num_layers - 1) + 1e-5): strong in the first layer, next to none in the
+    last. A model of one layer takes the factor 1 + 1e-5.
+    """
+    _check_layer(layer, num_layers)
+    factor = 1.0 - layer / max(num_layers - 1, 1) + 1e-5
+    return -torch.tensor(alibi_slopes(num_heads), dtype=torch.float32) * factor
+
+
+def minimax(num_heads: int, layer: int, num_layers: int) -> torch.Tensor:
+    """Log decay of MiniMax-01 as in the transformers library, [H].
+
+    It differs from `tnl` for head counts that are no power of two, and in the last layer.
+    """
+    _check_layer(layer, num_layers)
+    factor = 1.0 - layer / (num_layers - 1 + 1e-5) + 1e-5
+    slopes = [2.0 ** (-8.0 * (h + 1) / num_heads) for h in range(num_heads)]
+    return -torch.tensor(slopes, dtype=torch.float32) * factor
+
+
+def retention(num_heads: int) -> torch.Tensor:
+    """Log decay of RetNet, [H]: log(1 - 2^(-5 - h)) (arXiv 2307.08621, eq. 8)."""
+    if num_heads < 1:
+        raise ValueError(f"num_heads is {num_heads}: it must be at least 1.")
+    rates = [math.log1p(-(2.0 ** (-5 - h))) for h in range(num_heads)]
+    return torch.tensor(rates, dtype=torch.float32)
+
+
+def _check_layer(layer: int, num_layers: int) -> None:
+    if not 0 <= layer < num_layers:
+        raise ValueError(
+            f"layer is {layer}: layers are counted from 0 to num_layers - 1 = {num_layers - 1}."
+        )

@@ -1,0 +1,70 @@
+"""The arithmetic of lightning attention on one device. Nothing here knows of other ranks.
+
+`reference` is the definition, `chunked` the CPU backend in plain torch, `triton` the GPU kernels.
+The functions of this module pick the backend by where the tensors are.
+"""
+
+from types import ModuleType
+
+import torch
+
+from lasp.ops import chunked, reference
+
+__all__ = ["fake_segment_states", "prefix_states", "reference", "scan", "step"]
+
+
+def prefix_states(k, v, log_decay, *, offsets=None, reverse=False, scale=1.0):
+    """Local states; see `lasp.ops.chunked.prefix_states`."""
+    return _backend(k).prefix_states(k, v, log_decay, offsets=offsets, reverse=reverse, scale=scale)
+
+
+def fake_segment_states(k, v, cu_seqlens):
+    """An empty tensor of the shape of what `prefix_states` returns first, for tracing."""
+    state_dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
+    if not k.is_cuda:
+        return k.new_empty(0, dtype=state_dtype)
+    from lasp.ops.triton.plan import num_segments
+
+    num_documents = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    rows = num_segments(k.shape[1], num_documents, cu_seqlens is not None, k.shape[3], v.shape[3])
+    if rows == 0:
+        return k.new_empty(0, dtype=state_dtype)
+    return k.new_empty(rows, k.shape[2], k.shape[3], v.shape[3], dtype=state_dtype)
+
+
+def scan(
+    a, b, x, log_decay, *, scale, initial_state=None, segment_states=None, offsets=None,
+    reverse=False,
+):  # fmt: skip
+    """One pass over the tokens; see `lasp.ops.chunked.scan`."""
+    return _backend(a).scan(
+        a,
+        b,
+        x,
+        log_decay,
+        scale=scale,
+        initial_state=initial_state,
+        segment_states=segment_states,
+        offsets=offsets,
+        reverse=reverse,
+    )
+
+
+def step(q, k, v, state, log_decay, *, scale):
+    """One token of decoding; see `lasp.ops.chunked.step`."""
+    # The kernel has no gradient; plain torch does.
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, state))
+    backend = chunked if needs_grad else _backend(q)
+    return backend.step(q, k, v, state, log_decay, scale=scale)
+
+
+def _backend(x: torch.Tensor) -> ModuleType:
+    if not x.is_cuda:
+        return chunked
+    try:
+        from lasp.ops import triton
+    except ImportError as error:
+        raise ImportError(
+            "lasp on a GPU needs triton, which comes with torch's CUDA builds: pip install triton."
+        ) from error
+    return triton

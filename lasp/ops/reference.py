@@ -1,0 +1,103 @@
+"""The definition of lightning attention, twice, in plain torch: the oracle of every test.
+
+    o_t = scale * q_t . S_t,   S_t = lambda * S_{t-1} + k_t v_t^T,   S_0 = initial_state
+
+(TransNormerLLM, arXiv 2405.17381, eq. 15-22; lambda = exp(log_decay), one number per head.)
+Both functions compute in the dtype they are given, up to float64, and are differentiable by
+autograd. They are slow on purpose: nothing here is rearranged for speed.
+
+Legend: B batch, T tokens, H heads, D key size, E value size, N documents.
+"""
+
+import torch
+
+__all__ = ["quadratic", "recurrent"]
+
+
+def recurrent(
+    q_BTHD: torch.Tensor,
+    k_BTHD: torch.Tensor,
+    v_BTHE: torch.Tensor,
+    log_decay: torch.Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    initial_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lightning attention token by token.
+
+    Shapes: q, k [B, T, H, D], v [B, T, H, E], log_decay [H] (None: no decay), initial_state
+    [N, H, D, E] with N = B, or the number of documents when cu_seqlens [N + 1] is given (B = 1).
+    Returns o [B, T, H, E] and the state after each document's last token [N, H, D, E].
+    """
+    pieces, states = [], []
+    for n, (b, start, stop) in enumerate(_documents(q_BTHD, cu_seqlens)):
+        state_HDE = _zero_state(q_BTHD, v_BTHE) if initial_state is None else initial_state[n]
+        decay = _decay(log_decay, q_BTHD)
+        for t in range(start, stop):
+            update = k_BTHD[b, t, :, :, None] * v_BTHE[b, t, :, None, :]
+            state_HDE = decay[:, None, None] * state_HDE + update
+            pieces.append(scale * torch.einsum("hd,hde->he", q_BTHD[b, t], state_HDE))
+        states.append(state_HDE)
+    B, T, H, _ = q_BTHD.shape
+    if not pieces:
+        return v_BTHE.new_zeros(v_BTHE.shape), torch.stack(states)
+    return torch.stack(pieces).reshape(B, T, H, -1), torch.stack(states)
+
+
+def quadratic(
+    q_BTHD: torch.Tensor,
+    k_BTHD: torch.Tensor,
+    v_BTHE: torch.Tensor,
+    log_decay: torch.Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    initial_state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same as `recurrent`, as one masked product of O(T^2): o = ((Q K^T) * M) V.
+
+    M_ij = lambda^(i-j) for i >= j and 0 above (arXiv 2405.17381, eq. 15). Same arguments, same
+    results; quicker for the lengths of a test, and an independent formula.
+    """
+    outputs, states = [], []
+    for n, (b, start, stop) in enumerate(_documents(q_BTHD, cu_seqlens)):
+        q, k, v = (x[b, start:stop] for x in (q_BTHD, k_BTHD, v_BTHE))
+        rate = _zeros_like_heads(log_decay, q_BTHD)
+        position = torch.arange(stop - start, device=q.device)
+        distance = (position[:, None] - position[None, :]).to(q.dtype)
+        # Masked before the exponential: above the diagonal it would overflow.
+        exponent = (rate[:, None, None] * distance).masked_fill(distance < 0, float("-inf"))
+        weights = torch.einsum("ihd,jhd->hij", q, k) * exponent.exp()
+        out = torch.einsum("hij,jhe->ihe", weights, v)
+        to_end = (stop - start - 1 - position).to(q.dtype)
+        tail = torch.exp(rate[None, :] * to_end[:, None])
+        state = torch.einsum("jhd,jhe->hde", k * tail[..., None], v)
+        if initial_state is not None:
+            age = torch.exp(rate[None, :] * (position + 1).to(q.dtype)[:, None])
+            out = out + torch.einsum("ihd,hde->ihe", q * age[..., None], initial_state[n])
+            state = state + torch.exp(rate * (stop - start))[:, None, None] * initial_state[n]
+        outputs.append(scale * out)
+        states.append(state)
+    B, T, H, E = v_BTHE.shape
+    return torch.cat(outputs).reshape(B, T, H, E), torch.stack(states)
+
+
+def _documents(q, cu_seqlens):
+    """(batch row, first token, end) of each document."""
+    if cu_seqlens is None:
+        return [(b, 0, q.shape[1]) for b in range(q.shape[0])]
+    offsets = cu_seqlens.tolist()
+    return [(0, start, stop) for start, stop in zip(offsets, offsets[1:], strict=False)]
+
+
+def _zero_state(q, v):
+    return q.new_zeros(q.shape[2], q.shape[3], v.shape[3])
+
+
+def _zeros_like_heads(log_decay, q):
+    return q.new_zeros(q.shape[2]) if log_decay is None else log_decay.to(q.dtype)
+
+
+def _decay(log_decay, q):
+    return torch.exp(_zeros_like_heads(log_decay, q))

@@ -1,0 +1,141 @@
+"""A pool of real processes for distributed tests: started once, tens of milliseconds per test.
+
+    results = pool.run(function, arg, size=3)        # [function(group, arg) on each rank]
+    outcomes = pool.outcomes(function, arg, size=3)  # the same, exceptions returned, not raised
+
+`function` is a module-level function of a test file; it gets the process group of its ranks first.
+The processes form one gloo world over a file store (no ports); a test of size n runs on a group of
+n of them, chosen so that group ranks are not global ranks. A test that times out costs the pool:
+its processes are killed, with their stacks printed, and the next test starts new ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+# Which processes serve a test of a given size: shifted and strided, so that group ranks are not
+# global ranks.
+MEMBERS = {1: (2,), 2: (1, 3), 3: (0, 2, 3), 4: (0, 1, 2, 3)}
+
+
+class RankFailed(AssertionError):
+    """A rank raised; the message is its traceback."""
+
+
+class Pool:
+    """Worker processes that outlive a test.
+
+    Args:
+        members: for each size of a test, the processes that serve it.
+        backend: "gloo", or "nccl" with one GPU per process.
+    """
+
+    def __init__(
+        self, members: dict[int, tuple[int, ...]] | None = None, backend: str = "gloo"
+    ) -> None:
+        self._members = members or MEMBERS
+        self._backend = backend
+        self._workers: list = []
+        self._folder: tempfile.TemporaryDirectory | None = None
+
+    def run(self, function: Callable, *args, size: int, timeout: float = 60) -> list:
+        """Results by group rank; raises RankFailed if any rank raised."""
+        outcomes = self.outcomes(function, *args, size=size, timeout=timeout)
+        for rank, outcome in enumerate(outcomes):
+            if isinstance(outcome, BaseException):
+                text = getattr(outcome, "rank_traceback", "")
+                raise RankFailed(f"rank {rank} of {size}:\n{text}") from outcome
+        return outcomes
+
+    def outcomes(self, function: Callable, *args, size: int, timeout: float = 60) -> list:
+        """Results or exceptions by group rank; TimeoutError if a rank does not come back."""
+        self._start()
+        job = pickle.dumps((function, args, size))
+        members = self._members[size]
+        for place in members:
+            self._workers[place][1].send_bytes(job)
+        outcomes = []
+        for rank, place in enumerate(members):
+            process, pipe = self._workers[place]
+            if not self._answers(process, pipe, timeout):
+                self.stop(dump=True)
+                raise TimeoutError(
+                    f"rank {rank} of {size} gave no answer to {function.__name__} in {timeout} s"
+                )
+            outcomes.append(pickle.loads(pipe.recv_bytes()))
+        return outcomes
+
+    def stop(self, dump: bool = False) -> None:
+        """End all workers; with `dump` they print their stacks first."""
+        for process, pipe in self._workers:
+            if dump and process.is_alive():
+                os.kill(process.pid, signal.SIGUSR1)
+                process.join(0.3)
+            pipe.close()
+            process.kill()
+            process.join()
+        self._workers = []
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def _answers(self, process, pipe, timeout) -> bool:
+        with contextlib.suppress(OSError):
+            return pipe.poll(timeout)
+        return False
+
+    def _start(self) -> None:
+        if self._workers and all(process.is_alive() for process, _ in self._workers):
+            return
+        self.stop()
+        self._folder = tempfile.TemporaryDirectory()
+        context = multiprocessing.get_context("spawn")
+        world_size = 1 + max(place for members in self._members.values() for place in members)
+        store = str(Path(self._folder.name) / "store")
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            arguments = (rank, world_size, self._members, self._backend, store, theirs)
+            process = context.Process(target=_work, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+
+def _work(rank, world_size, members, backend, store_path, pipe) -> None:
+    """Worker: join the world, then serve jobs until the pipe closes."""
+    torch.set_num_threads(1)
+    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        backend,
+        store=dist.FileStore(store_path, world_size),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=30),
+    )
+    groups = {size: dist.new_group(list(places)) for size, places in members.items()}
+    while True:
+        try:
+            function, args, size = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        try:
+            outcome = function(groups[size], *args)
+        except BaseException as error:
+            error.rank_traceback = traceback.format_exc()
+            outcome = error
+        pipe.send_bytes(pickle.dumps(outcome))

@@ -1,0 +1,85 @@
+"""Bad input gets a sentence: the value seen, what is allowed, what to do."""
+
+import pytest
+import torch
+
+import lasp
+
+
+def call(**changes):
+    arguments = dict(
+        q=torch.randn(1, 10, 2, 4),
+        k=torch.randn(1, 10, 2, 4),
+        v=torch.randn(1, 10, 2, 6),
+        log_decay=torch.tensor([-0.1, -0.2]),
+    )
+    arguments.update(changes)
+    return lasp.lightning_attention(**arguments)
+
+
+def offsets(*values, dtype=torch.int32):
+    return torch.tensor(values, dtype=dtype)
+
+
+BAD = {
+    "positive slopes": (dict(log_decay=torch.tensor([0.5, 0.25])), r"head 0 is 0.5.*negative"),
+    "infinite decay": (dict(log_decay=torch.tensor([-0.5, -torch.inf])), r"head 1 is -inf"),
+    "nan decay": (dict(log_decay=torch.tensor([-0.5, torch.nan])), r"head 1 is nan"),
+    "decay per token": (dict(log_decay=torch.zeros(10, 2)), r"\[10, 2\].*float32 \[2\]"),
+    "decay in bf16": (dict(log_decay=torch.zeros(2).bfloat16()), r"bfloat16.*float32"),
+    "decay wants a gradient": (
+        dict(log_decay=torch.zeros(2, requires_grad=True)),
+        r"constant.*detach",
+    ),
+    "three dimensions": (dict(q=torch.randn(10, 2, 4)), r"\[10, 2, 4\].*4 dimensions"),
+    "k of another size": (dict(k=torch.randn(1, 10, 2, 5)), r"do not fit"),
+    "v of another length": (dict(v=torch.randn(1, 9, 2, 6)), r"do not fit"),
+    "mixed dtypes": (dict(k=torch.randn(1, 10, 2, 4).half()), r"float32, k torch.float16"),
+    "integers": (
+        {x: torch.ones(1, 10, 2, 4, dtype=torch.long) for x in "qkv"},
+        r"int64.*allowed are bfloat16",
+    ),
+    "heads too wide": (dict(v=torch.randn(1, 10, 2, 257)), r"257\].*1\.\.256"),
+    "unknown exchange": (dict(exchange="pigeon"), r"'pigeon'.*all_gather, doubling, ring"),
+    "state of another shape": (
+        dict(initial_state=torch.zeros(1, 2, 6, 4)),
+        r"\[1, 2, 6, 4\].*\[1, 2, 4, 6\]",
+    ),
+    "state in bf16": (dict(initial_state=torch.zeros(1, 2, 4, 6).bfloat16()), r"must be torch.fl"),
+    "offsets descend": (dict(cu_seqlens=offsets(0, 6, 4, 10)), r"descends from 6 to 4 at entry 2"),
+    "offsets end early": (dict(cu_seqlens=offsets(0, 4, 8)), r"ends at 8.*hold 10"),
+    "offsets start late": (dict(cu_seqlens=offsets(1, 4, 10)), r"must start with 0"),
+    "one offset": (dict(cu_seqlens=offsets(0)), r"1 entries.*\[0, tokens\]"),
+    "float offsets": (dict(cu_seqlens=offsets(0, 10, dtype=torch.float32)), r"must be int32"),
+    "packed batch": (
+        {x: torch.randn(2, 10, 2, 4) for x in "qkv"} | dict(cu_seqlens=offsets(0, 10)),
+        r"batch is 2.*batch 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_is_refused_with_a_sentence(case):
+    changes, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        call(**changes)
+
+
+def test_mixed_devices_are_refused():
+    with pytest.raises(ValueError, match="q is on cpu but v on meta: move both"):
+        call(v=torch.empty(1, 10, 2, 6, device="meta"))
+
+
+def test_a_step_refuses_a_whole_sequence_and_a_wrong_state():
+    q, v = torch.randn(1, 2, 4), torch.randn(1, 2, 6)
+    state = torch.zeros(1, 2, 4, 6)
+    with pytest.raises(ValueError, match="one token's q and k are"):
+        lasp.lightning_attention_step(q[None], q[None], v[None], state)
+    with pytest.raises(ValueError, match=r"state is torch.float32 \[1, 2, 6, 4\]"):
+        lasp.lightning_attention_step(q, q, v, state.transpose(2, 3))
+    with pytest.raises(ValueError, match="head 0 is 0.5"):
+        lasp.lightning_attention_step(q, q, v, state, torch.tensor([0.5, 0.5]))
+
+
+def test_good_input_is_taken():
+    assert call().shape == (1, 10, 2, 6)
