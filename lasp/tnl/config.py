@@ -1,0 +1,130 @@
+"""The numbers that define a TransNormerLLM, and what follows from them: parameters, FLOPs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["TNLConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TNLConfig:
+    """Shape and initialisation of a TNL. The defaults are those of the released 385M model.
+
+    Attributes:
+        vocab_size: rows of the embedding, which is also the output head.
+        dim: width d of the residual stream, and of all heads of the token mixer together.
+        num_layers: blocks.
+        num_heads: heads H of the token mixer; dim / num_heads is the head dimension D.
+        glu_dim: inner width of the channel mixer.
+        activation: "silu" or "none", on queries and keys only.
+        lrpe_layers: the layers (from 0) whose queries and keys carry positions; released: (0,).
+        scale_embedding: multiply embeddings by sqrt(dim).
+        norm_eps: added to the mean square in every norm.
+        init_std: standard deviation of the initial weights.
+        pad_token_id: its embedding starts as zero and learns nothing from look-ups; None: no such
+            token.
+    """
+
+    vocab_size: int = 64000
+    dim: int = 1024
+    num_layers: int = 24
+    num_heads: int = 8
+    glu_dim: int = 2816
+    activation: str = "silu"
+    lrpe_layers: tuple[int, ...] = (0,)
+    scale_embedding: bool = True
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        # A config read from TOML or JSON brings a list.
+        object.__setattr__(self, "lrpe_layers", tuple(self.lrpe_layers))
+        for name in ("vocab_size", "dim", "num_layers", "num_heads", "glu_dim"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is {value!r}: it must be a whole number of at least 1.")
+        if self.dim % self.num_heads:
+            raise ValueError(
+                f"dim {self.dim} does not divide into {self.num_heads} heads: choose num_heads "
+                "among the divisors of dim (released models have dim / 128 heads)."
+            )
+        if self.activation not in ("silu", "none"):
+            raise ValueError(f'activation is {self.activation!r}: it must be "silu" or "none".')
+        outside = [layer for layer in self.lrpe_layers if not 0 <= layer < self.num_layers]
+        if outside or len(set(self.lrpe_layers)) != len(self.lrpe_layers):
+            raise ValueError(
+                f"lrpe_layers is {self.lrpe_layers}: name each layer at most once, counted from 0 "
+                f"to num_layers - 1 = {self.num_layers - 1}."
+            )
+        # The attention operator takes key sizes up to 256.
+        if max(self.key_dim(layer) for layer in range(self.num_layers)) > 256:
+            raise ValueError(
+                f"a head has {self.head_dim} values: the limit is 256, and 128 in layers with LRPE "
+                "(it doubles them). Use more heads."
+            )
+        for name in ("norm_eps", "init_std"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be positive.")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id is {self.pad_token_id}: give a token below vocab_size "
+                f"{self.vocab_size}, or None."
+            )
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> TNLConfig:
+        """A named shape ("tiny", "385m", "1b", "7b") with any field replaced by `overrides`.
+
+        "385m" and "1b" have the shapes of the released checkpoints. "7b" is the released 6.8 B
+        model, whose glu_dim was inferred from its parameter count. "tiny" is for tests and laptops.
+        """
+        if name not in _PRESETS:
+            raise ValueError(f"no preset {name!r}: choose one of {', '.join(_PRESETS)}.")
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(overrides) - known)
+        if unknown:
+            raise ValueError(f"no config field {unknown}: fields are {', '.join(sorted(known))}.")
+        return cls(**{**_PRESETS[name], **overrides})
+
+    @property
+    def head_dim(self) -> int:
+        """D: values per head of one query, key or value."""
+        return self.dim // self.num_heads
+
+    def key_dim(self, layer: int) -> int:
+        """Values per head of the queries and keys as attended to: 2D where LRPE doubles them."""
+        return self.head_dim * (2 if layer in self.lrpe_layers else 1)
+
+    def num_parameters(self) -> int:
+        """Parameters of the model, the tied embedding counted once."""
+        positions = self.dim * len(self.lrpe_layers)
+        return self.vocab_size * self.dim + self.num_layers * self._block_matrices() + positions
+
+    def flops_per_token(self, training: bool = True) -> int:
+        """Model FLOPs of one token (a multiply-add is 2), whatever the length of the sequence.
+
+        Forward = 2 * (entries of all weight matrices, the head included, the embedding look-up not)
+                + sum over layers and heads of 4 * K * D,
+        where K is the layer's key dimension: 2KD to add k v^T to the state and 2KD to read q S.
+        That is the recurrent form; the extra work of a chunked kernel is not counted, so that the
+        number does not depend on the implementation. Training is 3 times the forward.
+        """
+        matrices = self.vocab_size * self.dim + self.num_layers * self._block_matrices()
+        keys = sum(self.key_dim(layer) for layer in range(self.num_layers))
+        forward = 2 * matrices + 4 * self.num_heads * keys * self.head_dim
+        return 3 * forward if training else forward
+
+    def _block_matrices(self) -> int:
+        return 5 * self.dim * self.dim + 3 * self.dim * self.glu_dim
+
+
+_PRESETS: dict[str, dict[str, int]] = {
+    "tiny": {"vocab_size": 256, "dim": 128, "num_layers": 4, "num_heads": 4, "glu_dim": 352},
+    "385m": {"dim": 1024, "num_layers": 24, "num_heads": 8, "glu_dim": 2816},
+    "1b": {"dim": 2048, "num_layers": 16, "num_heads": 16, "glu_dim": 5632},
+    "7b": {"dim": 4096, "num_layers": 30, "num_heads": 32, "glu_dim": 11008},
+}

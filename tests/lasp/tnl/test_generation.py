@@ -1,0 +1,118 @@
+import pytest
+import torch
+
+from lasp.tnl import TNL, TNLConfig
+from lasp.tnl.generation import prefill, sample
+
+CONFIG = TNLConfig(vocab_size=50, dim=32, num_layers=3, num_heads=4, glu_dim=48, init_std=0.2)
+
+
+def make(dtype=torch.float32):
+    torch.manual_seed(0)
+    return TNL(CONFIG).to(dtype)
+
+
+def prompt_of(batch, length):
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(50, (batch, length), generator=generator)
+
+
+@pytest.mark.parametrize("length", [1, 63, 100])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+@torch.no_grad()
+def test_decoding_gives_the_logits_of_one_pass(length, dtype, tolerance):
+    model, tokens = make(dtype), prompt_of(2, length + 20)
+    expected = model(tokens)
+    logits, states = prefill(model, tokens[:, :length], chunk=32)
+    pieces = [logits]
+    for t in range(length, length + 20):
+        logits, states = model(tokens[:, t : t + 1], states=states, return_states=True)
+        pieces.append(logits[:, 0])
+    error = (torch.stack(pieces, 1) - expected[:, length - 1 :]).abs().max()
+    assert error < tolerance * expected.abs().max()
+    assert states.position == length + 20
+
+
+@torch.no_grad()
+def test_token_by_token_from_the_first():
+    model, tokens = make(torch.float64), prompt_of(1, 70)
+    expected, states, pieces = model(tokens), None, []
+    for t in range(70):
+        logits, states = model(tokens[:, t : t + 1], states=states, return_states=True)
+        pieces.append(logits)
+    torch.testing.assert_close(torch.cat(pieces, 1), expected)
+
+
+@torch.no_grad()
+def test_greedy_generation_repeats_the_argmax_of_full_forwards():
+    model, tokens = make(torch.float64), prompt_of(2, 9)
+    generated = model.generate(tokens, 12, prefill_chunk=4)
+    for _ in range(12):
+        tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], 1)
+    assert torch.equal(generated, tokens)
+
+
+def test_samples_follow_the_generator_and_top_k():
+    model, tokens = make(), prompt_of(2, 9)
+
+    def draw(seed, **options):
+        generator = torch.Generator().manual_seed(seed)
+        return model.generate(tokens, 15, temperature=1.5, generator=generator, **options)
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+    assert torch.equal(draw(1, top_k=1), model.generate(tokens, 15))
+
+
+def test_sampling_frequencies():
+    logits = torch.tensor([1.0, 2.0, 0.5, -1.0]).expand(20000, -1)
+    generator = torch.Generator().manual_seed(0)
+    counts = sample(logits, 0.7, 3, generator).bincount(minlength=4) / 20000
+    expected = (torch.tensor([1.0, 2.0, 0.5, -torch.inf]) / 0.7).softmax(0)
+    torch.testing.assert_close(counts, expected, rtol=0, atol=0.015)
+    assert counts[3] == 0
+
+
+def test_end_of_sequence_stops_each_row():
+    model, tokens = make(), prompt_of(3, 5)
+    free = model.generate(tokens, 20)
+    eos = free[0, 8].item()
+    stopped = model.generate(tokens, 20, eos_token_id=eos)
+    assert 6 <= stopped.shape[1] <= 25
+    for row, reference in zip(stopped[:, 5:], free[:, 5:], strict=True):
+        hits = (reference == eos).nonzero()
+        end = hits[0].item() + 1 if len(hits) else 20
+        assert torch.equal(row[:end], reference[: min(end, len(row))])
+        assert (row[end:] == eos).all()
+    # Once every row has ended, nothing more is generated.
+    assert model.generate(tokens[:1], 20, eos_token_id=eos).shape[1] <= 9
+
+
+def test_left_padded_prompts_generate_as_alone():
+    model, tokens = make(torch.float64), prompt_of(2, 12)
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[1, :7] = False
+    together = model.generate(tokens, 10, padding_mask=mask, prefill_chunk=5)
+    assert torch.equal(together[:1], model.generate(tokens[:1], 10))
+    assert torch.equal(together[1:, 7:], model.generate(tokens[1:, 7:], 10))
+
+
+def test_nothing_to_generate():
+    tokens = prompt_of(1, 3)
+    assert torch.equal(make().generate(tokens, 0), tokens)
+
+
+@pytest.mark.parametrize(
+    ("length", "options", "message"),
+    [
+        (0, {}, "at least one token"),
+        (2, {"max_new_tokens": -1}, "max_new_tokens is -1"),
+        (2, {"temperature": -1.0}, "temperature is -1.0"),
+        (2, {"top_k": 0}, "top_k is 0"),
+        (2, {"prefill_chunk": 0}, "prefill_chunk is 0"),
+    ],
+)
+def test_refusals(length, options, message):
+    options = {"max_new_tokens": 1, **options}
+    with pytest.raises(ValueError, match=message):
+        make().generate(torch.zeros(1, length, dtype=torch.int64), **options)

@@ -1,0 +1,88 @@
+"""The model cut over ranks is the model on one device: logits, loss, gradients, states."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from lasp import SequenceShard
+from lasp.tnl import TNL, TNLConfig, TNLState
+
+CONFIG = TNLConfig(vocab_size=50, dim=32, num_layers=3, num_heads=4, glu_dim=48, init_std=0.2)
+
+CUTS = [(0, 50, 100), (0, 1, 63), (0, 7, 64, 100), (0, 40, 40, 63), (0, 0, 1, 1)]
+
+
+def make(dtype):
+    torch.manual_seed(0)
+    return TNL(CONFIG).to(dtype)
+
+
+def batch_of(total):
+    generator = torch.Generator().manual_seed(total)
+    tokens = torch.randint(50, (2, total + 1), generator=generator)
+    return tokens[:, :-1], tokens[:, 1:]  # shifted before the cut
+
+
+def entering_state(dtype):
+    generator = torch.Generator().manual_seed(7)
+    # States are float32 or, in a float64 model on the CPU, float64.
+    layers = [
+        torch.randn(2, 4, CONFIG.key_dim(i), 8, generator=generator, dtype=dtype) for i in range(3)
+    ]
+    return TNLState(layers, 333)
+
+
+def loss_and_grads(model, tokens, labels, total, shard, states):
+    logits, leaving = model(tokens, shard, states=states, return_states=True)
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / total
+    loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    return logits.detach(), loss.detach(), grads, leaving
+
+
+def on_one_rank(group, cuts, dtype, exchange, with_state):
+    rank, total = dist.get_rank(group), cuts[-1]
+    shard = SequenceShard(cuts[rank], cuts[rank + 1], total, group, exchange)
+    tokens, labels = (x[:, shard.token_slice] for x in batch_of(total))
+    states = entering_state(dtype) if with_state else None
+    logits, loss, grads, leaving = loss_and_grads(make(dtype), tokens, labels, total, shard, states)
+    for tensor in (loss, *grads.values()):
+        dist.all_reduce(tensor, group=group)
+    last = [x.detach() for x in leaving.layers]
+    return logits, loss, grads, last, leaving.position
+
+
+def error(actual, expected):
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("cuts", CUTS, ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-7), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("with_state", [False, True])
+def test_sharded_model_is_the_whole_model(pool, cuts, dtype, tolerance, with_state):
+    check(pool, cuts, dtype, tolerance, "ring", with_state)
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "doubling"])
+def test_other_exchanges(pool, exchange):
+    check(pool, (0, 7, 64, 100), torch.float32, 1e-5, exchange, False)
+
+
+def check(pool, cuts, dtype, tolerance, exchange, with_state):
+    total = cuts[-1]
+    results = pool.run(on_one_rank, cuts, dtype, exchange, with_state, size=len(cuts) - 1)
+    states = entering_state(dtype) if with_state else None
+    logits, loss, grads, leaving = loss_and_grads(
+        make(dtype), *batch_of(total), total, None, states
+    )
+    assert error(torch.cat([result[0] for result in results], 1), logits) < tolerance
+    for name, state in enumerate(leaving.layers):
+        assert error(results[-1][3][name], state) < tolerance
+    assert results[-1][4] == leaving.position == total + (333 if with_state else 0)
+    for _, rank_loss, rank_grads, _, _ in results:
+        assert error(rank_loss, loss) < tolerance
+        # In float64 too, the rates' own gradient is stored in float32.
+        for name, grad in grads.items():
+            if grad.abs().max() > 0:
+                assert error(rank_grads[name], grad) < max(tolerance, 1e-5 * name.endswith("theta"))
