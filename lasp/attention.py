@@ -166,6 +166,7 @@ class _LightningAttention(torch.autograd.Function):
             segment_states,
             cu_seqlens,
             ctx.scale,
+            ctx.needs_input_grad[4],
             ctx.group_name,
             ctx.method,
         )
@@ -187,7 +188,7 @@ torch.library.define(
     "lasp::attend_backward",
     "(Tensor do, Tensor? dfinal, Tensor q, Tensor k, Tensor v, Tensor? log_decay, "
     "Tensor entering, Tensor segment_states, Tensor? cu_seqlens, float scale, "
-    "str? group_name, str method) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool with_dinitial, str? group_name, str method) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -198,27 +199,28 @@ def _enter(k, v, log_decay, initial_state, cu_seqlens, scale, with_final, group_
     What is not there is an empty tensor: the entering state without group and initial_state, the
     segment states where one pass needs none, the final state where it is not asked for.
     """
-    if group_name is None:
+    group = None if group_name is None else _group(group_name)
+    if group is None:
         decay_rates(log_decay)
     else:
-        group = _group(group_name)
         _agree(group, k, v, log_decay, scale, method)
     offsets = document_offsets(cu_seqlens, k.shape[1])
-    segment_states, local = ops.prefix_states(k, v, log_decay, offsets=offsets)
-    entering = initial_state
-    if group_name is not None:
+    nothing = k.new_empty(0, dtype=_state_dtype(k.dtype))
+    segment_states, entering, final_state = nothing, nothing.clone(), nothing.clone()
+    if group is not None or with_final or not ops.one_pass(k, v, offsets):
+        segment_states, local = ops.prefix_states(k, v, log_decay, offsets=offsets)
+    if initial_state is not None:
+        entering = initial_state.clone()
+    if group is not None:
         factor = _decay_over(log_decay, k)
         pending = exchanges.start(local, factor, initial_state, group, method=method)
         entering = pending.finish()
-    final_state = local.new_empty(0)
+        # An operator may not return its own input.
+        entering = entering.clone() if entering is initial_state else entering
     if with_final:
         final_state = local
-        if entering is not None:
+        if entering.numel():
             final_state = torch.addcmul(local, _decay_over(log_decay, k, offsets), entering)
-    if entering is None:
-        entering = local.new_empty(0)
-    elif entering is initial_state:
-        entering = entering.clone()
     return entering, segment_states, final_state
 
 
@@ -238,20 +240,34 @@ def _attend(q, k, v, log_decay, entering, segment_states, cu_seqlens, scale):
 
 @torch.library.impl("lasp::attend_backward", "CompositeExplicitAutograd")
 def _attend_backward(
-    do, dfinal, q, k, v, log_decay, entering, segment_states, cu_seqlens, scale, group_name, method
+    do,
+    dfinal,
+    q,
+    k,
+    v,
+    log_decay,
+    entering,
+    segment_states,
+    cu_seqlens,
+    scale,
+    with_dinitial,
+    group_name,
+    method,
 ):
-    """(dq, dk, dv, gradient of the state that enters this rank)."""
+    """(dq, dk, dv, gradient of the state that enters this rank; empty if not with_dinitial)."""
     do = do if do.stride(-1) == 1 or do.shape[-1] == 1 else do.contiguous()
     offsets = document_offsets(cu_seqlens, q.shape[1])
     common = dict(scale=scale, offsets=offsets)
-    segment_grads, local = ops.prefix_states(q, do, log_decay, reverse=True, **common)
-    factor = _decay_over(log_decay, q, offsets)
-    if dfinal is not None:
-        local = torch.addcmul(local, factor, dfinal)
+    segment_grads = dinitial = q.new_empty(0, dtype=_state_dtype(q.dtype))
     pending = None
+    if group_name is not None or with_dinitial or not ops.one_pass(q, do, offsets):
+        segment_grads, dinitial = ops.prefix_states(q, do, log_decay, reverse=True, **common)
+        factor = _decay_over(log_decay, q, offsets)
+        if dfinal is not None:
+            dinitial = torch.addcmul(dinitial, factor, dfinal)
     if group_name is not None:
         pending = exchanges.start(
-            local, factor, None, _group(group_name), method=method, reverse=True
+            dinitial, factor, None, _group(group_name), method=method, reverse=True
         )
 
     # dq needs the saved state only: it runs while the gradient of the state travels.
@@ -265,10 +281,10 @@ def _attend_backward(
         **common,
     )
 
-    leaving_grad, dinitial = dfinal, local
+    leaving_grad = dfinal
     if pending is not None:
         from_next = pending.finish()
-        dinitial = torch.addcmul(local, factor, from_next)
+        dinitial = torch.addcmul(dinitial, factor, from_next)
         leaving_grad = from_next if dfinal is None else from_next + dfinal
     dv = ops.scan(
         k,
@@ -290,7 +306,7 @@ def _attend_backward(
         reverse=True,
         **common,
     )
-    return dq, dk, dv, dinitial
+    return dq, dk, dv, dinitial if with_dinitial else dinitial.new_empty(0)
 
 
 @torch.library.register_fake("lasp::enter")
@@ -315,12 +331,23 @@ def _attend_fake(q, k, v, log_decay, entering, segment_states, cu_seqlens, scale
 
 @torch.library.register_fake("lasp::attend_backward")
 def _attend_backward_fake(
-    do, dfinal, q, k, v, log_decay, entering, segment_states, cu_seqlens, scale, group_name, method
+    do,
+    dfinal,
+    q,
+    k,
+    v,
+    log_decay,
+    entering,
+    segment_states,
+    cu_seqlens,
+    scale,
+    with_dinitial,
+    group_name,
+    method,
 ):
     num_documents = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dinitial = q.new_empty(
-        num_documents, q.shape[2], q.shape[3], v.shape[3], dtype=_state_dtype(q.dtype)
-    )
+    shape = (num_documents, q.shape[2], q.shape[3], v.shape[3]) if with_dinitial else (0,)
+    dinitial = q.new_empty(shape, dtype=_state_dtype(q.dtype))
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dinitial
 
 

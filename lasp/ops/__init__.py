@@ -10,7 +10,7 @@ import torch
 
 from lasp.ops import chunked, reference
 
-__all__ = ["fake_segment_states", "prefix_states", "reference", "scan", "step"]
+__all__ = ["fake_segment_states", "one_pass", "prefix_states", "reference", "scan", "step"]
 
 
 def prefix_states(k, v, log_decay, *, offsets=None, reverse=False, scale=1.0):
@@ -26,10 +26,17 @@ def fake_segment_states(k, v, cu_seqlens):
     from lasp.ops.triton.plan import num_segments
 
     num_documents = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    rows = num_segments(k.shape[1], num_documents, cu_seqlens is not None, k.shape[3], v.shape[3])
+    packed = cu_seqlens is not None
+    rows = num_segments(k.shape[1], num_documents, packed, k.shape[3], v.shape[3], k.shape[2])
     if rows == 0:
         return k.new_empty(0, dtype=state_dtype)
     return k.new_empty(rows, k.shape[2], k.shape[3], v.shape[3], dtype=state_dtype)
+
+
+def one_pass(k, v, offsets=None):
+    """Whether a scan needs no `prefix_states`: every document is walked in one piece."""
+    backend = _backend(k)
+    return backend is chunked or backend.is_single_segment(k, v, offsets=offsets)
 
 
 def scan(

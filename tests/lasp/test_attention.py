@@ -191,5 +191,5 @@ def test_operators_are_registered_soundly():
     rest = (log_decay, entering, segments, None, 1.0)
     torch.library.opcheck(torch.ops.lasp.attend.default, (q, k, v, *rest))
     torch.library.opcheck(
-        torch.ops.lasp.attend_backward.default, (v, None, q, k, v, *rest, None, "ring")
+        torch.ops.lasp.attend_backward.default, (v, None, q, k, v, *rest, True, None, "ring")
     )

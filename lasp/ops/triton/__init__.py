@@ -1,0 +1,14 @@
+"""The GPU kernels: `prefix_states`, `scan` and `step`, in Triton.
+
+    k, v -> state kernel -> combine kernel -> segment states, total      (prefix_states)
+    a, b, x, states -> scan kernel -> y                                  (scan: o, dq, dk and dv)
+    q, k, v, state -> step kernel -> o, new state                        (step: decoding)
+
+`plan.py` holds the launch table and cuts documents into segments.
+"""
+
+from lasp.ops.triton.prefix import is_single_segment, prefix_states
+from lasp.ops.triton.scan import scan
+from lasp.ops.triton.step import step
+
+__all__ = ["is_single_segment", "prefix_states", "scan", "step"]

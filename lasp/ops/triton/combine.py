@@ -1,0 +1,97 @@
+"""Combine kernel: turn the segments' own states into the states that enter them."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from lasp.ops.triton.plan import COMBINE_BLOCK, Plan
+
+
+@triton.jit(do_not_specialize=["T", "segments_per_row", "segment_length"])
+def combine_kernel(
+    p_states,
+    p_total,
+    p_log_decay,
+    p_documents,
+    T,
+    segments_per_row,
+    segment_length,
+    H,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PACKED: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    NB: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
+    i_p = tl.program_id(0)
+    i_h = (i_p // NB % H).to(tl.int64)
+    i_n = (i_p // (NB * H)).to(tl.int64)
+    if PACKED:
+        first_slot = tl.load(p_documents + i_n * 5)
+        count = tl.load(p_documents + i_n * 5 + 1).to(tl.int32)
+        last_length = tl.load(p_documents + i_n * 5 + 2).to(tl.int32)
+    else:
+        count = segments_per_row - 1
+        first_slot = i_n * count
+        last_length = T - (segments_per_row - 1) * segment_length
+
+    b_log_decay = tl.load(p_log_decay + i_h)
+    b_decay = tl.exp(b_log_decay * segment_length)
+    b_last_decay = tl.exp(b_log_decay * last_length)
+    o_s = i_p % NB * BLOCK + tl.arange(0, BLOCK)
+    m_s = o_s < SIZE
+    p_states += (first_slot * H + i_h) * SIZE
+    p_total += (i_n * H + i_h) * SIZE
+    b_state = tl.load(p_total + o_s, mask=m_s, other=0.0)
+    # In place: a segment's own state is read before the one that enters it is written over it, and
+    # later segments, whose loads may already be in flight, lie elsewhere.
+    for i in tl.range(0, count, num_stages=NUM_STAGES):
+        if REVERSE:
+            i_slot = count - 1 - i
+            # The last segment may be short, but nothing decays across it in this direction.
+            b_factor = b_decay
+        else:
+            i_slot = i
+            b_factor = tl.where(i == count - 1, b_last_decay, b_decay)
+        p_segment = p_states + tl.cast(i_slot, tl.int64) * H * SIZE
+        b_local = tl.load(p_segment + o_s, mask=m_s, other=0.0)
+        tl.store(p_segment + o_s, b_state, mask=m_s)
+        b_state = b_state * b_factor + b_local
+    tl.store(p_total + o_s, b_state, mask=m_s)
+
+
+def combine(
+    states: torch.Tensor,
+    log_decay: torch.Tensor,
+    seq_len: int,
+    plan: Plan,
+    documents: torch.Tensor | None,
+    *,
+    reverse: bool,
+    total: torch.Tensor,
+) -> None:
+    """Replace what `local_states` left: `states` by what enters a segment, `total` by the sum."""
+    _, num_heads, key_dim, value_dim = states.shape
+    size = key_dim * value_dim
+    grid = (plan.num_documents * num_heads * triton.cdiv(size, COMBINE_BLOCK),)
+    if grid[0] == 0:
+        return
+    combine_kernel[grid](
+        states,
+        total,
+        log_decay,
+        documents,
+        seq_len,
+        plan.segments_per_row,
+        plan.segment_length,
+        num_heads,
+        SIZE=size,
+        BLOCK=COMBINE_BLOCK,
+        REVERSE=reverse,
+        PACKED=plan.packed,
+        NUM_STAGES=4,
+        num_warps=4,
+    )

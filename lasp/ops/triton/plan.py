@@ -1,0 +1,213 @@
+"""How the work is cut: tiles per kernel (a static table) and segments per document.
+
+Nothing here is measured at run time. Every rank reads the same table, so every rank runs the same
+kernels and the same inputs give the same bits.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from lasp.ops.triton.tiles import DTYPES, MAX_HEAD_DIM
+
+# Programs that fill a Hopper GPU once (132 multiprocessors, two programs each) and, where a
+# sequence has to be cut anyway, how many to aim at: four rounds leave a short tail.
+FULL_GPU = 264
+TARGET_PROGRAMS = 4 * FULL_GPU
+# Shorter segments would move more bytes of states than of tokens.
+MIN_SEGMENT = 512
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel's tile sizes: `key` and `value` block of the state, `chunk` tokens per step."""
+
+    key: int
+    value: int
+    chunk: int
+    num_warps: int
+    num_stages: int
+
+
+# Keyed by (key dim rounded up to 64, 128 or 256; bytes per element). Value dims are cut into
+# blocks of `value`, so they need no key of their own. Four warps in 16-bit: more than one warpgroup
+# hits a wait race in triton 3.6. Chunks of 64 in 16-bit: 32 rows would drop wgmma for mma.sync.
+SCAN = {
+    # Fits three programs on a multiprocessor without spills.
+    (64, 2): Launch(64, 64, 64, 4, 2),
+    # Two programs on a multiprocessor; a value block of 128 spills 460 bytes.
+    (128, 2): Launch(128, 64, 64, 4, 2),
+    (256, 2): Launch(256, 64, 64, 4, 2),
+    # Exact float32 products are plain FMAs, unrolled: larger tiles make ptxas give up on registers.
+    (64, 4): Launch(64, 32, 16, 4, 1),
+    # Eight warps are safe without wgmma, and avoid 450 bytes of spills.
+    (128, 4): Launch(128, 16, 16, 8, 1),
+    (256, 4): Launch(256, 16, 16, 8, 1),
+}
+STATE = {
+    # A whole 64 x 64 state; the value block stays at 64 so that small E wastes little.
+    (64, 2): Launch(64, 64, 64, 4, 3),
+    # 128 x 128 reads k and v once for the usual head; 204 registers, no spills.
+    (128, 2): Launch(128, 128, 64, 4, 3),
+    # Two key blocks read v twice, the second time from L2; one block of 256 would spill.
+    (256, 2): Launch(128, 128, 64, 4, 3),
+    (64, 4): Launch(64, 32, 32, 4, 1),
+    (128, 4): Launch(64, 32, 32, 4, 1),
+    (256, 4): Launch(64, 32, 32, 4, 1),
+}
+# Elements of the state that one combine program carries through a document's segments: small, so
+# that 16 heads of 128 x 128 still make 512 programs with several segments' loads in flight each.
+COMBINE_BLOCK = 512
+
+
+def scan_launch(key_dim: int, dtype: torch.dtype) -> Launch:
+    """Tiles of the scan for operands of `key_dim` and `dtype`."""
+    return SCAN[_dim_class(key_dim), _width(dtype)]
+
+
+def state_launch(key_dim: int, dtype: torch.dtype) -> Launch:
+    """Tiles of the state kernel for keys of `key_dim` and `dtype`."""
+    return STATE[_dim_class(key_dim), _width(dtype)]
+
+
+def _dim_class(dim: int) -> int:
+    assert 1 <= dim <= MAX_HEAD_DIM, dim
+    return 64 if dim <= 64 else 128 if dim <= 128 else 256
+
+
+def _width(dtype: torch.dtype) -> int:
+    assert dtype in DTYPES, dtype
+    return dtype.itemsize
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Segments of every document, document after document.
+
+    Dense: each of `num_documents` batch rows has `segments_per_row` segments. Packed: `tables` on
+    the host holds, in int64, one row (document, first token, document start, document stop, slot)
+    per segment, then one row (first slot, slots, tokens in the last segment, 0, 0) per document. A
+    document always has a segment, an empty document one without tokens.
+
+    Segment states have a slot for every border between two segments, `num_slots` or fewer in all.
+    """
+
+    num_documents: int
+    num_segments: int
+    num_slots: int
+    segment_length: int
+    segments_per_row: int
+    tables: torch.Tensor | None
+
+    @property
+    def single(self) -> bool:
+        """Whether every document is one segment, so that no segment state is ever read."""
+        return self.num_segments == self.num_documents
+
+    @property
+    def packed(self) -> bool:
+        return self.tables is not None
+
+    def device_tables(
+        self, device: torch.device
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Copies of the segment and document tables on `device`, without waiting for them.
+
+        The copy is per call on purpose: a cached one would belong to one stream, or to a graph.
+        """
+        if self.tables is None:
+            return None, None
+        tables = self.tables.to(device, non_blocking=True)
+        return tables[: self.num_segments], tables[self.num_segments :]
+
+
+def choose_segment_length(
+    seq_len: int, num_documents: int, packed: bool, key_dim: int, value_dim: int, num_heads: int
+) -> int:
+    """Tokens per segment for documents of `seq_len` tokens each (packed: together).
+
+    Depends on shapes alone, never on where packed documents begin, so that a traced graph holds
+    for any documents. Symmetric in the two head dims: the backward swaps them and must agree.
+    """
+    if seq_len <= MIN_SEGMENT:
+        return seq_len
+    # Value blocks of the scan with the fewer of them: both directions then have enough programs.
+    programs = num_heads * -(-min(key_dim, value_dim) // 64)
+    if not packed:
+        programs *= num_documents
+        # Enough to fill the GPU: one segment each reads k and v once instead of twice.
+        if programs >= FULL_GPU:
+            return seq_len
+    wanted = seq_len * programs // TARGET_PROGRAMS
+    length = MIN_SEGMENT
+    while length * 2 <= wanted:
+        length *= 2
+    return min(length, seq_len)
+
+
+def num_segments(
+    seq_len: int, num_documents: int, packed: bool, key_dim: int, value_dim: int, num_heads: int
+) -> int:
+    """Rows of the segment states that `prefix_states` returns; 0 where a scan needs none."""
+    length = choose_segment_length(seq_len, num_documents, packed, key_dim, value_dim, num_heads)
+    return _num_slots(seq_len, num_documents, packed, length)
+
+
+def make_plan(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    offsets: tuple[int, ...] | None,
+    segment_length: int | None = None,
+) -> Plan:
+    """Plan for k [B, T, H, D] and v [B, T, H, E]; `segment_length` overrides the chosen one."""
+    batch, seq_len, num_heads, key_dim = k.shape
+    if segment_length is None:
+        num_documents = batch if offsets is None else len(offsets) - 1
+        segment_length = choose_segment_length(
+            seq_len, num_documents, offsets is not None, key_dim, v.shape[-1], num_heads
+        )
+    return _plan(batch, seq_len, offsets, segment_length, k.is_cuda)
+
+
+def make_single_plan(k: torch.Tensor, offsets: tuple[int, ...] | None) -> Plan:
+    """Plan of one segment per document for k [B, T, H, D]."""
+    return _plan(k.shape[0], k.shape[1], offsets, k.shape[1], k.is_cuda)
+
+
+def _num_slots(seq_len: int, num_documents: int, packed: bool, segment_length: int) -> int:
+    borders = (seq_len - 1) // segment_length if seq_len else 0
+    # Each border has a whole segment of its own before it, so packing documents adds none.
+    return borders if packed else borders * num_documents
+
+
+@lru_cache(maxsize=256)
+def _plan(
+    batch: int, seq_len: int, offsets: tuple[int, ...] | None, segment_length: int, pinned: bool
+) -> Plan:
+    segment_length = max(segment_length, 1)
+    if offsets is None:
+        slots = _num_slots(seq_len, batch, False, segment_length)
+        per_row = max(1, -(-seq_len // segment_length))
+        return Plan(batch, batch * per_row, slots, segment_length, per_row, None)
+    assert batch == 1 and offsets[0] == 0 and offsets[-1] == seq_len, (batch, seq_len, offsets)
+    segments: list[tuple[int, ...]] = []
+    documents: list[tuple[int, ...]] = []
+    for document, (start, stop) in enumerate(itertools.pairwise(offsets)):
+        assert start <= stop, offsets
+        count = max(1, -(-(stop - start) // segment_length))
+        last = stop - start - (count - 1) * segment_length
+        slot = len(segments) - document
+        documents.append((slot, count - 1, last, 0, 0))
+        segments += [
+            (document, start + i * segment_length, start, stop, slot + i) for i in range(count)
+        ]
+    tables = torch.tensor(segments + documents, dtype=torch.int64).view(-1, 5)
+    if pinned:
+        # A copy from pageable memory would make the host wait.
+        tables = tables.pin_memory()
+    slots = _num_slots(seq_len, len(documents), True, segment_length)
+    return Plan(len(documents), len(segments), slots, segment_length, 0, tables)

@@ -1,0 +1,76 @@
+"""`prefix_states`: the states that enter every segment, and every document's whole state."""
+
+from __future__ import annotations
+
+import torch
+
+from lasp.ops.triton.combine import combine
+from lasp.ops.triton.plan import make_plan
+from lasp.ops.triton.state import local_states
+from lasp.ops.triton.tiles import addressable, check_operands, decay_or_zeros, on_device_of
+
+
+def is_single_segment(
+    k: torch.Tensor, v: torch.Tensor, *, offsets: tuple[int, ...] | None = None
+) -> bool:
+    """Whether `scan` over k [B, T, H, D] and v [B, T, H, E] walks each document in one piece.
+
+    If so, `prefix_states` is needed for its total alone: skip it where that has no use.
+    """
+    return make_plan(k, v, offsets).num_slots == 0
+
+
+def prefix_states(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor | None,
+    *,
+    offsets: tuple[int, ...] | None = None,
+    reverse: bool = False,
+    scale: float = 1.0,
+    segment_length: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """States of k [B, T, H, D] and v [B, T, H, E], started from zero at every document's edge.
+
+    Returns (segment_states [S, H, D, E], total [N, H, D, E]), both float32. With
+    l = exp(log_decay) and a document of n tokens, the total is
+
+        forward: sum_j l^(n-1-j) k_j v_j^T          (`scale` is not used)
+        reverse: sum_i scale * l^(i+1) k_i v_i^T    (k=q, v=do: the gradient of the entering state)
+
+    A segment state is the same sum over the earlier segments of a document (reverse: the later
+    ones), in other words what enters a segment; `scan` knows which. S depends on shapes alone, so
+    packed documents may leave some unused; the tensor is empty, of shape [0], where every document
+    is sure to be one segment. The order of every sum is fixed by the shapes: the same inputs give
+    the same bits. `offsets` packs documents (0, ..., T) into a batch of one. Raises ValueError for
+    dtypes or head dims that the kernels do not have. `segment_length` is for tests.
+    """
+    check_operands(k=k, v=v)
+    assert k.shape[:3] == v.shape[:3], (k.shape, v.shape)
+    seq_len, num_heads, key_dim = k.shape[1:]
+    plan = make_plan(k, v, offsets, segment_length)
+    shape = (num_heads, key_dim, v.shape[-1])
+    states = torch.empty(0, dtype=torch.float32, device=k.device)
+    if seq_len == 0:
+        return states, states.new_zeros(plan.num_documents, *shape)
+    total = states.new_empty(plan.num_documents, *shape)
+    if plan.num_slots:
+        states = states.new_empty(plan.num_slots, *shape)
+    k, v = addressable(k), addressable(v)
+    log_decay = decay_or_zeros(log_decay, num_heads, k.device)
+    with on_device_of(k):
+        segment_table, document_table = plan.device_tables(k.device)
+        local_states(
+            k,
+            v,
+            log_decay,
+            plan,
+            segment_table,
+            reverse=reverse,
+            scale=scale,
+            states=states,
+            total=total,
+        )
+        if not plan.single:
+            combine(states, log_decay, seq_len, plan, document_table, reverse=reverse, total=total)
+    return states, total

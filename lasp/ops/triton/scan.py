@@ -1,0 +1,227 @@
+"""Scan kernel: one pass over the tokens with the state in registers, forward or reverse.
+
+The same kernel serves o, dq, dk and dv; only the roles of the operands change (see `scan`).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from lasp.ops.triton.plan import make_plan, make_single_plan, scan_launch
+from lasp.ops.triton.tiles import (
+    addressable,
+    check_operands,
+    decay_or_zeros,
+    locate_segment,
+    on_device_of,
+    strides,
+)
+
+
+@triton.jit(do_not_specialize=["scale", "T", "segments_per_row", "segment_length"])
+def scan_kernel(
+    p_a,
+    p_b,
+    p_x,
+    p_y,
+    p_initial,
+    p_segment,
+    p_log_decay,
+    p_table,
+    stride_ab,
+    stride_at,
+    stride_ah,
+    stride_bb,
+    stride_bt,
+    stride_bh,
+    stride_xb,
+    stride_xt,
+    stride_xh,
+    stride_in,
+    stride_ih,
+    stride_ia,
+    stride_ix,
+    stride_sn,
+    stride_sh,
+    stride_sa,
+    stride_sx,
+    scale,
+    T,
+    segments_per_row,
+    segment_length,
+    H,
+    A: tl.constexpr,
+    X: tl.constexpr,
+    BA: tl.constexpr,
+    BX: tl.constexpr,
+    BC: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PACKED: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    HAS_SEGMENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    NX: tl.constexpr = (X + BX - 1) // BX
+    # Value blocks of one head run next to each other: a and b come from L2 for all but the first.
+    i_p = tl.program_id(0)
+    i_x = i_p % NX
+    i_h = (i_p // NX % H).to(tl.int64)
+    i_s = i_p // (NX * H)
+    i_n, i_b, start, count, outside, slot = locate_segment(
+        p_table, i_s, T, segments_per_row, segment_length, PACKED, REVERSE
+    )
+
+    o_c = tl.arange(0, BC)
+    o_a = tl.arange(0, BA)
+    o_x = i_x * BX + tl.arange(0, BX)
+    m_a = o_a < A
+    m_x = o_x < X
+    m_state = m_a[:, None] & m_x[None, :]  # [BA, BX]
+
+    # A head's decay is fixed, so its matrix is built once. Chunks lie against the side that the
+    # scan starts from: only the last one met can be short, and no state leaves that one, so these
+    # factors hold for every chunk. Masking comes before exp: no exponent is ever positive.
+    b_log_decay = tl.load(p_log_decay + i_h)
+    if REVERSE:
+        b_distance = o_c[None, :] - o_c[:, None]  # [BC, BC]
+        b_row = tl.exp(b_log_decay * (BC - 1 - o_c))  # [BC]
+        b_column = scale * tl.exp(b_log_decay * (o_c + 1))  # [BC]
+    else:
+        b_distance = o_c[:, None] - o_c[None, :]  # [BC, BC]
+        b_row = scale * tl.exp(b_log_decay * (o_c + 1))  # [BC]
+        b_column = tl.exp(b_log_decay * (BC - 1 - o_c))  # [BC]
+    b_decay = scale * tl.exp(b_log_decay * tl.maximum(b_distance, 0))  # [BC, BC]
+    b_decay = tl.where(b_distance >= 0, b_decay, 0.0)
+    b_chunk_decay = tl.exp(b_log_decay * BC)
+
+    b_state = tl.zeros([BA, BX], dtype=tl.float32)
+    if HAS_SEGMENT:
+        p_segment += slot * stride_sn + i_h * stride_sh
+        p_segment += o_a[:, None] * stride_sa + o_x[None, :] * stride_sx
+        b_state += tl.load(p_segment, mask=m_state & (outside > 0), other=0.0)
+    if HAS_INITIAL:
+        p_initial += i_n * stride_in + i_h * stride_ih
+        p_initial += o_a[:, None] * stride_ia + o_x[None, :] * stride_ix
+        b_initial = tl.load(p_initial, mask=m_state, other=0.0).to(tl.float32)
+        b_state += b_initial * tl.exp(b_log_decay * outside.to(tl.float32))
+
+    p_a += i_b * stride_ab + start * stride_at + i_h * stride_ah
+    p_b += i_b * stride_bb + start * stride_bt + i_h * stride_bh
+    p_x += i_b * stride_xb + start * stride_xt + i_h * stride_xh
+    p_y += ((i_b * T + start) * H + i_h) * X
+    o_at = o_c[:, None] * stride_at + o_a[None, :]  # [BC, BA]
+    o_bt = o_c[:, None] * stride_bt + o_a[None, :]  # [BC, BA]
+    o_xt = o_c[:, None] * stride_xt + o_x[None, :]  # [BC, BX]
+    o_yt = o_c[:, None] * (H * X) + o_x[None, :]  # [BC, BX]
+    for i_c in range(tl.cdiv(count, BC)):
+        if REVERSE:
+            t = count - (i_c + 1) * BC
+            m_c = o_c >= -t
+        else:
+            t = i_c * BC
+            m_c = o_c < count - t
+        i_t = tl.cast(t, tl.int64)
+        m_ca = m_c[:, None] & m_a[None, :]  # [BC, BA]
+        m_cx = m_c[:, None] & m_x[None, :]  # [BC, BX]
+        b_a = tl.load(p_a + i_t * stride_at + o_at, mask=m_ca, other=0.0)  # [BC, BA]
+        b_b = tl.load(p_b + i_t * stride_bt + o_bt, mask=m_ca, other=0.0)  # [BC, BA]
+        b_x = tl.load(p_x + i_t * stride_xt + o_xt, mask=m_cx, other=0.0)  # [BC, BX]
+        b_s = tl.dot(b_a, tl.trans(b_b), input_precision=PRECISION) * b_decay  # [BC, BC]
+        b_y = tl.dot(b_a, b_state.to(b_a.dtype), input_precision=PRECISION)  # [BC, BX]
+        b_y = tl.dot(b_s.to(b_x.dtype), b_x, acc=b_y * b_row[:, None], input_precision=PRECISION)
+        tl.store(p_y + i_t * H * X + o_yt, b_y.to(p_y.dtype.element_ty), mask=m_cx)
+        b_weighted = (b_x * b_column[:, None]).to(b_x.dtype)  # [BC, BX]
+        b_state = tl.dot(
+            tl.trans(b_b), b_weighted, acc=b_state * b_chunk_decay, input_precision=PRECISION
+        )  # [BA, BX]
+
+
+def scan(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    x: torch.Tensor,
+    log_decay: torch.Tensor | None,
+    *,
+    scale: float,
+    initial_state: torch.Tensor | None = None,
+    segment_states: torch.Tensor | None = None,
+    offsets: tuple[int, ...] | None = None,
+    reverse: bool = False,
+    segment_length: int | None = None,
+) -> torch.Tensor:
+    """Decayed linear attention of a, b [B, T, H, A] over x [B, T, H, X] in one pass.
+
+    Within a document of n tokens, with l = exp(log_decay[h]):
+
+        forward: y_i = scale * (sum_{j<=i} l^(i-j) (a_i . b_j) x_j + l^(i+1) a_i S)
+        reverse: y_j = scale * sum_{i>=j} l^(i-j) (a_j . b_i) x_i + l^(n-1-j) a_j S
+
+    So o = scan(q, k, v, S0) and dq = scan(do, v, k, S0^T); with the gradient G of the final state,
+    dk = scan(v, do, q, G^T, reverse) and dv = scan(k, q, do, G, reverse). These are the recurrences
+    of Lightning Attention-2 (arXiv 2401.04658) with exchanged roles instead of further kernels.
+
+    `initial_state` S [N, H, A, X] float32 (any strides) enters each document, None is zero;
+    `segment_states` [S, H, A, X] float32 (any strides) is what `prefix_states` returned for the
+    same tokens; without it each document is walked by one program per head and value block.
+    `offsets` packs documents (0, ..., T) into a batch of one. Returns y [B, T, H, X], contiguous,
+    in a's dtype. Raises ValueError for dtypes or head dims that the kernels do not have.
+    `segment_length` is for tests: it must be what `prefix_states` was given.
+    """
+    check_operands(a=a, b=b, x=x)
+    batch, seq_len, num_heads, key_dim = a.shape
+    value_dim = x.shape[-1]
+    assert b.shape == a.shape and x.shape[:3] == a.shape[:3], (a.shape, b.shape, x.shape)
+    y = torch.empty(batch, seq_len, num_heads, value_dim, dtype=a.dtype, device=a.device)
+    if y.numel() == 0:
+        return y
+    if segment_states is None or segment_states.numel() == 0:
+        plan = make_single_plan(a, offsets)
+    else:
+        plan = make_plan(a, x, offsets, segment_length)
+        assert segment_states.shape == (plan.num_slots, num_heads, key_dim, value_dim)
+    if plan.single:
+        segment_states = None
+    if initial_state is not None:
+        assert initial_state.shape == (plan.num_documents, num_heads, key_dim, value_dim)
+    a, b, x = addressable(a), addressable(b), addressable(x)
+    log_decay = decay_or_zeros(log_decay, num_heads, a.device)
+    launch = scan_launch(key_dim, a.dtype)
+    grid = (plan.num_segments * num_heads * triton.cdiv(value_dim, launch.value),)
+    state_dims = (0, 1, 2, 3)
+    with on_device_of(a):
+        table, _ = plan.device_tables(a.device)
+        scan_kernel[grid](
+            a,
+            b,
+            x,
+            y,
+            initial_state,
+            segment_states,
+            log_decay,
+            table,
+            *strides(a, (0, 1, 2)),
+            *strides(b, (0, 1, 2)),
+            *strides(x, (0, 1, 2)),
+            *(strides(initial_state, state_dims) if initial_state is not None else (0,) * 4),
+            *(strides(segment_states, state_dims) if segment_states is not None else (0,) * 4),
+            float(scale),
+            seq_len,
+            plan.segments_per_row,
+            plan.segment_length,
+            num_heads,
+            A=key_dim,
+            X=value_dim,
+            BA=launch.key,
+            BX=launch.value,
+            BC=launch.chunk,
+            REVERSE=reverse,
+            PACKED=plan.packed,
+            HAS_INITIAL=initial_state is not None,
+            HAS_SEGMENT=segment_states is not None,
+            PRECISION="ieee",
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
+    return y

@@ -1,0 +1,150 @@
+"""State kernel: sum over a segment of decayed k v^T, forward or reverse."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from lasp.ops.triton.plan import Plan, state_launch
+from lasp.ops.triton.tiles import locate_segment, strides
+
+
+@triton.jit(do_not_specialize=["scale", "T", "segments_per_row", "segment_length"])
+def state_kernel(
+    p_k,
+    p_v,
+    p_states,
+    p_total,
+    p_log_decay,
+    p_table,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    scale,
+    T,
+    segments_per_row,
+    segment_length,
+    H,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BD: tl.constexpr,
+    BE: tl.constexpr,
+    BC: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    ND: tl.constexpr = (D + BD - 1) // BD
+    NE: tl.constexpr = (E + BE - 1) // BE
+    # Blocks of one head run next to each other: what they both read comes from L2 the second time.
+    i_p = tl.program_id(0)
+    i_e = i_p % NE
+    i_d = i_p // NE % ND
+    i_h = (i_p // (NE * ND) % H).to(tl.int64)
+    i_s = i_p // (NE * ND * H)
+    i_n, i_b, start, count, outside, slot = locate_segment(
+        p_table, i_s, T, segments_per_row, segment_length, PACKED, REVERSE
+    )
+
+    o_c = tl.arange(0, BC)
+    o_d = i_d * BD + tl.arange(0, BD)
+    o_e = i_e * BE + tl.arange(0, BE)
+    m_d = o_d < D
+    m_e = o_e < E
+    b_log_decay = tl.load(p_log_decay + i_h)
+    # The short chunk is the first one met, where the state is still zero, and lies against the side
+    # that exponents are measured from: the factors are the same for every chunk, tails included.
+    if REVERSE:
+        b_weight = tl.exp(b_log_decay * o_c)  # [BC]
+    else:
+        b_weight = tl.exp(b_log_decay * (BC - 1 - o_c))  # [BC]
+    b_chunk_decay = tl.exp(b_log_decay * BC)
+
+    p_k += i_b * stride_kb + start * stride_kt + i_h * stride_kh
+    p_v += i_b * stride_vb + start * stride_vt + i_h * stride_vh
+    o_k = o_c[:, None] * stride_kt + o_d[None, :]  # [BC, BD]
+    o_v = o_c[:, None] * stride_vt + o_e[None, :]  # [BC, BE]
+    b_state = tl.zeros([BD, BE], dtype=tl.float32)
+    num_chunks = tl.cdiv(count, BC)
+    for i_c in range(num_chunks):
+        if REVERSE:
+            t = (num_chunks - 1 - i_c) * BC
+            m_c = o_c < count - t
+        else:
+            t = count - (num_chunks - i_c) * BC
+            m_c = o_c >= -t
+        b_k = tl.load(
+            p_k + t.to(tl.int64) * stride_kt + o_k, mask=m_c[:, None] & m_d[None, :], other=0.0
+        )  # [BC, BD]
+        b_v = tl.load(
+            p_v + t.to(tl.int64) * stride_vt + o_v, mask=m_c[:, None] & m_e[None, :], other=0.0
+        )  # [BC, BE]
+        b_v = (b_v * b_weight[:, None]).to(b_v.dtype)
+        b_state = tl.dot(
+            tl.trans(b_k), b_v, acc=b_state * b_chunk_decay, input_precision=PRECISION
+        )  # [BD, BE]
+
+    if REVERSE:
+        # Kept out of the weights: one decay of -50 alone would round a float16 operand to zero.
+        b_state *= scale * tl.exp(b_log_decay)
+    # The combine kernel starts from the total and puts what enters a segment in its slot.
+    if outside == 0:
+        p_out = p_total + (i_n * H + i_h) * (D * E)
+    else:
+        p_out = p_states + (slot * H + i_h) * (D * E)
+    tl.store(p_out + o_d[:, None] * E + o_e[None, :], b_state, mask=m_d[:, None] & m_e[None, :])
+
+
+def local_states(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    plan: Plan,
+    table: torch.Tensor | None,
+    *,
+    reverse: bool,
+    scale: float,
+    states: torch.Tensor,
+    total: torch.Tensor,
+) -> None:
+    """Write every segment's own state, as if it stood alone, in float32.
+
+    That of a document's first segment (reverse: last) goes to `total` [N, H, D, E], the others' to
+    their slots in `states` [S, H, D, E].
+    """
+    _, seq_len, num_heads, key_dim = k.shape
+    value_dim = v.shape[-1]
+    launch = state_launch(key_dim, k.dtype)
+    blocks = triton.cdiv(key_dim, launch.key) * triton.cdiv(value_dim, launch.value)
+    grid = (plan.num_segments * num_heads * blocks,)
+    if grid[0] == 0:
+        return
+    state_kernel[grid](
+        k,
+        v,
+        states,
+        total,
+        log_decay,
+        table,
+        *strides(k, (0, 1, 2)),
+        *strides(v, (0, 1, 2)),
+        float(scale) if reverse else 1.0,
+        seq_len,
+        plan.segments_per_row,
+        plan.segment_length,
+        num_heads,
+        D=key_dim,
+        E=value_dim,
+        BD=launch.key,
+        BE=launch.value,
+        BC=launch.chunk,
+        REVERSE=reverse,
+        PACKED=plan.packed,
+        PRECISION="ieee",
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )

@@ -1,0 +1,119 @@
+"""Step kernel: one token of decoding. The state is read once and written once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from lasp.ops.triton.tiles import check_operands, decay_or_zeros, on_device_of, strides
+
+# Columns of the state per program: a whole 128-byte line of float32.
+VALUE_BLOCK = 32
+
+
+@triton.jit(do_not_specialize=["scale"])
+def step_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_state,
+    p_o,
+    p_new,
+    p_log_decay,
+    stride_qb,
+    stride_qh,
+    stride_kb,
+    stride_kh,
+    stride_vb,
+    stride_vh,
+    stride_sb,
+    stride_sh,
+    stride_sd,
+    stride_se,
+    scale,
+    H,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BD: tl.constexpr,
+    BE: tl.constexpr,
+):
+    NE: tl.constexpr = (E + BE - 1) // BE
+    i_p = tl.program_id(0)
+    i_e = i_p % NE
+    i_h = (i_p // NE % H).to(tl.int64)
+    i_b = (i_p // (NE * H)).to(tl.int64)
+    o_d = tl.arange(0, BD)
+    o_e = i_e * BE + tl.arange(0, BE)
+    m_d = o_d < D
+    m_e = o_e < E
+    m_state = m_d[:, None] & m_e[None, :]  # [BD, BE]
+
+    p_state += i_b * stride_sb + i_h * stride_sh
+    p_state += o_d[:, None] * stride_sd + o_e[None, :] * stride_se
+    b_state = tl.load(p_state, mask=m_state, other=0.0)  # [BD, BE]
+    b_q = tl.load(p_q + i_b * stride_qb + i_h * stride_qh + o_d, mask=m_d, other=0.0)
+    b_k = tl.load(p_k + i_b * stride_kb + i_h * stride_kh + o_d, mask=m_d, other=0.0)
+    b_v = tl.load(p_v + i_b * stride_vb + i_h * stride_vh + o_e, mask=m_e, other=0.0)
+    b_q = b_q.to(tl.float32)  # [BD]
+    b_k = b_k.to(tl.float32)  # [BD]
+    b_v = b_v.to(tl.float32)  # [BE]
+    b_decay = tl.exp(tl.load(p_log_decay + i_h))
+    b_state = b_state * b_decay + b_k[:, None] * b_v[None, :]
+    b_o = scale * tl.sum(b_q[:, None] * b_state, axis=0)  # [BE]
+
+    i_bh = i_b * H + i_h
+    p_new += i_bh * (D * E) + o_d[:, None] * E + o_e[None, :]
+    tl.store(p_new, b_state, mask=m_state)
+    tl.store(p_o + i_bh * E + o_e, b_o.to(p_o.dtype.element_ty), mask=m_e)
+
+
+def step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    state: torch.Tensor,
+    log_decay: torch.Tensor | None = None,
+    *,
+    scale: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token: S' = exp(log_decay) S + k v^T, o = scale * q . S'.
+
+    q, k [B, H, D], v [B, H, E], state [B, H, D, E] float32 (any strides). Returns o [B, H, E] in
+    q's dtype and the new state, a tensor of its own. Raises ValueError for dtypes or head dims that
+    the kernels do not have.
+    """
+    check_operands(q=q, k=k, v=v)
+    batch, num_heads, key_dim = q.shape
+    value_dim = v.shape[-1]
+    assert state.shape == (batch, num_heads, key_dim, value_dim), state.shape
+    assert state.dtype == torch.float32, state.dtype
+    o = torch.empty(batch, num_heads, value_dim, dtype=q.dtype, device=q.device)
+    new_state = torch.empty(state.shape, dtype=torch.float32, device=q.device)
+    if o.numel() == 0:
+        return o, new_state
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    log_decay = decay_or_zeros(log_decay, num_heads, q.device)
+    grid = (batch * num_heads * triton.cdiv(value_dim, VALUE_BLOCK),)
+    with on_device_of(q):
+        step_kernel[grid](
+            q,
+            k,
+            v,
+            state,
+            o,
+            new_state,
+            log_decay,
+            *strides(q, (0, 1)),
+            *strides(k, (0, 1)),
+            *strides(v, (0, 1)),
+            *strides(state, (0, 1, 2, 3)),
+            float(scale),
+            num_heads,
+            D=key_dim,
+            E=value_dim,
+            BD=max(16, triton.next_power_of_2(key_dim)),
+            BE=VALUE_BLOCK,
+            num_warps=4,
+        )
+    return o, new_state

@@ -1,0 +1,316 @@
+"""What the Triton kernels compute under the interpreter, against a token loop in float64.
+
+Not a test module: TRITON_INTERPRET is read when triton is imported, so test_triton_interpreter.py
+runs this one in a process of its own, once per group, with TRITON_INTERPRET=1:
+`python -m tests.lasp.ops.triton_checks GROUP`. It writes one line of JSON, {case: error or null}.
+The interpreter multiplies bf16 bit patterns, so bf16 is checked on a GPU only.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+
+import torch
+
+from lasp.ops import triton as kernels
+
+DECAYS = (0.0, -0.03, -1.0, -50.0)
+FP32_BOUND = 1e-5
+
+
+def documents_of(T, offsets, batch):
+    """[(batch row, first token, end)] of every document."""
+    if offsets is None:
+        return [(row, 0, T) for row in range(batch)]
+    return [(0, start, stop) for start, stop in zip(offsets, offsets[1:], strict=False)]
+
+
+def token_loop(a, b, x, log_decay, scale, initial, documents, reverse, dtype):
+    """(y, total without the initial state), token after token, the matrix products in `dtype`.
+
+    In float64 this is the definition. In fp16 it is the plain low-precision version: products see
+    fp16 operands and round to fp16, the state stays in float32.
+    """
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    a, b, x = a.to(dtype), b.to(dtype), x.to(dtype)
+    factor = log_decay.double().exp().to(wide)[:, None, None]
+    y = torch.zeros(x.shape, dtype=dtype)
+    totals = []
+    for n, (row, start, stop) in enumerate(documents):
+        total = torch.zeros(a.shape[2], a.shape[3], x.shape[3], dtype=wide)
+        carried = initial[n].to(wide).clone()
+        order = range(stop - 1, start - 1, -1) if reverse else range(start, stop)
+        for t in order:
+            outer = (b[row, t, :, :, None] * x[row, t, :, None, :]).to(wide)
+            if reverse:
+                # The carried gradient is that of the state after token t: it already holds `scale`.
+                carried = carried + scale * outer
+                y[row, t] = torch.einsum("hd,hde->he", a[row, t], carried.to(dtype))
+                carried = factor * carried
+                total = factor * (total + scale * outer)
+            else:
+                carried = factor * carried + outer
+                y[row, t] = scale * torch.einsum("hd,hde->he", a[row, t], carried.to(dtype))
+                total = factor * total + outer
+        totals.append(total)
+    return y, torch.stack(totals)
+
+
+def relative_error(actual, truth):
+    """||actual - truth|| / ||truth||; NaN stays NaN."""
+    truth = truth.double()
+    return float((actual.double() - truth).norm() / truth.norm().clamp_min(1e-30))
+
+
+def check_scan_and_prefix(
+    *, T, D, E, B=1, offsets=None, dtype=torch.float32, segment=None, reverse=False, layout="fused",
+    scale=0.3, initial=True,
+):  # fmt: skip
+    """Both launchers on random operands with every decay, one head each."""
+    H = len(DECAYS)
+    log_decay = torch.tensor(DECAYS)
+    generator = torch.Generator().manual_seed(T + D)
+    if layout == "fused":
+        # q, k, v as slices of one projection.
+        fused = torch.randn(B, T, H, 2 * D + E, generator=generator).to(dtype)
+        a, b, x = fused.split([D, D, E], dim=-1)
+    else:
+        a = torch.randn(T, B, H, D, generator=generator).to(dtype).transpose(0, 1)
+        b = torch.randn(1, T, H, D, generator=generator).to(dtype).expand(B, T, H, D)
+        x = torch.randn(B, H, T, E, generator=generator).to(dtype).transpose(1, 2)
+    documents = documents_of(T, offsets, B)
+    # Transposed in memory, as the states of the backward are.
+    state = torch.randn(len(documents), H, E, D, generator=generator).transpose(-1, -2)
+    if not initial:
+        state = torch.zeros_like(state)
+    common = dict(offsets=offsets, reverse=reverse, segment_length=segment)
+
+    segment_states, total = kernels.prefix_states(
+        b, x, log_decay, scale=scale if reverse else 1.0, **common
+    )
+    y = kernels.scan(
+        a,
+        b,
+        x,
+        log_decay,
+        scale=scale,
+        initial_state=state if initial else None,
+        segment_states=segment_states,
+        **common,
+    )
+    if segment is not None:
+        assert segment_states.shape[0] > 0, "the case was meant to have several segments"
+    assert y.dtype == dtype and y.is_contiguous() and total.dtype == torch.float32
+
+    arguments = (a, b, x, log_decay, scale, state, documents, reverse)
+    want_y, want_total = token_loop(*arguments, torch.float64)
+    if dtype == torch.float32:
+        bound_y = bound_total = FP32_BOUND
+    else:
+        plain_y, plain_total = token_loop(*arguments, dtype)
+        allowance = 3 if reverse else 2
+        bound_y = allowance * relative_error(plain_y, want_y)
+        # The plain version rounds no product of the state; the kernel rounds decayed operands once.
+        bound_total = max(allowance * relative_error(plain_total, want_total), 1e-3)
+    for h in range(H):
+        for name, got, want, bound in (
+            ("y", y[:, :, h], want_y[:, :, h], bound_y),
+            ("total", total[:, h], want_total[:, h], bound_total),
+        ):
+            error = relative_error(got, want)
+            assert error <= bound, f"{name}, decay {DECAYS[h]}: {error:.3g}, allowed {bound:.3g}"
+
+
+def check_no_decay_same_bits():
+    """log_decay None gives the bits of log_decay = 0."""
+    a, b, x = torch.randn(3, 1, 100, 2, 16).unbind()
+    states, totals, outputs = [], [], []
+    for log_decay in (None, torch.zeros(2)):
+        segment_states, total = kernels.prefix_states(b, x, log_decay, segment_length=64)
+        states.append(segment_states)
+        totals.append(total)
+        outputs.append(
+            kernels.scan(
+                a, b, x, log_decay, scale=0.5, segment_states=segment_states, segment_length=64
+            )
+        )
+    for one, other in (states, totals, outputs):
+        assert torch.equal(one, other)
+
+
+def check_gradients():
+    """Scans in exchanged roles are the gradients that autograd finds for the definition."""
+    T, H, D, E, scale = 70, 2, 24, 40, 0.7
+    log_decay = torch.tensor([-0.02, -2.0], dtype=torch.float64)
+    q, k = torch.randn(2, 1, T, H, D, dtype=torch.float64).unbind()
+    v, do = torch.randn(2, 1, T, H, E, dtype=torch.float64).unbind()
+    S0, dS = torch.randn(2, 1, H, D, E, dtype=torch.float64).unbind()
+    leaves = [tensor.requires_grad_() for tensor in (q, k, v, S0)]
+    state, rows = S0, []
+    for t in range(T):
+        state = log_decay.exp()[:, None, None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
+        rows.append(scale * torch.einsum("bhd,bhde->bhe", q[:, t], state))
+    want = torch.autograd.grad((torch.stack(rows, 1), state), leaves, (do, dS))
+
+    q, k, v, do, S0, dS, log_decay = (
+        tensor.detach().float() for tensor in (q, k, v, do, S0, dS, log_decay)
+    )
+    options = dict(segment_length=32)
+    forward, _ = kernels.prefix_states(k, v, log_decay, **options)
+    backward, dS0 = kernels.prefix_states(q, do, log_decay, reverse=True, scale=scale, **options)
+    options["scale"] = scale
+    states = dict(initial_state=S0.mT, segment_states=forward.mT)
+    dq = kernels.scan(do, v, k, log_decay, **states, **options)
+    options["reverse"] = True
+    states = dict(initial_state=dS.mT, segment_states=backward.mT)
+    dk = kernels.scan(v, do, q, log_decay, **states, **options)
+    states = dict(initial_state=dS, segment_states=backward)
+    dv = kernels.scan(k, q, do, log_decay, **states, **options)
+    dS0 = dS0 + (log_decay * T).exp()[:, None, None] * dS
+    for name, got, truth in zip(("dq", "dk", "dv", "dS0"), (dq, dk, dv, dS0), want, strict=True):
+        error = relative_error(got, truth)
+        assert error < FP32_BOUND, f"{name}: {error:.3g}"
+
+
+def check_empty():
+    """No tokens: totals are zero and nothing is launched on an empty grid."""
+    for offsets, documents in ((None, 2), ((0, 0, 0, 0), 3)):
+        empty = torch.empty(1 if offsets else 2, 0, 3, 16)
+        segment_states, total = kernels.prefix_states(empty, empty, None, offsets=offsets)
+        assert segment_states.numel() == 0
+        assert total.shape == (documents, 3, 16, 16) and bool((total == 0).all())
+        y = kernels.scan(
+            empty, empty, empty, None, scale=1.0, initial_state=total, offsets=offsets
+        )
+        assert y.shape == empty.shape
+    no_batch = torch.empty(0, 5, 3, 16)
+    assert kernels.prefix_states(no_batch, no_batch, None)[1].shape == (0, 3, 16, 16)
+
+
+def check_step(D=40, E=72, dtype=torch.float32):
+    """One token against the definition, with a transposed state."""
+    B, H = 3, len(DECAYS)
+    q, k = torch.randn(2, B, 1, H, D).to(dtype).unbind()
+    v = torch.randn(B, H, E, 1).to(dtype).squeeze(-1)
+    q, k = q[:, 0], k[:, 0]
+    state = torch.randn(B, H, E, D).mT
+    before = state.clone()
+    log_decay = torch.tensor(DECAYS)
+    o, new_state = kernels.step(q, k, v, state, log_decay, scale=0.4)
+    factor = log_decay.double().exp()[:, None, None]
+    want_state = factor * state.double() + k.double()[..., None] * v.double()[..., None, :]
+    want = 0.4 * torch.einsum("bhd,bhde->bhe", q.double(), want_state)
+    assert o.dtype == dtype
+    assert relative_error(new_state, want_state) < 1e-6
+    assert relative_error(o, want) < (1e-6 if dtype == torch.float32 else 5e-4)
+    assert torch.equal(state, before), "the caller's state was overwritten"
+
+
+def check_float64_refused():
+    """The message names the dtype seen and those allowed."""
+    q = torch.zeros(1, 4, 1, 16, dtype=torch.float64)
+    for call in (
+        lambda: kernels.prefix_states(q, q, None),
+        lambda: kernels.scan(q, q, q, None, scale=1.0),
+        lambda: kernels.step(q[:, 0], q[:, 0], q[:, 0], torch.zeros(1, 1, 16, 16), None),
+    ):
+        try:
+            call()
+        except ValueError as error:
+            message = str(error)
+        else:
+            raise AssertionError("float64 was accepted")
+        for word in ("float64", "bfloat16", "float16", "float32"):
+            assert word in message, message
+
+
+PACKED = (0, 1, 1, 16, 32, 49, 149)
+LONG_PACKED = (0, 0, 70, 75, 203, 203)
+half = torch.float16
+
+
+def scan_case(**options):
+    return lambda: check_scan_and_prefix(**options)
+
+
+GROUPS = {
+    "dense": {
+        "one token": scan_case(T=1, D=16, E=16),
+        "63 tokens, fused q k v": scan_case(T=63, D=48, E=16),
+        "65 tokens, reverse, expanded batch": scan_case(
+            T=65, D=16, E=40, B=2, reverse=True, layout="views"
+        ),
+        "100 tokens in segments of 64": scan_case(T=100, D=80, E=96, segment=64),
+        "200 tokens in segments of 64, reverse": scan_case(
+            T=200, D=16, E=33, B=2, segment=64, reverse=True
+        ),
+        "head dims 200 and 100": scan_case(T=33, D=200, E=100, initial=False),
+        "head dims 100 and 200, reverse": scan_case(T=33, D=100, E=200, reverse=True),
+        "no decay is decay 0, bit for bit": check_no_decay_same_bits,
+        "no tokens": check_empty,
+        "float64 is refused": check_float64_refused,
+    },
+    "packed": {
+        "short documents": scan_case(T=149, D=16, E=32, offsets=PACKED),
+        "short documents, reverse": scan_case(T=149, D=32, E=16, offsets=PACKED, reverse=True),
+        "documents in segments of 64": scan_case(
+            T=203, D=16, E=32, offsets=LONG_PACKED, segment=64
+        ),
+        "documents in segments of 64, reverse": scan_case(
+            T=203, D=32, E=16, offsets=LONG_PACKED, segment=64, reverse=True
+        ),
+        "segments that no document fills": scan_case(
+            T=149, D=16, E=32, offsets=PACKED, segment=128
+        ),
+    },
+    "fp16": {
+        "100 tokens, four segments": scan_case(T=200, D=48, E=64, dtype=half, segment=64),
+        "100 tokens, four segments, reverse": scan_case(
+            T=200, D=64, E=48, dtype=half, segment=64, reverse=True, layout="views", B=2
+        ),
+        "packed": scan_case(T=149, D=16, E=80, dtype=half, offsets=PACKED),
+        "packed, reverse": scan_case(T=149, D=80, E=16, dtype=half, offsets=PACKED, reverse=True),
+        "head dims 256 and 128": scan_case(T=70, D=256, E=128, dtype=half),
+        "step": lambda: check_step(dtype=half),
+    },
+    "gradients and step": {
+        "dq, dk, dv and the state's gradient": check_gradients,
+        "step": check_step,
+    },
+}
+
+
+def poison_empty():
+    """torch.empty and its kin return NaN, so that an element nobody writes is seen."""
+
+    def poisoned(make):
+        def call(*args, **kwargs):
+            made = make(*args, **kwargs)
+            return made.fill_(float("nan")) if made.is_floating_point() else made
+
+        return call
+
+    torch.empty = poisoned(torch.empty)
+    torch.empty_like = poisoned(torch.empty_like)
+    torch.Tensor.new_empty = poisoned(torch.Tensor.new_empty)
+
+
+def main(group):
+    """Run a group's cases and report on standard output."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    poison_empty()
+    errors = {}
+    for name, case in GROUPS[group].items():
+        try:
+            case()
+            errors[name] = None
+        except Exception:
+            errors[name] = traceback.format_exc()
+    print(json.dumps(errors))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
