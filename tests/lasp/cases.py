@@ -28,7 +28,7 @@ def make_output_grads(o, final_state, seed=1):
     """Random gradients for an output and a state, the same for every implementation."""
     generator = torch.Generator().manual_seed(seed)
     return tuple(
-        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
+        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device, x.dtype)
         for x in (o, final_state)
     )
 

@@ -70,7 +70,11 @@ def state_kernel(
     o_v = o_c[:, None] * stride_vt + o_e[None, :]  # [BC, BE]
     b_state = tl.zeros([BD, BE], dtype=tl.float32)
     num_chunks = tl.cdiv(count, BC)
-    for i_c in range(num_chunks):
+    # Tokens so far from where the state leaves that exp(-104) = 0 in float32 add nothing to it:
+    # heads that forget quickly read a part of the segment only.
+    b_reach = tl.minimum(104.0 / tl.maximum(-b_log_decay, 1e-9), 2.0**30).to(tl.int32)
+    first_chunk = tl.maximum(num_chunks - 2 - b_reach // BC, 0)
+    for i_c in range(first_chunk, num_chunks):
         if REVERSE:
             t = (num_chunks - 1 - i_c) * BC
             m_c = o_c < count - t
