@@ -43,9 +43,7 @@ def run_kernels(kernels, q, k, v, do, S0, dS, log_decay, offsets=None):
     """All results by name, joined as lightning_attention joins them."""
     common = dict(offsets=offsets)
     states, local = kernels.prefix_states(k, v, log_decay, **common)
-    grads, local_grad = kernels.prefix_states(
-        q, do, log_decay, reverse=True, scale=SCALE, **common
-    )
+    grads, local_grad = kernels.prefix_states(q, do, log_decay, reverse=True, scale=SCALE, **common)
     # Per document: what it lets through of the state that enters.
     ends = (0, q.shape[1]) if offsets is None else offsets
     lengths = torch.tensor(ends, device="cuda").diff()
@@ -57,9 +55,7 @@ def run_kernels(kernels, q, k, v, do, S0, dS, log_decay, offsets=None):
         return kernels.scan(a, b, x, log_decay, **options, **common)
 
     return dict(
-        o=kernels.scan(
-            q, k, v, log_decay, initial_state=S0, segment_states=states, **common
-        ),
+        o=kernels.scan(q, k, v, log_decay, initial_state=S0, segment_states=states, **common),
         dq=kernels.scan(
             do, v, k, log_decay, initial_state=S0.mT, segment_states=_mT(states), **common
         ),
@@ -183,9 +179,7 @@ def test_a_million_tokens(kernels):
             k, v, log_decay, reverse=reverse, scale=SCALE if reverse else 1.0
         )
         assert states.numel() > 0
-        y = kernels.scan(
-            q, k, v, log_decay, scale=SCALE, segment_states=states, reverse=reverse
-        )
+        y = kernels.scan(q, k, v, log_decay, scale=SCALE, segment_states=states, reverse=reverse)
         pieces = [operand[0].flip(0) if reverse else operand[0] for operand in (q, k, v)]
         options = dict(log_decay=log_decay, scale=SCALE, reverse=reverse, block=1024)
         want_y, want_total = plain_scan(*pieces, zero, dtype=torch.float64, **options)
@@ -208,9 +202,7 @@ def test_more_than_2_to_31_elements(kernels):
     zero = torch.zeros(heads, D, D, device="cuda")
     for reverse in (False, True):
         states, total = kernels.prefix_states(x, x, log_decay, reverse=reverse)
-        y = kernels.scan(
-            x, x, x, log_decay, scale=1.0, segment_states=states, reverse=reverse
-        )
+        y = kernels.scan(x, x, x, log_decay, scale=1.0, segment_states=states, reverse=reverse)
         # The walk's last tokens: the end of the tensor forward, its beginning in reverse.
         piece = x[0, :near].flip(0) if reverse else x[0, -near:]
         tail = y[0, :64].flip(0) if reverse else y[0, -64:]

@@ -144,9 +144,7 @@ def test_state(key_dim, value_dim, reverse, packed):
 
 def test_combine_prefetches():
     """Loads of later segments are in flight while one is added: the kernel is a chain otherwise."""
-    constants = dict(
-        SIZE=128 * 128, BLOCK=COMBINE_BLOCK, REVERSE=False, PACKED=True, NUM_STAGES=4
-    )
+    constants = dict(SIZE=128 * 128, BLOCK=COMBINE_BLOCK, REVERSE=False, PACKED=True, NUM_STAGES=4)
     compiled = compile_for_hopper(combine_kernel, constants, {"p_documents": "*i64"}, 4, 3)
     assert "cp.async.wait_group" in compiled.asm["ptx"]
     assert spilled_bytes(compiled) == 0

@@ -181,9 +181,7 @@ def check_empty():
         segment_states, total = kernels.prefix_states(empty, empty, None, offsets=offsets)
         assert segment_states.numel() == 0
         assert total.shape == (documents, 3, 16, 16) and bool((total == 0).all())
-        y = kernels.scan(
-            empty, empty, empty, None, scale=1.0, initial_state=total, offsets=offsets
-        )
+        y = kernels.scan(empty, empty, empty, None, scale=1.0, initial_state=total, offsets=offsets)
         assert y.shape == empty.shape
     no_batch = torch.empty(0, 5, 3, 16)
     assert kernels.prefix_states(no_batch, no_batch, None)[1].shape == (0, 3, 16, 16)

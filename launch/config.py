@@ -1,0 +1,405 @@
+"""The configuration: dataclasses, a TOML file, and command-line overrides, in rising precedence.
+
+Every field is a flag: `training.seq_len` is `--training.seq_len` (or `--training.seq-len`). Names
+follow torchtitan and flame.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from launch.errors import ConfigError
+
+__all__ = ["STANDARD_LIBRARY_FOLDER", "Config", "load_config", "read_toml", "to_toml"]
+
+# Shared by all runs started from one folder.
+STANDARD_LIBRARY_FOLDER = "data/stdlib"
+
+
+@dataclass(kw_only=True)
+class Job:
+    config_file: Annotated[str | None, tyro.conf.arg(aliases=["--config"])] = None
+    """TOML file; flags on the command line override what it says."""
+    dump_folder: str = "outputs"
+    """Everything the run writes goes below this folder."""
+    dry_run: bool = False
+    """Print the resolved config, the mesh, tokens per step and memory; take no step."""
+
+
+@dataclass(kw_only=True)
+class Model:
+    preset: str = "tiny"
+    """tiny, 385m, 1b or 7b."""
+    config: str | None = None
+    """JSON file with TNLConfig fields that override the preset."""
+    vocab_size: int | None = None
+    """None: the tokenizer's vocabulary, rounded up to a multiple of 64."""
+    dim: int | None = None
+    """Width. None: the preset's, as for the fields below."""
+    num_layers: int | None = None
+    num_heads: int | None = None
+    glu_dim: int | None = None
+
+
+@dataclass(kw_only=True)
+class Data:
+    source: Literal["stdlib", "folder", "random"] = "stdlib"
+    """stdlib: sources of this Python's standard library. folder: what launch/prepare_data.py wrote.
+    random: random tokens, to measure speed."""
+    folder: str | None = None
+    """train.bin/.idx, val.bin/.idx, meta.json. None with stdlib: data/stdlib, made if missing."""
+
+
+@dataclass(kw_only=True)
+class Training:
+    seq_len: int = 2048
+    """Tokens of one GLOBAL sequence, before it is cut over context_parallel_degree ranks."""
+    varlen: bool = False
+    """Keep documents apart: the state resets at each document's start."""
+    local_batch_size: Annotated[int, tyro.conf.arg(aliases=["--micro-batch-size"])] = 1
+    """Sequences that one data-parallel rank holds at a time."""
+    global_batch_size: int = -1
+    """Sequences per step over all ranks; gradient accumulation follows from it. -1: none."""
+    steps: int = 1000
+    max_norm: float = 1.0
+    """Gradients are clipped to this norm; 0: not clipped."""
+    seed: int = 0
+    """Of the initial weights and the sample order."""
+    mixed_precision_param: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Dtype of the matmuls; weights stay float32. auto: bfloat16 on a GPU, float32 on a CPU."""
+    mixed_precision_reduce: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of gradients on the wire."""
+    loss_chunk_size: int = 2048
+    """Tokens whose logits exist at the same time."""
+    max_nonfinite_steps: int = 3
+    """Stop when this many tries of a step in a row give NaN or infinite loss or gradients."""
+
+
+@dataclass(kw_only=True)
+class Parallelism:
+    data_parallel_replicate_degree: int = -1
+    """Replicas of the model. -1: what the other degrees leave."""
+    data_parallel_shard_degree: int = -1
+    """Ranks that share one copy of the weights (not yet above 1). -1: what is left."""
+    context_parallel_degree: Annotated[int, tyro.conf.arg(aliases=["--sp-size", "--cp-size"])] = 1
+    """Ranks over which one sequence is cut. -1: all that the other degrees leave."""
+    context_parallel_method: Literal["ring", "all_gather", "doubling"] = "ring"
+    """How the d x d states cross ranks."""
+    tensor_parallel_degree: int = 1
+    """Ranks over which one layer is cut (not yet above 1)."""
+
+
+@dataclass(kw_only=True)
+class Optimizer:
+    name: Literal["adamw"] = "adamw"
+    lr: float = 3e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """On matrices only."""
+
+
+@dataclass(kw_only=True)
+class LRScheduler:
+    warmup_steps: int = 100
+    decay_ratio: float | None = None
+    """Part of the steps over which the rate decays, at the end. None: all after the warm-up."""
+    decay_type: Literal["cosine", "linear", "sqrt"] = "cosine"
+    min_lr_factor: float = 0.1
+    """The last step's rate as a part of the peak rate."""
+
+
+@dataclass(kw_only=True)
+class Checkpoint:
+    enable: bool = True
+    folder: str = "checkpoint"
+    """Below dump_folder."""
+    interval: int = 500
+    """Steps between checkpoints; the last step always makes one."""
+    keep_latest_k: int = 3
+    """Valid checkpoints to keep; 0: all."""
+    async_mode: Literal["disabled", "async"] = "disabled"
+    resume: str = "auto"
+    """auto: the newest valid checkpoint, else from scratch. never. must: fail if there is none.
+    PATH: that step folder."""
+
+
+@dataclass(kw_only=True)
+class ActivationCheckpoint:
+    mode: Literal["none", "full"] = "none"
+    """full: recompute each block in the backward (its state exchange is never repeated)."""
+
+
+@dataclass(kw_only=True)
+class Metrics:
+    log_freq: int = 1
+    """Steps between lines."""
+    enable_tensorboard: bool = False
+    enable_wandb: bool = False
+
+
+@dataclass(kw_only=True)
+class Validation:
+    enable: bool = True
+    freq: int = 500
+    """Steps between validations; the last step always makes one."""
+    steps: int = 10
+    """Batches of local_batch_size sequences per data-parallel rank."""
+
+
+@dataclass(kw_only=True)
+class Sample:
+    enable: bool = True
+    """Print a sample of generated text at the end (needs a tokenizer)."""
+    prompt: str = "def "
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    top_k: int = 40
+
+
+@dataclass(kw_only=True)
+class Profiling:
+    enable_profiling: bool = False
+    """Trace steps 5 to 7 into <dump_folder>/profiling."""
+    enable_memory_snapshot: bool = False
+    """Write the allocator's history of steps 5 to 7 there (GPU only)."""
+
+
+@dataclass(kw_only=True)
+class Comm:
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """auto: nccl where every local rank has a GPU, else gloo on CPUs."""
+    init_timeout_seconds: int = 300
+    """For start-up, the first step, checkpoints."""
+    train_timeout_seconds: int = 100
+    """For every later step."""
+
+
+@dataclass(kw_only=True)
+class Config:
+    """The configuration of a training run, section by section."""
+
+    job: Job = field(default_factory=Job)
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    training: Training = field(default_factory=Training)
+    parallelism: Parallelism = field(default_factory=Parallelism)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    metrics: Metrics = field(default_factory=Metrics)
+    validation: Validation = field(default_factory=Validation)
+    sample: Sample = field(default_factory=Sample)
+    profiling: Profiling = field(default_factory=Profiling)
+    comm: Comm = field(default_factory=Comm)
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return Path(self.job.dump_folder, self.checkpoint.folder)
+
+    @property
+    def data_folder(self) -> Path:
+        return Path(self.data.folder or STANDARD_LIBRARY_FOLDER)
+
+
+def load_config(argv: list[str]) -> Config:
+    """The config of a command line: defaults, then its --job.config_file, then its flags.
+
+    Raises:
+        ConfigError: a key, section, flag or value that does not exist or has the wrong type, and
+            values that contradict each other.
+    """
+    config = Config()
+    path = _config_file(argv)
+    if path is not None:
+        read_toml(config, Path(path))
+    _refuse_unknown_flags(argv)
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            config = tyro.cli(Config, default=config, args=argv, prog="launch/train.py")
+    except SystemExit as stop:
+        # --help ends here too, with code 0 and its text on stdout.
+        if not stop.code:
+            raise
+        raise ConfigError(_one_line(captured.getvalue())) from None
+    _check(config)
+    return config
+
+
+def read_toml(config: Config, path: Path) -> None:
+    """Write the values of a TOML file into `config`. Raises ConfigError."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"job.config_file {path}: {error.strerror}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"job.config_file {path} is not TOML: {error}.") from None
+    sections = [each.name for each in dataclasses.fields(Config)]
+    for name, values in table.items():
+        if name not in sections:
+            raise ConfigError(f"{path}: unknown section [{name}]{_hint(name, sections, '[{}]')}")
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: {name} is a section: write [{name}] on a line of its own.")
+        section = getattr(config, name)
+        hints = typing.get_type_hints(type(section))
+        for key, value in values.items():
+            if key not in hints:
+                keys = [f"{name}.{each}" for each in hints]
+                raise ConfigError(
+                    f"{path}: unknown key {name}.{key}{_hint(f'{name}.{key}', keys, '{}')}"
+                )
+            setattr(section, key, _typed(value, hints[key], f"{path}: {name}.{key}"))
+
+
+def to_toml(config: Config) -> str:
+    """The resolved config as a TOML file that `--job.config_file` reads back."""
+    lines: list[str] = []
+    for section in dataclasses.fields(config):
+        lines.append(f"[{section.name}]")
+        for key, value in dataclasses.asdict(getattr(config, section.name)).items():
+            # TOML has no None: a missing key is the default, which None always is.
+            if value is not None:
+                lines.append(f"{key} = {json.dumps(value)}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _config_file(argv: list[str]) -> str | None:
+    for index, argument in enumerate(argv):
+        flag, equals, value = argument.partition("=")
+        if flag.replace("-", "_") in ("__job.config_file", "__config"):
+            if equals:
+                return value
+            return argv[index + 1] if index + 1 < len(argv) else None
+    return None
+
+
+def _refuse_unknown_flags(argv: list[str]) -> None:
+    """One sentence for a misspelt flag, where tyro would print the help of all that resemble it."""
+    known = ["--help", "--config", "--micro-batch-size", "--sp-size", "--cp-size"]
+    for section in dataclasses.fields(Config):
+        for key, annotation in typing.get_type_hints(section.default_factory).items():
+            known.append(f"--{section.name}.{key}")
+            if annotation is bool:
+                known.append(f"--{section.name}.no_{key}")
+    spelt = {flag.replace("-", "_") for flag in known}
+    for argument in argv:
+        flag = argument.partition("=")[0]
+        if flag.startswith("--") and flag.replace("-", "_") not in spelt:
+            raise ConfigError(f"unknown flag {flag}{_hint(flag, known, '{}', 'see --help.')}")
+
+
+def _hint(name: str, known: list[str], form: str, otherwise: str | None = None) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {form.format(close[0])}?"
+    return f"; {otherwise or 'known: ' + ', '.join(map(form.format, known)) + '.'}"
+
+
+def _typed(value: Any, annotation: Any, where: str) -> Any:
+    """`value` if it fits `annotation` (an int fits a float), else ConfigError."""
+    options = (
+        typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    )
+    for option in options:
+        if typing.get_origin(option) is Annotated:
+            option = typing.get_args(option)[0]
+        if typing.get_origin(option) is Literal:
+            if value in typing.get_args(option):
+                return value
+        elif option is float and type(value) in (int, float):
+            return float(value)
+        elif option is not types.NoneType and type(value) is option:
+            return value
+    raise ConfigError(f"{where} is {value!r}, must be {_describe(options)}.")
+
+
+def _describe(options: tuple[Any, ...]) -> str:
+    words = []
+    for option in options:
+        if typing.get_origin(option) is Literal:
+            words.append("one of " + ", ".join(map(repr, typing.get_args(option))))
+        elif option is not types.NoneType:
+            words.append(
+                {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}[
+                    option
+                ]
+            )
+    return " or ".join(words)
+
+
+def _one_line(box: str) -> str:
+    """The sentence in tyro's framed message: between the title and the help of the flag."""
+    rows = [line.strip(" \u2502\u256d\u256e\u2570\u256f\u2500") for line in box.splitlines()]
+    text = " ".join(row for row in rows[1:] if row)
+    return text.split(" Argument helptext:")[0].split(" For full helptext")[0]
+
+
+def _check(config: Config) -> None:
+    """Refuse what no run can mean, whatever the number of processes."""
+    at_least = {
+        1: (
+            "training.seq_len training.local_batch_size training.steps training.loss_chunk_size "
+            "training.max_nonfinite_steps "
+            "parallelism.tensor_parallel_degree checkpoint.interval metrics.log_freq "
+            "validation.freq validation.steps comm.init_timeout_seconds comm.train_timeout_seconds"
+        ),
+        0: (
+            "training.max_norm training.seed optimizer.lr optimizer.weight_decay optimizer.eps "
+            "lr_scheduler.warmup_steps lr_scheduler.min_lr_factor checkpoint.keep_latest_k"
+        ),
+    }
+    for bound, names in at_least.items():
+        for name in names.split():
+            section, key = name.split(".")
+            value = getattr(getattr(config, section), key)
+            # Written so that NaN is refused too.
+            if not value >= bound:
+                raise ConfigError(f"{name} is {value}: it must be at least {bound}.")
+    batch = config.training.global_batch_size
+    if batch != -1 and batch < 1:
+        raise ConfigError(
+            f"training.global_batch_size is {batch}: it must be at least 1 sequence, or -1."
+        )
+    for name in ("beta1", "beta2"):
+        value = getattr(config.optimizer, name)
+        if not 0 <= value < 1:
+            raise ConfigError(f"optimizer.{name} is {value}: it must be in 0 <= {name} < 1.")
+    ratio = config.lr_scheduler.decay_ratio
+    if ratio is not None and not 0 <= ratio <= 1:
+        raise ConfigError(f"lr_scheduler.decay_ratio is {ratio}: it must be in 0..1.")
+    if config.data.source == "folder" and config.data.folder is None:
+        raise ConfigError("data.source is folder: say which one with --data.folder.")
+    _refuse_what_is_not_there_yet(config)
+
+
+def _refuse_what_is_not_there_yet(config: Config) -> None:
+    layout = config.parallelism
+    if layout.tensor_parallel_degree > 1:
+        raise ConfigError(
+            f"parallelism.tensor_parallel_degree is {layout.tensor_parallel_degree}: tensor "
+            "parallelism is not there yet; use 1."
+        )
+    if layout.data_parallel_shard_degree > 1:
+        raise ConfigError(
+            f"parallelism.data_parallel_shard_degree is {layout.data_parallel_shard_degree}: "
+            "sharded data parallelism is not there yet; use "
+            f"--parallelism.data_parallel_replicate_degree {layout.data_parallel_shard_degree}."
+        )
+    if config.checkpoint.async_mode != "disabled":
+        raise ConfigError("checkpoint.async_mode is async: not there yet; use disabled.")

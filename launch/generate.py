@@ -1,0 +1,119 @@
+"""Continue a prompt: `python launch/generate.py --checkpoint outputs/checkpoint --prompt "def "`.
+
+A checkpoint holds all that is needed: weights, model config and tokenizer.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from lasp.tnl import TNL, TNLConfig
+from launch.checkpoint import Checkpoint, CheckpointStore, verify
+from launch.errors import CheckpointError, ConfigError, UserError
+from launch.optimization import load_model_tensors
+from launch.tokenizer import Tokenizer, tokenizer_from_spec
+
+__all__ = ["load_model", "sample_text"]
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    """Continue a prompt with a trained model."""
+
+    checkpoint: Path
+    """A step folder, or the folder of a run's checkpoints (its newest valid one is taken)."""
+    prompt: str = "def "
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    """0: the likeliest token every time."""
+    top_k: int = 40
+    """Sample among so many of the likeliest tokens; 0: all."""
+    seed: int = 0
+    device: str = "auto"
+    """auto: a GPU if there is one."""
+
+
+def load_model(path: Path, device: torch.device) -> tuple[TNL, Tokenizer]:
+    """The model and tokenizer of a checkpoint. Raises CheckpointError."""
+    found: Checkpoint | None
+    if (path / "manifest.json").exists():
+        found = verify(path)
+    else:
+        found, _ = CheckpointStore(path).find("must")
+    assert found is not None
+    state = found.state()
+    if state["tokenizer"] is None:
+        raise CheckpointError(f"{found.path} was trained on tokens without a tokenizer.")
+    with device:
+        model = TNL(TNLConfig(**state["model"]))
+    load_model_tensors(model, found.tensors("model"))
+    return model.eval(), tokenizer_from_spec(state["tokenizer"])
+
+
+def sample_text(
+    model: TNL,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    seed: int,
+) -> str:
+    """The prompt and its continuation, up to an end of document.
+
+    Raises:
+        ConfigError: an option that `TNL.generate` refuses.
+    """
+    device = model.head_weight.device
+    # An empty prompt is the start of a document: what follows the end of another.
+    tokens = tokenizer.encode(prompt).tolist() or [tokenizer.eod_id]
+    try:
+        out = model.generate(
+            torch.tensor([tokens], device=device),
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k or None,
+            eos_token_id=tokenizer.eod_id,
+            generator=torch.Generator(device).manual_seed(seed),
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    new = out[0, len(tokens) :].tolist()
+    if tokenizer.eod_id in new:
+        new = new[: new.index(tokenizer.eod_id)]
+    # Decoded together: a character may be cut by the border.
+    return tokenizer.decode(tokens + new)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Generate as the command line says; the exit code."""
+    arguments = tyro.cli(Arguments, args=argv, prog="launch/generate.py")
+    name = arguments.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model, tokenizer = load_model(arguments.checkpoint, torch.device(name))
+        text = sample_text(
+            model,
+            tokenizer,
+            arguments.prompt,
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            seed=arguments.seed,
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,213 @@
+"""What a run says about itself: one line per step, metrics.jsonl, a loss curve.
+
+All numbers are of the whole job. Loss is the sum over all valid tokens divided by their number,
+tokens are counted once whatever the layout, mfu counts the linear-attention FLOPs of the model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from launch.config import Config
+
+__all__ = ["MetricsLog", "Speedometer", "format_line", "loss_metrics", "peak_flops", "plot_loss"]
+
+# Dense bfloat16, in FLOP/s, by a part of the device's name.
+_PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bfloat16 FLOP/s, None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for key, flops in _PEAK_FLOPS.items() if key in name), None)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak GiB: what the allocator reserved on a GPU, the resident set of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    # Linux counts in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def loss_metrics(loss: float, bytes_per_token: float | None) -> dict[str, float]:
+    """loss in nats per token, perplexity, and bits per byte where the bytes are known."""
+    # exp overflows above 709; a perplexity of e^50 says the same.
+    metrics = {"loss": loss, "ppl": math.exp(min(loss, 50.0))}
+    if bytes_per_token:
+        metrics["bpb"] = loss / math.log(2) / bytes_per_token
+    return metrics
+
+
+class Speedometer:
+    """Tokens per second, mfu and time left, over the steps since it was last read.
+
+    Args:
+        tokens_per_step: tokens of the whole job, each counted once.
+        flops_per_token: model FLOPs, forward and backward.
+        world_size: devices.
+        peak: FLOP/s of one device; None leaves mfu out.
+    """
+
+    def __init__(
+        self, tokens_per_step: int, flops_per_token: float, world_size: int, peak: float | None
+    ) -> None:
+        self._tokens_per_step = tokens_per_step
+        self._flops_per_token = flops_per_token
+        self._world_size = world_size
+        self._peak = peak
+        self._began = time.perf_counter()
+        self._seconds = 0.0
+        self._steps = 0
+        self._recent: float | None = None
+
+    def add_step(self, seconds: float) -> None:
+        """One step took `seconds` (validation and checkpoints are not part of it)."""
+        self._seconds += seconds
+        self._steps += 1
+
+    def read(self, steps_left: int) -> dict[str, float]:
+        """Rates since the last call, elapsed seconds of this process, seconds still needed."""
+        per_step = self._seconds / max(self._steps, 1)
+        self._seconds, self._steps = 0.0, 0
+        # Smoothed, so that one slow step does not swing the estimate.
+        self._recent = per_step if self._recent is None else 0.9 * self._recent + 0.1 * per_step
+        rate = self._tokens_per_step / per_step if per_step else 0.0
+        metrics = {"tok/s": rate, "tok/s/gpu": rate / self._world_size}
+        if self._peak:
+            done = rate * self._flops_per_token
+            metrics["mfu"] = done / (self._peak * self._world_size)
+        metrics["elapsed"] = time.perf_counter() - self._began
+        metrics["eta"] = self._recent * steps_left
+        return metrics
+
+
+def format_line(metrics: dict[str, Any], steps: int) -> str:
+    """The line of one step."""
+    parts = [f"step: {metrics['step']}/{steps}", f"loss: {metrics['loss']:.4f}"]
+    parts.append(f"ppl: {metrics['ppl']:.2f}")
+    if "bpb" in metrics:
+        parts.append(f"bpb: {metrics['bpb']:.4f}")
+    parts += [f"grad_norm: {metrics['grad_norm']:.4f}", f"lr: {metrics['lr']:.3e}"]
+    parts += [f"tok/s: {metrics['tok/s']:,.0f}", f"tok/s/gpu: {metrics['tok/s/gpu']:,.0f}"]
+    if "mfu" in metrics:
+        parts.append(f"mfu: {metrics['mfu']:.1%}")
+    parts.append(f"memory: {metrics['memory']:.2f}GiB")
+    parts.append(f"[{_clock(metrics['elapsed'])}<{_clock(metrics['eta'])}]")
+    return "  ".join(parts)
+
+
+class MetricsLog:
+    """metrics.jsonl, and TensorBoard or W&B where they are switched on.
+
+    Args:
+        config: of the run.
+        resumed_step: lines after it are dropped: those steps will be taken again.
+    """
+
+    def __init__(self, config: Config, resumed_step: int) -> None:
+        folder = Path(config.job.dump_folder)
+        self.path = folder / "metrics.jsonl"
+        _drop_after(self.path, resumed_step)
+        self.path.touch()
+        self._failed = False
+        self._tensorboard = self._wandb = None
+        if config.metrics.enable_tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(folder / "tb", purge_step=resumed_step + 1)
+        if config.metrics.enable_wandb:
+            import wandb
+
+            self._wandb = wandb.init(dir=str(folder), resume="allow")
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """Append one step."""
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics) + "\n")
+        except OSError as error:
+            # A full disk costs the record, not the run.
+            if not self._failed:
+                print(f"warning: {self.path} cannot be written: {error}", flush=True)
+            self._failed = True
+        step = metrics["step"]
+        numbers = {key: value for key, value in metrics.items() if key != "step"}
+        if self._tensorboard is not None:
+            for key, value in numbers.items():
+                self._tensorboard.add_scalar(key, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+
+    def close(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def plot_loss(metrics_path: Path) -> Path | None:
+    """Draw training and validation loss over steps beside metrics.jsonl; the picture's path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = _read(metrics_path)
+    if not records:
+        return None
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    axes.plot([each["step"] for each in records], [each["loss"] for each in records], label="train")
+    validated = [each for each in records if "val_loss" in each]
+    if validated:
+        axes.plot(
+            [each["step"] for each in validated],
+            [each["val_loss"] for each in validated],
+            "o-",
+            label="validation",
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = metrics_path.with_name("loss.png")
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+    return path
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a torn last line is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = [each for each in _read(path) if each["step"] <= step]
+    staging = path.with_name(f".{path.name}-{os.getpid()}")
+    staging.write_text("".join(json.dumps(each) + "\n" for each in kept), encoding="utf-8")
+    os.replace(staging, path)
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02d}:{second:02d}"

@@ -1,0 +1,134 @@
+"""The numbers of a run that follow from its config: model, batch, accumulation, memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lasp.tnl import TNLConfig
+from launch.errors import ConfigError
+
+if TYPE_CHECKING:
+    from launch.config import Config
+    from launch.tokenizer import Tokenizer
+    from launch.world import Place
+
+__all__ = ["Batching", "autocast_dtype", "batching", "describe", "model_config"]
+
+# The vocabulary is padded to whole tiles of the head's matmul.
+_VOCAB_MULTIPLE = 64
+
+
+@dataclass(frozen=True)
+class Batching:
+    """Sequences of one step.
+
+    Attributes:
+        global_batch_size: sequences of a step over the whole job.
+        accumulation: micro-batches that each rank runs per step.
+        tokens_per_step: tokens of the whole job, each counted once.
+    """
+
+    global_batch_size: int
+    accumulation: int
+    tokens_per_step: int
+
+
+def batching(config: Config, place: Place) -> Batching:
+    """How a step's sequences are spread. Raises ConfigError, with the equation, if they cannot."""
+    local, dp = config.training.local_batch_size, place.dims.dp
+    wanted = config.training.global_batch_size
+    if wanted == -1:
+        wanted = local * dp
+    accumulation, rest = divmod(wanted, local * dp)
+    if rest or not accumulation:
+        raise ConfigError(
+            f"training.global_batch_size {wanted} is not a multiple of local_batch_size {local} x "
+            f"data-parallel ranks {dp} = {local * dp}: use "
+            f"{max(1, round(wanted / (local * dp))) * local * dp}."
+        )
+    if config.training.varlen and place.dims.cp > 1:
+        raise ConfigError(
+            f"training.varlen with a sequence cut over {place.dims.cp} ranks is not there yet: use "
+            "--parallelism.context_parallel_degree 1, or --training.no-varlen."
+        )
+    if config.training.varlen and local != 1:
+        raise ConfigError(
+            f"training.varlen packs documents into one sequence: local_batch_size is {local}, use "
+            f"1 (and global_batch_size {wanted} for the same step)."
+        )
+    return Batching(wanted, accumulation, wanted * config.training.seq_len)
+
+
+def model_config(config: Config, tokenizer: Tokenizer | None) -> TNLConfig:
+    """The preset, overridden by model.config, by the tokenizer's vocabulary, by model.*.
+
+    Raises:
+        ConfigError: an unknown preset or field, or a vocabulary that the tokenizer does not fit.
+    """
+    wanted = config.model
+    overrides = {}
+    if tokenizer is not None:
+        overrides["vocab_size"] = -(-tokenizer.vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+    if wanted.config is not None:
+        try:
+            overrides |= json.loads(Path(wanted.config).read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(f"model.config {wanted.config}: {error}.") from None
+    for name in ("vocab_size", "dim", "num_layers", "num_heads", "glu_dim"):
+        value = getattr(wanted, name)
+        if value is not None:
+            overrides[name] = value
+    try:
+        resolved = TNLConfig.preset(wanted.preset, **overrides)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"model: {error}") from None
+    if tokenizer is not None and resolved.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {resolved.vocab_size}, the tokenizer has {tokenizer.vocab_size} "
+            "tokens: leave model.vocab_size out, or make it at least that."
+        )
+    return resolved
+
+
+def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
+    """What the matmuls run in, None for the weights' own float32."""
+    wanted = config.training.mixed_precision_param
+    if wanted == "auto":
+        wanted = "bfloat16" if device.type == "cuda" else "float32"
+    return None if wanted == "float32" else torch.bfloat16
+
+
+def describe(config: Config, place: Place, model: TNLConfig, batch: Batching) -> str:
+    """What a user should know before the first step."""
+    training, dims = config.training, place.dims
+    parameters = model.num_parameters()
+    shards = f"{dims.cp} ranks ({config.parallelism.context_parallel_method})"
+    dtype = autocast_dtype(config, place.device) or torch.float32
+    shape = ", ".join(
+        f"{field.name} {getattr(model, field.name)}" for field in dataclasses.fields(model)[:5]
+    )
+    lines = {
+        "model": f"{config.model.preset}: {parameters:,} parameters ({shape})",
+        "mesh": f"{dims.equation} ({place.backend}, {place.device.type}, {dtype})",
+        "sequence": f"{training.seq_len:,} tokens over {shards}",
+        "batch": (
+            f"{batch.tokens_per_step:,} tokens per step = {batch.global_batch_size} sequences = "
+            f"accumulation {batch.accumulation} x local batch {training.local_batch_size} x "
+            f"data-parallel {dims.dp}"
+        ),
+        # float32 weights, gradients and two moments.
+        "memory": (
+            f"{16 * parameters / 2**30:.2f} GiB per rank for weights, gradients and moments, "
+            f"{4 * min(training.loss_chunk_size, training.seq_len) * model.vocab_size / 2**30:.2f} "
+            "GiB for a chunk of logits; activations come on top"
+        ),
+        "data": "random tokens" if config.data.source == "random" else str(config.data_folder),
+        "checkpoints": str(config.checkpoint_folder) if config.checkpoint.enable else "none",
+    }
+    return "\n".join(f"{name + ':':<13}{text}" for name, text in lines.items())

@@ -1,0 +1,112 @@
+"""Text to tokens and back: bytes by default, or a BPE trained on the spot. Nothing is downloaded.
+
+A tokenizer is described by a `spec`, plain JSON that travels in the data's meta.json and in every
+checkpoint, so that neither needs a file from elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from tokenizers import Tokenizer as _Tokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from launch.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["BPETokenizer", "ByteTokenizer", "Tokenizer", "tokenizer_from_spec", "train_bpe"]
+
+_END_OF_DOCUMENT = "<|end_of_document|>"
+_PADDING = "<|padding|>"
+
+
+class Tokenizer(Protocol):
+    """What the launcher needs of a tokenizer.
+
+    Attributes:
+        vocab_size: tokens, the special ones included.
+        eod_id: ends every document.
+        pad_id: stands for no text; as a label it is ignored.
+    """
+
+    vocab_size: int
+    eod_id: int
+    pad_id: int
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of `text`, [n] int64, without special tokens."""
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of `tokens`; special tokens vanish, broken UTF-8 becomes U+FFFD."""
+
+    def spec(self) -> dict[str, Any]:
+        """JSON from which `tokenizer_from_spec` makes an equal tokenizer."""
+
+
+class ByteTokenizer:
+    """Token = byte of the UTF-8 text; 256 ends a document, 257 pads."""
+
+    vocab_size = 258
+    eod_id = 256
+    pad_id = 257
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return bytes(token for token in tokens if token < 256).decode("utf-8", errors="replace")
+
+    def spec(self) -> dict[str, Any]:
+        return {"kind": "byte"}
+
+
+class BPETokenizer:
+    """Byte-level BPE, exact on any UTF-8 text."""
+
+    def __init__(self, tokenizer: _Tokenizer) -> None:
+        # Text that looks like a special token is text.
+        tokenizer.encode_special_tokens = True
+        self._tokenizer = tokenizer
+        self.vocab_size = tokenizer.get_vocab_size()
+        self.eod_id = tokenizer.token_to_id(_END_OF_DOCUMENT)
+        self.pad_id = tokenizer.token_to_id(_PADDING)
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._tokenizer.encode(text).ids, dtype=np.int64)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return self._tokenizer.decode(list(tokens))
+
+    def spec(self) -> dict[str, Any]:
+        return {"kind": "bpe", "tokenizer": json.loads(self._tokenizer.to_str())}
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+    """A byte-level BPE of at most `vocab_size` tokens; 258 (bytes and two specials) at least."""
+    if vocab_size < 258:
+        raise DataError(f"vocab_size is {vocab_size}: a byte-level BPE needs at least 258.")
+    tokenizer = _Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[_END_OF_DOCUMENT, _PADDING],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return BPETokenizer(tokenizer)
+
+
+def tokenizer_from_spec(spec: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that `spec` describes. Raises DataError on a spec it does not know."""
+    kind = spec.get("kind")
+    if kind == "byte":
+        return ByteTokenizer()
+    if kind == "bpe":
+        return BPETokenizer(_Tokenizer.from_str(json.dumps(spec["tokenizer"])))
+    raise DataError(f"tokenizer kind {kind!r}: known are 'byte' and 'bpe'.")

@@ -1,0 +1,392 @@
+"""Train a TransNormerLLM on sequences cut over ranks.
+
+    torchrun --nproc_per_node 2 launch/train.py --job.config_file launch/configs/quickstart.toml
+
+Every flag of `launch/config.py` overrides the file. Exit codes: 0 done; 75 stopped by SIGTERM with
+a checkpoint saved (run the same command again); 70 a damaged or foreign checkpoint; 72 NaN or
+infinite loss; 73 a config or data that cannot be trained on; 74 the last checkpoint could not be
+written. torchrun itself exits with 1 and shows the ranks' codes. With --max_restarts, set
+TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: otherwise a restarted job may meet the addresses of the one
+before it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lasp import SequenceShard
+from lasp.tnl import TNL
+from launch import random_state
+from launch.checkpoint import Checkpoint, CheckpointStore
+from launch.config import Config, load_config, to_toml
+from launch.data import (
+    DataFolder,
+    RandomSource,
+)
+from launch.errors import (
+    REQUEUE,
+    CheckpointError,
+    ConfigError,
+    EchoError,
+    NonFiniteError,
+    UserError,
+)
+from launch.generate import sample_text
+from launch.metrics import (
+    MetricsLog,
+    Speedometer,
+    format_line,
+    loss_metrics,
+    peak_flops,
+    peak_memory,
+    plot_loss,
+)
+from launch.optimization import (
+    build_optimizer,
+    load_model_tensors,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
+from launch.plan import Batching, autocast_dtype, batching, describe, model_config
+from launch.prepare_data import prepare
+from launch.profiling import profiled
+from launch.step import LossModel, Outcome, Run, step_indices, take_step, validate
+from launch.tokenizer import ByteTokenizer, Tokenizer
+from launch.world import Place, World, find_place, open_world
+from parallel.data import replicate
+from parallel.recompute import checkpointed
+
+_DISK_FAILED = 74
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line; the exit code."""
+    is_first = os.environ.get("RANK", "0") == "0"
+    try:
+        config = load_config(argv)
+        place = find_place(config)
+        batch = batching(config, place)
+        if config.job.dry_run:
+            if is_first:
+                print(dry_run(config, place, batch))
+            return 0
+    except UserError as error:
+        # Every rank sees the same config: one of them says so.
+        if is_first:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    try:
+        with open_world(place, config) as world:
+            return train(config, world, batch)
+    except EchoError as error:
+        return error.exit_code
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+def dry_run(config: Config, place: Place, batch: Batching) -> str:
+    """The resolved config and the plan; nothing is written, no socket opened."""
+    tokenizer: Tokenizer | None = None
+    if config.data.source == "folder":
+        tokenizer = DataFolder(config.data_folder).tokenizer
+    elif config.data.source == "stdlib":
+        tokenizer = ByteTokenizer()
+    return f"{to_toml(config)}\n{describe(config, place, model_config(config, tokenizer), batch)}"
+
+
+def train(config: Config, world: World, batch: Batching) -> int:
+    """From an opened world to the last checkpoint; the exit code."""
+    run = set_up(config, world, batch)
+    found, refused = find_checkpoint(run)
+    if found is not None:
+        world.agree(lambda: resume(run, found))
+    if world.is_first:
+        print(describe(config, world.place, run.model.config, batch))
+        for reason in refused:
+            print(f"refused:     {reason}")
+        print(f"resume:      {found.path if found else 'from scratch'}", flush=True)
+    log = MetricsLog(config, run.step) if world.is_first else None
+    stop_requested = catch_sigterm()
+    code = take_steps(run, log, stop_requested)
+    if log is not None:
+        log.close()
+        picture = plot_loss(log.path)
+        print(f"metrics: {log.path}  loss curve: {picture}", flush=True)
+        if code == 0 and config.sample.enable and run.tokenizer is not None:
+            print_sample(run)
+    return code
+
+
+def set_up(config: Config, world: World, batch: Batching) -> Run:
+    """Folders, data, model and optimizer."""
+    training = config.training
+    world.first_decides(lambda: make_folders(config))
+    if config.data.source == "stdlib":
+        world.first_decides(lambda: prepare_library(config))
+    tokenizer, model_shape, train_source, val_source = world.agree(lambda: open_data(config))
+
+    torch.manual_seed(training.seed)
+    with world.device:
+        model = TNL(model_shape)
+    if config.activation_checkpoint.mode == "full":
+        for block in model.blocks:
+            checkpointed(block)
+    loss_model = LossModel(model, training.loss_chunk_size, autocast_dtype(config, world.device))
+    trained: nn.Module = loss_model
+    if world.gradient_group is not None:
+        trained = replicate(
+            loss_model,
+            world.gradient_group,
+            reduce_dtype=getattr(torch, training.mixed_precision_reduce),
+        )
+    return Run(
+        config=config,
+        world=world,
+        batching=batch,
+        tokenizer=tokenizer,
+        train_source=train_source,
+        val_source=val_source,
+        shard=SequenceShard.split(
+            training.seq_len, world.cp_group, config.parallelism.context_parallel_method
+        ),
+        model=model,
+        loss_model=loss_model,
+        trained=trained,
+        optimizer=build_optimizer(model, config),
+        store=CheckpointStore(config.checkpoint_folder, config.checkpoint.keep_latest_k),
+    )
+
+
+def make_folders(config: Config) -> None:
+    """dump_folder and the config it runs with. Raises ConfigError if it cannot be written."""
+    folder = Path(config.job.dump_folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"job.dump_folder {folder} cannot be written: {error}.") from None
+
+
+def prepare_library(config: Config) -> None:
+    """Tokenize the standard library, unless an earlier run did."""
+    if not config.data_folder.exists():
+        print(f"preparing the standard library's sources in {config.data_folder}", flush=True)
+        prepare(config.data_folder)
+
+
+def open_data(config: Config):
+    """(tokenizer, model config, training samples, validation samples or None)."""
+    seq_len, seed = config.training.seq_len, config.training.seed
+    if config.data.source == "random":
+        shape = model_config(config, None)
+        source = RandomSource(seq_len, shape.vocab_size, seed)
+        held_out = RandomSource(seq_len, shape.vocab_size, seed + 1)
+        return None, shape, source, held_out if config.validation.enable else None
+    folder = DataFolder(config.data_folder)
+    shape = model_config(config, folder.tokenizer)
+    source = folder.source("train", seq_len, shape.vocab_size)
+    held_out = None
+    if config.validation.enable:
+        held_out = folder.source("val", seq_len, shape.vocab_size)
+    return folder.tokenizer, shape, source, held_out
+
+
+def find_checkpoint(run: Run) -> tuple[Checkpoint | None, list[str]]:
+    """What to resume from, as rank 0 sees it, and why newer checkpoints were refused."""
+    checkpoint = run.config.checkpoint
+    if not checkpoint.enable:
+        return None, []
+
+    def find() -> list[Any]:
+        found, refused = run.store.find(checkpoint.resume)
+        return [None if found is None else [str(found.path), found.step], refused]
+
+    found, refused = run.world.first_decides(find)
+    return (None if found is None else Checkpoint(Path(found[0]), found[1])), refused
+
+
+def resume(run: Run, found: Checkpoint) -> None:
+    """Continue from a verified checkpoint, on any number of ranks.
+
+    Raises:
+        CheckpointError: it is of another model, or this rank cannot read it.
+    """
+    try:
+        state = found.state()
+        weights, moments = found.tensors("model"), found.tensors("optimizer")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{found.path} cannot be read on every rank: {error}.") from None
+    load_model_tensors(run.model, weights)
+    load_optimizer_tensors(run.model, run.optimizer, moments)
+    run.step, run.consumed = state["step"], state["consumed_samples"]
+    run.saved_step = run.step if found.path.parent == run.store.folder else None
+    world = run.world
+    random_state.restore(state["random"], world.rank, world.dims.world_size, world.device)
+    order = sample_identity(run)
+    if order != state["sample_identity"] and world.is_first:
+        print(f"warning: samples were {state['sample_identity']}, are {order}: another order")
+
+
+def take_steps(run: Run, log: MetricsLog | None, stop_requested: list[int]) -> int:
+    """Train to the last step, or to the step at which a rank was asked to stop."""
+    config, world = run.config, run.world
+    steps = config.training.steps
+    speed = Speedometer(
+        run.batching.tokens_per_step,
+        run.model.config.flops_per_token(training=True),
+        world.dims.world_size,
+        peak_flops(world.device),
+    )
+    nonfinite_tries, warm = 0, False
+    with profiled(config, world) as after_step:
+        while run.step < steps:
+            began = time.perf_counter()
+            outcome = take_step(run, bool(stop_requested))
+            if outcome.loss is None:
+                nonfinite_tries += 1
+                report_nonfinite(run, nonfinite_tries, outcome)
+            else:
+                nonfinite_tries = 0
+                speed.add_step(time.perf_counter() - began)
+                after_step()
+                if not warm:
+                    world.set_timeout(config.comm.train_timeout_seconds)
+                    warm = True
+                report_step(run, log, outcome, speed)
+            done = run.step == steps or outcome.stop_requested
+            due = outcome.loss is not None and run.step % config.checkpoint.interval == 0
+            if (done or due) and config.checkpoint.enable and run.step != run.saved_step:
+                saved = save(run)
+                if done and not saved:
+                    return _DISK_FAILED
+            if outcome.stop_requested and run.step < steps:
+                if world.is_first:
+                    print(f"stopped by SIGTERM after step {run.step}: run the command again")
+                return REQUEUE
+    return 0
+
+
+def report_step(run: Run, log: MetricsLog | None, outcome: Outcome, speed: Speedometer) -> None:
+    """Validate where it is due; print and record the step where that is due."""
+    config, step, steps = run.config, run.step, run.config.training.steps
+    val_loss = None
+    if run.val_source is not None and (step % config.validation.freq == 0 or step == steps):
+        with run.world.patience(config):
+            val_loss = validate(run)
+    if log is None or (step % config.metrics.log_freq and step != steps and val_loss is None):
+        return
+    metrics: dict[str, Any] = {
+        "step": step,
+        **loss_metrics(outcome.loss, run.train_source.bytes_per_token),
+        "grad_norm": outcome.grad_norm,
+        "lr": run.optimizer.param_groups[0]["lr"],
+        **speed.read(steps - step),
+        "memory": peak_memory(run.world.device),
+        "tokens": step * run.batching.tokens_per_step,
+    }
+    print(format_line(metrics, steps), flush=True)
+    if val_loss is not None:
+        measured = loss_metrics(val_loss, run.val_source.bytes_per_token)
+        metrics |= {f"val_{name}": value for name, value in measured.items()}
+        text = "  ".join(f"{name}: {value:.4f}" for name, value in measured.items())
+        print(f"validation at step {step}:  {text}", flush=True)
+    log.write(metrics)
+
+
+def report_nonfinite(run: Run, tries: int, outcome: Outcome) -> None:
+    """Say that a step was not taken; end the run when it keeps failing, on every rank alike."""
+    limit = run.config.training.max_nonfinite_steps
+    text = (
+        f"step {run.step + 1}: loss or gradients are NaN or infinite (gradient norm "
+        f"{outcome.grad_norm}), nothing was changed; try {tries} of {limit}, samples "
+        f"{step_indices(run)[:8]}"
+    )
+    if tries >= limit:
+        run.world.fail(NonFiniteError(text))
+    if run.world.is_first:
+        print(f"warning: {text}", flush=True)
+
+
+def save(run: Run) -> bool:
+    """Write a checkpoint on rank 0; False (on every rank) if the disk refused."""
+    world = run.world
+    states = world.gather(random_state.capture(world.device))
+
+    def write() -> str | None:
+        state = {
+            "step": run.step,
+            "consumed_samples": run.consumed,
+            "sample_identity": sample_identity(run),
+            "random": states,
+            "model": dataclasses.asdict(run.model.config),
+            "tokenizer": None if run.tokenizer is None else run.tokenizer.spec(),
+            "config": to_toml(run.config),
+        }
+        tensors = {
+            "model": dict(run.model.state_dict()),
+            "optimizer": optimizer_tensors(run.model, run.optimizer),
+        }
+        try:
+            path = run.store.save(run.step, tensors, state)
+        except OSError as error:
+            run.failed_saves += 1
+            print(f"warning: checkpoint {run.failed_saves} not written: {error}", flush=True)
+            return None
+        print(f"checkpoint: {path}", flush=True)
+        return str(path)
+
+    with world.patience(run.config):
+        written = world.first_decides(write) is not None
+    if written:
+        run.saved_step = run.step
+    return written
+
+
+def sample_identity(run: Run) -> list[int]:
+    """What the order of samples depends on besides the position."""
+    training = run.config.training
+    return [training.seed, training.seq_len, run.train_source.num_samples]
+
+
+def catch_sigterm() -> list[int]:
+    """Fills up with the signals that asked this process to stop.
+
+    The handler only takes note: all ranks agree on a step to stop at, in `take_step`.
+    """
+    received: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    return received
+
+
+def print_sample(run: Run) -> None:
+    """Continue the sample prompt, to see what was learnt."""
+    wanted = run.config.sample
+    text = sample_text(
+        run.model,
+        run.tokenizer,
+        wanted.prompt,
+        max_new_tokens=wanted.max_new_tokens,
+        temperature=wanted.temperature,
+        top_k=wanted.top_k,
+        seed=run.config.training.seed,
+    )
+    print(f"sample of step {run.step}:\n{text}", flush=True)
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not through the interpreter's shutdown: a gloo thread that drops the tensor of the last
+    # collective during it aborts the process, and a finished job would be reported as failed.
+    os._exit(code)

@@ -1,0 +1,186 @@
+"""This process among the ranks of the job: who it is, its device, and what all ranks agree on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from launch.errors import ConfigError, EchoError, UserError
+from parallel.mesh import ParallelDims, build_mesh, gradient_group
+
+if TYPE_CHECKING:
+    from torch.distributed import DeviceMesh, ProcessGroup
+
+    from launch.config import Config
+
+__all__ = ["Place", "World", "find_place", "open_world"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the environment and the config say before any socket opens."""
+
+    rank: int
+    local_rank: int
+    backend: str
+    device: torch.device
+    dims: ParallelDims
+
+    @property
+    def dp_rank(self) -> int:
+        return self.dims.dp_rank(self.rank)
+
+
+def find_place(config: Config) -> Place:
+    """This rank's place, from torchrun's variables and the config.
+
+    Raises:
+        ConfigError: degrees that do not multiply to the number of processes, or a backend that this
+            machine cannot run.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    layout = config.parallelism
+    try:
+        dims = ParallelDims.resolve(
+            size,
+            dp_replicate=layout.data_parallel_replicate_degree,
+            dp_shard=layout.data_parallel_shard_degree,
+            cp=layout.context_parallel_degree,
+            tp=layout.tensor_parallel_degree,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if dims.dp_shard > 1:
+        raise ConfigError(
+            f"parallelism.data_parallel_shard_degree -1 leaves {dims.dp_shard} ranks, and sharded "
+            "data parallelism is not there yet: leave data_parallel_replicate_degree at -1."
+        )
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    backend = config.comm.backend
+    if backend == "nccl" and gpus < local_size:
+        raise ConfigError(
+            f"comm.backend is nccl, but this machine has {gpus} GPUs for {local_size} processes: "
+            "start fewer, or use --comm.backend gloo."
+        )
+    if backend == "auto":
+        backend = "nccl" if gpus >= local_size else "gloo"
+    device = torch.device("cuda", local_rank) if backend == "nccl" else torch.device("cpu")
+    return Place(rank, local_rank, backend, device, dims)
+
+
+class World:
+    """The ranks of a running job. With one process there is no process group at all."""
+
+    def __init__(self, place: Place, mesh: DeviceMesh | None) -> None:
+        self.place = place
+        self.rank = place.rank
+        self.device = place.device
+        self.dims = place.dims
+        self.is_first = place.rank == 0
+        self.cp_group: ProcessGroup | None = None
+        self.gradient_group: ProcessGroup | None = None
+        if mesh is not None:
+            self.gradient_group = gradient_group(mesh)
+            if place.dims.cp > 1:
+                self.cp_group = mesh["cp"].get_group()
+
+    def total(self, *values: float, dtype: torch.dtype) -> list[float]:
+        """The sums of `values` over all ranks, one small reduction."""
+        vector = torch.tensor(values, dtype=dtype, device=self.device)
+        if self.gradient_group is not None:
+            dist.all_reduce(vector)
+        return vector.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value` (JSON), in rank order, on every rank."""
+        if self.gradient_group is None:
+            return [value]
+        payload = json.dumps(value).encode()
+        length = torch.tensor([len(payload)], device=self.device)
+        lengths = [torch.zeros_like(length) for _ in range(self.dims.world_size)]
+        dist.all_gather(lengths, length)
+        longest = int(max(lengths))
+        padded = torch.frombuffer(bytearray(payload.ljust(longest)), dtype=torch.uint8)
+        padded = padded.to(self.device)
+        everyone = [torch.zeros_like(padded) for _ in lengths]
+        dist.all_gather(everyone, padded)
+        return [json.loads(bytes(each.tolist())) for each in everyone]
+
+    def agree(self, function: Callable[[], T]) -> T:
+        """Run `function` on every rank; a UserError on any rank ends all of them.
+
+        The first rank that found a problem raises its own error, the others an EchoError.
+        """
+        result: T | None = None
+        problem: UserError | None = None
+        try:
+            result = function()
+        except UserError as error:
+            problem = error
+        reports = self.gather(None if problem is None else [str(problem), problem.exit_code])
+        bad = [rank for rank, report in enumerate(reports) if report is not None]
+        if not bad:
+            return result
+        if bad[0] == self.rank:
+            raise problem
+        message, code = reports[bad[0]]
+        raise EchoError(message, code)
+
+    def first_decides(self, function: Callable[[], T]) -> T:
+        """Run `function` on rank 0; its JSON result, or its UserError, on every rank."""
+        result = self.agree(lambda: function() if self.is_first else None)
+        return self.gather(result)[0]
+
+    def fail(self, error: UserError) -> NoReturn:
+        """Raise a problem that every rank has found: rank 0 tells, the others end quietly."""
+        raise error if self.is_first else EchoError(str(error), error.exit_code)
+
+    def set_timeout(self, seconds: int) -> None:
+        """The time after which a collective that does not come back is an error."""
+        if self.gradient_group is None:
+            return
+        limit = timedelta(seconds=seconds)
+        groups = {None, self.gradient_group, self.cp_group}
+        for group in groups:
+            dist.distributed_c10d._set_pg_timeout(limit, group)
+
+    @contextlib.contextmanager
+    def patience(self, config: Config) -> Iterator[None]:
+        """Allow init_timeout_seconds while one rank works and the others wait."""
+        self.set_timeout(config.comm.init_timeout_seconds)
+        try:
+            yield
+        finally:
+            self.set_timeout(config.comm.train_timeout_seconds)
+
+
+@contextlib.contextmanager
+def open_world(place: Place, config: Config) -> Iterator[World]:
+    """The process group and mesh of the job, closed whatever happens."""
+    if place.device.type == "cuda":
+        torch.cuda.set_device(place.device)
+    if place.dims.world_size == 1:
+        yield World(place, None)
+        return
+    limit = timedelta(seconds=config.comm.init_timeout_seconds)
+    options = {"device_id": place.device} if place.device.type == "cuda" else {}
+    dist.init_process_group(place.backend, timeout=limit, **options)
+    try:
+        mesh = build_mesh(place.dims, place.device.type)
+        yield World(place, mesh)
+    finally:
+        # Without it a finished job may still abort in a destructor.
+        dist.destroy_process_group()

@@ -1,0 +1,108 @@
+"""Cross-entropy whose logits never exist for more than a chunk of tokens.
+
+A million tokens times 64,000 words of float32 logits are 250 GiB. Here a chunk's logits are
+computed, turned into the loss and, where gradients are wanted, at once into the gradients of the
+hidden states and of the head; then they are dropped. The backward only scales what is there, so
+the head's matmul is not repeated.
+
+Shapes: B batch, T tokens of this rank, D width, V vocabulary, C tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["chunked_cross_entropy"]
+
+
+def chunked_cross_entropy(
+    hidden_BTD: Tensor,
+    weight_VD: Tensor,
+    labels_BT: Tensor,
+    *,
+    ignore_index: int = -100,
+    chunk_size: int = 2048,
+) -> Tensor:
+    """Sum over tokens of -log softmax(hidden @ weight^T)[label], a float32 scalar.
+
+    Under autocast the matmuls run in its dtype; the softmax and the sums are float32 always.
+    A batch in which every label is ignored (or with no token) gives 0 with zero gradients.
+
+    Args:
+        hidden_BTD: final hidden states [B, T, D], any floating dtype.
+        weight_VD: the output head [V, D].
+        labels_BT: int64 [B, T], in 0..V-1 or `ignore_index`. Already shifted: label t belongs to
+            hidden state t.
+        ignore_index: labels that count for nothing.
+        chunk_size: tokens whose logits exist at the same time.
+
+    Raises:
+        ValueError: shapes that do not fit together, or chunk_size below 1.
+    """
+    if hidden_BTD.shape[:-1] != labels_BT.shape or hidden_BTD.shape[-1] != weight_VD.shape[-1]:
+        raise ValueError(
+            f"hidden {tuple(hidden_BTD.shape)}, weight {tuple(weight_VD.shape)} and labels "
+            f"{tuple(labels_BT.shape)} do not fit: pass [B, T, D], [V, D] and [B, T]."
+        )
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}: it must be at least 1 token.")
+    device = hidden_BTD.device.type
+    dtype = hidden_BTD.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    with_gradients = torch.is_grad_enabled() and (
+        hidden_BTD.requires_grad or weight_VD.requires_grad
+    )
+    return _ChunkedCrossEntropy.apply(
+        hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
+        weight_VD,
+        labels_BT.reshape(-1),
+        ignore_index,
+        chunk_size,
+        dtype,
+        with_gradients,
+    )
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, hidden_ND, weight_VD, labels_N, ignore_index, chunk_size, dtype, with_gradients
+    ):
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            weight = weight_VD.to(dtype)
+            wide = torch.promote_types(dtype, torch.float32)
+            total = hidden_ND.new_zeros((), dtype=wide)
+            grad_hidden = torch.zeros_like(hidden_ND) if with_gradients else None
+            grad_weight = torch.zeros_like(weight_VD, dtype=wide) if with_gradients else None
+            for start in range(0, hidden_ND.shape[0], chunk_size):
+                chunk = slice(start, start + chunk_size)
+                hidden_CD = hidden_ND[chunk].to(dtype)
+                valid_C1 = (labels_N[chunk] != ignore_index).unsqueeze(1)
+                labels_C1 = labels_N[chunk].unsqueeze(1).masked_fill(~valid_C1, 0)
+                logits_CV = (hidden_CD @ weight.T).to(wide)
+                log_norm_C1 = torch.logsumexp(logits_CV, 1, keepdim=True)
+                loss_C1 = log_norm_C1 - logits_CV.gather(1, labels_C1)
+                total += loss_C1.masked_fill(~valid_C1, 0).sum()
+                if not with_gradients:
+                    continue
+                # In place: the logits become softmax - one_hot, zero where the label is ignored.
+                # (masked_fill, not a product: an ignored token may hold inf, and inf * 0 is NaN.)
+                grad_CV = logits_CV.sub_(log_norm_C1).exp_()
+                grad_CV.scatter_add_(1, labels_C1, grad_CV.new_full(labels_C1.shape, -1.0))
+                grad_CV = grad_CV.masked_fill_(~valid_C1, 0).to(dtype)
+                grad_hidden[chunk] = grad_CV @ weight
+                grad_weight += grad_CV.T @ hidden_CD
+        if with_gradients:
+            ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VD.dtype))
+        return total.to(torch.float32) if wide != torch.float64 else total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_total):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        wanted_hidden, wanted_weight = ctx.needs_input_grad[:2]
+        scaled_hidden = grad_hidden * grad_total.to(grad_hidden.dtype) if wanted_hidden else None
+        scaled_weight = grad_weight * grad_total.to(grad_weight.dtype) if wanted_weight else None
+        return scaled_hidden, scaled_weight, None, None, None, None, None

@@ -1,0 +1,115 @@
+"""Flags over file over defaults, and one sentence for every mistake."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from launch.config import Config, load_config, to_toml
+from launch.errors import ConfigError
+
+CONFIGS = sorted(Path(__file__).parents[2].glob("launch/configs/*.toml"))
+
+
+@pytest.fixture
+def toml(tmp_path):
+    def write(text):
+        path = tmp_path / "config.toml"
+        path.write_text(text, encoding="utf-8")
+        return ["--job.config_file", str(path)]
+
+    return write
+
+
+def test_command_line_beats_file_beats_default(toml):
+    file = toml("[training]\nseq_len = 64\nsteps = 7\n[optimizer]\nlr = 1\n")
+    config = load_config([*file, "--training.seq_len", "128"])
+    assert config.training.seq_len == 128
+    assert config.training.steps == 7
+    # A whole number where a real one is meant.
+    assert config.optimizer.lr == 1.0 and isinstance(config.optimizer.lr, float)
+    assert config.training.max_norm == Config().training.max_norm
+
+
+@pytest.mark.parametrize(
+    ("flags", "section", "key", "value"),
+    [
+        (["--training.seq_len", "9"], "training", "seq_len", 9),
+        (["--training.seq-len", "9"], "training", "seq_len", 9),
+        (["--training.seq-len=9"], "training", "seq_len", 9),
+        (["--sp-size", "4"], "parallelism", "context_parallel_degree", 4),
+        (["--cp-size", "4"], "parallelism", "context_parallel_degree", 4),
+        (["--sp_size", "4"], "parallelism", "context_parallel_degree", 4),
+        (["--validation.no-enable"], "validation", "enable", False),
+        (["--job.dry_run"], "job", "dry_run", True),
+        (["--lr_scheduler.decay_ratio", "0.5"], "lr_scheduler", "decay_ratio", 0.5),
+    ],
+)
+def test_spellings(flags, section, key, value):
+    assert getattr(getattr(load_config(flags), section), key) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[training]\nseqlen = 3", r"unknown key training.seqlen; did you mean training.seq_len\?"),
+        ("[trainig]\nsteps = 3", r"unknown section \[trainig\]; did you mean \[training\]\?"),
+        ("[zzz]", r"unknown section \[zzz\]; known: \[job\]"),
+        ("training = 3", r"write \[training\]"),
+        ("[training]\nsteps = '3'", "training.steps is '3', must be a whole number"),
+        ("[training]\nsteps = true", "training.steps is True, must be a whole number"),
+        ("[training]\nsteps = 3.5", "must be a whole number"),
+        ("[validation]\nenable = 1", "must be true or false"),
+        ("[optimizer]\nlr = 'big'", "must be a number"),
+        ("[checkpoint]\nasync_mode = 'x'", "must be one of 'disabled', 'async'"),
+        ("[training\n", "is not TOML"),
+    ],
+)
+def test_mistakes_in_the_file(toml, text, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        load_config(toml(text))
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--training.seqlen", "3"], r"did you mean --training.seq_len\?"),
+        (["--trainin.steps=3"], r"did you mean --training.steps\?"),
+        (["--training.steps", "many"], "training.steps.*many"),
+        (["--optimizer.name", "sgd"], "sgd"),
+        (["--job.config_file", "missing.toml"], "missing.toml: No such file"),
+        (["--training.seq_len", "0"], "training.seq_len is 0: it must be at least 1"),
+        (["--optimizer.lr", "nan"], "optimizer.lr is nan"),
+        (["--optimizer.beta2", "1"], "optimizer.beta2 is 1"),
+        (["--training.global_batch_size", "0"], "global_batch_size is 0"),
+        (["--lr_scheduler.decay_ratio", "2"], "decay_ratio is 2"),
+        (["--data.source", "folder"], "--data.folder"),
+        (["--parallelism.tensor_parallel_degree", "2"], "not there yet"),
+        (["--parallelism.data_parallel_shard_degree", "2"], "replicate_degree 2"),
+        (["--checkpoint.async_mode", "async"], "not there yet"),
+        (["stray"], "stray"),
+    ],
+)
+def test_mistakes_on_the_command_line(flags, sentence):
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        load_config(flags)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 73
+
+
+def test_resolved_config_reads_back(toml):
+    config = load_config(["--training.steps", "5", "--sp-size", "2", "--sample.prompt", 'a "b"\n'])
+    again = load_config(toml(to_toml(config)))
+    again.job.config_file = None
+    assert dataclasses.asdict(again) == dataclasses.asdict(config)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_shipped_configs_are_valid(path):
+    config = load_config(["--job.config_file", str(path)])
+    # Runs of different configs must not meet in one folder.
+    assert config.job.dump_folder == f"outputs/{path.stem}"
+
+
+def test_the_quickstart_is_shipped():
+    assert "quickstart.toml" in [path.name for path in CONFIGS]

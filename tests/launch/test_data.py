@@ -1,0 +1,189 @@
+"""Tokens on disk and which rank reads which of them."""
+
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from lasp import SequenceShard
+from launch.data import (
+    IGNORE,
+    DataFolder,
+    IndexedSource,
+    RandomSource,
+    read_batch,
+    sample_order,
+    step_samples,
+)
+from launch.errors import DataError
+from launch.indexed import IndexedTokens, IndexedWriter, token_dtype
+
+DOCUMENTS = [np.arange(10), np.arange(10, 13), np.array([], dtype=np.int64), np.arange(13, 40)]
+
+
+@pytest.fixture
+def prefix(tmp_path):
+    writer = IndexedWriter(tmp_path / "train", np.dtype(np.uint16))
+    for document in DOCUMENTS:
+        writer.add(document)
+    writer.close()
+    return tmp_path / "train"
+
+
+def test_files_are_megatrons(prefix):
+    """Field by field, as Megatron's own reader takes them."""
+    data = prefix.with_suffix(".idx").read_bytes()
+    assert data[:9] == b"MMIDIDX\x00\x00"
+    assert struct.unpack("<QBQQ", data[9:34]) == (1, 8, 4, 5)
+    assert np.frombuffer(data, np.int32, 4, 34).tolist() == [10, 3, 0, 27]
+    assert np.frombuffer(data, np.int64, 4, 50).tolist() == [0, 20, 26, 26]
+    assert np.frombuffer(data, np.int64, 5, 82).tolist() == [0, 1, 2, 3, 4]
+    assert len(data) == 122
+    tokens = np.fromfile(prefix.with_suffix(".bin"), np.uint16)
+    assert tokens.tolist() == list(range(40))
+
+
+def test_written_files_read_back(prefix):
+    file = IndexedTokens(prefix)
+    assert file.tokens.tolist() == list(range(40))
+    assert file.document_starts.tolist() == [0, 10, 13, 13]
+
+
+def test_dtype_holds_the_vocabulary():
+    assert token_dtype(65536) == np.uint16
+    assert token_dtype(65537) == np.int32
+
+
+def damage(prefix, suffix, change):
+    path = prefix.with_suffix(suffix)
+    path.write_bytes(change(path.read_bytes()))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "change", "sentence"),
+    [
+        (".bin", lambda data: b"", "train.bin holds no tokens"),
+        (".bin", lambda data: data[:-2], "train.bin has 78 bytes but train.idx describes 80"),
+        (".bin", lambda data: data + b"\0", "train.bin has 81 bytes"),
+        (".idx", lambda data: b"", "train.idx has 0 bytes"),
+        (".idx", lambda data: data[:-1], "train.idx has 121 bytes, its header asks for 122"),
+        (".idx", lambda data: b"X" + data[1:], "train.idx is not an index"),
+        (".idx", lambda data: data[:9] + b"\2" + data[10:], "train.idx is not an index"),
+        (".idx", lambda data: data[:17] + b"\7" + data[18:], "dtype code 7"),
+        (".idx", lambda data: data[:34] + b"\xff" * 4 + data[38:], "negative length"),
+        (".idx", lambda data: data[:50] + b"\1" + data[51:], "do not lie one after another"),
+        (".idx", lambda data: data[:82] + b"\1" + data[83:], "boundaries are not in order"),
+    ],
+)
+def test_damaged_files_are_refused_by_name(prefix, suffix, change, sentence):
+    damage(prefix, suffix, change)
+    with pytest.raises(DataError, match=sentence):
+        IndexedTokens(prefix)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_missing_files_are_named(prefix, suffix):
+    prefix.with_suffix(suffix).unlink()
+    with pytest.raises(DataError, match=f"train{suffix} is missing"):
+        IndexedTokens(prefix)
+
+
+def test_token_outside_the_vocabulary_is_named_with_its_offset(prefix):
+    with pytest.raises(DataError, match=r"train.bin: token 30 at token offset 30 is outside"):
+        IndexedSource(prefix, 8, vocab_size=30)
+
+
+def test_large_files_are_checked_where_they_are_read(prefix, monkeypatch):
+    monkeypatch.setattr("launch.data._SCAN_AT_OPEN", 10)
+    source = IndexedSource(prefix, 8, vocab_size=30)
+    assert source.sample(2, 0, 8)[-1] == 24
+    with pytest.raises(DataError, match="token 30 at token offset 30"):
+        source.sample(3, 0, 8)
+
+
+def test_too_few_tokens_for_one_sequence(prefix):
+    assert IndexedSource(prefix, 39, vocab_size=40).num_samples == 1
+    with pytest.raises(DataError, match=r"has 40 tokens: one sequence needs .* = 41"):
+        IndexedSource(prefix, 40, vocab_size=40)
+
+
+def test_missing_folder_and_damaged_meta(tmp_path):
+    with pytest.raises(DataError, match="is missing"):
+        DataFolder(tmp_path / "none")
+    (tmp_path / "meta.json").write_text("{")
+    with pytest.raises(DataError, match=r"meta.json is damaged"):
+        DataFolder(tmp_path)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_labels_are_shifted_before_the_cut(prefix, ranks):
+    """The last label of a shard is the first input of the next."""
+    source = IndexedSource(prefix, 13, vocab_size=40)
+    whole = read_batch(source, [1, 2], SequenceShard.whole(13))
+    assert whole.inputs.tolist() == [list(range(13, 26)), list(range(26, 39))]
+    assert torch.equal(whole.labels, whole.inputs + 1)
+    borders = [13 * rank // ranks for rank in range(ranks + 1)]
+    parts = [
+        read_batch(source, [1, 2], FakeShard(start, stop))
+        for start, stop in zip(borders, borders[1:], strict=False)
+    ]
+    assert torch.equal(torch.cat([part.inputs for part in parts], 1), whole.inputs)
+    assert torch.equal(torch.cat([part.labels for part in parts], 1), whole.labels)
+
+
+class FakeShard:
+    """Start and stop, without the process group that a real shard of several needs."""
+
+    def __init__(self, start, stop):
+        self.start, self.stop = start, stop
+
+
+def test_padding_is_ignored_as_a_label(prefix):
+    source = IndexedSource(prefix, 8, vocab_size=40)
+    batch = read_batch(source, [0], SequenceShard.whole(8), pad_id=3)
+    assert batch.labels.tolist() == [[1, 2, IGNORE, 4, 5, 6, 7, 8]]
+    assert batch.inputs.tolist() == [list(range(8))]
+
+
+def test_documents_of_a_packed_sequence(prefix):
+    source = IndexedSource(prefix, 15, vocab_size=40)
+    batch = read_batch(source, [0], SequenceShard.whole(15), varlen=True)
+    assert batch.boundaries == (0, 10, 13, 15)
+    # The last token of a document does not predict the next document.
+    assert [i for i, label in enumerate(batch.labels[0].tolist()) if label == IGNORE] == [9, 12]
+    assert source.boundaries(1) == (0, 15)
+
+
+def test_every_pass_is_a_permutation_of_its_own():
+    order = sample_order(0, 30, 10, seed=1)
+    passes = [order[start : start + 10] for start in (0, 10, 20)]
+    assert all(sorted(each) == list(range(10)) for each in passes)
+    assert passes[0] != passes[1] != passes[2]
+    assert order != sample_order(0, 30, 10, seed=2)
+
+
+@pytest.mark.parametrize("consumed", [0, 1, 9, 10, 17])
+def test_the_order_can_be_entered_anywhere(consumed):
+    assert sample_order(consumed, 12, 10, seed=1) == sample_order(0, 29, 10, seed=1)[consumed:][:12]
+
+
+@pytest.mark.parametrize(("dp", "local"), [(1, 1), (1, 4), (2, 2), (4, 1), (8, 1), (2, 4)])
+def test_a_step_is_the_same_samples_whatever_the_ranks(dp, local):
+    indices = sample_order(16, 8, 100, seed=0)
+    parts = [
+        step_samples(indices, local_batch_size=local, dp_rank=rank, dp=dp) for rank in range(dp)
+    ]
+    seen = sorted(index for part in parts for micro in part for index in micro)
+    assert seen == sorted(indices)
+    assert all(len(micro) == local for part in parts for micro in part)
+
+
+def test_random_tokens_are_a_function_of_seed_and_index():
+    source = RandomSource(50, 7, seed=1)
+    whole = source.sample(3, 0, 50)
+    assert whole.shape == (51,) and whole.min() >= 0 and whole.max() < 7
+    assert source.sample(3, 20, 30).tolist() == whole[20:31].tolist()
+    assert source.sample(4, 0, 50).tolist() != whole.tolist()
+    assert RandomSource(50, 7, seed=2).sample(3, 0, 50).tolist() != whole.tolist()
+    assert sample_order(5, 3, source.num_samples, seed=0) == [5, 6, 7]

@@ -1,0 +1,120 @@
+"""Text to tokens: what is read, how it is split, and that nothing is left half done."""
+
+import json
+
+import numpy as np
+import pytest
+
+from launch import prepare_data
+from launch.data import DataFolder
+from launch.errors import DataError
+from launch.indexed import IndexedTokens
+from launch.prepare_data import prepare, standard_library
+from launch.tokenizer import ByteTokenizer
+
+
+def documents(folder, split):
+    """The texts of a split, by its end-of-document tokens."""
+    tokenizer = DataFolder(folder).tokenizer
+    tokens = IndexedTokens(folder / split).tokens.astype(np.int64)
+    pieces = np.split(tokens, np.flatnonzero(tokens == tokenizer.eod_id) + 1)
+    assert len(pieces[-1]) == 0
+    return [tokenizer.decode(piece.tolist()) for piece in pieces[:-1]]
+
+
+@pytest.fixture
+def texts(tmp_path):
+    folder = tmp_path / "texts"
+    (folder / "deep").mkdir(parents=True)
+    for number in range(30):
+        (folder / "deep" / f"{number}.txt").write_text(f"text {number} \u00e9\n", encoding="utf-8")
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    (folder / "empty.txt").write_text("")
+    return folder
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
+def test_every_document_is_in_one_split_and_reads_back(texts, tmp_path, tokenizer):
+    folder = prepare(
+        tmp_path / "out", [texts], tokenizer=tokenizer, vocab_size=300, val_fraction=0.2
+    )
+    train, val = documents(folder.folder, "train"), documents(folder.folder, "val")
+    assert sorted(train + val) == sorted(f"text {number} \u00e9\n" for number in range(30))
+    assert 1 <= len(val) <= 15
+    assert folder.meta["skipped"] == ["texts/latin.txt"]
+    about = folder.meta["train"]
+    assert about["documents"] == len(train)
+    assert about["bytes"] == sum(len(text.encode()) for text in train)
+    assert about["tokens"] == len(IndexedTokens(folder.folder / "train"))
+
+
+def test_the_split_depends_on_names_alone(texts, tmp_path):
+    before = prepare(tmp_path / "a", [texts], val_fraction=0.2)
+    (texts / "another.txt").write_text("one more")
+    after = prepare(tmp_path / "b", [texts], val_fraction=0.2)
+    held_out = set(documents(before.folder, "val"))
+    assert held_out <= set(documents(after.folder, "val")) <= held_out | {"one more"}
+
+
+def test_jsonl_lines_are_documents(tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": f"number {n}"}) + "\n\n" for n in range(9)))
+    folder = prepare(tmp_path / "out", [path], val_fraction=0.3)
+    everything = documents(folder.folder, "train") + documents(folder.folder, "val")
+    assert sorted(everything) == [f"number {n}" for n in range(9)]
+
+
+def test_one_document_alone_gives_its_end_to_validation(tmp_path):
+    (tmp_path / "one.txt").write_text("0123456789" * 10)
+    folder = prepare(tmp_path / "out", [tmp_path / "one.txt"], val_fraction=0.1)
+    assert documents(folder.folder, "train") == ["0123456789" * 9]
+    assert documents(folder.folder, "val") == ["0123456789"]
+
+
+def test_the_standard_library_is_there_without_its_tests():
+    files = standard_library()
+    names = [name for name, _ in files]
+    assert "json/decoder.py" in names
+    assert not [name for name in names if "/test" in name or "site-packages" in name]
+    assert names == sorted(names) or len(names) > 100
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda path: [path / "none"], "neither a file nor a folder"),
+        (lambda path: [path / "bad.jsonl"], r"bad.jsonl, line 2: not a JSON object"),
+        (lambda path: [path / "empty.txt"], "holds no text"),
+    ],
+)
+def test_bad_input_leaves_nothing(tmp_path, make, sentence):
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"words": 1}\n')
+    (tmp_path / "empty.txt").write_text("")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(DataError, match=sentence):
+        prepare(tmp_path / "out", make(tmp_path))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_failure_while_writing_leaves_nothing(texts, tmp_path, monkeypatch):
+    def fail(self, text):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(ByteTokenizer, "encode", fail)
+    with pytest.raises(OSError, match="disk full"):
+        prepare(tmp_path / "out", [texts])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["texts"]
+
+
+def test_an_existing_folder_is_not_touched(texts, tmp_path):
+    prepare(tmp_path / "out", [texts])
+    with pytest.raises(DataError, match="exists already"):
+        prepare(tmp_path / "out", [texts])
+
+
+def test_command_line(texts, tmp_path, capsys):
+    output = str(tmp_path / "out")
+    assert prepare_data.main(["--output", output, "--input", str(texts)]) == 0
+    assert "documents" in capsys.readouterr().out
+    assert prepare_data.main(["--output", output, "--input", str(texts)]) == 73
+    assert "exists already" in capsys.readouterr().err

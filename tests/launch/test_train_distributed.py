@@ -1,0 +1,121 @@
+"""The launcher under torchrun: killed, stopped, resumed, and laid out differently."""
+
+import os
+import re
+import signal
+
+import pytest
+import torch
+
+from launch.checkpoint import CheckpointStore, verify
+from tests.launch.runs import flags, losses, make_data, start, watch, worker
+
+STEPS = 40
+CP2 = dict(parallelism__context_parallel_degree=2)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def arguments(folder, data, **changes):
+    wanted = dict(
+        job__dump_folder=folder,
+        data__source="folder",
+        data__folder=data,
+        training__steps=STEPS,
+        checkpoint__interval=5,
+        comm__train_timeout_seconds=20,
+        comm__init_timeout_seconds=60,
+    )
+    return flags(**(wanted | changes))
+
+
+def run(folder, data, nproc, **changes):
+    process = start(arguments(folder, data, **changes), nproc)
+    output = watch(process)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, data):
+    """A run on two ranks, one sequence cut over both."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return folder, run(folder, data, 2, **CP2)
+
+
+def interrupt(folder, data, step, rank, signal_number):
+    """Signal one rank when the line of `step` appears; the run's exit code and output."""
+    process = start(arguments(folder, data, **CP2), 2)
+
+    def on_line(line):
+        if re.match(rf"step: {step}/", line):
+            os.kill(worker(process, rank), signal_number)
+
+    output = watch(process, on_line)
+    return process.returncode, output
+
+
+def test_terminated_then_killed_then_finished_as_if_nothing_happened(undisturbed, data, tmp_path):
+    folder = tmp_path / "out"
+    store = CheckpointStore(folder / "checkpoint")
+
+    code, output = interrupt(folder, data, 6, 1, signal.SIGTERM)
+    assert code != 0 and "stopped by SIGTERM after step" in output, output
+    assert "exitcode  : 75" in output, output
+    stopped_at = store.steps()[-1]
+    assert 6 <= stopped_at < STEPS
+
+    code, output = interrupt(folder, data, stopped_at + 9, 1, signal.SIGKILL)
+    assert code != 0 and f"resume:      {folder}/checkpoint/step-{stopped_at:08d}" in output, output
+    assert "SIGKILL" in output or "-9" in output, output
+    assert stopped_at < store.find("must")[0].step < STEPS
+
+    output = run(folder, data, 2, **CP2)
+    assert f"resume:      {folder}/checkpoint/step-" in output
+    reference, _ = undisturbed
+    assert losses(folder) == losses(reference)
+    last = f"checkpoint/step-{STEPS:08d}"
+    for name in ("model", "optimizer"):
+        mine, theirs = (verify(each / last).tensors(name) for each in (folder, reference))
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+def test_one_line_per_step_for_the_whole_job(undisturbed):
+    folder, output = undisturbed
+    lines = [line for line in output.splitlines() if line.startswith("step: ")]
+    assert len(lines) == STEPS == len(losses(folder))
+    assert "cp 2 x tp 1 = 2 processes (gloo, cpu" in output
+    assert output.count("sample of step") == 1
+    assert (folder / "loss.png").is_file()
+    assert losses(folder)[STEPS] < 0.6 * losses(folder)[1]
+
+
+def test_losses_do_not_depend_on_the_layout(undisturbed, data, tmp_path):
+    """One rank, two on one sequence, two on two; ring or all-gather, recomputed or not."""
+    reference, _ = undisturbed
+    expected = losses(reference)
+    output = run(tmp_path / "dp", data, 2)
+    assert "accumulation 2 x local batch 1 x data-parallel 2" in output
+    run(tmp_path / "alone", data, 1)
+    other = dict(parallelism__context_parallel_method="all_gather")
+    run(tmp_path / "cp", data, 2, **CP2, **other, activation_checkpoint__mode="full")
+    for name in ("dp", "alone", "cp"):
+        got = losses(tmp_path / name)
+        # The order of sums differs in the last bit, and each step of training multiplies that.
+        for steps, bound in ((15, 1e-5), (STEPS, 1e-3)):
+            early = {step: loss for step, loss in expected.items() if step <= steps}
+            assert {step: got[step] for step in early} == pytest.approx(early, rel=bound)
+
+
+def test_resume_on_another_number_of_ranks(undisturbed, data, tmp_path):
+    """Two ranks on one sequence to the middle; then two ranks on a sequence each."""
+    reference, _ = undisturbed
+    middle = reference / "checkpoint" / f"step-{STEPS - 5:08d}"
+    output = run(tmp_path / "out", data, 2, checkpoint__resume=middle)
+    assert f"resume:      {middle}" in output
+    expected = {step: loss for step, loss in losses(reference).items() if step > STEPS - 5}
+    assert losses(tmp_path / "out") == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,126 @@
+"""Chunked cross-entropy against torch's, on logits that exist whole."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from parallel.loss import chunked_cross_entropy
+
+B, T, D, V = 2, 37, 16, 101
+
+
+def make(dtype=torch.float64, ignored=0.3):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(B, T, D, generator=generator, dtype=torch.float64)
+    weight = torch.randn(V, D, generator=generator, dtype=torch.float64)
+    labels = torch.randint(V, (B, T), generator=generator)
+    labels[torch.rand(B, T, generator=generator) < ignored] = -100
+    return (
+        hidden.to(dtype).requires_grad_(),
+        weight.to(dtype).requires_grad_(),
+        labels,
+    )
+
+
+def plain(hidden, weight, labels):
+    logits = (hidden @ weight.T).flatten(0, 1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, labels.flatten(), reduction="sum")
+
+
+def with_gradients(loss, hidden, weight):
+    return [loss.detach(), *torch.autograd.grad(loss / 7, [hidden, weight])]
+
+
+def worst(got, expected):
+    """Largest error relative to the largest value, over loss and gradients."""
+    return max(
+        ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+        for a, b in zip(got, expected, strict=True)
+    )
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, T, 2 * T, 1000])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+def test_loss_and_gradients_are_those_of_whole_logits(chunk_size, dtype, bound):
+    hidden, weight, labels = make(dtype)
+    got = with_gradients(
+        chunked_cross_entropy(hidden, weight, labels, chunk_size=chunk_size), hidden, weight
+    )
+    assert worst(got, with_gradients(plain(hidden, weight, labels), hidden, weight)) < bound
+
+
+def test_under_autocast_no_worse_than_whole_logits():
+    hidden, weight, labels = make(torch.float32)
+    truth = with_gradients(plain(hidden, weight, labels), hidden, weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = chunked_cross_entropy(hidden, weight, labels, chunk_size=8)
+        whole = plain(hidden, weight, labels)
+    got = with_gradients(loss, hidden, weight)
+    assert loss.dtype == torch.float32 and got[2].dtype == torch.float32
+    error = worst(got, truth)
+    # bfloat16 was used, and costs no more than it costs whole logits.
+    assert 1e-5 < error <= 2 * worst(with_gradients(whole, hidden, weight), truth)
+
+
+def test_ignored_tokens_leave_no_trace_even_if_infinite():
+    hidden, weight, labels = make()
+    with torch.no_grad():
+        hidden[labels == -100] = float("inf")
+    loss, grad_hidden, grad_weight = with_gradients(
+        chunked_cross_entropy(hidden, weight, labels, chunk_size=8), hidden, weight
+    )
+    assert torch.isfinite(loss)
+    assert (grad_hidden[labels == -100] == 0).all()
+
+
+@pytest.mark.parametrize("tokens", [0, T])
+def test_nothing_to_learn_from_is_zero(tokens):
+    hidden, weight, labels = make(torch.float32)
+    hidden, labels = hidden[:, :tokens], torch.full_like(labels[:, :tokens], -100)
+    loss, grad_hidden, grad_weight = with_gradients(
+        chunked_cross_entropy(hidden, weight, labels), hidden, weight
+    )
+    assert loss == 0 and (grad_hidden == 0).all() and (grad_weight == 0).all()
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_logits_exist_for_one_chunk_only(grad):
+    hidden, weight, labels = make(torch.float32)
+    chunk_size = 20
+    with torch.set_grad_enabled(grad), Largest() as largest:
+        loss = chunked_cross_entropy(hidden, weight, labels, chunk_size=chunk_size)
+        if grad:
+            loss.backward()
+    assert largest.elements == chunk_size * V
+    assert loss.requires_grad == grad
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (dict(labels_BT=torch.zeros(B, T - 1, dtype=torch.long)), "do not fit"),
+        (dict(weight_VD=torch.zeros(V, D + 1)), "do not fit"),
+        (dict(chunk_size=0), "chunk_size is 0"),
+    ],
+)
+def test_bad_calls_are_refused(change, sentence):
+    hidden, weight, labels = make()
+    call = dict(hidden_BTD=hidden, weight_VD=weight, labels_BT=labels) | change
+    with pytest.raises(ValueError, match=sentence):
+        chunked_cross_entropy(**call)
