@@ -1,0 +1,327 @@
+"""Lightning attention on one GPU: correctness first, then time against the memory roofline.
+
+    python benchmarks/kernels.py                       # everything; a few minutes
+    python benchmarks/kernels.py --shapes 1,131072,16,128 --only ours
+
+All figures of one run are measured in that run, rivals and copy bandwidth included. A fraction is
+
+    (least traffic / time) / copy bandwidth
+
+with the least traffic of 4 units forward (q, k, v in, o out) and 7 backward (q, k, v, do in; dq,
+dk, dv out), one unit being B*T*H*d values of two bytes. Rivals that are not installed are skipped,
+and the table says so. Writes a JSON file, a Markdown table and a plot beside each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import lasp
+
+RESULTS = Path(__file__).parent / "results"
+# (B, T, H, D, E) of the table; the launch-bound one and the plot's lengths among them.
+SHAPES = (
+    (1, 2048, 16, 128, 128),
+    (1, 8192, 16, 128, 128),
+    (1, 32768, 16, 128, 128),
+    (1, 131072, 16, 128, 128),
+    (1, 1048576, 16, 128, 128),
+    (8, 2048, 32, 128, 128),
+    (2, 8192, 32, 128, 128),
+    (1, 32768, 32, 64, 64),
+    (1, 32768, 32, 96, 96),
+    (1, 65536, 64, 128, 128),
+    (1, 32768, 16, 256, 256),
+    (1, 131072, 16, 256, 128),
+    (1, 131071, 16, 128, 128),
+)
+# Layers of a 24-layer TNL: strong decay, medium, next to none.
+LAYERS = {"first": 0, "middle": 12, "last": 23}
+
+
+@dataclass
+class Row:
+    """One implementation at one shape."""
+
+    name: str
+    shape: tuple[int, ...]
+    decay: str
+    forward_ms: float | None = None
+    backward_ms: float | None = None
+    forward_fraction: float | None = None
+    backward_fraction: float | None = None
+    extra_units: float | None = None
+    error: float | None = None
+    note: str = ""
+
+
+def implementations(only: str | None) -> dict[str, Callable]:
+    """name -> function(q, k, v, log_decay) -> o; rivals where they are installed."""
+    found = {"lasp": lambda q, k, v, g: lasp.lightning_attention(q, k, v, g)}
+    if only == "ours":
+        return found
+    try:
+        from fla.ops.simple_gla import chunk_simple_gla, fused_chunk_simple_gla
+    except ImportError as error:
+        print(f"fla-core is not here ({error}): its columns are left out.")
+        return found
+    found["fla chunk_simple_gla"] = lambda q, k, v, g: chunk_simple_gla(
+        q, k, v, g_gamma=g, scale=1.0
+    )[0]
+    found["fla fused_chunk_simple_gla"] = lambda q, k, v, g: fused_chunk_simple_gla(
+        q, k, v, g_gamma=g, scale=1.0
+    )[0]
+    return found
+
+
+def make_inputs(shape, decay: str, seed=0):
+    """bfloat16 q, k, v, do on the GPU, and a TNL layer's decay."""
+    B, T, H, D, E = shape
+    generator = torch.Generator(device="cuda").manual_seed(seed)
+
+    def normal(size, spread):
+        x = torch.randn(B, T, H, size, device="cuda", dtype=torch.bfloat16, generator=generator)
+        return x.mul_(spread)
+
+    q, k, v, do = normal(D, 0.25), normal(D, 0.25), normal(E, 1.0), normal(E, 1.0)
+    return q, k, v, do, lasp.decay.tnl(H, LAYERS[decay], 24).cuda()
+
+
+def time_ms(function: Callable[[], object], seconds=0.4) -> float:
+    """Median GPU time of a call over repeats, caches cold as between other work."""
+    flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
+    for _ in range(3):
+        function()
+    torch.cuda.synchronize()
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    stop.record()
+    torch.cuda.synchronize()
+    repeats = max(5, min(100, int(1000 * seconds / max(start.elapsed_time(stop), 1e-3))))
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, stop in events:
+        flush.zero_()
+        start.record()
+        function()
+        stop.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(stop) for start, stop in events)
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read and written, of a large device-to-device copy."""
+    source = torch.empty(2**32, dtype=torch.int8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (time_ms(lambda: target.copy_(source)) / 1000)
+
+
+def least_bytes(shape) -> tuple[int, int]:
+    """Least traffic of a forward and of a backward."""
+    B, T, H, D, E = shape
+    per_token = 2 * B * T * H
+    return per_token * (2 * D + 2 * E), per_token * (4 * D + 3 * E)
+
+
+def worst_error(function, shape, decay) -> float:
+    """Largest relative error of o, dq, dk, dv against float64, at a length the CPU can follow."""
+    B, T, H, D, E = shape
+    short = (1, min(T, 2048), min(H, 8), D, E)
+    q, k, v, do, log_decay = make_inputs(short, decay, seed=1)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    o = function(*leaves, log_decay)
+    o.backward(do)
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    o_exact, _ = lasp.reference.quadratic(*exact, log_decay.double())
+    o_exact.backward(do.double())
+    pairs = [(o, o_exact), *((a.grad, b.grad) for a, b in zip(leaves, exact, strict=True))]
+    return max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)
+
+
+def measure(name, function, shape, decay, bandwidth) -> Row:
+    """Error, times, fractions and memory of one implementation."""
+    row = Row(name, shape, decay)
+    try:
+        row.error = worst_error(function, shape, decay)
+        q, k, v, do, log_decay = make_inputs(shape, decay)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        row.forward_ms = time_ms(lambda: function(*leaves, log_decay))
+        o = function(*leaves, log_decay)
+        backward = functools.partial(torch.autograd.grad, o, leaves, do, retain_graph=True)
+        row.backward_ms = time_ms(backward)
+        del o, backward
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        grads = torch.autograd.grad(function(*leaves, log_decay), leaves, do)
+        peak = torch.cuda.max_memory_allocated() - before
+        del grads
+        B, T, H, D, E = shape
+        row.extra_units = peak / (B * T * H * (D + E))
+        forward_bytes, backward_bytes = least_bytes(shape)
+        row.forward_fraction = forward_bytes / (row.forward_ms / 1000) / bandwidth
+        row.backward_fraction = backward_bytes / (row.backward_ms / 1000) / bandwidth
+    except torch.OutOfMemoryError:
+        row.note = "out of memory"
+    except Exception as error:
+        # A rival that cannot run a shape must not end the table.
+        if name == "lasp":
+            raise
+        row.note = f"{type(error).__name__}: {error}"[:120]
+    torch.cuda.empty_cache()
+    return row
+
+
+def measure_step(bandwidth) -> dict:
+    """One decoding step: the state is read and written once."""
+    B, H, D = 64, 32, 128
+    q, k, v = (torch.randn(B, H, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    state = torch.randn(B, H, D, D, device="cuda")
+    log_decay = lasp.decay.tnl(H, 12, 24).cuda()
+    ms = time_ms(lambda: lasp.lightning_attention_step(q, k, v, state, log_decay))
+    return {"ms": ms, "fraction": 2 * state.numel() * 4 / (ms / 1000) / bandwidth}
+
+
+def measure_packed() -> dict:
+    """Log-normal documents of mean 2048 in 131,072 tokens against one document."""
+    shape = (1, 131072, 16, 128, 128)
+    q, k, v, do, log_decay = make_inputs(shape, "middle")
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.exp(torch.randn(1024, generator=generator) + 7.12).long().clamp_min(1)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+    offsets = torch.cat([offsets[offsets < shape[1]], torch.tensor([shape[1]])]).int()
+    result = {"documents": offsets.numel() - 1}
+    for name, cu_seqlens in (("dense", None), ("packed", offsets)):
+        call = lambda c=cu_seqlens: lasp.lightning_attention(*leaves, log_decay, cu_seqlens=c)  # noqa: E731
+        o = call()
+        result[name] = {
+            "forward_ms": time_ms(call),
+            "backward_ms": time_ms(
+                lambda o=o: torch.autograd.grad(o, leaves, do, retain_graph=True)
+            ),
+        }
+    return result
+
+
+def versions() -> dict:
+    found = {}
+    for package in ("torch", "triton", "fla-core"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def table(report: dict) -> str:
+    """The report as Markdown."""
+    lines = [
+        f"{report['device']}, copy {report['copy_bandwidth'] / 1e12:.2f} TB/s, "
+        + ", ".join(f"{k} {v}" for k, v in report["versions"].items() if v)
+        + f", {report['date']}. Times in ms, fraction of the copy roofline in brackets.",
+        "",
+        "| B, T, H, D, E | decay | implementation | forward | backward | extra memory (units) "
+        "| error |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        shape = ", ".join(map(str, row["shape"]))
+        head = f"| {shape} | {row['decay']} | {row['name']} "
+        if row["note"]:
+            lines.append(f"{head}| {row['note']} | | | |")
+            continue
+        lines.append(
+            f"{head}| {row['forward_ms']:.3f} ({row['forward_fraction']:.1%}) "
+            f"| {row['backward_ms']:.3f} ({row['backward_fraction']:.1%}) "
+            f"| {row['extra_units']:.1f} | {row['error']:.1e} |"
+        )
+    step, packed = report["step"], report["packed"]
+    lines += [
+        "",
+        f"Decoding step, B 64, H 32, d 128: {step['ms']:.4f} ms ({step['fraction']:.1%} of copy).",
+        f"Packed, {packed['documents']} documents in 131,072 tokens, against dense: forward "
+        f"{packed['packed']['forward_ms'] / packed['dense']['forward_ms']:.2f}x, backward "
+        f"{packed['packed']['backward_ms'] / packed['dense']['backward_ms']:.2f}x.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def plot(report: dict, path: Path) -> None:
+    """Time per token and fraction of the roofline over T, at B 1, H 16, d 128."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
+    rows = [r for r in report["rows"] if r["shape"][0] == 1 and r["shape"][2:] == [16, 128, 128]]
+    rows = [r for r in rows if r["decay"] == "middle" and not r["note"]]
+    for name in dict.fromkeys(r["name"] for r in rows):
+        mine = sorted((r for r in rows if r["name"] == name), key=lambda r: r["shape"][1])
+        lengths = [r["shape"][1] for r in mine]
+        both = [(r["forward_ms"] + r["backward_ms"]) * 1e6 / r["shape"][1] for r in mine]
+        axes[0].plot(lengths, both, marker="o", label=name)
+        axes[1].plot(lengths, [r["forward_fraction"] for r in mine], marker="o", label=name)
+    axes[0].set(ylabel="forward + backward, ns per token", yscale="log")
+    axes[1].set(ylabel="forward, fraction of copy roofline", ylim=(0, 1))
+    for axis in axes:
+        axis.set(xlabel="tokens", xscale="log")
+        axis.legend()
+        axis.grid(alpha=0.3)
+    figure.suptitle(f"{report['device']}: B 1, H 16, d 128, bfloat16")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--shapes", nargs="*", help="B,T,H,D or B,T,H,D,E; default: the table's")
+    parser.add_argument("--decays", nargs="*", choices=LAYERS, default=["middle"])
+    parser.add_argument("--only", choices=["ours"], help="leave the rivals out")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    return parser.parse_args()
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks/kernels.py needs a CUDA GPU; this machine has none.")
+    arguments = parse_arguments()
+    shapes = [tuple(map(int, s.split(","))) for s in arguments.shapes or []] or SHAPES
+    shapes = [s if len(s) == 5 else (*s, s[3]) for s in shapes]
+    bandwidth = copy_bandwidth()
+    rows = []
+    for shape in shapes:
+        for decay in arguments.decays:
+            for name, function in implementations(arguments.only).items():
+                rows.append(measure(name, function, shape, decay, bandwidth))
+                print(json.dumps(dataclasses.asdict(rows[-1])), flush=True)
+    report = {
+        "device": torch.cuda.get_device_name(),
+        "copy_bandwidth": bandwidth,
+        "versions": versions(),
+        "date": datetime.date.today().isoformat(),
+        "rows": [json.loads(json.dumps(dataclasses.asdict(row))) for row in rows],
+        "step": measure_step(bandwidth),
+        "packed": measure_packed(),
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "kernels.json").write_text(json.dumps(report, indent=1) + "\n")
+    (arguments.out / "kernels.md").write_text(table(report))
+    plot(report, arguments.out / "kernels.png")
+    print(table(report))
+
+
+if __name__ == "__main__":
+    main()
