@@ -176,8 +176,9 @@ def open_world(place: Place, config: Config) -> Iterator[World]:
         yield World(place, None)
         return
     limit = timedelta(seconds=config.comm.init_timeout_seconds)
-    options = {"device_id": place.device} if place.device.type == "cuda" else {}
-    dist.init_process_group(place.backend, timeout=limit, **options)
+    # Not bound to a device: NCCL would then put the ring's messages in one queue with the
+    # gradients' reductions.
+    dist.init_process_group(place.backend, timeout=limit)
     try:
         mesh = build_mesh(place.dims, place.device.type)
         yield World(place, mesh)

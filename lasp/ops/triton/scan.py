@@ -100,7 +100,8 @@ def scan_kernel(
     if HAS_SEGMENT:
         p_segment += slot * stride_sn + i_h * stride_sh
         p_segment += o_a[:, None] * stride_sa + o_x[None, :] * stride_sx
-        b_state += tl.load(p_segment, mask=m_state & (outside > 0), other=0.0)
+        m_enters = (o_a[:, None] < tl.where(outside > 0, A, 0)) & m_x[None, :]  # [BA, BX]
+        b_state += tl.load(p_segment, mask=m_enters, other=0.0)
     if HAS_INITIAL:
         p_initial += i_n * stride_in + i_h * stride_ih
         p_initial += o_a[:, None] * stride_ia + o_x[None, :] * stride_ix

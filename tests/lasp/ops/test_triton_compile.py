@@ -27,7 +27,7 @@ SHARED_MEMORY_LIMIT = 227 * 1024
 DIMS = [(64, 64), (128, 128), (96, 96), (256, 128), (128, 256)]
 # Bytes a thread spills in the scan. A state of 256 x 64 alone takes half of all registers, and no
 # other tile is better without leaving four warps or tiles of 64; see the launch table.
-SPILL_LIMIT = {64: 0, 128: 64, 256: 560}
+SPILL_LIMIT = {64: 0, 128: 64, 256: 640}
 
 
 def compile_for_hopper(kernel, constants, types, num_warps, num_stages):
@@ -94,17 +94,17 @@ def _compiled(kernel, constants, types, packed, launch):
 
 
 def spilled_bytes(compiled):
-    """Bytes of spill stores per thread that ptxas reports."""
-    with tempfile.NamedTemporaryFile(suffix=".ptx", mode="w") as file:
-        file.write(compiled.asm["ptx"])
+    """Bytes of stack per thread: the kernels have no arrays, so what is there was spilled."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
         file.flush()
         report = subprocess.run(
-            [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "-o", "/dev/null", file.name],
+            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
             capture_output=True,
             text=True,
             check=True,
-        ).stderr
-    return int(re.search(r"(\d+) bytes spill stores", report)[1])
+        ).stdout
+    return int(re.search(r"STACK:(\d+)", report)[1])
 
 
 def assert_tensor_cores_used_well(compiled):
