@@ -207,8 +207,11 @@ def _enter(k, v, log_decay, initial_state, cu_seqlens, scale, with_final, group_
     offsets = document_offsets(cu_seqlens, k.shape[1])
     nothing = k.new_empty(0, dtype=_state_dtype(k.dtype))
     segment_states, entering, final_state = nothing, nothing.clone(), nothing.clone()
-    if group is not None or with_final or not ops.one_pass(k, v, offsets):
-        segment_states, local = ops.prefix_states(k, v, log_decay, offsets=offsets)
+    with_total = group is not None or with_final
+    if with_total or not ops.one_pass(k, v, offsets):
+        segment_states, local = ops.prefix_states(
+            k, v, log_decay, offsets=offsets, with_total=with_total
+        )
     if initial_state is not None:
         entering = initial_state.clone()
     if group is not None:
@@ -260,8 +263,12 @@ def _attend_backward(
     common = dict(scale=scale, offsets=offsets)
     segment_grads = dinitial = q.new_empty(0, dtype=_state_dtype(q.dtype))
     pending = None
-    if group_name is not None or with_dinitial or not ops.one_pass(q, do, offsets):
-        segment_grads, dinitial = ops.prefix_states(q, do, log_decay, reverse=True, **common)
+    with_total = group_name is not None or with_dinitial
+    if with_total or not ops.one_pass(q, do, offsets):
+        segment_grads, dinitial = ops.prefix_states(
+            q, do, log_decay, reverse=True, with_total=with_total, **common
+        )
+    if with_total:
         factor = _decay_over(log_decay, q, offsets)
         if dfinal is not None:
             dinitial = torch.addcmul(dinitial, factor, dfinal)
@@ -306,7 +313,7 @@ def _attend_backward(
         reverse=True,
         **common,
     )
-    return dq, dk, dv, dinitial if with_dinitial else dinitial.new_empty(0)
+    return dq, dk, dv, dinitial if with_dinitial else segment_grads.new_empty(0)
 
 
 @torch.library.register_fake("lasp::enter")

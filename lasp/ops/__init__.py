@@ -13,9 +13,11 @@ from lasp.ops import chunked, reference
 __all__ = ["fake_segment_states", "one_pass", "prefix_states", "reference", "scan", "step"]
 
 
-def prefix_states(k, v, log_decay, *, offsets=None, reverse=False, scale=1.0):
+def prefix_states(k, v, log_decay, *, offsets=None, reverse=False, scale=1.0, with_total=True):
     """Local states; see `lasp.ops.chunked.prefix_states`."""
-    return _backend(k).prefix_states(k, v, log_decay, offsets=offsets, reverse=reverse, scale=scale)
+    return _backend(k).prefix_states(
+        k, v, log_decay, offsets=offsets, reverse=reverse, scale=scale, with_total=with_total
+    )
 
 
 def fake_segment_states(k, v, cu_seqlens):

@@ -33,14 +33,18 @@ def prefix_states(
     offsets: tuple[int, ...] | None = None,
     reverse: bool = False,
     scale: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    with_total: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The state that each document adds up by itself, [N, H, D, E].
 
     Forward: sum_j lambda^(n-1-j) k_j v_j^T over a document of n tokens. Reverse (with q for k and
     do for v): sum_i scale * lambda^(i+1) k_i v_i^T, the gradient of the state that enters it.
 
-    Returns (segment_states, total). This backend keeps no segments: the first is empty.
+    Returns (segment_states, total), the latter None if not with_total. This backend keeps no
+    segments: the first is empty.
     """
+    if not with_total:
+        return k_BTHD.new_empty(0, dtype=_compute_dtype(k_BTHD)), None
     pieces = _documents((k_BTHD, v_BTHE), offsets)
     totals = [_total(k, v, log_decay, reverse, scale) for k, v in pieces]
     total_NHDE = torch.cat(totals)

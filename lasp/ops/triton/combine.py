@@ -23,6 +23,8 @@ def combine_kernel(
     BLOCK: tl.constexpr,
     REVERSE: tl.constexpr,
     PACKED: tl.constexpr,
+    STORE: tl.constexpr,
+    WITH_TOTAL: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     NB: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
@@ -44,23 +46,21 @@ def combine_kernel(
     o_s = i_p % NB * BLOCK + tl.arange(0, BLOCK)
     m_s = o_s < SIZE
     p_states += (first_slot * H + i_h) * SIZE
-    p_total += (i_n * H + i_h) * SIZE
-    b_state = tl.load(p_total + o_s, mask=m_s, other=0.0)
-    # In place: a segment's own state is read before the one that enters it is written over it, and
-    # later segments, whose loads may already be in flight, lie elsewhere.
+    if WITH_TOTAL:
+        p_total += (i_n * H + i_h) * SIZE
+    b_state = tl.zeros([BLOCK], dtype=tl.float32)
+    # In place: later slots, whose loads may already be in flight, lie elsewhere.
     for i in tl.range(0, count, num_stages=NUM_STAGES):
-        if REVERSE:
-            i_slot = count - 1 - i
-            # The last segment may be short, but nothing decays across it in this direction.
-            b_factor = b_decay
-        else:
-            i_slot = i
-            b_factor = tl.where(i == count - 1, b_last_decay, b_decay)
-        p_segment = p_states + tl.cast(i_slot, tl.int64) * H * SIZE
-        b_local = tl.load(p_segment + o_s, mask=m_s, other=0.0)
-        tl.store(p_segment + o_s, b_state, mask=m_s)
-        b_state = b_state * b_factor + b_local
-    tl.store(p_total + o_s, b_state, mask=m_s)
+        i_slot = count - 1 - i if REVERSE else i
+        p_slot = p_states + tl.cast(i_slot, tl.int64) * H * SIZE
+        b_state = b_state * b_decay + tl.load(p_slot + o_s, mask=m_s, other=0.0)
+        if STORE:
+            tl.store(p_slot + o_s, b_state, mask=m_s)
+    if WITH_TOTAL:
+        # What remains is a document's last segment, which may be short, or in reverse its first.
+        b_remains = b_decay if REVERSE else b_last_decay
+        b_own = tl.load(p_total + o_s, mask=m_s, other=0.0)
+        tl.store(p_total + o_s, b_state * b_remains + b_own, mask=m_s)
 
 
 def combine(
@@ -71,9 +71,10 @@ def combine(
     documents: torch.Tensor | None,
     *,
     reverse: bool,
-    total: torch.Tensor,
+    total: torch.Tensor | None,
 ) -> None:
-    """Replace what `local_states` left: `states` by what enters a segment, `total` by the sum."""
+    """Add up what `local_states` left: `total` [N, H, D, E] over the document (None: not wanted),
+    and, unless the plan is folded, every slot of `states` [S, H, D, E] over all before it."""
     _, num_heads, key_dim, value_dim = states.shape
     size = key_dim * value_dim
     grid = (plan.num_documents * num_heads * triton.cdiv(size, COMBINE_BLOCK),)
@@ -92,6 +93,8 @@ def combine(
         BLOCK=COMBINE_BLOCK,
         REVERSE=reverse,
         PACKED=plan.packed,
+        STORE=not plan.folded,
+        WITH_TOTAL=total is not None,
         NUM_STAGES=4,
         num_warps=4,
     )

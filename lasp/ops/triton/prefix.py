@@ -28,8 +28,9 @@ def prefix_states(
     offsets: tuple[int, ...] | None = None,
     reverse: bool = False,
     scale: float = 1.0,
+    with_total: bool = True,
     segment_length: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """States of k [B, T, H, D] and v [B, T, H, E], started from zero at every document's edge.
 
     Returns (segment_states [S, H, D, E], total [N, H, D, E]), both float32. With
@@ -38,8 +39,9 @@ def prefix_states(
         forward: sum_j l^(n-1-j) k_j v_j^T          (`scale` is not used)
         reverse: sum_i scale * l^(i+1) k_i v_i^T    (k=q, v=do: the gradient of the entering state)
 
-    A segment state is the same sum over the earlier segments of a document (reverse: the later
-    ones), in other words what enters a segment; `scan` knows which. S depends on shapes alone, so
+    The segment states are what `scan` needs of the segments before each (reverse: after each); it
+    knows how to read them. `with_total=False` saves the work of the total, which is then None. S
+    depends on shapes alone, so
     packed documents may leave some unused; the tensor is empty, of shape [0], where every document
     is sure to be one segment. The order of every sum is fixed by the shapes: the same inputs give
     the same bits. `offsets` packs documents (0, ..., T) into a batch of one. Raises ValueError for
@@ -53,7 +55,7 @@ def prefix_states(
     states = torch.empty(0, dtype=torch.float32, device=k.device)
     if seq_len == 0:
         return states, states.new_zeros(plan.num_documents, *shape)
-    total = states.new_empty(plan.num_documents, *shape)
+    total = states.new_empty(plan.num_documents, *shape) if with_total else None
     if plan.num_slots:
         states = states.new_empty(plan.num_slots, *shape)
     k, v = addressable(k), addressable(v)
@@ -71,6 +73,6 @@ def prefix_states(
             states=states,
             total=total,
         )
-        if not plan.single:
+        if not plan.single and (with_total or not plan.folded):
             combine(states, log_decay, seq_len, plan, document_table, reverse=reverse, total=total)
     return states, total

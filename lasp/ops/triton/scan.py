@@ -61,6 +61,7 @@ def scan_kernel(
     PACKED: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     HAS_SEGMENT: tl.constexpr,
+    FOLDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     NX: tl.constexpr = (X + BX - 1) // BX
@@ -100,8 +101,19 @@ def scan_kernel(
     if HAS_SEGMENT:
         p_segment += slot * stride_sn + i_h * stride_sh
         p_segment += o_a[:, None] * stride_sa + o_x[None, :] * stride_sx
-        m_enters = (o_a[:, None] < tl.where(outside > 0, A, 0)) & m_x[None, :]  # [BA, BX]
-        b_state += tl.load(p_segment, mask=m_enters, other=0.0)
+        if FOLDED:
+            # Every slot holds what one segment adds: sum over those that come first, nearest last.
+            # All of them are whole segments, but for a document's last one in reverse.
+            b_segment_decay = tl.exp(b_log_decay * segment_length)
+            stride_next = stride_sn if REVERSE else -stride_sn
+            num_earlier = tl.cdiv(outside, segment_length).to(tl.int32)
+            for i in range(num_earlier):
+                p_earlier = p_segment + tl.cast(num_earlier - 1 - i, tl.int64) * stride_next
+                b_earlier = tl.load(p_earlier, mask=m_state, other=0.0)
+                b_state = b_state * b_segment_decay + b_earlier
+        else:
+            m_enters = (o_a[:, None] < tl.where(outside > 0, A, 0)) & m_x[None, :]  # [BA, BX]
+            b_state += tl.load(p_segment, mask=m_enters, other=0.0)
     if HAS_INITIAL:
         p_initial += i_n * stride_in + i_h * stride_ih
         p_initial += o_a[:, None] * stride_ia + o_x[None, :] * stride_ix
@@ -221,6 +233,7 @@ def scan(
             PACKED=plan.packed,
             HAS_INITIAL=initial_state is not None,
             HAS_SEGMENT=segment_states is not None,
+            FOLDED=plan.folded,
             PRECISION="ieee",
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,

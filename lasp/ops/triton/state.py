@@ -10,7 +10,7 @@ from lasp.ops.triton.plan import Plan, state_launch
 from lasp.ops.triton.tiles import locate_segment, strides
 
 
-@triton.jit(do_not_specialize=["scale", "T", "segments_per_row", "segment_length"])
+@triton.jit(do_not_specialize=["scale", "T", "segments_per_row", "segments_run", "segment_length"])
 def state_kernel(
     p_k,
     p_v,
@@ -27,6 +27,7 @@ def state_kernel(
     scale,
     T,
     segments_per_row,
+    segments_run,
     segment_length,
     H,
     D: tl.constexpr,
@@ -36,6 +37,7 @@ def state_kernel(
     BC: tl.constexpr,
     REVERSE: tl.constexpr,
     PACKED: tl.constexpr,
+    WITH_TOTAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     ND: tl.constexpr = (D + BD - 1) // BD
@@ -46,8 +48,13 @@ def state_kernel(
     i_d = i_p // NE % ND
     i_h = (i_p // (NE * ND) % H).to(tl.int64)
     i_s = i_p // (NE * ND * H)
-    i_n, i_b, start, count, outside, slot = locate_segment(
-        p_table, i_s, T, segments_per_row, segment_length, PACKED, REVERSE
+    if not PACKED:
+        # Where only the states between segments are wanted, those that end a row are not run.
+        skipped = segments_per_row - segments_run if REVERSE else 0
+        i_s = i_s // segments_run * segments_per_row + i_s % segments_run + skipped
+    # Seen from the other side: what lies beyond the segment, and the slot that its state leaves by.
+    i_n, i_b, start, count, beyond, slot = locate_segment(
+        p_table, i_s, T, segments_per_row, segment_length, PACKED, not REVERSE
     )
 
     o_c = tl.arange(0, BC)
@@ -95,12 +102,12 @@ def state_kernel(
     if REVERSE:
         # Kept out of the weights: one decay of -50 alone would round a float16 operand to zero.
         b_state *= scale * tl.exp(b_log_decay)
-    # The combine kernel starts from the total and puts what enters a segment in its slot.
-    if outside == 0:
-        p_out = p_total + (i_n * H + i_h) * (D * E)
-    else:
-        p_out = p_states + (slot * H + i_h) * (D * E)
-    tl.store(p_out + o_d[:, None] * E + o_e[None, :], b_state, mask=m_d[:, None] & m_e[None, :])
+    m_state = m_d[:, None] & m_e[None, :]  # [BD, BE]
+    o_state = o_d[:, None] * E + o_e[None, :]
+    if beyond > 0:
+        tl.store(p_states + (slot * H + i_h) * (D * E) + o_state, b_state, mask=m_state)
+    elif WITH_TOTAL:
+        tl.store(p_total + (i_n * H + i_h) * (D * E) + o_state, b_state, mask=m_state)
 
 
 def local_states(
@@ -113,18 +120,21 @@ def local_states(
     reverse: bool,
     scale: float,
     states: torch.Tensor,
-    total: torch.Tensor,
+    total: torch.Tensor | None,
 ) -> None:
     """Write every segment's own state, as if it stood alone, in float32.
 
-    That of a document's first segment (reverse: last) goes to `total` [N, H, D, E], the others' to
-    their slots in `states` [S, H, D, E].
+    That of the segment that ends a document (reverse: begins it) goes to `total` [N, H, D, E], and
+    is left out for None; the others' to the slots of the borders they are followed by, in `states`
+    [S, H, D, E].
     """
     _, seq_len, num_heads, key_dim = k.shape
     value_dim = v.shape[-1]
     launch = state_launch(key_dim, k.dtype)
     blocks = triton.cdiv(key_dim, launch.key) * triton.cdiv(value_dim, launch.value)
-    grid = (plan.num_segments * num_heads * blocks,)
+    run = plan.segments_per_row - (total is None)
+    num_segments = plan.num_segments if plan.packed else plan.num_documents * run
+    grid = (num_segments * num_heads * blocks,)
     if grid[0] == 0:
         return
     state_kernel[grid](
@@ -139,6 +149,7 @@ def local_states(
         float(scale) if reverse else 1.0,
         seq_len,
         plan.segments_per_row,
+        run,
         plan.segment_length,
         num_heads,
         D=key_dim,
@@ -148,6 +159,7 @@ def local_states(
         BC=launch.chunk,
         REVERSE=reverse,
         PACKED=plan.packed,
+        WITH_TOTAL=total is not None,
         PRECISION="ieee",
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,

@@ -62,6 +62,7 @@ def compiled_scan(key_dim, value_dim, reverse, packed):
         PACKED=packed,
         HAS_INITIAL=True,
         HAS_SEGMENT=True,
+        FOLDED=not packed,
         PRECISION="ieee",
     )
     types = dict.fromkeys(("p_a", "p_b", "p_x", "p_y"), "*bf16") | {"scale": "fp32"}
@@ -79,6 +80,7 @@ def compiled_state(key_dim, value_dim, reverse, packed):
         BC=launch.chunk,
         REVERSE=reverse,
         PACKED=packed,
+        WITH_TOTAL=True,
         PRECISION="ieee",
     )
     types = {"p_k": "*bf16", "p_v": "*bf16", "scale": "fp32"}
@@ -145,6 +147,7 @@ def test_state(key_dim, value_dim, reverse, packed):
 def test_combine_prefetches():
     """Loads of later segments are in flight while one is added: the kernel is a chain otherwise."""
     constants = dict(SIZE=128 * 128, BLOCK=COMBINE_BLOCK, REVERSE=False, PACKED=True, NUM_STAGES=4)
+    constants |= dict(STORE=True, WITH_TOTAL=True)
     compiled = compile_for_hopper(combine_kernel, constants, {"p_documents": "*i64"}, 4, 3)
     assert "cp.async.wait_group" in compiled.asm["ptx"]
     assert spilled_bytes(compiled) == 0

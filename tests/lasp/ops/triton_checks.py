@@ -15,6 +15,7 @@ import traceback
 import torch
 
 from lasp.ops import triton as kernels
+from lasp.ops.triton import plan
 
 DECAYS = (0.0, -0.03, -1.0, -50.0)
 FP32_BOUND = 1e-5
@@ -66,7 +67,7 @@ def relative_error(actual, truth):
 
 def check_scan_and_prefix(
     *, T, D, E, B=1, offsets=None, dtype=torch.float32, segment=None, reverse=False, layout="fused",
-    scale=0.3, initial=True,
+    scale=0.3, initial=True, fold=plan.MAX_FOLD,
 ):  # fmt: skip
     """Both launchers on random operands with every decay, one head each."""
     H = len(DECAYS)
@@ -87,9 +88,14 @@ def check_scan_and_prefix(
         state = torch.zeros_like(state)
     common = dict(offsets=offsets, reverse=reverse, segment_length=segment)
 
-    segment_states, total = kernels.prefix_states(
-        b, x, log_decay, scale=scale if reverse else 1.0, **common
+    plan.MAX_FOLD = fold
+    common_prefix = common | dict(scale=scale if reverse else 1.0)
+    segment_states, total = kernels.prefix_states(b, x, log_decay, **common_prefix)
+    states_alone, no_total = kernels.prefix_states(
+        b, x, log_decay, with_total=False, **common_prefix
     )
+    assert no_total is None
+    torch.testing.assert_close(states_alone, segment_states, rtol=0, atol=0, equal_nan=True)
     y = kernels.scan(
         a,
         b,
@@ -243,6 +249,12 @@ GROUPS = {
         "100 tokens in segments of 64": scan_case(T=100, D=80, E=96, segment=64),
         "200 tokens in segments of 64, reverse": scan_case(
             T=200, D=16, E=33, B=2, segment=64, reverse=True
+        ),
+        "200 tokens, more segments than the scan adds up": scan_case(
+            T=200, D=16, E=33, B=2, segment=64, fold=1
+        ),
+        "200 tokens, more segments than the scan adds up, reverse": scan_case(
+            T=200, D=16, E=33, B=2, segment=64, reverse=True, fold=1
         ),
         "head dims 200 and 100": scan_case(T=33, D=200, E=100, initial=False),
         "head dims 100 and 200, reverse": scan_case(T=33, D=100, E=200, reverse=True),
