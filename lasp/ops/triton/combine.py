@@ -74,7 +74,7 @@ def combine(
     total: torch.Tensor | None,
 ) -> None:
     """Add up what `local_states` left: `total` [N, H, D, E] over the document (None: not wanted),
-    and, unless the plan is folded, every slot of `states` [S, H, D, E] over all before it."""
+    and, if the plan says so, every slot of `states` [S, H, D, E] over all before it."""
     _, num_heads, key_dim, value_dim = states.shape
     size = key_dim * value_dim
     grid = (plan.num_documents * num_heads * triton.cdiv(size, COMBINE_BLOCK),)
@@ -93,7 +93,7 @@ def combine(
         BLOCK=COMBINE_BLOCK,
         REVERSE=reverse,
         PACKED=plan.packed,
-        STORE=not plan.folded,
+        STORE=plan.combined,
         WITH_TOTAL=total is not None,
         NUM_STAGES=4,
         num_warps=4,

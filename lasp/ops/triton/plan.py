@@ -12,16 +12,20 @@ from functools import lru_cache
 
 import torch
 
-from lasp.ops.triton.tiles import DTYPES, MAX_HEAD_DIM
+from lasp.ops.triton.tiles import DTYPES, MAX_CHUNK, MAX_HEAD_DIM
 
-# Programs that fill a Hopper GPU once: 132 multiprocessors, two programs of the scan each.
-FULL_GPU = 264
-# Where a sequence has to be cut, how many programs to aim at. On an H200, at 131,072 tokens and
-# 16 heads of 128, segments of 8192 (512 programs) and of 2048 give the same scan (0.78 ms), the
-# state pass in 0.253 ms against 0.274 and the combination in 0.013 against 0.039.
-TARGET_PROGRAMS = 512
+# How many programs of the scan, of 64 value columns each (the Hopper kernel's count twice), run at
+# once on 132 multiprocessors, by the larger head dim rounded up. A sequence is cut into as many
+# segments as fill these: more only add states to write and borders to cross. On an H200 the Hopper
+# scan of 131,072 tokens, 16 heads of 128, takes 0.512 ms in 8 segments, 0.516 in 16, 0.549 in 64.
+SLOTS = {64: 396, 128: 264, 256: 132}
+# From so many rows (tokens times heads) on, a launch more costs less than a launch that does more:
+# one kernel combines the states of segments, and the Hopper scan is worth its slower launch.
+LARGE_ROWS = 2**17
 # Shorter segments would move more bytes of states than of tokens.
-MIN_SEGMENT = 512
+MIN_SEGMENT = 256
+# Documents differ in length: shorter segments keep a long one from being the last to end.
+PACKED_SPLIT = 4
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,8 @@ STATE = {
     (128, 4): Launch(64, 32, 32, 4, 1),
     (256, 4): Launch(64, 32, 32, 4, 1),
 }
-# Up to so many segment borders per document the scan adds the states of earlier segments up itself,
-# from L2, and no kernel need combine them: at 16 heads of 8 segments that costs it under 2%.
+# Below LARGE_ROWS, and up to so many borders per document, the scan adds the states of earlier
+# segments up itself, from L2.
 MAX_FOLD = 15
 # Elements of the state that one combine program carries through a document's segments: small, so
 # that 16 heads of 128 x 128 still make 512 programs with several segments' loads in flight each.
@@ -101,8 +105,8 @@ class Plan:
     document always has a segment, an empty document one without tokens.
 
     Segment states have a slot for every border between two segments, `num_slots` or fewer in all.
-    `folded`: a slot holds what one segment adds, and the scan sums over slots; otherwise it holds
-    all that crosses the border.
+    It holds what one segment adds, and the scan sums over slots, if `folded`; otherwise all that
+    crosses the border, and `combined` says that a kernel of its own has to add that up.
     """
 
     num_documents: int
@@ -110,11 +114,13 @@ class Plan:
     num_slots: int
     segment_length: int
     segments_per_row: int
+    folded: bool
     tables: torch.Tensor | None
 
     @property
-    def folded(self) -> bool:
-        return not self.packed and self.segments_per_row - 1 <= MAX_FOLD
+    def combined(self) -> bool:
+        # What crosses a row's only border is what one segment adds.
+        return self.packed or (self.segments_per_row > 2 and not self.folded)
 
     @property
     def single(self) -> bool:
@@ -146,20 +152,15 @@ def choose_segment_length(
     Depends on shapes alone, never on where packed documents begin, so that a traced graph holds
     for any documents. Symmetric in the two head dims: the backward swaps them and must agree.
     """
-    if seq_len <= MIN_SEGMENT:
-        return seq_len
     # Value blocks of the scan with the fewer of them: both directions then have enough programs.
-    programs = num_heads * -(-min(key_dim, value_dim) // 64)
-    if not packed:
-        programs *= num_documents
-        # Enough to fill the GPU: one segment each reads k and v once instead of twice.
-        if programs >= FULL_GPU:
-            return seq_len
-    wanted = seq_len * programs // TARGET_PROGRAMS
-    length = MIN_SEGMENT
-    while length * 2 <= wanted:
-        length *= 2
-    return min(length, seq_len)
+    programs = num_heads * -(-min(key_dim, value_dim) // 64) * (1 if packed else num_documents)
+    segments = max(1, SLOTS[_dim_class(max(key_dim, value_dim))] // max(programs, 1))
+    if packed:
+        segments *= PACKED_SPLIT
+    length = -(-seq_len // segments)
+    # Whole chunks, so that only the last segment has a short one.
+    length = -(-length // MAX_CHUNK) * MAX_CHUNK
+    return min(max(length, MIN_SEGMENT), max(seq_len, 1))
 
 
 def num_segments(
@@ -183,12 +184,13 @@ def make_plan(
         segment_length = choose_segment_length(
             seq_len, num_documents, offsets is not None, key_dim, v.shape[-1], num_heads
         )
-    return _plan(batch, seq_len, offsets, segment_length, k.is_cuda)
+    fold = batch * seq_len * num_heads < LARGE_ROWS
+    return _plan(batch, seq_len, offsets, segment_length, fold, k.is_cuda)
 
 
 def make_single_plan(k: torch.Tensor, offsets: tuple[int, ...] | None) -> Plan:
     """Plan of one segment per document for k [B, T, H, D]."""
-    return _plan(k.shape[0], k.shape[1], offsets, k.shape[1], k.is_cuda)
+    return _plan(k.shape[0], k.shape[1], offsets, k.shape[1], False, k.is_cuda)
 
 
 def _num_slots(seq_len: int, num_documents: int, packed: bool, segment_length: int) -> int:
@@ -199,13 +201,19 @@ def _num_slots(seq_len: int, num_documents: int, packed: bool, segment_length: i
 
 @lru_cache(maxsize=256)
 def _plan(
-    batch: int, seq_len: int, offsets: tuple[int, ...] | None, segment_length: int, pinned: bool
+    batch: int,
+    seq_len: int,
+    offsets: tuple[int, ...] | None,
+    segment_length: int,
+    fold: bool,
+    pinned: bool,
 ) -> Plan:
     segment_length = max(segment_length, 1)
     if offsets is None:
         slots = _num_slots(seq_len, batch, False, segment_length)
         per_row = max(1, -(-seq_len // segment_length))
-        return Plan(batch, batch * per_row, slots, segment_length, per_row, None)
+        folded = fold and 2 <= per_row - 1 <= MAX_FOLD
+        return Plan(batch, batch * per_row, slots, segment_length, per_row, folded, None)
     assert batch == 1 and offsets[0] == 0 and offsets[-1] == seq_len, (batch, seq_len, offsets)
     segments: list[tuple[int, ...]] = []
     documents: list[tuple[int, ...]] = []
@@ -223,4 +231,4 @@ def _plan(
         # A copy from pageable memory would make the host wait.
         tables = tables.pin_memory()
     slots = _num_slots(seq_len, len(documents), True, segment_length)
-    return Plan(len(documents), len(segments), slots, segment_length, 0, tables)
+    return Plan(len(documents), len(segments), slots, segment_length, 0, False, tables)

@@ -73,6 +73,6 @@ def prefix_states(
             states=states,
             total=total,
         )
-        if not plan.single and (with_total or not plan.folded):
+        if not plan.single and (with_total or plan.combined):
             combine(states, log_decay, seq_len, plan, document_table, reverse=reverse, total=total)
     return states, total

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lasp.ops.triton import scan_hopper
 from lasp.ops.triton.plan import make_plan, make_single_plan, scan_launch
 from lasp.ops.triton.tiles import (
     addressable,
@@ -205,6 +206,21 @@ def scan(
     state_dims = (0, 1, 2, 3)
     with on_device_of(a):
         table, _ = plan.device_tables(a.device)
+        if scan_hopper.supported(a, b, x, plan):
+            scan_hopper.launch(
+                a,
+                b,
+                x,
+                y,
+                log_decay,
+                plan,
+                table,
+                scale=scale,
+                initial_state=initial_state,
+                segment_states=segment_states,
+                reverse=reverse,
+            )
+            return y
         scan_kernel[grid](
             a,
             b,

@@ -1,0 +1,87 @@
+"""The Hopper scan at small shapes: right against float64, and really the one that runs."""
+
+import functools
+
+import pytest
+import torch
+
+import lasp
+from lasp.ops.triton import plan, scan_hopper
+from tests.gpu.test_attention import check, to_gpu
+from tests.lasp import cases
+
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def launches(monkeypatch):
+    """Send every shape to the Hopper kernel; the list fills with its launches."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    monkeypatch.setattr(plan, "LARGE_ROWS", 0)
+    seen, launch = [], scan_hopper.launch
+    monkeypatch.setattr(scan_hopper, "launch", lambda *a, **k: (seen.append(1), launch(*a, **k)))
+    return seen
+
+
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 300, 1000, 4097])
+def test_matches_the_definition(T, launches):
+    q, k, v, log_decay, state = cases.make_inputs(T, B=2, H=5, D=128, E=128, dtype=BF16)
+    check((q / 8, k / 8, v, log_decay, state), scale=0.7)
+    # o, dq, dv, dk.
+    assert len(launches) == 4
+
+
+@pytest.mark.parametrize(
+    "D, E, dtype", [(96, 96, BF16), (128, 200, torch.float16), (72, 128, BF16)]
+)
+def test_head_sizes(D, E, dtype, launches):
+    q, k, v, log_decay, state = cases.make_inputs(1500, H=5, D=D, E=E, dtype=dtype)
+    check((q / 8, k / 8, v, log_decay, state))
+    assert launches
+
+
+def test_packed_documents(launches):
+    offsets = torch.tensor([0, 1, 16, 16, 500, 3000, 3063], dtype=torch.int32)
+    q, k, v, log_decay, state = cases.make_inputs(3063, H=5, D=128, E=128, dtype=BF16, N=6)
+    check((q / 8, k / 8, v, log_decay, state), cu_seqlens=offsets)
+    assert len(launches) == 4
+
+
+def test_strided_operands_give_the_same_bits(launches):
+    q, k, v, log_decay, _ = to_gpu(cases.make_inputs(700, B=2, D=128, E=128, dtype=BF16))
+    fused = torch.cat([q, k, v], dim=-1)
+    o = lasp.lightning_attention(q, k, v, log_decay)
+    assert torch.equal(o, lasp.lightning_attention(*fused.split(128, dim=-1), log_decay))
+    assert len(launches) == 2
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_neighbour_that_is_not_finite_is_not_seen(bad, launches):
+    q, k, v, log_decay, _ = to_gpu(cases.make_inputs(1000, D=128, E=128, dtype=BF16))
+    offsets = torch.tensor([0, 300, 301, 640, 1000], dtype=torch.int32)
+
+    def run(q, k, v):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        o = lasp.lightning_attention(*leaves, log_decay, cu_seqlens=offsets)
+        o.backward(torch.ones_like(o))
+        return [o, *(x.grad for x in leaves)]
+
+    spoilt = [x.clone() for x in (q, k, v)]
+    for x in spoilt:
+        x[:, 300:301] = bad
+        x[:, 640:] = bad
+    for clean, seen in zip(run(q, k, v), run(*spoilt), strict=True):
+        assert torch.equal(clean[:, :300], seen[:, :300])
+        assert torch.equal(clean[:, 301:640], seen[:, 301:640])
+    assert launches
+
+
+def test_the_same_bits_every_time(launches):
+    inputs = to_gpu(cases.make_inputs(5001, B=2, H=8, D=128, E=128, dtype=BF16))
+    run = functools.partial(lasp.lightning_attention, output_final_state=True)
+    first = cases.forward_and_gradients(run, *inputs)
+    for _ in range(25):
+        again = cases.forward_and_gradients(run, *inputs)
+        assert all(torch.equal(again[name], first[name]) for name in first)
+    assert len(launches) == 4 * 26
