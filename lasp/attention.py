@@ -71,12 +71,12 @@ def lightning_attention(
     Raises:
         ValueError: on bad input, and on every rank of `group` if the ranks disagree.
     """
-    if group is not None and torch.distributed.get_world_size(group) == 1:
-        group = None
-    problem = _find_problem(q, k, v, log_decay, initial_state, cu_seqlens, group, exchange)
+    if group is not None:
+        group = _check_member(group)
+    problem = _find_problem(q, k, v, log_decay, initial_state, cu_seqlens, group, exchange, scale)
     if problem is not None:
         if group is not None:
-            _agree(group, k, v, None, scale, exchange, problem)
+            exchanges.guard.agree(group, {}, every_time=True, problem=problem)
         raise ValueError(problem)
     q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
     o, final_state = _LightningAttention.apply(
@@ -88,6 +88,8 @@ def lightning_attention(
         cu_seqlens,
         float(scale),
         output_final_state,
+        # All ranks must come to the backward's exchange, or none.
+        torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
         None if group is None else group.group_name,
         exchange,
     )
@@ -116,13 +118,16 @@ def lightning_attention_step(
     Raises:
         ValueError: on shapes, dtypes, devices or decays that do not fit.
     """
+    tensors = all(isinstance(x, torch.Tensor) for x in (q, k, v, state))
+    if not tensors:
+        raise ValueError("q, k, v and state must be tensors; a first state is torch.zeros.")
     if q.dim() != 3 or k.shape != q.shape or v.shape[:2] != q.shape[:2] or v.dim() != 3:
         raise ValueError(
             f"q {_shape(q)}, k {_shape(k)}, v {_shape(v)} do not fit: one token's q and k are "
             "[B, H, D], its v [B, H, E]."
         )
     problem = _find_problem(
-        *(x.unsqueeze(1) for x in (q, k, v)), log_decay, state, None, None, "ring", "state"
+        *(x.unsqueeze(1) for x in (q, k, v)), log_decay, state, None, None, "ring", scale, "state"
     )
     if problem is not None:
         raise ValueError(problem)
@@ -135,10 +140,30 @@ class _LightningAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, q, k, v, log_decay, initial_state, cu_seqlens, scale, with_final, group_name, method
+        ctx,
+        q,
+        k,
+        v,
+        log_decay,
+        initial_state,
+        cu_seqlens,
+        scale,
+        with_final,
+        needs_grad,
+        group_name,
+        method,
     ):
         entering, segment_states, final_state = torch.ops.lasp.enter(
-            k, v, log_decay, initial_state, cu_seqlens, scale, with_final, group_name, method
+            k,
+            v,
+            log_decay,
+            initial_state,
+            cu_seqlens,
+            scale,
+            with_final,
+            needs_grad,
+            group_name,
+            method,
         )
         o = torch.ops.lasp.attend(q, k, v, log_decay, entering, segment_states, cu_seqlens, scale)
         ctx.save_for_backward(q, k, v, log_decay, entering, segment_states, cu_seqlens)
@@ -171,13 +196,14 @@ class _LightningAttention(torch.autograd.Function):
             ctx.method,
         )
         dinitial = dinitial if ctx.needs_input_grad[4] else None
-        return dq, dk, dv, None, dinitial, None, None, None, None, None
+        return dq, dk, dv, None, dinitial, None, None, None, None, None, None
 
 
 torch.library.define(
     "lasp::enter",
     "(Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, Tensor? cu_seqlens, "
-    "float scale, bool with_final, str? group_name, str method) -> (Tensor, Tensor, Tensor)",
+    "float scale, bool with_final, bool needs_grad, str? group_name, str method) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "lasp::attend",
@@ -193,7 +219,18 @@ torch.library.define(
 
 
 @torch.library.impl("lasp::enter", "CompositeExplicitAutograd")
-def _enter(k, v, log_decay, initial_state, cu_seqlens, scale, with_final, group_name, method):
+def _enter(
+    k,
+    v,
+    log_decay,
+    initial_state,
+    cu_seqlens,
+    scale,
+    with_final,
+    needs_grad,
+    group_name,
+    method,
+):
     """(entering state, states at the borders of segments, state after the last token).
 
     What is not there is an empty tensor: the entering state without group and initial_state, the
@@ -203,7 +240,7 @@ def _enter(k, v, log_decay, initial_state, cu_seqlens, scale, with_final, group_
     if group is None:
         decay_rates(log_decay)
     else:
-        _agree(group, k, v, log_decay, scale, method)
+        _agree(group, k, v, log_decay, scale, needs_grad, method)
     offsets = document_offsets(cu_seqlens, k.shape[1])
     nothing = k.new_empty(0, dtype=_state_dtype(k.dtype))
     segment_states, entering, final_state = nothing, nothing.clone(), nothing.clone()
@@ -212,14 +249,14 @@ def _enter(k, v, log_decay, initial_state, cu_seqlens, scale, with_final, group_
         segment_states, local = ops.prefix_states(
             k, v, log_decay, offsets=offsets, with_total=with_total
         )
-    if initial_state is not None:
-        entering = initial_state.clone()
     if group is not None:
         factor = _decay_over(log_decay, k)
         pending = exchanges.start(local, factor, initial_state, group, method=method)
         entering = pending.finish()
-        # An operator may not return its own input.
-        entering = entering.clone() if entering is initial_state else entering
+    elif initial_state is not None:
+        entering = initial_state
+    # An operator may not return its own input.
+    entering = entering.clone() if entering is initial_state else entering
     if with_final:
         final_state = local
         if entering.numel():
@@ -317,7 +354,18 @@ def _attend_backward(
 
 
 @torch.library.register_fake("lasp::enter")
-def _enter_fake(k, v, log_decay, initial_state, cu_seqlens, scale, with_final, group_name, method):
+def _enter_fake(
+    k,
+    v,
+    log_decay,
+    initial_state,
+    cu_seqlens,
+    scale,
+    with_final,
+    needs_grad,
+    group_name,
+    method,
+):
     num_documents = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = k.new_empty(
         num_documents, k.shape[2], k.shape[3], v.shape[3], dtype=_state_dtype(k.dtype)
@@ -358,14 +406,37 @@ def _attend_backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dinitial
 
 
+def _check_member(group: ProcessGroup) -> ProcessGroup | None:
+    """The group, or None if this process is all of it; ValueError if it is not in it."""
+    size = torch.distributed.get_world_size(group)
+    if size < 1:
+        raise ValueError("this process is not a member of `group`: only its members call this.")
+    return None if size == 1 else group
+
+
 def _find_problem(
-    q, k, v, log_decay, initial_state, cu_seqlens, group, exchange, state_name="initial_state"
+    q,
+    k,
+    v,
+    log_decay,
+    initial_state,
+    cu_seqlens,
+    group,
+    exchange,
+    scale,
+    state_name="initial_state",
 ) -> str | None:
     """What is wrong with the arguments, in a sentence; None if nothing is.
 
     Looks at shapes, dtypes and devices only. Values (decays, document boundaries) are looked at
     inside the operator, where torch.compile does not trace.
     """
+    optional = {"log_decay": log_decay, state_name: initial_state, "cu_seqlens": cu_seqlens}
+    for name, x in {"q": q, "k": k, "v": v, **optional}.items():
+        if not isinstance(x, torch.Tensor) and not (x is None and name in optional):
+            return f"{name} is {type(x).__name__}: it must be a tensor."
+    if not isinstance(scale, int | float | torch.SymInt | torch.SymFloat):
+        return f"scale is {scale!r}: it must be a number."
     if any(x.dim() != 4 for x in (q, k, v)):
         return (
             f"q {_shape(q)}, k {_shape(k)}, v {_shape(v)}: each must have 4 dimensions "
@@ -391,6 +462,11 @@ def _find_problem(
     for name, x in others.items():
         if x is not None and x.device != q.device:
             return f"q is on {q.device} but {name} on {x.device}: move both to one device."
+    if group is not None and q.device.type not in exchanges.device_types(group):
+        return (
+            f"q is on {q.device}, but the ranks of group communicate on "
+            f"{' and '.join(sorted(exchanges.device_types(group)))}: move the tensors there."
+        )
     if log_decay is not None:
         if log_decay.dtype != torch.float32 or tuple(log_decay.shape) != (H,):
             return (
@@ -416,7 +492,7 @@ def _find_problem(
         if cu_seqlens.shape[0] < 2:
             return f"cu_seqlens has {cu_seqlens.shape[0]} entries: it needs at least [0, tokens]."
         num_documents = cu_seqlens.shape[0] - 1
-    if exchange not in exchanges.METHODS:
+    if not isinstance(exchange, str) or exchange not in exchanges.METHODS:
         return f"exchange is {exchange!r}: choose one of {', '.join(sorted(exchanges.METHODS))}."
     if initial_state is not None:
         allowed = (num_documents, H, D, E)
@@ -434,17 +510,16 @@ def _find_problem(
     return None
 
 
-def _agree(group, k, v, log_decay, scale, method, problem=None) -> None:
+def _agree(group, k, v, log_decay, scale, needs_grad, method) -> None:
     """Raise ValueError on every rank unless all ranks of the group call alike.
 
     Local lengths are not part of it: they may differ.
     """
-    rates = None
-    if problem is None:
-        try:
-            rates = decay_rates(log_decay)
-        except ValueError as error:
-            problem = str(error)
+    rates = problem = None
+    try:
+        rates = decay_rates(log_decay)
+    except ValueError as error:
+        problem = str(error)
     if rates is not None:
         digest = hashlib.sha256(repr(rates).encode()).hexdigest()[:8]
         rates = f"{list(rates[:4])} (digest {digest})"
@@ -454,8 +529,9 @@ def _agree(group, k, v, log_decay, scale, method, problem=None) -> None:
         "exchange": method,
         "log_decay": rates,
         "scale": scale,
+        "whether a gradient is needed": needs_grad,
     }
-    exchanges.guard.agree(group, call, k.device, problem)
+    exchanges.guard.agree(group, call, every_time=not k.is_cuda, problem=problem)
 
 
 def _decay_over(log_decay, x, offsets=None):
@@ -466,8 +542,9 @@ def _decay_over(log_decay, x, offsets=None):
     rates_H11 = log_decay.to(_state_dtype(x.dtype))[:, None, None]
     if offsets is None:
         return torch.exp(rates_H11 * x.shape[1])
-    bounds = torch.tensor(offsets, dtype=rates_H11.dtype)
-    return torch.exp(bounds.diff().to(x.device, non_blocking=True)[:, None, None, None] * rates_H11)
+    # Differences as integers: offsets may exceed what float32 tells apart.
+    lengths = torch.tensor(offsets).diff().to(x.device, non_blocking=True)
+    return torch.exp(lengths[:, None, None, None].to(rates_H11.dtype) * rates_H11)
 
 
 def _group(group_name: str) -> ProcessGroup:

@@ -24,9 +24,10 @@ from torch.distributed import ProcessGroup
 from lasp.exchange import guard
 from lasp.exchange.all_gather import AllGather
 from lasp.exchange.doubling import Doubling
+from lasp.exchange.peers import device_types
 from lasp.exchange.ring import Ring
 
-__all__ = ["METHODS", "Pending", "guard", "start"]
+__all__ = ["METHODS", "Pending", "device_types", "guard", "start"]
 
 METHODS = {"all_gather": AllGather, "doubling": Doubling, "ring": Ring}
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-__all__ = ["Line", "all_gather_flat"]
+__all__ = ["Line", "all_gather_flat", "device_types"]
 
 # torch 2.13 deprecates the older name; 2.11 has no other.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -19,6 +19,12 @@ def all_gather_flat(message: torch.Tensor, group: ProcessGroup) -> tuple[torch.T
     # Gloo wants one flat buffer, NCCL takes it too.
     gathered = message.new_empty(dist.get_world_size(group) * message.numel())
     return gathered, _all_gather(gathered, message, group=group, async_op=True)
+
+
+def device_types(group: ProcessGroup) -> set[str]:
+    """Where the tensors may be that the group can send, such as {"cuda"} for NCCL."""
+    config = dist.get_backend_config(group)
+    return {entry.split(":")[0] for entry in config.split(",")}
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,7 @@ class _Modulate(torch.autograd.Function):
         return out_q, out_k
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_q, grad_k):
         q, k, theta = ctx.saved_tensors
         length = q.shape[1]

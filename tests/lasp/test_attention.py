@@ -186,8 +186,8 @@ def test_compiles_without_a_graph_break_and_checkpoints():
 def test_operators_are_registered_soundly():
     q, k, v, log_decay, state = cases.make_inputs(70, dtype=torch.float32)
     enter = torch.ops.lasp.enter.default
-    torch.library.opcheck(enter, (k, v, log_decay, state, None, 1.0, True, None, "ring"))
-    entering, segments, _ = enter(k, v, log_decay, state, None, 1.0, True, None, "ring")
+    torch.library.opcheck(enter, (k, v, log_decay, state, None, 1.0, True, True, None, "ring"))
+    entering, segments, _ = enter(k, v, log_decay, state, None, 1.0, True, True, None, "ring")
     rest = (log_decay, entering, segments, None, 1.0)
     torch.library.opcheck(torch.ops.lasp.attend.default, (q, k, v, *rest))
     torch.library.opcheck(

@@ -46,6 +46,11 @@ BAD = {
         r"\[1, 2, 6, 4\].*\[1, 2, 4, 6\]",
     ),
     "state in bf16": (dict(initial_state=torch.zeros(1, 2, 4, 6).bfloat16()), r"must be torch.fl"),
+    "a list of decays": (dict(log_decay=[-0.1, -0.2]), "log_decay is list: it must be a tensor"),
+    "a list of offsets": (dict(cu_seqlens=[0, 10]), "cu_seqlens is list: it must be a tensor"),
+    "no scale": (dict(scale=None), "scale is None: it must be a number"),
+    "no v": (dict(v=None), "v is NoneType: it must be a tensor"),
+    "exchange of another type": (dict(exchange=["ring"]), r"\['ring'\].*choose one"),
     "offsets descend": (dict(cu_seqlens=offsets(0, 6, 4, 10)), r"descends from 6 to 4 at entry 2"),
     "offsets end early": (dict(cu_seqlens=offsets(0, 4, 8)), r"ends at 8.*hold 10"),
     "offsets start late": (dict(cu_seqlens=offsets(1, 4, 10)), r"must start with 0"),
@@ -77,6 +82,8 @@ def test_a_step_refuses_a_whole_sequence_and_a_wrong_state():
         lasp.lightning_attention_step(q[None], q[None], v[None], state)
     with pytest.raises(ValueError, match=r"state is torch.float32 \[1, 2, 6, 4\]"):
         lasp.lightning_attention_step(q, q, v, state.transpose(2, 3))
+    with pytest.raises(ValueError, match="must be tensors; a first state is torch.zeros"):
+        lasp.lightning_attention_step(q, q, v, None)
     with pytest.raises(ValueError, match="head 0 is 0.5"):
         lasp.lightning_attention_step(q, q, v, state, torch.tensor([0.5, 0.5]))
 

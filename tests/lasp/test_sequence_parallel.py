@@ -142,7 +142,7 @@ def delayed_bits(group, trials):
 
 
 def test_random_delays_change_no_bit(pool):
-    for trials in pool.run(delayed_bits, 12, size=4):
+    for trials in pool.run(delayed_bits, 200, size=4, timeout=100):
         for trial in trials[1:]:
             for now, before in zip(trial, trials[0], strict=True):
                 assert all(torch.equal(now[name], before[name]) for name in before)
@@ -282,6 +282,14 @@ def disagree(group, field):
         log_decay = -log_decay
     if field == "state" and odd:
         kwargs["initial_state"] = state
+    if field == "device" and odd:
+        k = k.to("meta")
+    if field == "dimensions" and odd:
+        k = k[0, 0, 0, 0]
+    if field == "scale is none" and odd:
+        kwargs["scale"] = None
+    if field == "gradient" and odd:
+        q = q.requires_grad_()
     lasp.lightning_attention(q, k, v, log_decay, **kwargs)
 
 
@@ -297,6 +305,10 @@ FIELDS = {
     "lengths": "do not fit",
     "positive decay": "must be <= 0",
     "state": "initial_state is given on rank 1",
+    "device": "k on meta: move both",
+    "dimensions": "must have 4 dimensions",
+    "scale is none": "scale is None: it must be a number",
+    "gradient": "disagree on whether a gradient is needed",
 }
 
 
@@ -324,9 +336,21 @@ def test_packed_documents_over_ranks_are_refused_for_now(pool):
             raise outcome
 
 
+def not_a_member(group):
+    q, k, v, log_decay, _ = cases.make_inputs(5, state=False)
+    # What `new_group` returns to ranks that are not in it.
+    lasp.lightning_attention(q, k, v, log_decay, group=dist.GroupMember.NON_GROUP_MEMBER)
+
+
+def test_a_group_that_this_rank_is_not_in(pool):
+    (outcome,) = pool.outcomes(not_a_member, size=1)
+    with pytest.raises(ValueError, match="not a member of `group`"):
+        raise outcome
+
+
 def agree_twice(group):
-    guard.agree(group, {"a": 1}, torch.device("cpu"))
-    guard.agree(group, {"a": 1 if dist.get_rank(group) else 2}, torch.device("cpu"))
+    guard.agree(group, {"a": 1}, every_time=True)
+    guard.agree(group, {"a": 1 if dist.get_rank(group) else 2}, every_time=True)
 
 
 def test_the_guard_compares_again_when_a_call_changes(pool):
