@@ -7,7 +7,7 @@ kernels and the same inputs give the same bits.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -18,7 +18,8 @@ from lasp.ops.triton.tiles import DTYPES, MAX_CHUNK, MAX_HEAD_DIM
 # once on 132 multiprocessors, by the larger head dim rounded up. A sequence is cut into as many
 # segments as fill these: more only add states to write and borders to cross. On an H200 the Hopper
 # scan of 131,072 tokens, 16 heads of 128, takes 0.512 ms in 8 segments, 0.516 in 16, 0.549 in 64.
-SLOTS = {64: 396, 128: 264, 256: 132}
+SLOTS = {64: 264, 128: 264, 256: 132}
+MULTIPROCESSORS = 132
 # From so many rows (tokens times heads) on, a launch more costs less than a launch that does more:
 # one kernel combines the states of segments, and the Hopper scan is worth its slower launch.
 LARGE_ROWS = 2**17
@@ -43,8 +44,7 @@ class Launch:
 # blocks of `value`, so they need no key of their own. Four warps in 16-bit: more than one warpgroup
 # hits a wait race in triton 3.6. Chunks of 64 in 16-bit: 32 rows would drop wgmma for mma.sync.
 SCAN = {
-    # Three stages and still three programs on a multiprocessor: 89% of the copy roofline on an H200
-    # at (1, 32768, 32, 64), with two stages 73%.
+    # 90% of the copy roofline on an H200 at (1, 32768, 32, 64) in 8 segments; two stages 73%.
     (64, 2): Launch(64, 64, 64, 4, 3),
     # Two programs on a multiprocessor, 65% of the copy roofline on an H200 at (1, 131072, 16, 128).
     # A third stage leaves room for one (43%), as do 128 values with 8 warps (46%); 32 values 42%.
@@ -80,9 +80,15 @@ def scan_launch(key_dim: int, dtype: torch.dtype) -> Launch:
     return SCAN[_dim_class(key_dim), _width(dtype)]
 
 
-def state_launch(key_dim: int, dtype: torch.dtype) -> Launch:
-    """Tiles of the state kernel for keys of `key_dim` and `dtype`."""
-    return STATE[_dim_class(key_dim), _width(dtype)]
+def state_launch(key_dim: int, value_dim: int, dtype: torch.dtype, num_states: int) -> Launch:
+    """Tiles of the state kernel for `num_states` states [key_dim, value_dim] from `dtype`."""
+    launch = STATE[_dim_class(key_dim), _width(dtype)]
+    # Too few to fill the GPU: smaller tiles put more loads in flight, the second ones from L2.
+    for smaller in ({"value": 64}, {"value": 64, "key": 64}):
+        blocks = -(-key_dim // launch.key) * -(-value_dim // launch.value)
+        if launch.key > 64 and num_states * blocks < MULTIPROCESSORS:
+            launch = replace(launch, **smaller)
+    return launch
 
 
 def _dim_class(dim: int) -> int:

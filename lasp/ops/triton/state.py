@@ -130,10 +130,10 @@ def local_states(
     """
     _, seq_len, num_heads, key_dim = k.shape
     value_dim = v.shape[-1]
-    launch = state_launch(key_dim, k.dtype)
-    blocks = triton.cdiv(key_dim, launch.key) * triton.cdiv(value_dim, launch.value)
     run = plan.segments_per_row - (total is None)
     num_segments = plan.num_segments if plan.packed else plan.num_documents * run
+    launch = state_launch(key_dim, value_dim, k.dtype, num_segments * num_heads)
+    blocks = triton.cdiv(key_dim, launch.key) * triton.cdiv(value_dim, launch.value)
     grid = (num_segments * num_heads * blocks,)
     if grid[0] == 0:
         return

@@ -71,7 +71,7 @@ def compiled_scan(key_dim, value_dim, reverse, packed):
 
 @functools.cache
 def compiled_state(key_dim, value_dim, reverse, packed):
-    launch = state_launch(key_dim, torch.bfloat16)
+    launch = state_launch(key_dim, value_dim, torch.bfloat16, 1000)
     constants = dict(
         D=key_dim,
         E=value_dim,
