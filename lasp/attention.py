@@ -20,11 +20,10 @@ from torch.distributed import ProcessGroup
 
 from lasp import exchange as exchanges
 from lasp import ops
+from lasp.arguments import describe_shape, find_problem, member_or_alone, state_dtype
 from lasp.ops.documents import decay_rates, document_offsets
 
 __all__ = ["lightning_attention", "lightning_attention_step"]
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def lightning_attention(
@@ -72,8 +71,8 @@ def lightning_attention(
         ValueError: on bad input, and on every rank of `group` if the ranks disagree.
     """
     if group is not None:
-        group = _check_member(group)
-    problem = _find_problem(q, k, v, log_decay, initial_state, cu_seqlens, group, exchange, scale)
+        group = member_or_alone(group)
+    problem = find_problem(q, k, v, log_decay, initial_state, cu_seqlens, group, exchange, scale)
     if problem is not None:
         if group is not None:
             exchanges.guard.agree(group, {}, every_time=True, problem=problem)
@@ -123,10 +122,10 @@ def lightning_attention_step(
         raise ValueError("q, k, v and state must be tensors; a first state is torch.zeros.")
     if q.dim() != 3 or k.shape != q.shape or v.shape[:2] != q.shape[:2] or v.dim() != 3:
         raise ValueError(
-            f"q {_shape(q)}, k {_shape(k)}, v {_shape(v)} do not fit: one token's q and k are "
-            "[B, H, D], its v [B, H, E]."
+            f"q {describe_shape(q)}, k {describe_shape(k)}, v {describe_shape(v)} do not fit: one "
+            "token's q and k are [B, H, D], its v [B, H, E]."
         )
-    problem = _find_problem(
+    problem = find_problem(
         *(x.unsqueeze(1) for x in (q, k, v)), log_decay, state, None, None, "ring", scale, "state"
     )
     if problem is not None:
@@ -242,7 +241,7 @@ def _enter(
     else:
         _agree(group, k, v, log_decay, scale, needs_grad, method)
     offsets = document_offsets(cu_seqlens, k.shape[1])
-    nothing = k.new_empty(0, dtype=_state_dtype(k.dtype))
+    nothing = k.new_empty(0, dtype=state_dtype(k.dtype))
     segment_states, entering, final_state = nothing, nothing.clone(), nothing.clone()
     with_total = group is not None or with_final
     if with_total or not ops.one_pass(k, v, offsets):
@@ -298,7 +297,7 @@ def _attend_backward(
     do = do if do.stride(-1) == 1 or do.shape[-1] == 1 else do.contiguous()
     offsets = document_offsets(cu_seqlens, q.shape[1])
     common = dict(scale=scale, offsets=offsets)
-    segment_grads = dinitial = q.new_empty(0, dtype=_state_dtype(q.dtype))
+    segment_grads = dinitial = q.new_empty(0, dtype=state_dtype(q.dtype))
     pending = None
     with_total = group_name is not None or with_dinitial
     if with_total or not ops.one_pass(q, do, offsets):
@@ -368,7 +367,7 @@ def _enter_fake(
 ):
     num_documents = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = k.new_empty(
-        num_documents, k.shape[2], k.shape[3], v.shape[3], dtype=_state_dtype(k.dtype)
+        num_documents, k.shape[2], k.shape[3], v.shape[3], dtype=state_dtype(k.dtype)
     )
     nothing = state.new_empty(0)
     has_entering = group_name is not None or initial_state is not None
@@ -402,112 +401,8 @@ def _attend_backward_fake(
 ):
     num_documents = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (num_documents, q.shape[2], q.shape[3], v.shape[3]) if with_dinitial else (0,)
-    dinitial = q.new_empty(shape, dtype=_state_dtype(q.dtype))
+    dinitial = q.new_empty(shape, dtype=state_dtype(q.dtype))
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dinitial
-
-
-def _check_member(group: ProcessGroup) -> ProcessGroup | None:
-    """The group, or None if this process is all of it; ValueError if it is not in it."""
-    size = torch.distributed.get_world_size(group)
-    if size < 1:
-        raise ValueError("this process is not a member of `group`: only its members call this.")
-    return None if size == 1 else group
-
-
-def _find_problem(
-    q,
-    k,
-    v,
-    log_decay,
-    initial_state,
-    cu_seqlens,
-    group,
-    exchange,
-    scale,
-    state_name="initial_state",
-) -> str | None:
-    """What is wrong with the arguments, in a sentence; None if nothing is.
-
-    Looks at shapes, dtypes and devices only. Values (decays, document boundaries) are looked at
-    inside the operator, where torch.compile does not trace.
-    """
-    optional = {"log_decay": log_decay, state_name: initial_state, "cu_seqlens": cu_seqlens}
-    for name, x in {"q": q, "k": k, "v": v, **optional}.items():
-        if not isinstance(x, torch.Tensor) and not (x is None and name in optional):
-            return f"{name} is {type(x).__name__}: it must be a tensor."
-    if not isinstance(scale, int | float | torch.SymInt | torch.SymFloat):
-        return f"scale is {scale!r}: it must be a number."
-    if any(x.dim() != 4 for x in (q, k, v)):
-        return (
-            f"q {_shape(q)}, k {_shape(k)}, v {_shape(v)}: each must have 4 dimensions "
-            "[batch, tokens, heads, head size]."
-        )
-    if k.shape != q.shape or v.shape[:3] != q.shape[:3]:
-        return (
-            f"q {_shape(q)}, k {_shape(k)}, v {_shape(v)} do not fit: q and k are [B, T, H, D] and "
-            "v is [B, T, H, E] with the same B, T, H. (For grouped heads, expand k and v.)"
-        )
-    B, T, H, D = q.shape
-    E = v.shape[3]
-    if not (1 <= D <= 256 and 1 <= E <= 256 and H >= 1 and B >= 1):
-        return f"q {_shape(q)}, v {_shape(v)}: head sizes must be 1..256, batch and heads >= 1."
-    if not q.dtype == k.dtype == v.dtype:
-        return f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: they must share one dtype. Cast them."
-    if q.dtype not in _DTYPES and not (q.dtype == torch.float64 and q.device.type == "cpu"):
-        return (
-            f"q, k, v are {q.dtype} on {q.device.type}: allowed are bfloat16, float16 and float32, "
-            "and float64 on the CPU."
-        )
-    others = {"k": k, "v": v, "log_decay": log_decay, state_name: initial_state}
-    for name, x in others.items():
-        if x is not None and x.device != q.device:
-            return f"q is on {q.device} but {name} on {x.device}: move both to one device."
-    if group is not None and q.device.type not in exchanges.device_types(group):
-        return (
-            f"q is on {q.device}, but the ranks of group communicate on "
-            f"{' and '.join(sorted(exchanges.device_types(group)))}: move the tensors there."
-        )
-    if log_decay is not None:
-        if log_decay.dtype != torch.float32 or tuple(log_decay.shape) != (H,):
-            return (
-                f"log_decay is {log_decay.dtype} {_shape(log_decay)}: it must be float32 [{H}], "
-                "one number per head. (Low precision loses digits of slow decays.)"
-            )
-        if log_decay.requires_grad:
-            return "log_decay requires a gradient, but it is a constant here: pass .detach()."
-    num_documents = B
-    if cu_seqlens is not None:
-        if group is not None:
-            return (
-                "cu_seqlens together with group is not supported yet: pack documents on one "
-                "device, or pass one document per sequence."
-            )
-        if B != 1:
-            return f"cu_seqlens is given and the batch is {B}: packed documents need batch 1."
-        if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-            return (
-                f"cu_seqlens is {cu_seqlens.dtype} {_shape(cu_seqlens)}: it must be int32 "
-                "[documents + 1], the cumulative lengths from 0 to the number of tokens."
-            )
-        if cu_seqlens.shape[0] < 2:
-            return f"cu_seqlens has {cu_seqlens.shape[0]} entries: it needs at least [0, tokens]."
-        num_documents = cu_seqlens.shape[0] - 1
-    if not isinstance(exchange, str) or exchange not in exchanges.METHODS:
-        return f"exchange is {exchange!r}: choose one of {', '.join(sorted(exchanges.METHODS))}."
-    if initial_state is not None:
-        allowed = (num_documents, H, D, E)
-        state_dtype = _state_dtype(q.dtype)
-        if tuple(initial_state.shape) != allowed or initial_state.dtype != state_dtype:
-            return (
-                f"{state_name} is {initial_state.dtype} {_shape(initial_state)}: it must be "
-                f"{state_dtype} {list(allowed)} (sequences, heads, size of k, size of v)."
-            )
-        if group is not None and torch.distributed.get_rank(group) != 0:
-            return (
-                f"initial_state is given on rank {torch.distributed.get_rank(group)} of the group: "
-                "it belongs to the global sequence, so only rank 0 passes it."
-            )
-    return None
 
 
 def _agree(group, k, v, log_decay, scale, needs_grad, method) -> None:
@@ -538,8 +433,8 @@ def _decay_over(log_decay, x, offsets=None):
     """exp(log_decay * n) for the n tokens of this device, [H, 1, 1], or per document
     [N, H, 1, 1]."""
     if log_decay is None:
-        return x.new_ones(x.shape[2], 1, 1, dtype=_state_dtype(x.dtype))
-    rates_H11 = log_decay.to(_state_dtype(x.dtype))[:, None, None]
+        return x.new_ones(x.shape[2], 1, 1, dtype=state_dtype(x.dtype))
+    rates_H11 = log_decay.to(state_dtype(x.dtype))[:, None, None]
     if offsets is None:
         return torch.exp(rates_H11 * x.shape[1])
     # Differences as integers: offsets may exceed what float32 tells apart.
@@ -557,11 +452,3 @@ def _present(states: torch.Tensor) -> torch.Tensor | None:
 
 def _transposed(states: torch.Tensor) -> torch.Tensor | None:
     return states.transpose(-1, -2) if states.numel() else None
-
-
-def _state_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _shape(x: torch.Tensor) -> str:
-    return str(list(x.shape))

@@ -1,0 +1,165 @@
+"""What the operator takes: every wrong argument gets a sentence.
+
+Only types, shapes, dtypes and devices are looked at here. Values (decays, document boundaries) are
+looked at inside the operator, where torch.compile does not trace.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed import ProcessGroup
+
+from lasp import exchange as exchanges
+
+__all__ = ["describe_shape", "find_problem", "member_or_alone", "state_dtype"]
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_MAX_HEAD_SIZE = 256
+
+
+def find_problem(
+    q,
+    k,
+    v,
+    log_decay,
+    initial_state,
+    cu_seqlens,
+    group,
+    exchange,
+    scale,
+    state_name="initial_state",
+) -> str | None:
+    """What is wrong with the arguments of `lasp.lightning_attention`, in a sentence; None if
+    nothing is."""
+    optional = {"log_decay": log_decay, state_name: initial_state, "cu_seqlens": cu_seqlens}
+    for name, x in {"q": q, "k": k, "v": v, **optional}.items():
+        if not isinstance(x, torch.Tensor) and not (x is None and name in optional):
+            return f"{name} is {type(x).__name__}: it must be a tensor."
+    if not isinstance(scale, int | float | torch.SymInt | torch.SymFloat):
+        return f"scale is {scale!r}: it must be a number."
+    if not isinstance(exchange, str) or exchange not in exchanges.METHODS:
+        return f"exchange is {exchange!r}: choose one of {', '.join(sorted(exchanges.METHODS))}."
+    return (
+        _shape_problem(q, k, v)
+        or _dtype_problem(q, k, v)
+        or _device_problem(q, {"k": k, "v": v, "log_decay": log_decay, state_name: initial_state})
+        or _decay_problem(q, log_decay)
+        or _documents_problem(q, cu_seqlens, group)
+        or _state_problem(q, v, initial_state, cu_seqlens, state_name)
+        or _group_problem(q, initial_state, group)
+    )
+
+
+def member_or_alone(group: ProcessGroup) -> ProcessGroup | None:
+    """The group, or None if this process is all of it; ValueError if it is not in it."""
+    size = torch.distributed.get_world_size(group)
+    if size < 1:
+        raise ValueError("this process is not a member of `group`: only its members call this.")
+    return None if size == 1 else group
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of states for inputs of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def describe_shape(x: torch.Tensor) -> str:
+    return str(list(x.shape))
+
+
+def _shape_problem(q, k, v):
+    shapes = f"q {describe_shape(q)}, k {describe_shape(k)}, v {describe_shape(v)}"
+    if any(x.dim() != 4 for x in (q, k, v)):
+        return f"{shapes}: each must have 4 dimensions [batch, tokens, heads, head size]."
+    if k.shape != q.shape or v.shape[:3] != q.shape[:3]:
+        return (
+            f"{shapes} do not fit: q and k are [B, T, H, D] and v is [B, T, H, E] with the same "
+            "B, T, H. (For grouped heads, expand k and v.)"
+        )
+    B, _, H, D = q.shape
+    if not (1 <= D <= _MAX_HEAD_SIZE and 1 <= v.shape[3] <= _MAX_HEAD_SIZE and H >= 1 and B >= 1):
+        return f"{shapes}: head sizes must be 1..{_MAX_HEAD_SIZE}, batch and heads >= 1."
+    return None
+
+
+def _dtype_problem(q, k, v):
+    if not q.dtype == k.dtype == v.dtype:
+        return f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: they must share one dtype. Cast them."
+    if q.dtype not in _DTYPES and not (q.dtype == torch.float64 and q.device.type == "cpu"):
+        return (
+            f"q, k, v are {q.dtype} on {q.device.type}: allowed are bfloat16, float16 and float32, "
+            "and float64 on the CPU."
+        )
+    return None
+
+
+def _device_problem(q, others):
+    for name, x in others.items():
+        if x is not None and x.device != q.device:
+            return f"q is on {q.device} but {name} on {x.device}: move both to one device."
+    return None
+
+
+def _decay_problem(q, log_decay):
+    if log_decay is None:
+        return None
+    H = q.shape[2]
+    if log_decay.dtype != torch.float32 or tuple(log_decay.shape) != (H,):
+        return (
+            f"log_decay is {log_decay.dtype} {describe_shape(log_decay)}: it must be float32 "
+            f"[{H}], one number per head. (Low precision loses digits of slow decays.)"
+        )
+    if log_decay.requires_grad:
+        return "log_decay requires a gradient, but it is a constant here: pass .detach()."
+    return None
+
+
+def _documents_problem(q, cu_seqlens, group):
+    if cu_seqlens is None:
+        return None
+    if group is not None:
+        return (
+            "cu_seqlens together with group is not supported yet: pack documents on one device, or "
+            "pass one document per sequence."
+        )
+    if q.shape[0] != 1:
+        return f"cu_seqlens is given and the batch is {q.shape[0]}: packed documents need batch 1."
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        return (
+            f"cu_seqlens is {cu_seqlens.dtype} {describe_shape(cu_seqlens)}: it must be int32 "
+            "[documents + 1], the cumulative lengths from 0 to the number of tokens."
+        )
+    if cu_seqlens.shape[0] < 2:
+        return f"cu_seqlens has {cu_seqlens.shape[0]} entries: it needs at least [0, tokens]."
+    return None
+
+
+def _state_problem(q, v, initial_state, cu_seqlens, state_name):
+    if initial_state is None:
+        return None
+    B, _, H, D = q.shape
+    allowed = (B if cu_seqlens is None else cu_seqlens.shape[0] - 1, H, D, v.shape[3])
+    if tuple(initial_state.shape) != allowed or initial_state.dtype != state_dtype(q.dtype):
+        return (
+            f"{state_name} is {initial_state.dtype} {describe_shape(initial_state)}: it must be "
+            f"{state_dtype(q.dtype)} {list(allowed)} (sequences, heads, size of k, size of v)."
+        )
+    return None
+
+
+def _group_problem(q, initial_state, group):
+    if group is None:
+        return None
+    device_types = exchanges.device_types(group)
+    if q.device.type not in device_types:
+        return (
+            f"q is on {q.device}, but the ranks of group communicate on "
+            f"{' and '.join(sorted(device_types))}: move the tensors there."
+        )
+    rank = torch.distributed.get_rank(group)
+    if initial_state is not None and rank != 0:
+        return (
+            f"initial_state is given on rank {rank} of the group: it belongs to the global "
+            "sequence, so only rank 0 passes it."
+        )
+    return None
