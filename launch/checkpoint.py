@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoint", "CheckpointStore", "verify"]
 
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
+# What a process leaves behind that is killed while it saves or removes; the number is its own.
+_LEFTOVER = re.compile(r"\.(?:staging|removed)-step-\d{8}-(\d+)")
 _FORMAT = 1
 # A manifest is a few lines; a huge one is not ours.
 _MANIFEST_LIMIT = 1 << 20
@@ -113,11 +115,13 @@ class CheckpointStore:
         self._keep = keep_latest_k
         # What was hashed before, by the files' sizes and times: retention asks at every save.
         self._verified: dict[Path, tuple[tuple[str, int, int], ...]] = {}
+        self._cleaned = False
 
     def save(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
         """Write a checkpoint and, once it is there, remove the oldest beyond keep_latest_k.
 
-        An invalid folder of the same step is moved aside, a valid one is never replaced.
+        An invalid folder of the same step is moved aside, a valid one is never replaced. The first
+        save clears what a killed process left half done.
 
         Args:
             step: steps taken.
@@ -128,6 +132,9 @@ class CheckpointStore:
             CheckpointError: a valid checkpoint of this step exists.
             OSError: the disk refused; nothing is committed, the staging folder is removed.
         """
+        if not self._cleaned:
+            self._remove_leftovers()
+            self._cleaned = True
         final = self.folder / _folder_name(step)
         if final.exists():
             if self._problem(final) is None:
@@ -222,6 +229,14 @@ class CheckpointStore:
         self._verified[path] = _signature(path)
         return None
 
+    def _remove_leftovers(self) -> None:
+        if not self.folder.is_dir():
+            return
+        for path in list(self.folder.iterdir()):
+            match = _LEFTOVER.fullmatch(path.name)
+            if match and not _is_running(int(match[1])):
+                shutil.rmtree(path, ignore_errors=True)
+
     def _remove_old(self) -> None:
         if not self._keep:
             return
@@ -237,6 +252,17 @@ class CheckpointStore:
 
 def _folder_name(step: int) -> str:
     return f"step-{step:08d}"
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    # A container often gives a restarted job the number of the one before.
+    return process != os.getpid()
 
 
 def _move_aside(path: Path) -> None:

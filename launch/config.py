@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import io
 import json
+import math
 import tomllib
 import types
 import typing
@@ -22,7 +23,16 @@ import tyro
 
 from launch.errors import ConfigError
 
-__all__ = ["STANDARD_LIBRARY_FOLDER", "Config", "load_config", "read_toml", "to_toml"]
+__all__ = [
+    "STANDARD_LIBRARY_FOLDER",
+    "Config",
+    "check_sampling",
+    "check_text",
+    "load_config",
+    "read_toml",
+    "to_toml",
+    "typed",
+]
 
 # Shared by all runs started from one folder.
 STANDARD_LIBRARY_FOLDER = "data/stdlib"
@@ -125,6 +135,8 @@ class LRScheduler:
 @dataclass(kw_only=True)
 class Checkpoint:
     enable: bool = True
+    """False: nothing is saved, and a SIGTERM ends the run with code 143. Running again starts from
+    scratch (an earlier metrics.jsonl is moved aside)."""
     folder: str = "checkpoint"
     """Below dump_folder."""
     interval: int = 500
@@ -167,7 +179,9 @@ class Sample:
     prompt: str = "def "
     max_new_tokens: int = 200
     temperature: float = 0.8
+    """0: the likeliest token every time."""
     top_k: int = 40
+    """Sample among so many of the likeliest tokens; 0: all."""
 
 
 @dataclass(kw_only=True)
@@ -185,7 +199,8 @@ class Comm:
     init_timeout_seconds: int = 300
     """For start-up, the first step, checkpoints."""
     train_timeout_seconds: int = 100
-    """For every later step."""
+    """For every later step. Long, as one step of a very long sequence may be; ranks meet a SIGTERM
+    between steps, so lower it (or ask for more grace) where SIGKILL follows sooner than a step."""
 
 
 @dataclass(kw_only=True)
@@ -263,7 +278,7 @@ def read_toml(config: Config, path: Path) -> None:
                 raise ConfigError(
                     f"{path}: unknown key {name}.{key}{_hint(f'{name}.{key}', keys, '{}')}"
                 )
-            setattr(section, key, _typed(value, hints[key], f"{path}: {name}.{key}"))
+            setattr(section, key, typed(value, hints[key], f"{path}: {name}.{key}"))
 
 
 def to_toml(config: Config) -> str:
@@ -274,9 +289,14 @@ def to_toml(config: Config) -> str:
         for key, value in dataclasses.asdict(getattr(config, section.name)).items():
             # TOML has no None: a missing key is the default, which None always is.
             if value is not None:
-                lines.append(f"{key} = {json.dumps(value)}")
+                lines.append(f"{key} = {_toml_value(value)}")
         lines.append("")
     return "\n".join(lines)
+
+
+def _toml_value(value: Any) -> str:
+    # JSON's spelling but for two things: TOML has no surrogate pairs, and DEL must be escaped.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _config_file(argv: list[str]) -> str | None:
@@ -291,12 +311,15 @@ def _config_file(argv: list[str]) -> str | None:
 
 def _refuse_unknown_flags(argv: list[str]) -> None:
     """One sentence for a misspelt flag, where tyro would print the help of all that resemble it."""
-    known = ["--help", "--config", "--micro-batch-size", "--sp-size", "--cp-size"]
+    known = ["--help"]
     for section in dataclasses.fields(Config):
-        for key, annotation in typing.get_type_hints(section.default_factory).items():
+        hints = typing.get_type_hints(section.default_factory, include_extras=True)
+        for key, annotation in hints.items():
             known.append(f"--{section.name}.{key}")
             if annotation is bool:
                 known.append(f"--{section.name}.no_{key}")
+            for extra in getattr(annotation, "__metadata__", ()):
+                known += extra.aliases or ()
     spelt = {flag.replace("-", "_") for flag in known}
     for argument in argv:
         flag = argument.partition("=")[0]
@@ -311,7 +334,7 @@ def _hint(name: str, known: list[str], form: str, otherwise: str | None = None) 
     return f"; {otherwise or 'known: ' + ', '.join(map(form.format, known)) + '.'}"
 
 
-def _typed(value: Any, annotation: Any, where: str) -> Any:
+def typed(value: Any, annotation: Any, where: str) -> Any:
     """`value` if it fits `annotation` (an int fits a float), else ConfigError."""
     options = (
         typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
@@ -371,6 +394,11 @@ def _check(config: Config) -> None:
             # Written so that NaN is refused too.
             if not value >= bound:
                 raise ConfigError(f"{name} is {value}: it must be at least {bound}.")
+    _check_values(config)
+    if config.training.seed >= 1 << 63:
+        raise ConfigError(f"training.seed is {config.training.seed}: it must be below 2^63.")
+    wanted = config.sample
+    check_sampling("sample.", wanted.max_new_tokens, wanted.temperature, wanted.top_k)
     batch = config.training.global_batch_size
     if batch != -1 and batch < 1:
         raise ConfigError(
@@ -386,6 +414,41 @@ def _check(config: Config) -> None:
     if config.data.source == "folder" and config.data.folder is None:
         raise ConfigError("data.source is folder: say which one with --data.folder.")
     _refuse_what_is_not_there_yet(config)
+
+
+def _check_values(config: Config) -> None:
+    """Refuse numbers and text that no file could hold: infinities, and broken UTF-8."""
+    for section, values in dataclasses.asdict(config).items():
+        for key, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{section}.{key} is {value}: it must be a finite number.")
+            if isinstance(value, str):
+                check_text(f"{section}.{key}", value)
+
+
+def check_text(name: str, text: str) -> None:
+    """Raise ConfigError if `text`, from a command line, holds bytes that are not UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ConfigError(f"{name} {text!r} is not UTF-8: give text in that encoding.") from None
+
+
+def check_sampling(prefix: str, max_new_tokens: int, temperature: float, top_k: int) -> None:
+    """Raise ConfigError for options that text cannot be sampled with.
+
+    Args:
+        prefix: stands before an option's name in the message.
+    """
+    for name, value in (("max_new_tokens", max_new_tokens), ("top_k", top_k)):
+        if value < 0:
+            raise ConfigError(f"{prefix}{name} is {value}: it must be at least 0.")
+    # Logits are divided by it, in float32.
+    if temperature != 0 and not 1e-6 <= temperature < math.inf:
+        raise ConfigError(
+            f"{prefix}temperature is {temperature}: it must be 0 (the likeliest token every time), "
+            "or a number of at least 1e-6."
+        )
 
 
 def _refuse_what_is_not_there_yet(config: Config) -> None:

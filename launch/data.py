@@ -8,6 +8,7 @@ consumed, whatever the number of ranks before and after.
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,8 +67,8 @@ class TokenSource(Protocol):
     def sample(self, index: int, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop + 1) of sample `index`: the inputs of a shard and one more."""
 
-    def boundaries(self, index: int) -> tuple[int, ...]:
-        """Where documents start within sample `index`: (0, ..., seq_len)."""
+    def document_starts(self, index: int) -> tuple[int, ...]:
+        """Offsets in 1 .. seq_len of sample `index` (the last is a label only) that start one."""
 
 
 class IndexedSource:
@@ -96,12 +97,11 @@ class IndexedSource:
             self._file.check_vocabulary(self._vocab_size, first, last)
         return self._file.tokens[first:last].astype(np.int64)
 
-    def boundaries(self, index: int) -> tuple[int, ...]:
+    def document_starts(self, index: int) -> tuple[int, ...]:
         origin = index * self._seq_len
         starts = self._file.document_starts
-        low, high = np.searchsorted(starts, [origin + 1, origin + self._seq_len])
-        inside = np.unique(starts[low:high] - origin).tolist()
-        return (0, *inside, self._seq_len)
+        low, high = np.searchsorted(starts, [origin + 1, origin + self._seq_len + 1])
+        return tuple(np.unique(starts[low:high] - origin).tolist())
 
 
 class RandomSource:
@@ -120,8 +120,8 @@ class RandomSource:
         tokens = generator.integers(0, self._vocab_size, self._seq_len + 1, dtype=np.int64)
         return tokens[start : stop + 1]
 
-    def boundaries(self, index: int) -> tuple[int, ...]:
-        return (0, self._seq_len)
+    def document_starts(self, index: int) -> tuple[int, ...]:
+        return ()
 
 
 class DataFolder:
@@ -139,17 +139,26 @@ class DataFolder:
         if path.is_file():
             try:
                 self.meta = json.loads(path.read_text(encoding="utf-8"))
-                spec = self.meta["tokenizer"]
-            except (ValueError, KeyError) as error:
-                raise DataError(f"{path} is damaged ({error!r}): prepare the data again.") from None
-            self.tokenizer: Tokenizer | None = tokenizer_from_spec(spec)
+                # A DataError of the tokenizer is a ValueError, too: it joins the file's name.
+                self.tokenizer: Tokenizer | None = tokenizer_from_spec(self.meta["tokenizer"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                why = f"{type(error).__name__}: {error}"
+                raise DataError(f"{path} is damaged ({why}): prepare the data again.") from None
         else:
             self.tokenizer = None
 
     def source(self, split: str, seq_len: int, vocab_size: int) -> IndexedSource:
         """The samples of "train" or "val"."""
         about = self.meta.get(split, {})
-        ratio = about["bytes"] / about["tokens"] if about.get("tokens") else None
+        try:
+            # Without these numbers there is only no bits per byte.
+            known = about.get("bytes") and about.get("tokens")
+            ratio = about["bytes"] / about["tokens"] if known else None
+        except (AttributeError, TypeError):
+            raise DataError(
+                f"{self.folder / 'meta.json'} is damaged ({split!r} is {about!r}): prepare the "
+                "data again."
+            ) from None
         return IndexedSource(self.folder / split, seq_len, vocab_size, ratio)
 
 
@@ -164,9 +173,16 @@ def sample_order(consumed: int, count: int, num_samples: int, seed: int) -> list
     indices: list[int] = []
     while len(indices) < count:
         epoch, first = divmod(consumed + len(indices), num_samples)
-        order = np.random.default_rng([seed, epoch]).permutation(num_samples)
+        order = _order_of_pass(seed, epoch, num_samples)
         indices += order[first : first + count - len(indices)].tolist()
     return indices
+
+
+# A pass is as long as the data: it is permuted once and not at every step, and one is kept.
+@functools.lru_cache(maxsize=1)
+def _order_of_pass(seed: int, epoch: int, num_samples: int) -> np.ndarray:
+    # Half the memory for what is kept; see sample_order for the largest number.
+    return np.random.default_rng([seed, epoch]).permutation(num_samples).astype(np.uint32)
 
 
 def step_samples(
@@ -203,7 +219,9 @@ def read_batch(
     boundaries = None
     if varlen:
         assert len(indices) == 1
-        boundaries = source.boundaries(indices[0])
+        length = inputs.shape[1]
+        starts = source.document_starts(indices[0])
         # What follows a document is another one: its first token cannot be predicted.
-        labels[0, [end - 1 for end in boundaries[1:-1]]] = IGNORE
+        labels[0, [start - 1 for start in starts]] = IGNORE
+        boundaries = (0, *(start for start in starts if start < length), length)
     return Batch(inputs, labels, boundaries)

@@ -6,6 +6,7 @@ its workers return; their codes stand in its summary.)
 
 __all__ = [
     "REQUEUE",
+    "TERMINATED",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -16,6 +17,9 @@ __all__ = [
 
 # A checkpoint was saved because the job was asked to stop: start the same command again.
 REQUEUE = 75
+# Stopped likewise, but checkpoints are off and the steps taken are lost (128 + SIGTERM, as shells
+# report it).
+TERMINATED = 143
 
 
 class UserError(ValueError):

@@ -14,6 +14,7 @@ import tyro
 
 from lasp.tnl import TNL, TNLConfig
 from launch.checkpoint import Checkpoint, CheckpointStore, verify
+from launch.config import check_sampling, check_text
 from launch.errors import CheckpointError, ConfigError, UserError
 from launch.optimization import load_model_tensors
 from launch.tokenizer import Tokenizer, tokenizer_from_spec
@@ -35,7 +36,7 @@ class Arguments:
     """Sample among so many of the likeliest tokens; 0: all."""
     seed: int = 0
     device: str = "auto"
-    """auto: a GPU if there is one."""
+    """cpu, cuda, cuda:N. auto: a GPU if there is one."""
 
 
 def load_model(path: Path, device: torch.device) -> tuple[TNL, Tokenizer]:
@@ -91,14 +92,31 @@ def sample_text(
     return tokenizer.decode(tokens + new)
 
 
+def find_device(name: str) -> torch.device:
+    """The device of a name. Raises ConfigError if there is none."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        name = "cuda" if gpus else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {name!r}: give auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ConfigError(f"device is {name}, but this machine has {gpus} GPUs: give cpu or auto.")
+    return device
+
+
 def main(argv: list[str] | None = None) -> int:
     """Generate as the command line says; the exit code."""
     arguments = tyro.cli(Arguments, args=argv, prog="launch/generate.py")
-    name = arguments.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        model, tokenizer = load_model(arguments.checkpoint, torch.device(name))
+        check_text("prompt", arguments.prompt)
+        check_sampling("", arguments.max_new_tokens, arguments.temperature, arguments.top_k)
+        if not 0 <= arguments.seed < 1 << 63:
+            raise ConfigError(f"seed is {arguments.seed}: it must be at least 0 and below 2^63.")
+        model, tokenizer = load_model(arguments.checkpoint, find_device(arguments.device))
         text = sample_text(
             model,
             tokenizer,

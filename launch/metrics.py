@@ -1,11 +1,13 @@
 """What a run says about itself: one line per step, metrics.jsonl, a loss curve.
 
-All numbers are of the whole job. Loss is the sum over all valid tokens divided by their number,
-tokens are counted once whatever the layout, mfu counts the linear-attention FLOPs of the model.
+All numbers are of the whole job, but for memory, which is that of rank 0. Loss is the sum over all
+valid tokens divided by their number, tokens are counted once whatever the layout, mfu counts the
+linear-attention FLOPs of the model.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -16,10 +18,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from launch.errors import ConfigError
+
 if TYPE_CHECKING:
     from launch.config import Config
 
-__all__ = ["MetricsLog", "Speedometer", "format_line", "loss_metrics", "peak_flops", "plot_loss"]
+__all__ = [
+    "MetricsLog",
+    "Speedometer",
+    "check_packages",
+    "format_line",
+    "loss_metrics",
+    "peak_flops",
+    "plot_loss",
+]
 
 # Dense bfloat16, in FLOP/s, by a part of the device's name.
 _PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}
@@ -39,6 +51,24 @@ def peak_memory(device: torch.device) -> float:
         return torch.cuda.max_memory_reserved(device) / 2**30
     # Linux counts in KiB.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def check_packages(config: Config) -> None:
+    """Raise ConfigError if a package for metrics is switched on and not there."""
+    wanted = {
+        "tensorboard": ("torch.utils.tensorboard", config.metrics.enable_tensorboard),
+        "wandb": ("wandb", config.metrics.enable_wandb),
+    }
+    for package, (module, enabled) in wanted.items():
+        if not enabled:
+            continue
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ConfigError(
+                f"metrics.enable_{package} needs the package {package} ({error}): install it, or "
+                f"use --metrics.no-enable_{package}."
+            ) from None
 
 
 def loss_metrics(loss: float, bytes_per_token: float | None) -> dict[str, float]:
@@ -111,16 +141,26 @@ def format_line(metrics: dict[str, Any], steps: int) -> str:
 class MetricsLog:
     """metrics.jsonl, and TensorBoard or W&B where they are switched on.
 
+    A resumed run goes on in the file that is there. One from scratch is another run: an earlier
+    file is moved aside, to metrics-1.jsonl and so on.
+
     Args:
         config: of the run.
         resumed_step: lines after it are dropped: those steps will be taken again.
+
+    Raises:
+        OSError: metrics.jsonl cannot be written.
     """
 
     def __init__(self, config: Config, resumed_step: int) -> None:
         folder = Path(config.job.dump_folder)
         self.path = folder / "metrics.jsonl"
-        _drop_after(self.path, resumed_step)
-        self.path.touch()
+        if resumed_step:
+            _drop_after(self.path, resumed_step)
+        else:
+            _move_aside(self.path)
+        with self.path.open("a"):
+            pass
         self._failed = False
         self._tensorboard = self._wandb = None
         if config.metrics.enable_tensorboard:
@@ -190,11 +230,13 @@ def plot_loss(metrics_path: Path) -> Path | None:
 def _read(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl; a torn last line is left out."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             continue
+        if isinstance(record, dict) and {"step", "loss"} <= record.keys():
+            records.append(record)
     return records
 
 
@@ -205,6 +247,16 @@ def _drop_after(path: Path, step: int) -> None:
     staging = path.with_name(f".{path.name}-{os.getpid()}")
     staging.write_text("".join(json.dumps(each) + "\n" for each in kept), encoding="utf-8")
     os.replace(staging, path)
+
+
+def _move_aside(path: Path) -> None:
+    if not path.is_file() or not path.stat().st_size:
+        return
+    number = 1
+    while (aside := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
+        number += 1
+    os.rename(path, aside)
+    print(f"metrics of an earlier run: {aside}", flush=True)
 
 
 def _clock(seconds: float) -> str:

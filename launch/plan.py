@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lasp.tnl import TNLConfig
+from launch.config import typed
 from launch.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -76,10 +78,7 @@ def model_config(config: Config, tokenizer: Tokenizer | None) -> TNLConfig:
     if tokenizer is not None:
         overrides["vocab_size"] = -(-tokenizer.vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
     if wanted.config is not None:
-        try:
-            overrides |= json.loads(Path(wanted.config).read_text(encoding="utf-8"))
-        except (OSError, ValueError, TypeError) as error:
-            raise ConfigError(f"model.config {wanted.config}: {error}.") from None
+        overrides |= _model_file(Path(wanted.config))
     for name in ("vocab_size", "dim", "num_layers", "num_heads", "glu_dim"):
         value = getattr(wanted, name)
         if value is not None:
@@ -94,6 +93,26 @@ def model_config(config: Config, tokenizer: Tokenizer | None) -> TNLConfig:
             "tokens: leave model.vocab_size out, or make it at least that."
         )
     return resolved
+
+
+def _model_file(path: Path) -> dict[str, Any]:
+    """The fields of a model.config file, of the right types; their values are not looked at."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.config {path}: {error}.") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"model.config {path} is not a JSON object of TNLConfig's fields.")
+    hints = typing.get_type_hints(TNLConfig)
+    for name, value in fields.items():
+        where = f"model.config {path}: {name}"
+        may_be_null = type(None) in typing.get_args(hints.get(name))
+        if name == "lrpe_layers":
+            if not isinstance(value, list) or not all(type(each) is int for each in value):
+                raise ConfigError(f"{where} is {value!r}, must be a list of whole numbers.")
+        elif name in hints and not (value is None and may_be_null):
+            typed(value, hints[name], where)
+    return fields
 
 
 def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:

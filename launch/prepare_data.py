@@ -61,9 +61,11 @@ def prepare(
     """Write `output`/{train,val}.{bin,idx} and meta.json; nothing is left if it fails.
 
     Raises:
-        DataError: `output` exists, an input is missing, or there is no text.
+        DataError: `output` exists or cannot be written, an input is missing or cannot be read, or
+            there is no text for one of the splits.
     """
-    if output.exists():
+    # A link that points nowhere is there, too: nothing could be renamed onto it.
+    if os.path.lexists(output):
         raise DataError(f"{output} exists already: choose another output folder or remove it.")
     if not 0 < val_fraction < 1:
         raise DataError(f"val_fraction is {val_fraction}: it must lie between 0 and 1.")
@@ -80,8 +82,8 @@ def prepare(
             (text for name, text in read_documents(files) if _hash(name) >= border), vocab_size
         )
     staging = output.parent / f".{output.name}-{os.getpid()}"
-    staging.mkdir(parents=True)
     try:
+        staging.mkdir(parents=True)
         about = _write(staging, read_documents(files), border, coder, val_fraction)
         meta: dict[str, Any] = {
             "format": 1,
@@ -94,9 +96,11 @@ def prepare(
         }
         (staging / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
         os.rename(staging, output)
-    except BaseException:
+    except OSError as error:
+        raise DataError(f"{output} cannot be written: {error}.") from None
+    finally:
+        # Gone already where all went well.
         shutil.rmtree(staging, ignore_errors=True)
-        raise
     return DataFolder(output)
 
 
@@ -120,11 +124,14 @@ def read_documents(
             if skipped is not None:
                 skipped.append(name)
             continue
+        except OSError as error:
+            raise DataError(f"input {path} cannot be read: {error.strerror}.") from None
         if path.suffix != ".jsonl":
             if text:
                 yield name, text
             continue
-        for number, line in enumerate(text.splitlines(), 1):
+        # Not splitlines(): it also splits at characters that may stand in a JSON string.
+        for number, line in enumerate(text.split("\n"), 1):
             if not line.strip():
                 continue
             try:
@@ -133,6 +140,13 @@ def read_documents(
                 document = None
             if not isinstance(document, str):
                 raise DataError(f'{path}, line {number}: not a JSON object with a string "text".')
+            try:
+                document.encode("utf-8")
+            except UnicodeEncodeError:
+                raise DataError(
+                    f'{path}, line {number}: "text" holds half of a surrogate pair (\\ud800 to '
+                    "\\udfff alone), which is no character: mend or remove it."
+                ) from None
             if document:
                 yield f"{name}:{number}", document
 
@@ -147,7 +161,17 @@ def _find(inputs: list[Path]) -> list[tuple[str, Path]]:
             files.append((path.name, path))
         else:
             raise DataError(f"input {path} is neither a file nor a folder.")
-    return files
+    return _unique(files)
+
+
+def _unique(files: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
+    """Number the files whose name was there before: a name decides where a document goes."""
+    seen: dict[str, int] = {}
+    unique = []
+    for name, path in files:
+        seen[name] = seen.get(name, 0) + 1
+        unique.append((name if seen[name] == 1 else f"{name}#{seen[name]}", path))
+    return unique
 
 
 def _walk(root: Path, suffixes: tuple[str, ...] | None) -> list[Path]:
@@ -175,7 +199,9 @@ def _border(names: list[str], val_fraction: float) -> float:
 
 def _hash(name: str) -> float:
     """A number in [0, 1) that depends on `name` alone."""
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest()[:7], "big") / 2**56
+    # A file's name need not be UTF-8.
+    encoded = name.encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.sha256(encoded).digest()[:7], "big") / 2**56
 
 
 def _write(
@@ -205,7 +231,9 @@ def _write(
             cut = max(1, round(len(text) * (1 - val_fraction)))
             add("train", text[:cut])
             add("val", text[cut:])
-    for writer in writers.values():
+    for split, writer in writers.items():
+        if not about[split]["bytes"]:
+            raise DataError(f"{split} would hold no text: give more documents, or longer ones.")
         writer.close()
     return about
 

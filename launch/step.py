@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -92,20 +91,23 @@ def take_step(run: Run, stop_requested: bool) -> Outcome:
     batches = read_step(run)
     valid = count_labels(run, batches)
     run.optimizer.zero_grad()
-    loss_sum = torch.zeros((), dtype=torch.float64)
+    # Loss, norm and flags stay on the device until the step's one look at it, below.
+    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
     for number, batch in enumerate(batches, 1):
         with accumulate(run.trained, last=number == len(batches)):
             loss = run.trained(*on_device(run, batch))
             # Divided by the tokens of the whole job: gradients are then summed over ranks.
             (loss / valid).backward()
-        loss_sum += loss.detach().double().cpu()
+        loss_sum += loss.detach()
     gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    finite = math.isfinite(loss_sum.item()) and bool(torch.isfinite(norm))
-    nonfinite, stop = world.total(not finite, stop_requested, dtype=torch.int32)
+    nonfinite = ~(loss_sum.isfinite() & norm.isfinite())
+    mine = [loss_sum, nonfinite.double(), torch.full_like(loss_sum, stop_requested)]
+    # A NaN in the sum of losses leaves the sums of flags beside it alone.
+    sums = world.summed(torch.stack(mine))
+    loss_total, nonfinite, stop, grad_norm = torch.cat([sums, norm.double().view(1)]).tolist()
     if nonfinite:
-        return Outcome(None, norm.item(), bool(stop))
-    (loss_total,) = world.total(loss_sum.item(), dtype=torch.float64)
+        return Outcome(None, grad_norm, bool(stop))
     if config.training.max_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(run.model.parameters(), config.training.max_norm, norm)
     for group in run.optimizer.param_groups:
@@ -113,7 +115,7 @@ def take_step(run: Run, stop_requested: bool) -> Outcome:
     run.optimizer.step()
     run.step += 1
     run.consumed += run.batching.global_batch_size
-    return Outcome(loss_total / valid, norm.item(), bool(stop))
+    return Outcome(loss_total / valid, grad_norm, bool(stop))
 
 
 def read_step(run: Run) -> list[Batch] | DataError:

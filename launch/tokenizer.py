@@ -104,9 +104,17 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
 
 def tokenizer_from_spec(spec: dict[str, Any]) -> Tokenizer:
     """The tokenizer that `spec` describes. Raises DataError on a spec it does not know."""
-    kind = spec.get("kind")
+    kind = spec.get("kind") if isinstance(spec, dict) else spec
     if kind == "byte":
         return ByteTokenizer()
-    if kind == "bpe":
-        return BPETokenizer(_Tokenizer.from_str(json.dumps(spec["tokenizer"])))
-    raise DataError(f"tokenizer kind {kind!r}: known are 'byte' and 'bpe'.")
+    if kind != "bpe":
+        raise DataError(f"tokenizer kind {kind!r}: known are 'byte' and 'bpe'.")
+    try:
+        tokenizer = _Tokenizer.from_str(json.dumps(spec.get("tokenizer")))
+    # The library raises nothing more particular.
+    except Exception as error:
+        raise DataError(f"the BPE tokenizer's description is damaged: {error}.") from None
+    for special in (_END_OF_DOCUMENT, _PADDING):
+        if tokenizer.token_to_id(special) is None:
+            raise DataError(f"the BPE tokenizer has no token {special}: train it with this code.")
+    return BPETokenizer(tokenizer)

@@ -3,9 +3,10 @@
     torchrun --nproc_per_node 2 launch/train.py --job.config_file launch/configs/quickstart.toml
 
 Every flag of `launch/config.py` overrides the file. Exit codes: 0 done; 75 stopped by SIGTERM with
-a checkpoint saved (run the same command again); 70 a damaged or foreign checkpoint; 72 NaN or
-infinite loss; 73 a config or data that cannot be trained on; 74 the last checkpoint could not be
-written. torchrun itself exits with 1 and shows the ranks' codes. With --max_restarts, set
+all steps saved (run the same command again); 143 stopped by SIGTERM with checkpoints switched off,
+nothing saved; 70 a damaged or foreign checkpoint; 72 NaN or infinite loss; 73 a config or data that
+cannot be trained on; 74 the last checkpoint could not be written; 1 anything else, with a
+traceback. torchrun itself exits with 1 and shows the ranks' codes. With --max_restarts, set
 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: otherwise a restarted job may meet the addresses of the one
 before it.
 """
@@ -34,6 +35,7 @@ from launch.data import (
 )
 from launch.errors import (
     REQUEUE,
+    TERMINATED,
     CheckpointError,
     ConfigError,
     EchoError,
@@ -44,6 +46,7 @@ from launch.generate import sample_text
 from launch.metrics import (
     MetricsLog,
     Speedometer,
+    check_packages,
     format_line,
     loss_metrics,
     peak_flops,
@@ -96,6 +99,7 @@ def main(argv: list[str]) -> int:
 
 def dry_run(config: Config, place: Place, batch: Batching) -> str:
     """The resolved config and the plan; nothing is written, no socket opened."""
+    check_packages(config)
     tokenizer: Tokenizer | None = None
     if config.data.source == "folder":
         tokenizer = DataFolder(config.data_folder).tokenizer
@@ -115,7 +119,7 @@ def train(config: Config, world: World, batch: Batching) -> int:
         for reason in refused:
             print(f"refused:     {reason}")
         print(f"resume:      {found.path if found else 'from scratch'}", flush=True)
-    log = MetricsLog(config, run.step) if world.is_first else None
+    log = world.agree(lambda: open_records(run) if world.is_first else None)
     stop_requested = catch_sigterm()
     code = take_steps(run, log, stop_requested)
     if log is not None:
@@ -130,10 +134,11 @@ def train(config: Config, world: World, batch: Batching) -> int:
 def set_up(config: Config, world: World, batch: Batching) -> Run:
     """Folders, data, model and optimizer."""
     training = config.training
-    world.first_decides(lambda: make_folders(config))
+    world.first_decides(lambda: check_packages(config))
     if config.data.source == "stdlib":
         world.first_decides(lambda: prepare_library(config))
     tokenizer, model_shape, train_source, val_source = world.agree(lambda: open_data(config))
+    world.first_decides(lambda: make_folder(config))
 
     torch.manual_seed(training.seed)
     with world.device:
@@ -167,14 +172,28 @@ def set_up(config: Config, world: World, batch: Batching) -> Run:
     )
 
 
-def make_folders(config: Config) -> None:
-    """dump_folder and the config it runs with. Raises ConfigError if it cannot be written."""
+def make_folder(config: Config) -> None:
+    """dump_folder. Raises ConfigError if it cannot be made."""
     folder = Path(config.job.dump_folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"job.dump_folder {folder} cannot be made: {error}.") from None
+
+
+def open_records(run: Run) -> MetricsLog:
+    """config.toml and metrics.jsonl, once nothing can refuse the run: they may be an earlier run's.
+
+    Raises:
+        ConfigError: one of them cannot be written.
+    """
+    folder = Path(run.config.job.dump_folder)
+    try:
+        log = MetricsLog(run.config, run.step)
+        (folder / "config.toml").write_text(to_toml(run.config), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"job.dump_folder {folder} cannot be written: {error}.") from None
+    return log
 
 
 def prepare_library(config: Config) -> None:
@@ -265,14 +284,18 @@ def take_steps(run: Run, log: MetricsLog | None, stop_requested: list[int]) -> i
                 report_step(run, log, outcome, speed)
             done = run.step == steps or outcome.stop_requested
             due = outcome.loss is not None and run.step % config.checkpoint.interval == 0
-            if (done or due) and config.checkpoint.enable and run.step != run.saved_step:
+            # Before the first step there is no optimizer state to save, and nothing to lose.
+            unsaved = run.step not in (0, run.saved_step)
+            if (done or due) and config.checkpoint.enable and unsaved:
                 saved = save(run)
                 if done and not saved:
                     return _DISK_FAILED
             if outcome.stop_requested and run.step < steps:
+                lost = unsaved and not config.checkpoint.enable
+                advice = "nothing was saved" if lost else "run the command again"
                 if world.is_first:
-                    print(f"stopped by SIGTERM after step {run.step}: run the command again")
-                return REQUEUE
+                    print(f"stopped by SIGTERM after step {run.step}: {advice}", flush=True)
+                return TERMINATED if lost else REQUEUE
     return 0
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +20,7 @@ from launch.errors import ConfigError, EchoError, UserError
 from parallel.mesh import ParallelDims, build_mesh, gradient_group
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.distributed import DeviceMesh, ProcessGroup
 
     from launch.config import Config
@@ -45,13 +49,13 @@ def find_place(config: Config) -> Place:
     """This rank's place, from torchrun's variables and the config.
 
     Raises:
-        ConfigError: degrees that do not multiply to the number of processes, or a backend that this
-            machine cannot run.
+        ConfigError: degrees that do not multiply to the number of processes, a backend that this
+            machine cannot run, or variables that are no numbers.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    size = _from_environment("WORLD_SIZE", 1, at_least=1)
+    rank = _from_environment("RANK", 0)
+    local_rank = _from_environment("LOCAL_RANK", 0)
+    local_size = _from_environment("LOCAL_WORLD_SIZE", 1, at_least=1)
     layout = config.parallelism
     try:
         dims = ParallelDims.resolve(
@@ -81,6 +85,16 @@ def find_place(config: Config) -> Place:
     return Place(rank, local_rank, backend, device, dims)
 
 
+def _from_environment(name: str, default: int, *, at_least: int = 0) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isascii() or not text.isdecimal() or int(text) < at_least:
+        raise ConfigError(
+            f"the environment variable {name} is {text!r}, must be a whole number of at least "
+            f"{at_least}: unset it, or start the job with torchrun, which sets it."
+        )
+    return int(text)
+
+
 class World:
     """The ranks of a running job. With one process there is no process group at all."""
 
@@ -99,10 +113,13 @@ class World:
 
     def total(self, *values: float, dtype: torch.dtype) -> list[float]:
         """The sums of `values` over all ranks, one small reduction."""
-        vector = torch.tensor(values, dtype=dtype, device=self.device)
+        return self.summed(torch.tensor(values, dtype=dtype, device=self.device)).tolist()
+
+    def summed(self, vector: Tensor) -> Tensor:
+        """`vector` with its sum over all ranks in place; on its device, without waiting for it."""
         if self.gradient_group is not None:
             dist.all_reduce(vector)
-        return vector.tolist()
+        return vector
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value` (JSON), in rank order, on every rank."""
@@ -169,7 +186,12 @@ class World:
 
 @contextlib.contextmanager
 def open_world(place: Place, config: Config) -> Iterator[World]:
-    """The process group and mesh of the job, closed whatever happens."""
+    """The process group and mesh of the job.
+
+    Closed at the end and after a UserError, which ranks meet together. Any other exception is one
+    rank's own: the others wait for it in a collective, and closing the group would wait for them.
+    It is printed and the process ends at once, so that torchrun ends the others.
+    """
     if place.device.type == "cuda":
         torch.cuda.set_device(place.device)
     if place.dims.world_size == 1:
@@ -180,8 +202,22 @@ def open_world(place: Place, config: Config) -> Iterator[World]:
     # gradients' reductions.
     dist.init_process_group(place.backend, timeout=limit)
     try:
-        mesh = build_mesh(place.dims, place.device.type)
-        yield World(place, mesh)
-    finally:
-        # Without it a finished job may still abort in a destructor.
+        world = World(place, build_mesh(place.dims, place.device.type))
+        # The mesh's own groups may have started with the backend's default.
+        world.set_timeout(config.comm.init_timeout_seconds)
+        yield world
+    except UserError:
         dist.destroy_process_group()
+        raise
+    except BaseException:
+        _leave_at_once(place)
+    # Without it a finished job may still abort in a destructor.
+    dist.destroy_process_group()
+
+
+def _leave_at_once(place: Place) -> NoReturn:
+    """Print the exception being handled and end the process, with nothing closed."""
+    where = f"rank {place.rank} of {place.dims.world_size} on {socket.gethostname()}"
+    print(f"error: {where} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)

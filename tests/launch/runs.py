@@ -11,7 +11,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
+from launch import train
+from launch.indexed import IndexedWriter
 from launch.prepare_data import prepare
+from launch.step import take_step
+from launch.tokenizer import ByteTokenizer
+
+# Of a run in this process.
+STEPS = 8
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,10 +56,57 @@ def make_data(folder: Path, documents: int = 40) -> Path:
     return folder / "tokens"
 
 
-def start(arguments: list[str], nproc: int) -> subprocess.Popen:
-    """torchrun launch/train.py in a session of its own, output on one pipe."""
+def write_tokens(folder: Path, documents: list) -> Path:
+    """A data folder by hand: train and val alike, with the byte tokenizer's meta.json."""
+    folder.mkdir()
+    for split in ("train", "val"):
+        writer = IndexedWriter(folder / split, np.dtype(np.uint16))
+        for document in documents:
+            writer.add(np.asarray(document))
+        writer.close()
+    (folder / "meta.json").write_text(json.dumps({"tokenizer": ByteTokenizer().spec()}))
+    return folder
+
+
+def arguments_here(folder: Path, data: Path, *more: str, **changes) -> list[str]:
+    """The command line of a run of STEPS steps in this process."""
+    wanted = dict(
+        job__dump_folder=folder, data__source="folder", data__folder=data, training__steps=STEPS
+    )
+    return [*flags(**(wanted | changes)), *more]
+
+
+def run_here(folder: Path, data: Path, *more: str, **changes) -> int:
+    """Exit code of a run of STEPS steps in this process."""
+    return train.main(arguments_here(folder, data, *more, **changes))
+
+
+def at_step(monkeypatch, number: int, action: Callable) -> list:
+    """Run `action(run)` before the step that follows `number` finished ones, the first time."""
+    done = []
+
+    def wrapped(run, stop_requested):
+        if run.step == number and not done:
+            done.append(1)
+            action(run)
+        return take_step(run, stop_requested)
+
+    monkeypatch.setattr(train, "take_step", wrapped)
+    return done
+
+
+def records(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def start(
+    arguments: list[str], nproc: int, script: str | Path = "launch/train.py"
+) -> subprocess.Popen:
+    """torchrun a script in a session of its own, output on one pipe."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(nproc), "launch/train.py", *arguments]
+    command += ["--nproc_per_node", str(nproc), str(script), *arguments]
     return subprocess.Popen(
         command,
         cwd=ROOT,
@@ -96,8 +152,7 @@ def worker(process: subprocess.Popen, rank: int) -> int:
 
 def losses(folder: Path) -> dict[int, float]:
     """Loss by step; fails if a step is there twice."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    steps = [record["step"] for record in records]
+    series = records(folder)
+    steps = [record["step"] for record in series]
     assert len(set(steps)) == len(steps), f"a step is recorded twice: {steps}"
-    return {record["step"]: record["loss"] for record in records}
+    return {record["step"]: record["loss"] for record in series}

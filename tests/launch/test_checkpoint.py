@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,24 @@ def test_torn_staging_folders_are_not_checkpoints(store):
     found, refused = store.find("auto")
     assert found.step == 1
     assert len(refused) == 1 and "manifest.json is missing" in refused[0]
+
+
+def test_what_dead_processes_left_is_cleared_at_the_first_save(store):
+    store.folder.mkdir()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for name in (".staging-step-00000002", ".removed-step-00000001"):
+        for process in (dead.pid, os.getpid(), os.getppid()):
+            (store.folder / f"{name}-{process}").mkdir()
+    (store.folder / ".refused-step-00000003-0").mkdir()
+    fill(store, 4)
+    # Another process may still be at work; what was refused is kept for its owner to look at.
+    assert sorted(path.name for path in store.folder.iterdir()) == [
+        ".refused-step-00000003-0",
+        f".removed-step-00000001-{os.getppid()}",
+        f".staging-step-00000002-{os.getppid()}",
+        "step-00000004",
+    ]
 
 
 def test_resume_modes(store, tmp_path):

@@ -74,12 +74,14 @@ def test_mistakes_in_the_file(toml, text, sentence):
     ("flags", "sentence"),
     [
         (["--training.seqlen", "3"], r"did you mean --training.seq_len\?"),
+        (["--micro-batchsize=3"], r"did you mean --micro-batch-size\?"),
         (["--trainin.steps=3"], r"did you mean --training.steps\?"),
         (["--training.steps", "many"], "training.steps.*many"),
         (["--optimizer.name", "sgd"], "sgd"),
         (["--job.config_file", "missing.toml"], "missing.toml: No such file"),
         (["--training.seq_len", "0"], "training.seq_len is 0: it must be at least 1"),
         (["--optimizer.lr", "nan"], "optimizer.lr is nan"),
+        (["--optimizer.lr", "inf"], "optimizer.lr is inf"),
         (["--optimizer.beta2", "1"], "optimizer.beta2 is 1"),
         (["--training.global_batch_size", "0"], "global_batch_size is 0"),
         (["--lr_scheduler.decay_ratio", "2"], "decay_ratio is 2"),
@@ -98,7 +100,8 @@ def test_mistakes_on_the_command_line(flags, sentence):
 
 
 def test_resolved_config_reads_back(toml):
-    config = load_config(["--training.steps", "5", "--sp-size", "2", "--sample.prompt", 'a "b"\n'])
+    prompt = 'a "b"\n\\ \U0001f600 \u2028 \x7f \x00'
+    config = load_config(["--training.steps", "5", "--sp-size", "2", "--sample.prompt", prompt])
     again = load_config(toml(to_toml(config)))
     again.job.config_file = None
     assert dataclasses.asdict(again) == dataclasses.asdict(config)

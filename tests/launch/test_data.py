@@ -12,6 +12,7 @@ from launch.data import (
     DataFolder,
     IndexedSource,
     RandomSource,
+    _order_of_pass,
     read_batch,
     sample_order,
     step_samples,
@@ -152,7 +153,14 @@ def test_documents_of_a_packed_sequence(prefix):
     assert batch.boundaries == (0, 10, 13, 15)
     # The last token of a document does not predict the next document.
     assert [i for i, label in enumerate(batch.labels[0].tolist()) if label == IGNORE] == [9, 12]
-    assert source.boundaries(1) == (0, 15)
+    assert source.document_starts(1) == ()
+
+
+def test_a_document_that_starts_at_a_samples_end_is_no_label_of_it(prefix):
+    source = IndexedSource(prefix, 13, vocab_size=40)
+    batch = read_batch(source, [0], SequenceShard.whole(13), varlen=True)
+    assert batch.boundaries == (0, 10, 13)
+    assert [i for i, label in enumerate(batch.labels[0].tolist()) if label == IGNORE] == [9, 12]
 
 
 def test_every_pass_is_a_permutation_of_its_own():
@@ -161,6 +169,13 @@ def test_every_pass_is_a_permutation_of_its_own():
     assert all(sorted(each) == list(range(10)) for each in passes)
     assert passes[0] != passes[1] != passes[2]
     assert order != sample_order(0, 30, 10, seed=2)
+
+
+def test_a_pass_is_permuted_once():
+    _order_of_pass.cache_clear()
+    for step in range(12):
+        sample_order(2 * step, 2, 8, seed=1)
+    assert _order_of_pass.cache_info().misses == 3
 
 
 @pytest.mark.parametrize("consumed", [0, 1, 9, 10, 17])

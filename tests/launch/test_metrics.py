@@ -38,6 +38,16 @@ def test_resumed_log_has_each_step_once(config):
     assert MetricsLog(config, 0).path.read_text() == ""
 
 
+def test_a_run_from_scratch_keeps_the_record_of_the_one_before(config):
+    for step in (1, 2):
+        log = MetricsLog(config, 0)
+        log.write(record(step))
+        log.close()
+    MetricsLog(config, 0)
+    names = ["metrics-1.jsonl", "metrics-2.jsonl", "metrics.jsonl"]
+    assert [steps(log.path.with_name(name)) for name in names] == [[1], [2], []]
+
+
 def test_losses_survive_to_the_bit(config):
     loss = math.pi / 3
     log = MetricsLog(config, 0)

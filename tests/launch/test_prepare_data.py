@@ -1,6 +1,7 @@
 """Text to tokens: what is read, how it is split, and that nothing is left half done."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -64,6 +65,24 @@ def test_jsonl_lines_are_documents(tmp_path):
     assert sorted(everything) == [f"number {n}" for n in range(9)]
 
 
+def test_lines_of_jsonl_end_at_newlines_only(tmp_path):
+    texts = ["a\u2028b", "c\u2029d", "e\x85f", "g\x0ch"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "text.jsonl").write_bytes("\r\n".join(lines).encode())
+    folder = prepare(tmp_path / "out", [tmp_path / "text.jsonl"], val_fraction=0.3).folder
+    assert sorted(documents(folder, "train") + documents(folder, "val")) == texts
+
+
+def test_files_of_one_name_are_documents_of_their_own(tmp_path):
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "text.txt").write_text(f"text {number}")
+    inputs = [tmp_path / "0" / "text.txt", tmp_path / "1" / "text.txt"]
+    folder = prepare(tmp_path / "out", inputs).folder
+    split = [documents(folder, "train"), documents(folder, "val")]
+    assert sorted(split) == [["text 0"], ["text 1"]]
+
+
 def test_one_document_alone_gives_its_end_to_validation(tmp_path):
     (tmp_path / "one.txt").write_text("0123456789" * 10)
     folder = prepare(tmp_path / "out", [tmp_path / "one.txt"], val_fraction=0.1)
@@ -73,10 +92,10 @@ def test_one_document_alone_gives_its_end_to_validation(tmp_path):
 
 def test_the_standard_library_is_there_without_its_tests():
     files = standard_library()
-    names = [name for name, _ in files]
+    names, paths = [name for name, _ in files], [path for _, path in files]
     assert "json/decoder.py" in names
     assert not [name for name in names if "/test" in name or "site-packages" in name]
-    assert names == sorted(names) or len(names) > 100
+    assert paths == sorted(paths)
 
 
 @pytest.mark.parametrize(
@@ -85,11 +104,18 @@ def test_the_standard_library_is_there_without_its_tests():
         (lambda path: [path / "none"], "neither a file nor a folder"),
         (lambda path: [path / "bad.jsonl"], r"bad.jsonl, line 2: not a JSON object"),
         (lambda path: [path / "empty.txt"], "holds no text"),
+        (lambda path: [path / "one.txt"], "val would hold no text"),
+        (lambda path: [path / "half.jsonl"], r"half.jsonl, line 2: .* half of a surrogate pair"),
+        (lambda path: [path / "folder"], "folder/dangling.txt cannot be read: No such file"),
     ],
 )
 def test_bad_input_leaves_nothing(tmp_path, make, sentence):
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"words": 1}\n')
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "one.txt").write_text("1")
+    (tmp_path / "half.jsonl").write_text('{"text": "fine"}\n{"text": "\\ud800"}\n')
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "dangling.txt").symlink_to(tmp_path / "nowhere")
     before = sorted(tmp_path.iterdir())
     with pytest.raises(DataError, match=sentence):
         prepare(tmp_path / "out", make(tmp_path))
@@ -101,7 +127,7 @@ def test_failure_while_writing_leaves_nothing(texts, tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(ByteTokenizer, "encode", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(DataError, match="out cannot be written: disk full"):
         prepare(tmp_path / "out", [texts])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["texts"]
 
@@ -110,6 +136,23 @@ def test_an_existing_folder_is_not_touched(texts, tmp_path):
     prepare(tmp_path / "out", [texts])
     with pytest.raises(DataError, match="exists already"):
         prepare(tmp_path / "out", [texts])
+
+
+def test_an_output_that_cannot_be_made_is_named(texts, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="link exists already"):
+        prepare(tmp_path / "link", [texts])
+    with pytest.raises(DataError, match="latin.txt/out cannot be written"):
+        prepare(texts / "latin.txt" / "out", [texts])
+
+
+def test_names_that_are_not_utf8_are_names(tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(4):
+        (texts / os.fsdecode(b"caf\xe9%d" % number)).write_text(f"{number}")
+    folder = prepare(tmp_path / "out", [texts]).folder
+    assert len(documents(folder, "train")) + len(documents(folder, "val")) == 4
 
 
 def test_command_line(texts, tmp_path, capsys):

@@ -1,45 +1,22 @@
 """The launcher in this process, alone: plans, refusals, bad data, stopping, resuming."""
 
 import json
+import math
 import os
+import random
 import signal
+import sys
 
-import numpy as np
 import pytest
 import torch
 
-from launch import generate, train
+from launch import generate, random_state, train
 from launch.checkpoint import CheckpointStore, verify
-from launch.errors import REQUEUE
-from launch.indexed import IndexedWriter
-from launch.step import take_step
+from launch.errors import REQUEUE, TERMINATED
 from launch.tokenizer import ByteTokenizer
-from tests.launch.runs import flags, losses, make_data
+from tests.launch.runs import STEPS, at_step, flags, losses, records, run_here, write_tokens
 
-STEPS = 8
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(autouse=True)
-def one_process(monkeypatch):
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
-
-
-def run(folder, data, **changes):
-    """Exit code of a run of STEPS steps."""
-    wanted = dict(
-        job__dump_folder=folder, data__source="folder", data__folder=data, training__steps=STEPS
-    )
-    return train.main(flags(**(wanted | changes)))
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def weights(folder, step):
@@ -53,12 +30,12 @@ def same(a, b):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert run(folder, data) == 0
+    assert run_here(folder, data) == 0
     return folder
 
 
 def test_a_run_leaves_what_it_promises(undisturbed, tmp_path, data, capsys):
-    assert run(tmp_path / "out", data) == 0
+    assert run_here(tmp_path / "out", data) == 0
     output = capsys.readouterr().out
     series = losses(tmp_path / "out")
     assert list(series) == list(range(1, STEPS + 1))
@@ -74,9 +51,10 @@ def test_a_run_leaves_what_it_promises(undisturbed, tmp_path, data, capsys):
         "sample of",
     ):
         assert word in output
-    last = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1]
-    record = json.loads(last)
-    assert record["val_loss"] > 0 and record["tokens"] == STEPS * 4 * 101
+    first, second, *_, last = records(tmp_path / "out")
+    assert last["val_loss"] > 0 and last["tokens"] == STEPS * 4 * 101
+    # Two steps of warm-up to the peak, then down to a tenth of it.
+    assert [each["lr"] for each in (first, second, last)] == pytest.approx([0.005, 0.01, 0.001])
     assert (tmp_path / "out" / "loss.png").is_file()
     assert (tmp_path / "out" / "config.toml").is_file()
 
@@ -113,6 +91,15 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, data, capsys, monk
         (["--training.varlen", "--training.local_batch_size", "2"], "1", "local_batch_size is 2"),
         (["--model.preset", "9b", "--job.dry_run"], "1", "9b"),
         (["--model.vocab_size", "9", "--job.dry_run"], "1", "the tokenizer has 258"),
+        ([], "abc", "the environment variable WORLD_SIZE is 'abc'"),
+        ([], "0", "WORLD_SIZE is '0', must be a whole number of at least 1"),
+        (["--training.seed", str(2**63)], "1", "it must be below 2^63"),
+        (["--sample.top_k", "-1"], "1", "sample.top_k is -1"),
+        (["--sample.max_new_tokens", "-1"], "1", "sample.max_new_tokens is -1"),
+        (["--sample.temperature", "1e-300"], "1", "sample.temperature is 1e-300"),
+        (["--sample.prompt", "caf\udce9"], "1", "is not UTF-8"),
+        (["--metrics.enable_tensorboard"], "1", "needs the package tensorboard"),
+        (["--metrics.enable_wandb"], "1", "needs the package wandb"),
     ],
 )
 def test_what_cannot_run_is_refused_before_a_socket_opens(
@@ -120,6 +107,9 @@ def test_what_cannot_run_is_refused_before_a_socket_opens(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", world)
+    for package in ("torch.utils.tensorboard", "wandb"):
+        # Importing it fails, whether it is installed or not.
+        monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr(
         torch.distributed, "init_process_group", lambda *a, **k: pytest.fail("a socket was opened")
     )
@@ -136,18 +126,6 @@ def test_the_world_equation_is_printed_by_one_rank(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
-def write_tokens(folder, documents):
-    """A data folder by hand: train and val alike, with the byte tokenizer's meta.json."""
-    folder.mkdir()
-    for split in ("train", "val"):
-        writer = IndexedWriter(folder / split, np.dtype(np.uint16))
-        for document in documents:
-            writer.add(np.asarray(document))
-        writer.close()
-    (folder / "meta.json").write_text(json.dumps({"tokenizer": ByteTokenizer().spec()}))
-    return folder
-
-
 @pytest.mark.parametrize(
     ("documents", "sentence"),
     [
@@ -159,55 +137,138 @@ def write_tokens(folder, documents):
 )
 def test_bad_data_is_an_error_and_never_nan(tmp_path, documents, sentence, capsys):
     data = write_tokens(tmp_path / "data", documents)
-    assert run(tmp_path / "out", data) == 73
+    assert run_here(tmp_path / "out", data) == 73
     captured = capsys.readouterr()
     assert sentence in captured.err and "nan" not in captured.out
     assert not (tmp_path / "out" / "checkpoint").exists()
 
 
+@pytest.mark.parametrize(
+    ("meta", "sentence"),
+    [
+        ([], "meta.json is damaged"),
+        ({}, "KeyError: 'tokenizer'"),
+        ({"tokenizer": None}, "tokenizer kind None"),
+        ({"tokenizer": {"kind": "bpe"}}, "BPE tokenizer's description is damaged"),
+        ({"tokenizer": {"kind": "byte"}, "train": [1]}, "'train' is [1]"),
+        ({"tokenizer": {"kind": "byte"}, "val": {"bytes": "x", "tokens": 3}}, "'val' is"),
+    ],
+)
+def test_a_damaged_meta_json_is_a_sentence(tmp_path, meta, sentence, capsys):
+    data = write_tokens(tmp_path / "data", [range(200)])
+    (data / "meta.json").write_text(json.dumps(meta))
+    assert run_here(tmp_path / "out", data) == 73
+    error = capsys.readouterr().err
+    assert "meta.json is damaged" in error and sentence in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_count_of_bytes_there_are_no_bits_per_byte(tmp_path):
+    data = write_tokens(tmp_path / "data", [range(200)])
+    tokenizer = ByteTokenizer().spec()
+    (data / "meta.json").write_text(json.dumps({"tokenizer": tokenizer, "train": {"tokens": 200}}))
+    assert run_here(tmp_path / "out", data, training__steps=1) == 0
+    assert "bpb" not in records(tmp_path / "out")[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ([], "is not a JSON object"),
+        ({"norm_eps": "x"}, "norm_eps is 'x', must be a number"),
+        ({"dim": None}, "dim is None, must be a whole number"),
+        ({"lrpe_layers": ["a"]}, "lrpe_layers is ['a'], must be a list of whole numbers"),
+        ({"dims": 3}, "no config field ['dims']"),
+    ],
+)
+def test_mistakes_in_a_model_file(tmp_path, data, fields, sentence, capsys):
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(fields))
+    assert run_here(tmp_path / "out", data, model__config=path) == 73
+    assert sentence in capsys.readouterr().err
+    path.write_text(json.dumps({"pad_token_id": None, "lrpe_layers": [1], "norm_eps": 1e-5}))
+    assert run_here(tmp_path / "out", data, model__config=path, training__steps=1) == 0
+
+
+def test_records_that_cannot_be_written_are_named(tmp_path, data, capsys):
+    (tmp_path / "out" / "metrics.jsonl").mkdir(parents=True)
+    assert run_here(tmp_path / "out", data) == 73
+    assert "metrics.jsonl" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["metrics.jsonl"]
+    (tmp_path / "file").write_text("")
+    assert run_here(tmp_path / "file" / "out", data) == 73
+    assert "job.dump_folder" in capsys.readouterr().err
+
+
 def test_missing_data_is_named(tmp_path, capsys):
-    assert run(tmp_path / "out", tmp_path / "nowhere") == 73
+    assert run_here(tmp_path / "out", tmp_path / "nowhere") == 73
     assert "nowhere is missing" in capsys.readouterr().err
-
-
-def at_step(monkeypatch, number, action):
-    """Run `action(run)` before the step that follows `number` finished ones, the first time."""
-    done = []
-
-    def wrapped(run, stop_requested):
-        if run.step == number and not done:
-            done.append(1)
-            action(run)
-        return take_step(run, stop_requested)
-
-    monkeypatch.setattr(train, "take_step", wrapped)
-    return done
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(undisturbed, tmp_path, data, monkeypatch):
     folder = tmp_path / "out"
+    states = []
+
+    def draw_and_stop(run):
+        # Otherwise the states would be those of any run that has just made its model.
+        torch.rand(3), random.random()
+        states.append(random_state.capture(run.world.device))
+        os.kill(os.getpid(), signal.SIGTERM)
+
     with monkeypatch.context() as patch:
-        done = at_step(patch, 3, lambda run: os.kill(os.getpid(), signal.SIGTERM))
-        assert run(folder, data) == REQUEUE
-        assert done
-    stopped_at = CheckpointStore(folder / "checkpoint").steps()
-    assert len(stopped_at) == 1 and stopped_at[0] in (4, 5)
+        at_step(patch, 3, draw_and_stop)
+        assert run_here(folder, data) == REQUEUE
+    (stopped_at,) = CheckpointStore(folder / "checkpoint").steps()
+    assert stopped_at in (4, 5)
+    with monkeypatch.context() as patch:
+        at_step(
+            patch, stopped_at, lambda run: states.append(random_state.capture(torch.device("cpu")))
+        )
+        assert run_here(folder, data) == 0
     # The random states are part of what goes on.
-    torch.manual_seed(123)
-    assert run(folder, data) == 0
+    assert len(states) == 2 and states[0] == states[1]
     assert losses(folder) == losses(undisturbed)
     assert same(weights(folder, STEPS), weights(undisturbed, STEPS))
 
 
+def test_sigterm_without_checkpoints_says_that_nothing_was_saved(
+    tmp_path, data, monkeypatch, capsys
+):
+    folder = tmp_path / "out"
+    at_step(monkeypatch, 3, lambda run: os.kill(os.getpid(), signal.SIGTERM))
+    assert run_here(folder, data, "--checkpoint.no-enable") == TERMINATED == 143
+    assert "nothing was saved" in capsys.readouterr().out
+    assert not (folder / "checkpoint").exists()
+    # The next run starts from scratch; the record of this one stays.
+    first = (folder / "metrics.jsonl").read_text()
+    assert run_here(folder, data, "--checkpoint.no-enable", training__steps=2) == 0
+    assert (folder / "metrics-1.jsonl").read_text() == first
+    assert list(losses(folder)) == [1, 2]
+
+
+def test_sigterm_in_a_first_step_that_failed_leaves_no_checkpoint(tmp_path, data, monkeypatch):
+    def poison_and_stop(run):
+        forward = run.trained.forward
+        run.trained.forward = lambda *args: forward(*args) * float("nan")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    folder = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        at_step(patch, 0, poison_and_stop)
+        assert run_here(folder, data) == REQUEUE
+    assert not (folder / "checkpoint").exists()
+    assert run_here(folder, data, training__steps=2) == 0
+
+
 def test_resume_falls_back_to_the_newest_valid(undisturbed, tmp_path, data, capsys):
     folder = tmp_path / "out"
-    assert run(folder, data, checkpoint__interval=3) == 0
+    assert run_here(folder, data, checkpoint__interval=3) == 0
     newest = folder / "checkpoint" / f"step-{STEPS:08d}" / "model.safetensors"
     flipped = bytearray(newest.read_bytes())
     flipped[-1] ^= 1
     newest.write_bytes(flipped)
     capsys.readouterr()
-    assert run(folder, data, checkpoint__interval=3) == 0
+    assert run_here(folder, data, checkpoint__interval=3) == 0
     output = capsys.readouterr().out
     assert f"refused:     {newest}" in output and "step-00000006" in output
     assert losses(folder) == losses(undisturbed)
@@ -216,15 +277,16 @@ def test_resume_falls_back_to_the_newest_valid(undisturbed, tmp_path, data, caps
 
 def test_a_finished_run_is_left_as_it_is(tmp_path, data, capsys):
     folder = tmp_path / "out"
-    assert run(folder, data) == 0
-    before = losses(folder)
-    assert run(folder, data) == 0
+    assert run_here(folder, data) == 0
+    before, config = losses(folder), (folder / "config.toml").read_text()
+    assert run_here(folder, data) == 0
     assert losses(folder) == before
-    assert run(folder, data, checkpoint__resume="never") == 70
+    assert run_here(folder, data, checkpoint__resume="never") == 70
     assert "already holds checkpoints" in capsys.readouterr().err
-    assert run(folder, data, model__dim=64) == 70
+    assert run_here(folder, data, model__dim=64) == 70
     assert "of another model" in capsys.readouterr().err
-    assert losses(folder) == before
+    # What was refused leaves no trace, in the record of the config neither.
+    assert losses(folder) == before and (folder / "config.toml").read_text() == config
 
 
 def test_nonfinite_steps_change_nothing_and_end_the_run(tmp_path, data, monkeypatch, capsys):
@@ -237,7 +299,7 @@ def test_nonfinite_steps_change_nothing_and_end_the_run(tmp_path, data, monkeypa
         seen.append((run, state))
 
     at_step(monkeypatch, 4, poison)
-    assert run(tmp_path / "out", data, training__max_nonfinite_steps=2) == 72
+    assert run_here(tmp_path / "out", data, training__max_nonfinite_steps=2) == 72
     captured = capsys.readouterr()
     assert "step 5: loss or gradients are NaN" in captured.err
     assert "try 1 of 2" in captured.out and "try 2 of 2" in captured.err
@@ -258,7 +320,7 @@ def test_one_bad_try_leaves_no_trace(undisturbed, tmp_path, data, monkeypatch):
         run.trained.forward = broken
 
     done = at_step(monkeypatch, 4, poison_once)
-    assert run(tmp_path / "out", data) == 0
+    assert run_here(tmp_path / "out", data) == 0
     assert done
     assert losses(tmp_path / "out") == losses(undisturbed)
     assert same(weights(tmp_path / "out", STEPS), weights(undisturbed, STEPS))
@@ -273,30 +335,38 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, data, monkeypa
         return original(self, step, *args)
 
     monkeypatch.setattr(CheckpointStore, "save", save)
-    assert run(tmp_path / "out", data, checkpoint__interval=3) == 0
+    assert run_here(tmp_path / "out", data, checkpoint__interval=3) == 0
     assert "checkpoint 1 not written" in capsys.readouterr().out
     assert CheckpointStore(tmp_path / "out" / "checkpoint").steps() == [6, STEPS]
 
 
+def test_only_the_latest_checkpoints_are_kept(tmp_path, data):
+    assert (
+        run_here(tmp_path / "out", data, checkpoint__interval=2, checkpoint__keep_latest_k=2) == 0
+    )
+    assert CheckpointStore(tmp_path / "out" / "checkpoint").steps() == [6, 8]
+
+
 def test_accumulation_and_local_batch_give_the_same_losses(undisturbed, tmp_path, data):
-    assert run(tmp_path / "out", data, training__local_batch_size=4) == 0
+    assert run_here(tmp_path / "out", data, training__local_batch_size=4) == 0
     assert losses(tmp_path / "out") == pytest.approx(losses(undisturbed), rel=1e-5)
 
 
 def test_recomputation_gives_the_same_losses(undisturbed, tmp_path, data):
-    assert run(tmp_path / "out", data, activation_checkpoint__mode="full") == 0
+    assert run_here(tmp_path / "out", data, activation_checkpoint__mode="full") == 0
     assert losses(tmp_path / "out") == losses(undisturbed)
 
 
-def test_packed_documents_and_bfloat16_and_random_tokens_run(tmp_path, data):
-    varlen = [*flags(job__dump_folder=tmp_path / "a", data__source="folder", data__folder=data)]
-    assert train.main([*varlen, "--training.varlen", "--training.steps", "3"]) == 0
+def test_bfloat16_learns_and_random_tokens_do_not(undisturbed, tmp_path, data):
     low = dict(training__mixed_precision_param="bfloat16")
-    assert run(tmp_path / "b", data, **low) == 0
-    assert losses(tmp_path / "b")[STEPS] < losses(tmp_path / "b")[1]
-    random = dict(data__source="random", model__vocab_size=50, training__steps=2)
-    assert train.main(flags(job__dump_folder=tmp_path / "c", **random)) == 0
-    assert all(np.isfinite(list(losses(tmp_path / each).values())).all() for each in "abc")
+    assert run_here(tmp_path / "low", data, **low) == 0
+    got, expected = losses(tmp_path / "low"), losses(undisturbed)
+    # Close to float32 and not equal to it.
+    assert 1e-5 < abs(got[STEPS] / expected[STEPS] - 1) < 0.05
+    uniform = dict(data__source="random", model__vocab_size=50, training__steps=2)
+    assert train.main(flags(job__dump_folder=tmp_path / "uniform", **uniform)) == 0
+    # Nothing is to be known about them but their number.
+    assert losses(tmp_path / "uniform")[1] == pytest.approx(math.log(50), rel=0.05)
 
 
 def test_text_is_generated_from_a_checkpoint_alone(undisturbed, capsys):
@@ -310,3 +380,22 @@ def test_text_is_generated_from_a_checkpoint_alone(undisturbed, capsys):
     assert all(text.startswith("line") for text in texts)
     assert generate.main(["--checkpoint", str(undisturbed / "none")]) == 70
     assert "no valid checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--device", "cuda"], "device is cuda, but this machine has 0 GPUs"),
+        (["--device", "gpu"], "device is 'gpu': give auto, cpu, cuda"),
+        (["--device", "meta"], "device is 'meta': give auto, cpu, cuda"),
+        (["--prompt", "caf\udce9"], "is not UTF-8"),
+        (["--temperature", "1e-300"], "temperature is 1e-300"),
+        (["--temperature", "nan"], "temperature is nan"),
+        (["--top_k", "-1"], "top_k is -1"),
+        (["--seed", "-1"], "seed is -1"),
+    ],
+)
+def test_generation_refuses_with_a_sentence(undisturbed, argv, sentence, capsys):
+    assert generate.main(["--checkpoint", str(undisturbed / "checkpoint"), *argv]) == 73
+    error = capsys.readouterr().err
+    assert sentence in error and error.startswith("error: ") and error.count("\n") == 1

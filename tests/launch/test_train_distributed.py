@@ -3,20 +3,16 @@
 import os
 import re
 import signal
+import time
 
 import pytest
 import torch
 
 from launch.checkpoint import CheckpointStore, verify
-from tests.launch.runs import flags, losses, make_data, start, watch, worker
+from tests.launch.runs import flags, losses, records, start, watch, worker
 
 STEPS = 40
 CP2 = dict(parallelism__context_parallel_degree=2)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def arguments(folder, data, **changes):
@@ -26,6 +22,8 @@ def arguments(folder, data, **changes):
         data__folder=data,
         training__steps=STEPS,
         checkpoint__interval=5,
+        # All there is, so that it is the same for any number of ranks.
+        validation__steps=1000,
         comm__train_timeout_seconds=20,
         comm__init_timeout_seconds=60,
     )
@@ -109,6 +107,8 @@ def test_losses_do_not_depend_on_the_layout(undisturbed, data, tmp_path):
         for steps, bound in ((15, 1e-5), (STEPS, 1e-3)):
             early = {step: loss for step, loss in expected.items() if step <= steps}
             assert {step: got[step] for step in early} == pytest.approx(early, rel=bound)
+        held_out = [records(folder)[-1]["val_loss"] for folder in (tmp_path / name, reference)]
+        assert held_out[0] == pytest.approx(held_out[1], rel=1e-3)
 
 
 def test_resume_on_another_number_of_ranks(undisturbed, data, tmp_path):
@@ -119,3 +119,39 @@ def test_resume_on_another_number_of_ranks(undisturbed, data, tmp_path):
     assert f"resume:      {middle}" in output
     expected = {step: loss for step, loss in losses(reference).items() if step > STEPS - 5}
     assert losses(tmp_path / "out") == pytest.approx(expected, rel=1e-5)
+
+
+# Closing the group waits for the other ranks here, as NCCL's may; a second process of the same
+# program raises what nobody expects.
+BREAKS = """
+import sys, time
+import torch.distributed
+from launch import train
+from launch.step import take_step
+
+def breaks(run, stop_requested):
+    if run.step == 1 and run.world.rank == 1:
+        raise RuntimeError("rank 1 broke")
+    return take_step(run, stop_requested)
+
+torch.distributed.destroy_process_group = lambda: time.sleep(60)
+train.take_step = breaks
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_an_exception_on_one_rank_is_shown_and_ends_the_job_at_once(data, tmp_path):
+    script = tmp_path / "breaks.py"
+    script.write_text(BREAKS)
+    process = start(arguments(tmp_path / "out", data, **CP2), 2, script)
+    seen = {}
+
+    def on_line(line):
+        if "step: 1/" in line:
+            seen["began"] = time.perf_counter()
+
+    output = watch(process, on_line)
+    assert process.returncode != 0
+    assert time.perf_counter() - seen["began"] < 15
+    assert "error: rank 1 of 2 on " in output and "RuntimeError: rank 1 broke" in output
+    assert "in take_steps" in output, "the traceback says where"

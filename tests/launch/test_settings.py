@@ -1,0 +1,200 @@
+"""Each setting of the config reaches what it is about: looked at from inside a step."""
+
+import math
+import random
+from datetime import timedelta
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import lasp
+from launch import random_state, step, train
+from launch.config import load_config
+from launch.data import IGNORE
+from launch.plan import batching
+from launch.step import take_step, validate
+from launch.tokenizer import ByteTokenizer
+from launch.world import Place, World, find_place
+from parallel.mesh import ParallelDims
+from tests.launch.runs import arguments_here, flags, run_here, write_tokens
+
+pytestmark = pytest.mark.usefixtures("one_process")
+SEQ_LEN = 101
+
+
+def make_run(folder, data, *more, **changes):
+    """A run before its first step."""
+    config = load_config(arguments_here(folder, data, *more, **changes))
+    place = find_place(config)
+    return train.set_up(config, World(place, None), batching(config, place))
+
+
+def record_calls(monkeypatch, owner, name):
+    """The keyword arguments with which `owner.name` is called; it still does its work."""
+    calls, original = [], getattr(owner, name)
+
+    def spy(*args, **kwargs):
+        calls.append(kwargs)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, spy)
+    return calls
+
+
+@pytest.mark.parametrize("max_norm", [1e-4, 1e-2])
+def test_max_norm_bounds_the_change_of_weights(tmp_path, data, max_norm):
+    # With a large eps, Adam's step is proportional to the gradient.
+    adam = dict(optimizer__eps=1.0, optimizer__lr=1.0, optimizer__weight_decay=0.0)
+    rate = dict(lr_scheduler__warmup_steps=0, **adam)
+    run = make_run(tmp_path, data, training__max_norm=max_norm, **rate)
+    before = [p.detach().clone() for p in run.model.parameters()]
+    outcome = take_step(run, False)
+    pairs = zip(run.model.parameters(), before, strict=True)
+    change = math.sqrt(sum((p - b).square().sum().item() for p, b in pairs))
+    # The norm that is reported is that before clipping.
+    assert outcome.grad_norm > 10 * max_norm
+    assert 0.9 * max_norm < change < 1.001 * max_norm
+
+
+@pytest.mark.parametrize("wanted", ["bfloat16", "float32"])
+def test_mixed_precision_is_what_the_model_sees(tmp_path, data, wanted):
+    run = make_run(tmp_path, data, training__mixed_precision_param=wanted)
+    seen = []
+    linear = run.model.blocks[0].channel_mixer.w1
+    linear.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    take_step(run, False)
+    assert seen == [getattr(torch, wanted)] * run.batching.accumulation
+    assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+
+
+def test_the_loss_gets_its_chunk_size_and_what_to_ignore(tmp_path, data, monkeypatch):
+    calls = record_calls(monkeypatch, step, "chunked_cross_entropy")
+    take_step(make_run(tmp_path, data, training__loss_chunk_size=17), False)
+    assert calls == [{"ignore_index": IGNORE, "chunk_size": 17}] * 4
+
+
+@pytest.mark.parametrize(("mode", "blocks"), [("none", 0), ("full", 2)])
+def test_full_recomputation_wraps_every_block(tmp_path, data, monkeypatch, mode, blocks):
+    wrapped, original = [], train.checkpointed
+    monkeypatch.setattr(train, "checkpointed", lambda block: wrapped.append(original(block)))
+    run = make_run(tmp_path, data, activation_checkpoint__mode=mode)
+    assert wrapped == list(run.model.blocks)[:blocks]
+
+
+def documents_by_hand(run, documents, samples):
+    """Loss per token of documents read one by one, each as if nothing had come before it."""
+    stream = np.concatenate(documents)
+    owner = np.repeat(np.arange(len(documents)), [len(each) for each in documents])
+    total, count = 0.0, 0
+    for sample in samples:
+        place = slice(sample * SEQ_LEN, (sample + 1) * SEQ_LEN + 1)
+        for document in np.unique(owner[place]):
+            tokens = torch.from_numpy(stream[place][owner[place] == document])
+            inputs, labels = tokens[:-1], tokens[1:].clone()
+            labels[labels == ByteTokenizer.pad_id] = IGNORE
+            # The last token of the stretch may be the sample's last label: then it is no input.
+            if len(inputs):
+                logits = run.model(inputs[None])[0]
+                total += F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+                count += int((labels != IGNORE).sum())
+    return total.item() / count
+
+
+def test_varlen_keeps_documents_apart(tmp_path, monkeypatch):
+    generator = np.random.default_rng(0)
+    # The fourth starts where the first sample ends; the padding is no label.
+    lengths = [30, 1, 70, 200, 60, 60, 200]
+    documents = [generator.integers(0, 256, length) for length in lengths]
+    documents[3][5:9] = ByteTokenizer.pad_id
+    data = write_tokens(tmp_path / "data", documents)
+    run = make_run(tmp_path / "out", data, "--training.varlen", training__global_batch_size=6)
+    samples = step.step_indices(run)
+    assert sorted(samples) == list(range(6))
+    with torch.no_grad():
+        expected = documents_by_hand(run, documents, samples)
+    calls = record_calls(monkeypatch, lasp, "lightning_attention")
+    assert take_step(run, False).loss == pytest.approx(expected, rel=1e-5)
+    starts = np.cumsum([0, *lengths])
+    for sample, call in zip(np.repeat(samples, 2), calls, strict=True):
+        inside = starts - sample * SEQ_LEN
+        inside = inside[(inside > 0) & (inside < SEQ_LEN)].tolist()
+        assert call["cu_seqlens"].tolist() == [0, *inside, SEQ_LEN]
+
+
+def test_random_states_are_put_back():
+    device = torch.device("cpu")
+    random.seed(1)
+    torch.manual_seed(1)
+    states = [random_state.capture(device)]
+    drawn = random.random(), torch.rand(3).tolist()
+    assert (random.random(), torch.rand(3).tolist()) != drawn
+    for rank, ranks in ((0, 1), (3, 4)):
+        random_state.restore(states, rank, ranks, device)
+        assert (random.random(), torch.rand(3).tolist()) == drawn
+
+
+def test_patience_ends_with_the_first_step(tmp_path, data, monkeypatch):
+    seen = []
+    monkeypatch.setattr(World, "set_timeout", lambda self, seconds: seen.append(seconds))
+    times = dict(comm__train_timeout_seconds=7, comm__init_timeout_seconds=9, training__steps=2)
+    quiet = ["--checkpoint.no-enable", "--validation.no-enable"]
+    assert run_here(tmp_path, data, *quiet, **times) == 0
+    assert seen == [7]
+
+
+CP2 = dict(parallelism__context_parallel_degree=2, parallelism__context_parallel_method="doubling")
+
+
+def on_four_ranks(group, folder):
+    """What a rank saw: dtypes of gradients on the wire, exchanges, validation loss, timeouts."""
+    rank = dist.get_rank(group)
+    place = Place(rank, rank, "gloo", torch.device("cpu"), ParallelDims.resolve(4, cp=2))
+    world = World(place, None)
+    world.gradient_group = group
+    pairs = [dist.new_group([first, first + 1]) for first in (0, 2)]
+    world.cp_group = pairs[rank // 2]
+    changes = dict(data__source="random", model__vocab_size=50, job__dump_folder=folder)
+    more = dict(training__mixed_precision_reduce="bfloat16", validation__steps=3)
+    config = load_config(flags(**changes, **more, **CP2))
+    run = train.set_up(config, world, batching(config, place))
+    held_out = validate(run)
+
+    wire, reduce = [], dist.all_reduce
+
+    def all_reduce(tensor, *args, **kwargs):
+        if kwargs.get("async_op"):
+            wire.append(tensor.dtype)
+        return reduce(tensor, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", all_reduce)
+        calls = record_calls(patch, lasp, "lightning_attention")
+        take_step(run, False)
+
+    backends = [each._get_backend(place.device) for each in (group, world.cp_group)]
+    before = backends[0].options._timeout
+    world.set_timeout(17)
+    limits = [backend.options._timeout for backend in backends]
+    world.set_timeout(int(before.total_seconds()))
+    return wire, {call["exchange"] for call in calls}, held_out, limits
+
+
+def test_ranks_share_gradients_validation_and_timeouts(pool, tmp_path):
+    outcomes = pool.run(on_four_ranks, str(tmp_path / "ranks"), size=4)
+    alone = make_run(
+        tmp_path / "alone",
+        tmp_path,
+        data__source="random",
+        model__vocab_size=50,
+        # What three batches on each of two data-parallel ranks are.
+        validation__steps=6,
+    )
+    expected = validate(alone)
+    for wire, exchanges, held_out, limits in outcomes:
+        assert set(wire) == {torch.bfloat16}
+        assert exchanges == {"doubling"}
+        assert held_out == pytest.approx(expected, rel=1e-6)
+        assert limits == [timedelta(seconds=17)] * 2
