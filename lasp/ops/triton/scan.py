@@ -10,13 +10,14 @@ import triton
 import triton.language as tl
 
 from lasp.ops.triton import scan_hopper
-from lasp.ops.triton.plan import make_plan, make_single_plan, scan_launch
+from lasp.ops.triton.plan import Plan, make_plan, make_single_plan, scan_launch
 from lasp.ops.triton.tiles import (
     addressable,
     check_operands,
     decay_or_zeros,
     locate_segment,
     on_device_of,
+    state_strides,
     strides,
 )
 
@@ -201,57 +202,74 @@ def scan(
         assert initial_state.shape == (plan.num_documents, num_heads, key_dim, value_dim)
     a, b, x = addressable(a), addressable(b), addressable(x)
     log_decay = decay_or_zeros(log_decay, num_heads, a.device)
-    launch = scan_launch(key_dim, a.dtype)
-    grid = (plan.num_segments * num_heads * triton.cdiv(value_dim, launch.value),)
-    state_dims = (0, 1, 2, 3)
     with on_device_of(a):
         table, _ = plan.device_tables(a.device)
-        if scan_hopper.supported(a, b, x, plan):
-            scan_hopper.launch(
-                a,
-                b,
-                x,
-                y,
-                log_decay,
-                plan,
-                table,
-                scale=scale,
-                initial_state=initial_state,
-                segment_states=segment_states,
-                reverse=reverse,
-            )
-            return y
-        scan_kernel[grid](
+        launch = scan_hopper.launch if scan_hopper.supported(a, b, x, plan) else _launch
+        launch(
             a,
             b,
             x,
             y,
-            initial_state,
-            segment_states,
             log_decay,
+            plan,
             table,
-            *strides(a, (0, 1, 2)),
-            *strides(b, (0, 1, 2)),
-            *strides(x, (0, 1, 2)),
-            *(strides(initial_state, state_dims) if initial_state is not None else (0,) * 4),
-            *(strides(segment_states, state_dims) if segment_states is not None else (0,) * 4),
-            float(scale),
-            seq_len,
-            plan.segments_per_row,
-            plan.segment_length,
-            num_heads,
-            A=key_dim,
-            X=value_dim,
-            BA=launch.key,
-            BX=launch.value,
-            BC=launch.chunk,
-            REVERSE=reverse,
-            PACKED=plan.packed,
-            HAS_INITIAL=initial_state is not None,
-            HAS_SEGMENT=segment_states is not None,
-            FOLDED=plan.folded,
-            PRECISION="ieee",
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
+            scale=scale,
+            initial_state=initial_state,
+            segment_states=segment_states,
+            reverse=reverse,
         )
     return y
+
+
+def _launch(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    log_decay: torch.Tensor,
+    plan: Plan,
+    table: torch.Tensor | None,
+    *,
+    scale: float,
+    initial_state: torch.Tensor | None,
+    segment_states: torch.Tensor | None,
+    reverse: bool,
+) -> None:
+    """Write y [B, T, H, X], contiguous: what `scan` does once it has its plan."""
+    _, seq_len, num_heads, key_dim = a.shape
+    value_dim = x.shape[-1]
+    tiles = scan_launch(key_dim, a.dtype)
+    grid = (plan.num_segments * num_heads * triton.cdiv(value_dim, tiles.value),)
+    scan_kernel[grid](
+        a,
+        b,
+        x,
+        y,
+        initial_state,
+        segment_states,
+        log_decay,
+        table,
+        *strides(a, (0, 1, 2)),
+        *strides(b, (0, 1, 2)),
+        *strides(x, (0, 1, 2)),
+        *state_strides(initial_state),
+        *state_strides(segment_states),
+        float(scale),
+        seq_len,
+        plan.segments_per_row,
+        plan.segment_length,
+        num_heads,
+        A=key_dim,
+        X=value_dim,
+        BA=tiles.key,
+        BX=tiles.value,
+        BC=tiles.chunk,
+        REVERSE=reverse,
+        PACKED=plan.packed,
+        HAS_INITIAL=initial_state is not None,
+        HAS_SEGMENT=segment_states is not None,
+        FOLDED=plan.folded,
+        PRECISION="ieee",
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )

@@ -14,7 +14,7 @@ import triton
 
 from lasp.ops.triton import plan as plans
 from lasp.ops.triton.plan import Plan
-from lasp.ops.triton.tiles import strides
+from lasp.ops.triton.tiles import state_strides
 
 CHUNK = 64
 # Value columns of one warpgroup; a program has two. Keys are padded to one block of 128.
@@ -70,7 +70,6 @@ def launch(
     assert gluon is not None and y.is_contiguous()
     _, seq_len, num_heads, key_dim = a.shape
     value_dim = x.shape[-1]
-    state_dims = (0, 1, 2, 3)
     grid = (plan.num_segments * num_heads * triton.cdiv(value_dim, 2 * VALUE_BLOCK),)
     gluon.kernel[grid](
         _descriptor(gluon, a, KEY_BLOCK),
@@ -82,8 +81,8 @@ def launch(
         segment_states,
         log_decay,
         table,
-        *(strides(initial_state, state_dims) if initial_state is not None else (0,) * 4),
-        *(strides(segment_states, state_dims) if segment_states is not None else (0,) * 4),
+        *state_strides(initial_state),
+        *state_strides(segment_states),
         float(scale),
         seq_len,
         plan.segments_per_row,

@@ -97,6 +97,11 @@ def strides(tensor: torch.Tensor, dims: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(tensor.stride(dim) if tensor.shape[dim] > 1 else 0 for dim in dims)
 
 
+def state_strides(states: torch.Tensor | None) -> tuple[int, ...]:
+    """Strides of [S, H, D, E] states for a kernel; zeros where there are none."""
+    return (0,) * 4 if states is None else strides(states, (0, 1, 2, 3))
+
+
 def decay_or_zeros(
     log_decay: torch.Tensor | None, num_heads: int, device: torch.device
 ) -> torch.Tensor:
