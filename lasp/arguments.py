@@ -68,18 +68,21 @@ def describe_shape(x: torch.Tensor) -> str:
 
 
 def _shape_problem(q, k, v):
-    shapes = f"q {describe_shape(q)}, k {describe_shape(k)}, v {describe_shape(v)}"
     if any(x.dim() != 4 for x in (q, k, v)):
-        return f"{shapes}: each must have 4 dimensions [batch, tokens, heads, head size]."
+        return f"{_shapes(q, k, v)}: each must have 4 dimensions [batch, tokens, heads, head size]."
     if k.shape != q.shape or v.shape[:3] != q.shape[:3]:
         return (
-            f"{shapes} do not fit: q and k are [B, T, H, D] and v is [B, T, H, E] with the same "
-            "B, T, H. (For grouped heads, expand k and v.)"
+            f"{_shapes(q, k, v)} do not fit: q and k are [B, T, H, D] and v is [B, T, H, E] with "
+            "the same B, T, H. (For grouped heads, expand k and v.)"
         )
     B, _, H, D = q.shape
     if not (1 <= D <= _MAX_HEAD_SIZE and 1 <= v.shape[3] <= _MAX_HEAD_SIZE and H >= 1 and B >= 1):
-        return f"{shapes}: head sizes must be 1..{_MAX_HEAD_SIZE}, batch and heads >= 1."
+        return f"{_shapes(q, k, v)}: head sizes must be 1..{_MAX_HEAD_SIZE}, batch and heads >= 1."
     return None
+
+
+def _shapes(q, k, v):
+    return f"q {describe_shape(q)}, k {describe_shape(k)}, v {describe_shape(v)}"
 
 
 def _dtype_problem(q, k, v):

@@ -77,7 +77,7 @@ def lightning_attention(
         if group is not None:
             exchanges.guard.agree(group, {}, every_time=True, problem=problem)
         raise ValueError(problem)
-    q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (_with_unit_stride(x) for x in (q, k, v))
     o, final_state = _LightningAttention.apply(
         q,
         k,
@@ -294,7 +294,7 @@ def _attend_backward(
     method,
 ):
     """(dq, dk, dv, gradient of the state that enters this rank; empty if not with_dinitial)."""
-    do = do if do.stride(-1) == 1 or do.shape[-1] == 1 else do.contiguous()
+    do = _with_unit_stride(do)
     offsets = document_offsets(cu_seqlens, q.shape[1])
     common = dict(scale=scale, offsets=offsets)
     segment_grads = dinitial = q.new_empty(0, dtype=state_dtype(q.dtype))
@@ -444,6 +444,11 @@ def _decay_over(log_decay, x, offsets=None):
 
 def _group(group_name: str) -> ProcessGroup:
     return torch.distributed.distributed_c10d._resolve_process_group(group_name)
+
+
+def _with_unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """x itself, or one copy here in place of one in every kernel that reads it."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _present(states: torch.Tensor) -> torch.Tensor | None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.distributed import Pool
+from tests.poison import ALLOCATORS, poisoned
 
 GPU_TESTS = Path(__file__).parent / "gpu"
 
@@ -30,12 +31,5 @@ def pool():
 def poisoned_memory(monkeypatch):
     """torch.empty and its kin return NaN, so that an element nobody writes is seen."""
 
-    def poisoned(make):
-        def call(*args, **kwargs):
-            made = make(*args, **kwargs)
-            return made.fill_(float("nan")) if made.is_floating_point() else made
-
-        return call
-
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+    for owner, name in ALLOCATORS:
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))

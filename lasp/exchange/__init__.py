@@ -24,7 +24,7 @@ from torch.distributed import ProcessGroup
 from lasp.exchange import guard
 from lasp.exchange.all_gather import AllGather
 from lasp.exchange.doubling import Doubling
-from lasp.exchange.peers import device_types
+from lasp.exchange.peers import Line, device_types
 from lasp.exchange.ring import Ring
 
 __all__ = ["METHODS", "Pending", "device_types", "guard", "start"]
@@ -60,4 +60,5 @@ def start(
         method: "ring", "all_gather" or "doubling".
         reverse: scan from the last rank to the first.
     """
+    assert first is None or Line(group, reverse).place == 0
     return METHODS[method](local, factor, first, group, reverse)

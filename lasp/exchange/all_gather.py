@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from lasp.exchange.peers import Line, all_gather_flat
+from lasp.exchange.peers import AffineMaps, Line, all_gather_flat
 
 __all__ = ["AllGather"]
 
@@ -17,23 +17,19 @@ class AllGather:
 
     def __init__(self, local, factor, first, group, reverse):
         self.line = Line(group, reverse)
-        self.shape, self.num_factors = local.shape, factor.numel()
+        self.maps = AffineMaps.like(local, factor)
         self.first = first
-        if self.line.place == 0 and first is not None:
-            local = torch.addcmul(local, factor, first)
-        # The decay over a rank's tokens travels with its state: shards may be uneven.
-        self.message = torch.cat([local.flatten(), factor.flatten()])
+        # Only the first rank is given what enters it.
+        self.message = self.maps.pack(local, factor, entering=first)
         self.gathered, self.work = all_gather_flat(self.message, group)
 
     def finish(self) -> torch.Tensor:
         self.work.wait()
         messages = self.gathered.view(self.line.size, -1)
-        entering = self.message.new_zeros(self.shape)
+        entering = self.message.new_zeros(self.maps.shape)
         if self.line.place == 0:
             return entering if self.first is None else self.first
         for place in range(self.line.place):
-            message = messages[self.line.group_rank(place)]
-            local = message[: -self.num_factors].view(self.shape)
-            factor = message[-self.num_factors :].view(-1, 1, 1)
+            local, factor = self.maps.unpack(messages[self.line.group_rank(place)])
             entering = torch.addcmul(local, factor, entering)
         return entering

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from lasp.exchange.peers import Line
+from lasp.exchange.peers import AffineMaps, Line
 
 __all__ = ["Doubling"]
 
@@ -19,13 +19,11 @@ class Doubling:
 
     def __init__(self, local, factor, first, group, reverse):
         self.line = Line(group, reverse)
-        self.shape, self.num_factors = local.shape, factor.numel()
+        self.maps = AffineMaps.like(local, factor)
         self.first = first
-        if self.line.place == 0 and first is not None:
-            local = torch.addcmul(local, factor, first)
         # `window` is the map of the ranks up to and with this one, `before` that of those in front
         # of it; both reach as far back as the rounds so far have come.
-        self.window = torch.cat([local.flatten(), factor.flatten()])
+        self.window = self.maps.pack(local, factor, entering=first)
         self.before = None
         self.distance = 1
         self._launch()
@@ -36,8 +34,8 @@ class Doubling:
             self.distance *= 2
             self._launch()
         if self.line.place == 0:
-            return self.window.new_zeros(self.shape) if self.first is None else self.first
-        return self._split(self.before)[0]
+            return self.window.new_zeros(self.maps.shape) if self.first is None else self.first
+        return self.maps.unpack(self.before)[0]
 
     def _launch(self):
         """Send to the rank `distance` places on, receive from the one as far back."""
@@ -68,10 +66,6 @@ class Doubling:
 
     def _chain(self, earlier, later):
         """The map of `earlier` ranks followed by `later` ones."""
-        (local_0, factor_0), (local_1, factor_1) = self._split(earlier), self._split(later)
-        local = torch.addcmul(local_1, factor_1, local_0)
-        return torch.cat([local.flatten(), (factor_1 * factor_0).flatten()])
-
-    def _split(self, message):
-        local = message[: -self.num_factors].view(self.shape)
-        return local, message[-self.num_factors :].view(-1, 1, 1)
+        local_0, factor_0 = self.maps.unpack(earlier)
+        local_1, factor_1 = self.maps.unpack(later)
+        return self.maps.pack(torch.addcmul(local_1, factor_1, local_0), factor_1 * factor_0)

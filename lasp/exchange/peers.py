@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-__all__ = ["Line", "all_gather_flat", "device_types"]
+__all__ = ["AffineMaps", "Line", "all_gather_flat", "device_types"]
 
 # torch 2.13 deprecates the older name; 2.11 has no other.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -50,3 +50,29 @@ class Line:
 
     def group_rank(self, place: int) -> int:
         return self.size - 1 - place if self.reverse else place
+
+
+@dataclass(frozen=True)
+class AffineMaps:
+    """Maps state -> factor * state + local as flat messages: local and factor travel together,
+    because shards may be uneven."""
+
+    shape: torch.Size
+    num_factors: int
+
+    @classmethod
+    def like(cls, local: torch.Tensor, factor: torch.Tensor) -> AffineMaps:
+        return cls(local.shape, factor.numel())
+
+    def pack(
+        self, local: torch.Tensor, factor: torch.Tensor, entering: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The map as one message; with the state that enters it, if known, worked in."""
+        if entering is not None:
+            local = torch.addcmul(local, factor, entering)
+        return torch.cat([local.flatten(), factor.flatten()])
+
+    def unpack(self, message: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(local, factor) of a message."""
+        local = message[: -self.num_factors].view(self.shape)
+        return local, message[-self.num_factors :].view(-1, 1, 1)

@@ -25,11 +25,11 @@ def fake_segment_states(k, v, cu_seqlens):
     state_dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
     if not k.is_cuda:
         return k.new_empty(0, dtype=state_dtype)
-    from lasp.ops.triton.plan import num_segments
+    from lasp.ops.triton.plan import segment_state_rows
 
     num_documents = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     packed = cu_seqlens is not None
-    rows = num_segments(k.shape[1], num_documents, packed, k.shape[3], v.shape[3], k.shape[2])
+    rows = segment_state_rows(k.shape[1], num_documents, packed, k.shape[3], v.shape[3], k.shape[2])
     if rows == 0:
         return k.new_empty(0, dtype=state_dtype)
     return k.new_empty(rows, k.shape[2], k.shape[3], v.shape[3], dtype=state_dtype)

@@ -169,7 +169,7 @@ def choose_segment_length(
     return min(max(length, MIN_SEGMENT), max(seq_len, 1))
 
 
-def num_segments(
+def segment_state_rows(
     seq_len: int, num_documents: int, packed: bool, key_dim: int, value_dim: int, num_heads: int
 ) -> int:
     """Rows of the segment states that `prefix_states` returns; 0 where a scan needs none."""
