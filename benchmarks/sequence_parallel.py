@@ -385,7 +385,7 @@ def main() -> None:
     if arguments.only != "ours":
         measure_rivals(ranks, arguments, report)
     if ranks.rank == 0:
-        reports.write(report, arguments.out)
+        reports.write(report, arguments.out, with_plot=True)
         print(reports.table(report))
     dist.destroy_process_group()
 

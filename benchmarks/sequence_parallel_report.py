@@ -169,10 +169,10 @@ def plot(report: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def write(report: dict, folder: Path) -> None:
-    """The report as JSON, as a table and as a plot."""
+def write(report: dict, folder: Path, with_plot: bool = False) -> None:
+    """The report as JSON and as a table; and as a plot, which takes longer."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sequence_parallel.json").write_text(json.dumps(report, indent=1) + "\n")
     (folder / "sequence_parallel.md").write_text(table(report))
-    if report["rows"]:
+    if with_plot:
         plot(report, folder / "sequence_parallel.png")
