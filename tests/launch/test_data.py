@@ -134,10 +134,10 @@ def test_labels_are_shifted_before_the_cut(prefix, ranks):
 
 
 class FakeShard:
-    """Start and stop, without the process group that a real shard of several needs."""
+    """Offsets, without the process group that a real shard of several needs."""
 
-    def __init__(self, start, stop):
-        self.start, self.stop = start, stop
+    def __init__(self, start, stop, total=None):
+        self.start, self.stop, self.total = start, stop, total
 
 
 def test_padding_is_ignored_as_a_label(prefix):
@@ -154,6 +154,18 @@ def test_documents_of_a_packed_sequence(prefix):
     # The last token of a document does not predict the next document.
     assert [i for i, label in enumerate(batch.labels[0].tolist()) if label == IGNORE] == [9, 12]
     assert source.document_starts(1) == ()
+
+
+def test_documents_of_a_packed_sequence_cut_over_ranks(prefix):
+    source = IndexedSource(prefix, 15, vocab_size=40)
+    whole = read_batch(source, [0], SequenceShard.whole(15), varlen=True)
+    # A shard ends with a document, another begins inside one.
+    parts = [
+        read_batch(source, [0], FakeShard(*cut, total=15), varlen=True)
+        for cut in ((0, 10), (10, 11), (11, 15))
+    ]
+    assert [part.boundaries for part in parts] == [(0, 10, 13, 15)] * 3
+    assert torch.equal(torch.cat([part.labels for part in parts], dim=1), whole.labels)
 
 
 def test_a_document_that_starts_at_a_samples_end_is_no_label_of_it(prefix):

@@ -87,7 +87,6 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, data, capsys, monk
         ),
         (["--training.global_batch_size", "3"], "2", "local_batch_size 1 x data-parallel ranks 2"),
         (["--comm.backend", "nccl"], "1", "0 GPUs"),
-        (["--training.varlen", "--sp-size", "2"], "2", "--training.no-varlen"),
         (["--training.varlen", "--training.local_batch_size", "2"], "1", "local_batch_size is 2"),
         (["--model.preset", "9b", "--job.dry_run"], "1", "9b"),
         (["--model.vocab_size", "9", "--job.dry_run"], "1", "the tokenizer has 258"),
