@@ -171,9 +171,38 @@ def kept_tensors(group, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_state_is_kept_for_the_backward(pool, method):
-    for kept in pool.run(kept_tensors, method, size=3):
+    first, *others = pool.run(kept_tensors, method, size=3)
+    assert first == 0
+    for kept in others:
         # A factor per head may come with it.
         assert STATE <= kept <= STATE + 3 * 4
+
+
+def new_states(group, method):
+    """Tensors as large as a state that an exchange makes, forward and backward."""
+    rank = dist.get_rank(group)
+    made = []
+
+    class Operators(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result._base is None:
+                made.append(result.numel() // state.numel())
+            return result
+
+    state = torch.full((1, 2, 16, 16), float(rank))
+    for reverse in (False, True):
+        each = AffineMap(state, lambda: torch.ones(2, 1, 1))
+        with Operators():
+            exchange.start([each], Line(group, reverse=reverse), method=method).finish()
+    return sum(made)
+
+
+def test_memory_of_the_ring_does_not_grow_with_the_ranks(pool):
+    # What comes and what goes on, in each direction; at an end only what comes, in one of them.
+    for size, states in ((2, 1), (3, 4), (4, 4)):
+        assert max(pool.run(new_states, "ring", size=size)) == states
+    assert max(pool.run(new_states, "all_gather", size=4)) > 8
 
 
 class Layer(torch.nn.Module):
