@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeAlias
 
 import torch
 import triton
@@ -12,6 +14,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256
 # Rows of a chunk are addressed with 32-bit offsets; no kernel uses chunks longer than this.
 MAX_CHUNK = 64
+_NO_CONTEXT = nullcontext()
 
 
 @triton.jit
@@ -58,21 +61,27 @@ def locate_segment(
 
 def check_operands(**operands: torch.Tensor) -> None:
     """Refuse dtypes and head dimensions that the kernels do not have; names the operand seen."""
-    first_name, first = next(iter(operands.items()))
-    for name, operand in operands.items():
-        if operand.dtype not in DTYPES:
+    _check_operands(*[(name, x.dtype, x.shape[-1]) for name, x in operands.items()])
+
+
+# Errors are not remembered.
+@functools.lru_cache(maxsize=256)
+def _check_operands(*operands: tuple[str, torch.dtype, int]) -> None:
+    first_name, first_dtype, _ = operands[0]
+    for name, dtype, head_dim in operands:
+        if dtype not in DTYPES:
             raise ValueError(
-                f"{name} has dtype {operand.dtype}; the Triton kernels take torch.bfloat16, "
+                f"{name} has dtype {dtype}; the Triton kernels take torch.bfloat16, "
                 "torch.float16 or torch.float32. Cast it, or use the torch backend for float64."
             )
-        if operand.dtype != first.dtype:
+        if dtype != first_dtype:
             raise ValueError(
-                f"{name} has dtype {operand.dtype} but {first_name} has {first.dtype}; the Triton "
+                f"{name} has dtype {dtype} but {first_name} has {first_dtype}; the Triton "
                 "kernels take operands of one dtype. Cast them to the same one."
             )
-        if not 1 <= operand.shape[-1] <= MAX_HEAD_DIM:
+        if not 1 <= head_dim <= MAX_HEAD_DIM:
             raise ValueError(
-                f"{name} has head dimension {operand.shape[-1]}; the Triton kernels take 1 to "
+                f"{name} has head dimension {head_dim}; the Triton kernels take 1 to "
                 f"{MAX_HEAD_DIM}. Use more heads of a smaller dimension."
             )
 
@@ -83,21 +92,32 @@ def addressable(operand: torch.Tensor) -> torch.Tensor:
     They need a unit last stride (the gradient of a sum arrives with stride 0) and a token stride
     small enough that a chunk spans fewer than 2**31 elements.
     """
-    if operand.stride(-1) != 1 or abs(operand.stride(1)) * MAX_CHUNK >= 2**31:
+    _, token, _, last = operand.stride()
+    if last != 1 or abs(token) * MAX_CHUNK >= 2**31:
         return operand.contiguous()
     return operand
 
 
-def strides(tensor: torch.Tensor, dims: tuple[int, ...]) -> tuple[int, ...]:
+# A tensor's shape and strides: all that a launch depends on besides its address and dtype.
+Layout: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def layout(tensor: torch.Tensor | None) -> Layout | None:
+    """The layout of `tensor`, to remember launches by; None for None."""
+    return None if tensor is None else (tensor.shape, tensor.stride())
+
+
+def strides(layout: Layout, dims: tuple[int, ...]) -> tuple[int, ...]:
     """Strides in elements, with 0 for dims of size 1.
 
     PyTorch leaves arbitrary strides on dims of size 1. They are never used, but an odd one would
     make Triton compile a variant without vector loads.
     """
-    return tuple(tensor.stride(dim) if tensor.shape[dim] > 1 else 0 for dim in dims)
+    shape, stride = layout
+    return tuple(stride[dim] if shape[dim] > 1 else 0 for dim in dims)
 
 
-def state_strides(states: torch.Tensor | None) -> tuple[int, ...]:
+def state_strides(states: Layout | None) -> tuple[int, ...]:
     """Strides of [S, H, D, E] states for a kernel; zeros where there are none."""
     return (0,) * 4 if states is None else strides(states, (0, 1, 2, 3))
 
@@ -114,4 +134,6 @@ def decay_or_zeros(
 
 def on_device_of(tensor: torch.Tensor) -> AbstractContextManager:
     """Triton launches on the current device: make that the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _NO_CONTEXT
+    return torch.cuda.device(tensor.device)
