@@ -17,6 +17,8 @@ import triton
 
 __all__ = ["Bound"]
 
+_runtime = triton.knobs.runtime
+
 
 class Bound:
     """A kernel with all its arguments fixed but the leading ones: descriptors, then tensors.
@@ -40,15 +42,14 @@ class Bound:
         self._compiled: dict[tuple, Any] = {}
 
     def __call__(self, programs: int, *tensors: torch.Tensor | None, descriptors=()) -> None:
-        """Run `programs` programs on the current device's current stream.
+        """Run `programs` programs on the current device, the first tensor's, and current stream.
 
         `descriptors` come before the tensors; all that a variant knows of them must be fixed.
         """
         if not self._direct or _is_watched(self._kernel):
             self._launch(programs, descriptors, tensors)
             return
-        driver = triton.runtime.driver.active
-        device = driver.get_current_device()
+        device = tensors[0].get_device()
         addresses = [0 if x is None else x.data_ptr() for x in tensors]
         odd = functools.reduce(operator.or_, addresses) % 16
         # Nearly always all are aligned.
@@ -61,7 +62,7 @@ class Bound:
             return
         compiled.run(
             *(programs, 1, 1),
-            driver.get_current_stream(device),
+            triton.runtime.driver.active.get_current_stream(device),
             compiled.function,
             compiled.packed_metadata,
             *(None, None, None),  # What hooks would get, and the two hooks.
@@ -76,6 +77,8 @@ class Bound:
 
 def _is_watched(kernel: Any) -> bool:
     """Whether a profiler or a hook wants to see the launch."""
-    runtime = triton.knobs.runtime
-    hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
-    return bool(kernel.pre_run_hooks) or any(getattr(hook, "calls", hook) for hook in hooks)
+    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
+    # A chain of hooks, or a single one put in its place.
+    return bool(
+        kernel.pre_run_hooks or getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
+    )

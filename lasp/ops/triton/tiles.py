@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeAlias
 
@@ -61,27 +60,21 @@ def locate_segment(
 
 def check_operands(**operands: torch.Tensor) -> None:
     """Refuse dtypes and head dimensions that the kernels do not have; names the operand seen."""
-    _check_operands(*[(name, x.dtype, x.shape[-1]) for name, x in operands.items()])
-
-
-# Errors are not remembered.
-@functools.lru_cache(maxsize=256)
-def _check_operands(*operands: tuple[str, torch.dtype, int]) -> None:
-    first_name, first_dtype, _ = operands[0]
-    for name, dtype, head_dim in operands:
-        if dtype not in DTYPES:
+    first_name, first = next(iter(operands.items()))
+    for name, operand in operands.items():
+        if operand.dtype not in DTYPES:
             raise ValueError(
-                f"{name} has dtype {dtype}; the Triton kernels take torch.bfloat16, "
+                f"{name} has dtype {operand.dtype}; the Triton kernels take torch.bfloat16, "
                 "torch.float16 or torch.float32. Cast it, or use the torch backend for float64."
             )
-        if dtype != first_dtype:
+        if operand.dtype != first.dtype:
             raise ValueError(
-                f"{name} has dtype {dtype} but {first_name} has {first_dtype}; the Triton "
+                f"{name} has dtype {operand.dtype} but {first_name} has {first.dtype}; the Triton "
                 "kernels take operands of one dtype. Cast them to the same one."
             )
-        if not 1 <= head_dim <= MAX_HEAD_DIM:
+        if not 1 <= operand.shape[-1] <= MAX_HEAD_DIM:
             raise ValueError(
-                f"{name} has head dimension {head_dim}; the Triton kernels take 1 to "
+                f"{name} has head dimension {operand.shape[-1]}; the Triton kernels take 1 to "
                 f"{MAX_HEAD_DIM}. Use more heads of a smaller dimension."
             )
 
