@@ -53,7 +53,7 @@ class Bound:
         addresses = [0 if x is None else x.data_ptr() for x in tensors]
         odd = functools.reduce(operator.or_, addresses) % 16
         # Nearly always all are aligned.
-        key = (device, *[address % 16 for address in addresses]) if odd else device
+        key = (device, *[address % 16 == 0 for address in addresses]) if odd else device
         compiled = self._compiled.get(key)
         if compiled is None:
             compiled = self._launch(programs, descriptors, tensors)
