@@ -11,7 +11,15 @@ import torch
 
 from lasp.ops import chunked, reference
 
-__all__ = ["fake_segment_states", "one_pass", "prefix_states", "reference", "scan", "step"]
+__all__ = [
+    "fake_segment_states",
+    "key_value_grads",
+    "one_pass",
+    "prefix_states",
+    "reference",
+    "scan",
+    "step",
+]
 
 
 def prefix_states(k, v, log_decay, *, offsets=None, reverse=False, scale=1.0, with_total=True):
@@ -58,6 +66,25 @@ def scan(
         offsets=offsets,
         reverse=reverse,
     )
+
+
+def key_value_grads(
+    do, q, k, v, log_decay, *, scale, state_grad=None, segment_grads=None, offsets=None
+):
+    """(dk, dv) from do; `state_grad` is that of the final state, `segment_grads` what
+    `prefix_states` of q and do in reverse returned."""
+    options = dict(scale=scale, offsets=offsets, reverse=True)
+    dv = scan(
+        k, q, do, log_decay, initial_state=state_grad, segment_states=segment_grads, **options
+    )
+    if state_grad is not None:
+        state_grad = state_grad.transpose(-1, -2)
+    if segment_grads is not None:
+        segment_grads = segment_grads.transpose(-1, -2)
+    dk = scan(
+        v, do, q, log_decay, initial_state=state_grad, segment_states=segment_grads, **options
+    )
+    return dk, dv
 
 
 def step(q, k, v, state, log_decay, *, scale):
