@@ -2,7 +2,8 @@
 
 `lightning_attention` is all of it in one call; `start_state` and `attend` are the same in two, with
 the exchange of states under whatever runs between them. Inputs are checked here, the work is in
-`lasp.operators`, and one autograd node holds both exchanges.
+`lasp.operators` (`lasp.alone` where one device has it all), and one autograd node holds both
+exchanges.
 """
 
 from __future__ import annotations
