@@ -4,6 +4,7 @@
 The functions of this module pick the backend by where the tensors are.
 """
 
+import functools
 from types import ModuleType
 
 import torch
@@ -68,8 +69,11 @@ def step(q, k, v, state, log_decay, *, scale):
 
 
 def _backend(x: torch.Tensor) -> ModuleType:
-    if not x.is_cuda:
-        return chunked
+    return _kernels() if x.is_cuda else chunked
+
+
+@functools.cache
+def _kernels() -> ModuleType:
     try:
         from lasp.ops import triton
     except ImportError as error:

@@ -4,7 +4,8 @@
     a, b, x, states -> scan kernel -> y                                  (scan: o, dq, dk and dv)
     q, k, v, state -> step kernel -> o, new state                        (step: decoding)
 
-`plan.py` holds the launch table and cuts documents into segments.
+`plan.py` holds the launch table and cuts documents into segments; `launch.py` remembers which
+compiled variant of a kernel serves which shapes.
 """
 
 from lasp.ops.triton.prefix import is_single_segment, prefix_states

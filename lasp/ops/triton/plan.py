@@ -150,6 +150,7 @@ class Plan:
         return tables[: self.num_segments], tables[self.num_segments :]
 
 
+@lru_cache(maxsize=1024)
 def choose_segment_length(
     seq_len: int, num_documents: int, packed: bool, key_dim: int, value_dim: int, num_heads: int
 ) -> int:

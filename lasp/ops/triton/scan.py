@@ -5,16 +5,21 @@ The same kernel serves o, dq, dk and dv; only the roles of the operands change (
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from lasp.ops.triton import scan_hopper
+from lasp.ops.triton.launch import Bound
 from lasp.ops.triton.plan import Plan, make_plan, make_single_plan, scan_launch
 from lasp.ops.triton.tiles import (
+    Layout,
     addressable,
     check_operands,
     decay_or_zeros,
+    layout,
     locate_segment,
     on_device_of,
     state_strides,
@@ -188,7 +193,7 @@ def scan(
     batch, seq_len, num_heads, key_dim = a.shape
     value_dim = x.shape[-1]
     assert b.shape == a.shape and x.shape[:3] == a.shape[:3], (a.shape, b.shape, x.shape)
-    y = torch.empty(batch, seq_len, num_heads, value_dim, dtype=a.dtype, device=a.device)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if y.numel() == 0:
         return y
     if segment_states is None or segment_states.numel() == 0:
@@ -236,40 +241,67 @@ def _launch(
     reverse: bool,
 ) -> None:
     """Write y [B, T, H, X], contiguous: what `scan` does once it has its plan."""
-    _, seq_len, num_heads, key_dim = a.shape
-    value_dim = x.shape[-1]
-    tiles = scan_launch(key_dim, a.dtype)
-    grid = (plan.num_segments * num_heads * triton.cdiv(value_dim, tiles.value),)
-    scan_kernel[grid](
-        a,
-        b,
-        x,
-        y,
-        initial_state,
-        segment_states,
-        log_decay,
-        table,
+    programs, bound = _bind(
+        a.dtype,
+        layout(a),
+        layout(b),
+        layout(x),
+        layout(initial_state),
+        layout(segment_states),
+        float(scale),
+        (plan.num_segments, plan.segments_per_row, plan.segment_length),
+        reverse,
+        plan.packed,
+        plan.folded,
+    )
+    bound(programs, a, b, x, y, initial_state, segment_states, log_decay, table)
+
+
+@functools.lru_cache(maxsize=1024)
+def _bind(
+    dtype: torch.dtype,
+    a: Layout,
+    b: Layout,
+    x: Layout,
+    initial: Layout | None,
+    segment: Layout | None,
+    scale: float,
+    segments: tuple[int, int, int],
+    reverse: bool,
+    packed: bool,
+    folded: bool,
+) -> tuple[int, Bound]:
+    """How many programs run, and the kernel without its tensors."""
+    (_, seq_len, num_heads, key_dim), _ = a
+    value_dim = x[0][-1]
+    num_segments, segments_per_row, segment_length = segments
+    tiles = scan_launch(key_dim, dtype)
+    numbers = (
         *strides(a, (0, 1, 2)),
         *strides(b, (0, 1, 2)),
         *strides(x, (0, 1, 2)),
-        *state_strides(initial_state),
-        *state_strides(segment_states),
-        float(scale),
+        *state_strides(initial),
+        *state_strides(segment),
+        scale,
         seq_len,
-        plan.segments_per_row,
-        plan.segment_length,
+        segments_per_row,
+        segment_length,
         num_heads,
+    )
+    constants = dict(
         A=key_dim,
         X=value_dim,
         BA=tiles.key,
         BX=tiles.value,
         BC=tiles.chunk,
         REVERSE=reverse,
-        PACKED=plan.packed,
-        HAS_INITIAL=initial_state is not None,
-        HAS_SEGMENT=segment_states is not None,
-        FOLDED=plan.folded,
+        PACKED=packed,
+        HAS_INITIAL=initial is not None,
+        HAS_SEGMENT=segment is not None,
+        FOLDED=folded,
         PRECISION="ieee",
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
     )
+    bound = Bound(
+        scan_kernel, numbers, constants, num_warps=tiles.num_warps, num_stages=tiles.num_stages
+    )
+    return num_segments * num_heads * triton.cdiv(value_dim, tiles.value), bound

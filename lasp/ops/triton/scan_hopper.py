@@ -13,8 +13,9 @@ import torch
 import triton
 
 from lasp.ops.triton import plan as plans
+from lasp.ops.triton.launch import Bound
 from lasp.ops.triton.plan import Plan
-from lasp.ops.triton.tiles import state_strides
+from lasp.ops.triton.tiles import Layout, layout, state_strides
 
 CHUNK = 64
 # Value columns of one warpgroup; a program has two. Keys are padded to one block of 128.
@@ -43,8 +44,6 @@ def supported(a: torch.Tensor, b: torch.Tensor, x: torch.Tensor, plan: Plan) -> 
         and 64 < key_dim <= KEY_BLOCK
         and value_dim > 64
         and seq_len <= MAX_TOKENS
-        # Launches cost the CPU about 45 us more than Triton's, four descriptors each. Fewer rows
-        # take the GPU about as long, so that a model would wait for the CPU.
         and batch * seq_len * num_heads >= plans.LARGE_ROWS
         and all(_copyable(operand) for operand in (a, b, x))
         and _gluon(a.device) is not None
@@ -66,28 +65,58 @@ def launch(
     reverse: bool,
 ) -> None:
     """Write y [B, T, H, X], contiguous: what `scan` does once it has its plan, on `supported`."""
-    gluon = _gluon(a.device)
-    assert gluon is not None and y.is_contiguous()
-    _, seq_len, num_heads, key_dim = a.shape
-    value_dim = x.shape[-1]
-    grid = (plan.num_segments * num_heads * triton.cdiv(value_dim, 2 * VALUE_BLOCK),)
-    gluon.kernel[grid](
-        _descriptor(gluon, a, KEY_BLOCK),
-        _descriptor(gluon, b, KEY_BLOCK),
-        _descriptor(gluon, x, VALUE_BLOCK),
-        _descriptor(gluon, y, VALUE_BLOCK),
+    assert y.is_contiguous()
+    programs, bound, columns = _bind(
+        a.device,
+        a.dtype,
+        layout(a),
+        x.shape[-1],
+        layout(initial_state),
+        layout(segment_states),
+        float(scale),
+        (plan.num_segments, plan.segments_per_row, plan.segment_length),
+        reverse,
+        plan.packed,
+    )
+    bound(
+        programs,
         y,
         initial_state,
         segment_states,
         log_decay,
         table,
-        *state_strides(initial_state),
-        *state_strides(segment_states),
-        float(scale),
+        descriptors=[_descriptor(t, n) for t, n in zip((a, b, x, y), columns, strict=True)],
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _bind(
+    device: torch.device,
+    dtype: torch.dtype,
+    a: Layout,
+    value_dim: int,
+    initial: Layout | None,
+    segment: Layout | None,
+    scale: float,
+    segments: tuple[int, int, int],
+    reverse: bool,
+    packed: bool,
+) -> tuple[int, Bound, tuple[int, ...]]:
+    """How many programs run, the kernel without its tensors, and the columns of their tiles."""
+    gluon = _gluon(device)
+    assert gluon is not None
+    (_, seq_len, num_heads, key_dim), _ = a
+    num_segments, segments_per_row, segment_length = segments
+    numbers = (
+        *state_strides(initial),
+        *state_strides(segment),
+        scale,
         seq_len,
-        plan.segments_per_row,
-        plan.segment_length,
+        segments_per_row,
+        segment_length,
         num_heads,
+    )
+    constants = dict(
         A=key_dim,
         X=value_dim,
         BA=KEY_BLOCK,
@@ -95,39 +124,59 @@ def launch(
         BC=CHUNK,
         STAGES=STAGES,
         REVERSE=reverse,
-        PACKED=plan.packed,
-        HAS_INITIAL=initial_state is not None,
-        HAS_SEGMENT=segment_states is not None,
+        PACKED=packed,
+        HAS_INITIAL=initial is not None,
+        HAS_SEGMENT=segment is not None,
         REGISTERS=REGISTERS,
-        num_warps=4,
     )
+    columns = (KEY_BLOCK, KEY_BLOCK, VALUE_BLOCK, VALUE_BLOCK)
+    programs = num_segments * num_heads * triton.cdiv(value_dim, 2 * VALUE_BLOCK)
+    return programs, Bound(gluon.kernel, numbers, constants, num_warps=4), columns
 
 
 def _copyable(operand: torch.Tensor) -> bool:
     """Whether the copy engine can fetch tiles of `operand` [B, T, H, X]."""
-    size = operand.element_size()
+    aligned = operand.data_ptr() % STEP == 0
+    return aligned and _copyable_layout(layout(operand), operand.element_size())
+
+
+@functools.lru_cache(maxsize=1024)
+def _copyable_layout(operand: Layout, size: int) -> bool:
+    shape, strides = operand
     return (
-        operand.stride(-1) == 1
-        and operand.shape[-1] * size % STEP == 0
-        and operand.data_ptr() % STEP == 0
+        strides[-1] == 1
+        and shape[-1] * size % STEP == 0
         and all(
             0 < stride * size < MAX_STRIDE and stride * size % STEP == 0
-            for length, stride in zip(operand.shape[:3], operand.stride()[:3], strict=True)
+            for length, stride in zip(shape[:3], strides[:3], strict=True)
             if length > 1
         )
     )
 
 
-def _descriptor(gluon: SimpleNamespace, tensor: torch.Tensor, columns: int) -> object:
+def _descriptor(tensor: torch.Tensor, columns: int) -> object:
     """Describe tiles of a chunk's rows and `columns` columns of `tensor` [B, T, H, X]."""
+    known = _known_descriptor(tensor.device, tensor.dtype, layout(tensor), columns)
+    # A copy of what was checked once per layout: to check again costs 10 us.
+    descriptor = object.__new__(type(known))
+    descriptor.__dict__.update(known.__dict__, base=tensor)
+    return descriptor
+
+
+@functools.lru_cache(maxsize=1024)
+def _known_descriptor(
+    device: torch.device, dtype: torch.dtype, tensor: Layout, columns: int
+) -> object:
+    gluon = _gluon(device)
+    shape, strides = tensor
     # PyTorch leaves arbitrary strides on dims of size 1: unused, but the copy engine checks them.
     steps = [
         stride if length > 1 else STEP
-        for length, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
+        for length, stride in zip(shape[:3], strides[:3], strict=True)
     ]
-    return gluon.descriptor(
-        tensor, list(tensor.shape), [*steps, 1], *gluon.tile(tensor.dtype, columns)
-    )
+    # Stands for any tensor of this layout, whose address `supported` looks at.
+    base = torch.empty(0, dtype=dtype, device=device)
+    return gluon.descriptor(base, list(shape), [*steps, 1], *gluon.tile(dtype, columns))
 
 
 @functools.cache
