@@ -355,23 +355,14 @@ def _attend_backward(
         from_next = pending.finish()
         dinitial = torch.addcmul(dinitial, factor, from_next)
         leaving_grad = from_next if dfinal is None else from_next + dfinal
-    dv = ops.scan(
+    dv, dk = ops.scan_pair(
         k,
         q,
         do,
+        v,
         log_decay,
         initial_state=leaving_grad,
         segment_states=_present(segment_grads),
-        reverse=True,
-        **common,
-    )
-    dk = ops.scan(
-        v,
-        do,
-        q,
-        log_decay,
-        initial_state=None if leaving_grad is None else leaving_grad.transpose(-1, -2),
-        segment_states=_transposed(segment_grads),
         reverse=True,
         **common,
     )
