@@ -78,5 +78,7 @@ def attend_backward(
         segment_grads, _ = ops.prefix_states(
             q, do, log_decay, reverse=True, scale=scale, with_total=False
         )
-    dk, dv = ops.key_value_grads(do, q, k, v, log_decay, scale=scale, segment_grads=segment_grads)
+    dv, dk = ops.scan_pair(
+        k, q, do, v, log_decay, scale=scale, segment_states=segment_grads, reverse=True
+    )
     return dq, dk, dv

@@ -224,8 +224,8 @@ def _attend_backward(
             decay = _decay_over(log_decay, pieces.row_lengths(), total)
             total = torch.addcmul(total, decay, leaving)
         dinitial = pieces.taken(total, num_states, True)
-    states = dict(state_grad=leaving, segment_grads=_present(segment_grads))
-    dk, dv = ops.key_value_grads(do, q, k, v, log_decay, **states, **common)
+    states = dict(initial_state=leaving, segment_states=_present(segment_grads))
+    dv, dk = ops.scan_pair(k, q, do, v, log_decay, reverse=True, **states, **common)
     return dq, pieces.unfold(dk), pieces.unfold(dv), dinitial
 
 

@@ -13,11 +13,11 @@ from lasp.ops import chunked, reference
 
 __all__ = [
     "fake_segment_states",
-    "key_value_grads",
     "one_pass",
     "prefix_states",
     "reference",
     "scan",
+    "scan_pair",
     "step",
 ]
 
@@ -68,23 +68,21 @@ def scan(
     )
 
 
-def key_value_grads(
-    do, q, k, v, log_decay, *, scale, state_grad=None, segment_grads=None, offsets=None
-):
-    """(dk, dv) from do; `state_grad` is that of the final state, `segment_grads` what
-    `prefix_states` of q and do in reverse returned."""
-    options = dict(scale=scale, offsets=offsets, reverse=True)
-    dv = scan(
-        k, q, do, log_decay, initial_state=state_grad, segment_states=segment_grads, **options
-    )
-    if state_grad is not None:
-        state_grad = state_grad.transpose(-1, -2)
-    if segment_grads is not None:
-        segment_grads = segment_grads.transpose(-1, -2)
-    dk = scan(
-        v, do, q, log_decay, initial_state=state_grad, segment_states=segment_grads, **options
-    )
-    return dk, dv
+def scan_pair(
+    a, b, x, c, log_decay, *, scale, initial_state=None, segment_states=None, offsets=None,
+    reverse=False,
+):  # fmt: skip
+    """(`scan` of a, b, x; `scan` of c, x, b with the states transposed): dv and dk, reversed."""
+    backend = _backend(a)
+    common = dict(scale=scale, offsets=offsets, reverse=reverse)
+    states = dict(initial_state=initial_state, segment_states=segment_states)
+    if backend is not chunked:
+        both = backend.scan_pair(a, b, x, c, log_decay, **states, **common)
+        if both is not None:
+            return both
+    y = backend.scan(a, b, x, log_decay, **states, **common)
+    states = {k: None if s is None else s.transpose(-1, -2) for k, s in states.items()}
+    return y, backend.scan(c, x, b, log_decay, **states, **common)
 
 
 def step(q, k, v, state, log_decay, *, scale):
