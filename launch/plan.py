@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from launch.config import Config
     from launch.tokenizer import Tokenizer
     from launch.world import Place
+    from parallel.mesh import ParallelDims
 
-__all__ = ["Batching", "autocast_dtype", "batching", "describe", "model_config"]
+__all__ = ["Batching", "autocast_dtype", "batching", "cut_over", "describe", "model_config"]
 
 # The vocabulary is padded to whole tiles of the head's matmul.
 _VOCAB_MULTIPLE = 64
@@ -123,10 +124,18 @@ def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
     return None if wanted == "float32" else torch.bfloat16
 
 
+def cut_over(config: Config, dims: ParallelDims) -> int:
+    """Ranks over which data parallelism cuts the weights; 1: each holds them whole."""
+    method = config.parallelism.data_parallel_method
+    cut = method == "fsdp" or (method == "auto" and dims.dp_shard > 1)
+    return dims.dp_shard * dims.cp if cut else 1
+
+
 def describe(config: Config, place: Place, model: TNLConfig, batch: Batching) -> str:
     """What a user should know before the first step."""
     training, dims = config.training, place.dims
     parameters = model.num_parameters()
+    pieces = cut_over(config, dims)
     shards = f"{dims.cp} ranks ({config.parallelism.context_parallel_method})"
     dtype = autocast_dtype(config, place.device) or torch.float32
     shape = ", ".join(
@@ -143,7 +152,8 @@ def describe(config: Config, place: Place, model: TNLConfig, batch: Batching) ->
         ),
         # float32 weights, gradients and two moments.
         "memory": (
-            f"{16 * parameters / 2**30:.2f} GiB per rank for weights, gradients and moments, "
+            f"{16 * parameters / pieces / 2**30:.2f} GiB per rank for weights, gradients and "
+            f"moments{f' cut over {pieces} ranks' if pieces > 1 else ''}, "
             f"{4 * min(training.loss_chunk_size, training.seq_len) * model.vocab_size / 2**30:.2f} "
             "GiB for a chunk of logits; activations come on top"
         ),
