@@ -108,7 +108,10 @@ class Parallelism:
     context_parallel_method: Literal["ring", "all_gather", "doubling"] = "ring"
     """How the d x d states cross ranks."""
     tensor_parallel_degree: int = 1
-    """Ranks over which one layer is cut (not yet above 1)."""
+    """Ranks over which each layer is cut, by heads and channels."""
+    tensor_parallel_shard_sequence: bool = False
+    """Between the mixers, a tensor-parallel rank keeps its part of the tokens and not all (what
+    Megatron calls sequence parallelism): less memory for the same bytes on the wire."""
 
 
 @dataclass(kw_only=True)
@@ -453,11 +456,6 @@ def check_sampling(prefix: str, max_new_tokens: int, temperature: float, top_k: 
 
 def _refuse_what_is_not_there_yet(config: Config) -> None:
     layout = config.parallelism
-    if layout.tensor_parallel_degree > 1:
-        raise ConfigError(
-            f"parallelism.tensor_parallel_degree is {layout.tensor_parallel_degree}: tensor "
-            "parallelism is not there yet; use 1."
-        )
     if layout.data_parallel_shard_degree > 1:
         raise ConfigError(
             f"parallelism.data_parallel_shard_degree is {layout.data_parallel_shard_degree}: "

@@ -14,13 +14,22 @@ import torch
 from lasp.tnl import TNLConfig
 from launch.config import typed
 from launch.errors import ConfigError
+from parallel.tensor import CUT_SIZES, check_divides
 
 if TYPE_CHECKING:
     from launch.config import Config
     from launch.tokenizer import Tokenizer
     from launch.world import Place
 
-__all__ = ["Batching", "autocast_dtype", "batching", "describe", "model_config"]
+__all__ = [
+    "Batching",
+    "autocast_dtype",
+    "batching",
+    "check_layout",
+    "check_tensor_parallel",
+    "describe",
+    "model_config",
+]
 
 # The vocabulary is padded to whole tiles of the head's matmul.
 _VOCAB_MULTIPLE = 64
@@ -65,6 +74,32 @@ def batching(config: Config, place: Place) -> Batching:
             f"1 (and global_batch_size {wanted} for the same step)."
         )
     return Batching(wanted, accumulation, wanted * config.training.seq_len)
+
+
+def check_layout(config: Config, place: Place) -> None:
+    """Refuse a model or a sequence that the mesh cannot cut. Raises ConfigError with the numbers.
+
+    The vocabulary comes with the data, and is looked at when that is open.
+    """
+    tp, cp = place.dims.tp, place.dims.cp
+    if tp == 1:
+        return
+    check_tensor_parallel(model_config(config, None), tp, ("num_heads", "glu_dim"))
+    length = config.training.seq_len
+    if config.parallelism.tensor_parallel_shard_sequence and length % (cp * tp):
+        raise ConfigError(
+            f"training.seq_len {length} is not a multiple of cp {cp} x tp {tp} = {cp * tp}, as "
+            "parallelism.tensor_parallel_shard_sequence needs: use "
+            f"{-(-length // (cp * tp)) * cp * tp}, or switch it off."
+        )
+
+
+def check_tensor_parallel(model: TNLConfig, tp: int, sizes: tuple[str, ...] = CUT_SIZES) -> None:
+    """Raise ConfigError, with the numbers, where tp ranks cannot cut the model."""
+    try:
+        check_divides(model, tp, sizes)
+    except ValueError as error:
+        raise ConfigError(f"parallelism.tensor_parallel_degree is {tp}: {error}") from None
 
 
 def model_config(config: Config, tokenizer: Tokenizer | None) -> TNLConfig:

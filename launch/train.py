@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lasp import SequenceShard
 from lasp.tnl import TNL
@@ -59,14 +60,24 @@ from launch.optimization import (
     load_optimizer_tensors,
     optimizer_tensors,
 )
-from launch.plan import Batching, autocast_dtype, batching, describe, model_config
+from launch.plan import (
+    Batching,
+    autocast_dtype,
+    batching,
+    check_layout,
+    check_tensor_parallel,
+    describe,
+    model_config,
+)
 from launch.prepare_data import prepare
 from launch.profiling import profiled
 from launch.step import LossModel, Outcome, Run, step_indices, take_step, validate
 from launch.tokenizer import ByteTokenizer, Tokenizer
 from launch.world import Place, World, find_place, open_world
 from parallel.data import replicate
+from parallel.mesh import whole
 from parallel.recompute import checkpointed
+from parallel.tensor import tensor_parallel
 
 _DISK_FAILED = 74
 
@@ -78,6 +89,7 @@ def main(argv: list[str]) -> int:
         config = load_config(argv)
         place = find_place(config)
         batch = batching(config, place)
+        check_layout(config, place)
         if config.job.dry_run:
             if is_first:
                 print(dry_run(config, place, batch))
@@ -126,8 +138,8 @@ def train(config: Config, world: World, batch: Batching) -> int:
         log.close()
         picture = plot_loss(log.path)
         print(f"metrics: {log.path}  loss curve: {picture}", flush=True)
-        if code == 0 and config.sample.enable and run.tokenizer is not None:
-            print_sample(run)
+    if code == 0 and config.sample.enable and run.tokenizer is not None:
+        print_sample(run)
     return code
 
 
@@ -138,11 +150,18 @@ def set_up(config: Config, world: World, batch: Batching) -> Run:
     if config.data.source == "stdlib":
         world.first_decides(lambda: prepare_library(config))
     tokenizer, model_shape, train_source, val_source = world.agree(lambda: open_data(config))
+    world.agree(lambda: check_tensor_parallel(model_shape, world.dims.tp))
     world.first_decides(lambda: make_folder(config))
 
     torch.manual_seed(training.seed)
     with world.device:
         model = TNL(model_shape)
+    if world.dims.tp > 1:
+        tensor_parallel(
+            model,
+            world.mesh["tp"],
+            shard_sequence=config.parallelism.tensor_parallel_shard_sequence,
+        )
     if config.activation_checkpoint.mode == "full":
         for block in model.blocks:
             checkpointed(block)
@@ -391,11 +410,32 @@ def catch_sigterm() -> list[int]:
     return received
 
 
+def model_alone(run: Run) -> TNL | None:
+    """The model on rank 0 as one device has it, None on the others; all ranks call together."""
+    weights = run.model.state_dict()
+    if not any(isinstance(value, DTensor) for value in weights.values()):
+        return run.model if run.world.is_first else None
+    model = None
+    if run.world.is_first:
+        with torch.device("meta"):
+            model = TNL(run.model.config)
+        model = model.to_empty(device=run.world.device)
+    for name, value in weights.items():
+        # One at a time: more than a rank's own part never exists but on the first.
+        value = whole(value)
+        if model is not None:
+            model.get_parameter(name).detach().copy_(value)
+    return model
+
+
 def print_sample(run: Run) -> None:
     """Continue the sample prompt, to see what was learnt."""
+    model = model_alone(run)
+    if model is None:
+        return
     wanted = run.config.sample
     text = sample_text(
-        run.model,
+        model,
         run.tokenizer,
         wanted.prompt,
         max_new_tokens=wanted.max_new_tokens,

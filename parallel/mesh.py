@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.distributed import DeviceMesh, ProcessGroup
 
-__all__ = ["MESH_AXES", "ParallelDims", "build_mesh", "gradient_group"]
+__all__ = ["MESH_AXES", "ParallelDims", "build_mesh", "gradient_group", "whole"]
 
 MESH_AXES = ("dp_replicate", "dp_shard", "cp", "tp")
 
@@ -121,3 +123,9 @@ def gradient_group(mesh: DeviceMesh) -> ProcessGroup:
     rank as far as gradients are concerned.
     """
     return mesh["dp_replicate", "dp_shard", "cp"]._flatten("dp_cp").get_group()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that is cut or partial over ranks, gathered or summed, on all of them; others as
+    they are. All ranks of its mesh must call together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
