@@ -157,17 +157,14 @@ def set_up(config: Config, world: World, batch: Batching) -> Run:
     with world.device:
         model = TNL(model_shape)
     if world.dims.tp > 1:
-        tensor_parallel(
-            model,
-            world.mesh["tp"],
-            shard_sequence=config.parallelism.tensor_parallel_shard_sequence,
-        )
+        by_tokens = config.parallelism.tensor_parallel_shard_sequence
+        tensor_parallel(model, world.mesh["tp"], shard_sequence=by_tokens)
     if config.activation_checkpoint.mode == "full":
         for block in model.blocks:
             checkpointed(block)
     loss_model = LossModel(model, training.loss_chunk_size, autocast_dtype(config, world.device))
     trained: nn.Module = loss_model
-    if world.gradient_group is not None:
+    if world.dims.dp * world.dims.cp > 1:
         trained = replicate(
             loss_model,
             world.gradient_group,

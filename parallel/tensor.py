@@ -42,8 +42,8 @@ def tensor_parallel(model: TNL, mesh: DeviceMesh, *, shard_sequence: bool = Fals
     """Cut `model` over `mesh`, in place; its forward takes and gives what it did before.
 
     All ranks must hold equal weights; each keeps its part. Every parameter becomes a DTensor on
-    `mesh`: rows are cut (Shard(0)) in the embedding, qkvu_proj, w1, w2 and theta, columns (Shard(1))
-    in out_proj and w3. States that the model takes or gives hold this rank's heads.
+    `mesh`: cut by rows (Shard(0)) the embedding, qkvu_proj, w1, w2 and theta, by columns (Shard(1))
+    out_proj and w3. States that the model takes or gives hold this rank's heads.
 
     Apply it before recomputation, compilation and data parallelism.
 
