@@ -102,7 +102,16 @@ class Parallelism:
     data_parallel_replicate_degree: int = -1
     """Replicas of the model. -1: what the other degrees leave."""
     data_parallel_shard_degree: int = -1
-    """Ranks that share one copy of the weights (not yet above 1). -1: what is left."""
+    """Ranks that share one copy of the weights, cut over them. -1: what is left."""
+    data_parallel_method: Literal["auto", "ddp", "fsdp"] = "auto"
+    """ddp: every rank holds all weights. fsdp: weights, gradients and moments are cut over
+    data_parallel_shard_degree x context_parallel_degree ranks, and ranks that -1 leaves go there.
+    auto: fsdp where data_parallel_shard_degree is above 1."""
+    fsdp_reshard_after_forward: Literal["always", "never"] = "always"
+    """always (ZeRO-3): a block's weights are gathered for its forward and again for its backward.
+    never (ZeRO-2): once for both, and kept in between."""
+    fsdp_reduce_every_micro_batch: bool = False
+    """Keep the sum of gradients cut during accumulation too: less memory, more traffic."""
     context_parallel_degree: Annotated[int, tyro.conf.arg(aliases=["--sp-size", "--cp-size"])] = 1
     """Ranks over which one sequence is cut. -1: all that the other degrees leave."""
     context_parallel_method: Literal["ring", "all_gather", "doubling"] = "ring"
@@ -147,6 +156,7 @@ class Checkpoint:
     keep_latest_k: int = 3
     """Valid checkpoints to keep; 0: all."""
     async_mode: Literal["disabled", "async"] = "disabled"
+    """async: copy to host memory, and write the files while training goes on."""
     resume: str = "auto"
     """auto: the newest valid checkpoint, else from scratch. never. must: fail if there is none.
     PATH: that step folder."""
@@ -154,8 +164,11 @@ class Checkpoint:
 
 @dataclass(kw_only=True)
 class ActivationCheckpoint:
-    mode: Literal["none", "full"] = "none"
-    """full: recompute each block in the backward (its state exchange is never repeated)."""
+    mode: Literal["none", "selective", "full"] = "none"
+    """full: recompute each block in the backward (its state exchange is never repeated).
+    selective: keep the results of its products and of its attention, recompute the rest."""
+    offload: bool = False
+    """Keep the blocks' inputs in host memory between forward and backward."""
 
 
 @dataclass(kw_only=True)
@@ -416,7 +429,15 @@ def _check(config: Config) -> None:
         raise ConfigError(f"lr_scheduler.decay_ratio is {ratio}: it must be in 0..1.")
     if config.data.source == "folder" and config.data.folder is None:
         raise ConfigError("data.source is folder: say which one with --data.folder.")
-    _refuse_what_is_not_there_yet(config)
+    _check_recomputation(config)
+
+
+def _check_recomputation(config: Config) -> None:
+    if config.activation_checkpoint.offload and config.activation_checkpoint.mode == "none":
+        raise ConfigError(
+            "activation_checkpoint.offload moves the inputs of recomputed blocks, and mode is "
+            "none: use --activation_checkpoint.mode full or selective."
+        )
 
 
 def _check_values(config: Config) -> None:
@@ -452,15 +473,3 @@ def check_sampling(prefix: str, max_new_tokens: int, temperature: float, top_k: 
             f"{prefix}temperature is {temperature}: it must be 0 (the likeliest token every time), "
             "or a number of at least 1e-6."
         )
-
-
-def _refuse_what_is_not_there_yet(config: Config) -> None:
-    layout = config.parallelism
-    if layout.data_parallel_shard_degree > 1:
-        raise ConfigError(
-            f"parallelism.data_parallel_shard_degree is {layout.data_parallel_shard_degree}: "
-            "sharded data parallelism is not there yet; use "
-            f"--parallelism.data_parallel_replicate_degree {layout.data_parallel_shard_degree}."
-        )
-    if config.checkpoint.async_mode != "disabled":
-        raise ConfigError("checkpoint.async_mode is async: not there yet; use disabled.")

@@ -7,7 +7,7 @@ import json
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from launch.config import Config
     from launch.tokenizer import Tokenizer
     from launch.world import Place
+    from parallel.mesh import ParallelDims
 
 __all__ = [
     "Batching",
@@ -27,6 +28,8 @@ __all__ = [
     "batching",
     "check_layout",
     "check_tensor_parallel",
+    "cut_over",
+    "data_parallel_engine",
     "describe",
     "model_config",
 ]
@@ -82,6 +85,7 @@ def check_layout(config: Config, place: Place) -> None:
     The vocabulary comes with the data, and is looked at when that is open.
     """
     tp, cp = place.dims.tp, place.dims.cp
+    data_parallel_engine(config, place.dims)
     if tp == 1:
         return
     check_tensor_parallel(model_config(config, None), tp, ("num_heads", "glu_dim"))
@@ -158,10 +162,32 @@ def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
     return None if wanted == "float32" else torch.bfloat16
 
 
+def data_parallel_engine(config: Config, dims: ParallelDims) -> Literal["none", "ddp", "fsdp"]:
+    """What sums gradients over ranks: nothing, where no other rank has the same weights; DDP, where
+    each holds its weights whole; else FSDP, which alone can hold weights that tp has cut."""
+    method = config.parallelism.data_parallel_method
+    if dims.dp * dims.cp == 1:
+        return "none"
+    if method == "ddp" and dims.tp > 1:
+        raise ConfigError(
+            f"parallelism.data_parallel_method is ddp with tensor_parallel_degree {dims.tp}: DDP "
+            "cannot hold weights that are cut; use auto or fsdp."
+        )
+    if dims.tp > 1 or (method == "auto" and dims.dp_shard > 1):
+        return "fsdp"
+    return "fsdp" if method == "fsdp" and dims.dp_shard * dims.cp > 1 else "ddp"
+
+
+def cut_over(config: Config, dims: ParallelDims) -> int:
+    """Ranks over which data parallelism cuts the weights; 1: each holds them whole."""
+    return dims.dp_shard * dims.cp if data_parallel_engine(config, dims) == "fsdp" else 1
+
+
 def describe(config: Config, place: Place, model: TNLConfig, batch: Batching) -> str:
     """What a user should know before the first step."""
     training, dims = config.training, place.dims
     parameters = model.num_parameters()
+    pieces = cut_over(config, dims)
     shards = f"{dims.cp} ranks ({config.parallelism.context_parallel_method})"
     dtype = autocast_dtype(config, place.device) or torch.float32
     shape = ", ".join(
@@ -178,7 +204,8 @@ def describe(config: Config, place: Place, model: TNLConfig, batch: Batching) ->
         ),
         # float32 weights, gradients and two moments.
         "memory": (
-            f"{16 * parameters / 2**30:.2f} GiB per rank for weights, gradients and moments, "
+            f"{16 * parameters / pieces / 2**30:.2f} GiB per rank for weights, gradients and "
+            f"moments{f' cut over {pieces} ranks' if pieces > 1 else ''}, "
             f"{4 * min(training.loss_chunk_size, training.seq_len) * model.vocab_size / 2**30:.2f} "
             "GiB for a chunk of logits; activations come on top"
         ),

@@ -13,7 +13,6 @@ before it.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 import sys
@@ -22,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lasp import SequenceShard
 from lasp.tnl import TNL
-from launch import random_state
-from launch.checkpoint import Checkpoint, CheckpointStore
+from launch.build import build_model, over_ranks
+from launch.checkpoint import CheckpointStore
 from launch.config import Config, load_config, to_toml
 from launch.data import (
     DataFolder,
@@ -37,7 +35,6 @@ from launch.data import (
 from launch.errors import (
     REQUEUE,
     TERMINATED,
-    CheckpointError,
     ConfigError,
     EchoError,
     NonFiniteError,
@@ -54,15 +51,9 @@ from launch.metrics import (
     peak_memory,
     plot_loss,
 )
-from launch.optimization import (
-    build_optimizer,
-    load_model_tensors,
-    load_optimizer_tensors,
-    optimizer_tensors,
-)
+from launch.optimization import build_optimizer
 from launch.plan import (
     Batching,
-    autocast_dtype,
     batching,
     check_layout,
     check_tensor_parallel,
@@ -71,13 +62,11 @@ from launch.plan import (
 )
 from launch.prepare_data import prepare
 from launch.profiling import profiled
-from launch.step import LossModel, Outcome, Run, step_indices, take_step, validate
+from launch.saving import find_checkpoint, finish_save, resume, start_save
+from launch.step import Outcome, Run, step_indices, take_step, validate
 from launch.tokenizer import ByteTokenizer, Tokenizer
 from launch.world import Place, World, find_place, open_world
-from parallel.data import replicate
 from parallel.mesh import whole
-from parallel.recompute import checkpointed
-from parallel.tensor import tensor_parallel
 
 _DISK_FAILED = 74
 
@@ -133,7 +122,12 @@ def train(config: Config, world: World, batch: Batching) -> int:
         print(f"resume:      {found.path if found else 'from scratch'}", flush=True)
     log = world.agree(lambda: open_records(run) if world.is_first else None)
     stop_requested = catch_sigterm()
-    code = take_steps(run, log, stop_requested)
+    try:
+        code = take_steps(run, log, stop_requested)
+    except UserError:
+        # All ranks are here together: what was complete at its step is kept.
+        finish_save(run)
+        raise
     if log is not None:
         log.close()
         picture = plot_loss(log.path)
@@ -154,22 +148,7 @@ def set_up(config: Config, world: World, batch: Batching) -> Run:
     world.first_decides(lambda: make_folder(config))
 
     torch.manual_seed(training.seed)
-    with world.device:
-        model = TNL(model_shape)
-    if world.dims.tp > 1:
-        by_tokens = config.parallelism.tensor_parallel_shard_sequence
-        tensor_parallel(model, world.mesh["tp"], shard_sequence=by_tokens)
-    if config.activation_checkpoint.mode == "full":
-        for block in model.blocks:
-            checkpointed(block)
-    loss_model = LossModel(model, training.loss_chunk_size, autocast_dtype(config, world.device))
-    trained: nn.Module = loss_model
-    if world.dims.dp * world.dims.cp > 1:
-        trained = replicate(
-            loss_model,
-            world.gradient_group,
-            reduce_dtype=getattr(torch, training.mixed_precision_reduce),
-        )
+    loss_model = build_model(config, world, model_shape)
     return Run(
         config=config,
         world=world,
@@ -180,10 +159,10 @@ def set_up(config: Config, world: World, batch: Batching) -> Run:
         shard=SequenceShard.split(
             training.seq_len, world.cp_group, config.parallelism.context_parallel_method
         ),
-        model=model,
+        model=loss_model.model,
         loss_model=loss_model,
-        trained=trained,
-        optimizer=build_optimizer(model, config),
+        trained=over_ranks(loss_model, config, world),
+        optimizer=build_optimizer(loss_model.model, config),
         store=CheckpointStore(config.checkpoint_folder, config.checkpoint.keep_latest_k),
     )
 
@@ -236,42 +215,6 @@ def open_data(config: Config):
     return folder.tokenizer, shape, source, held_out
 
 
-def find_checkpoint(run: Run) -> tuple[Checkpoint | None, list[str]]:
-    """What to resume from, as rank 0 sees it, and why newer checkpoints were refused."""
-    checkpoint = run.config.checkpoint
-    if not checkpoint.enable:
-        return None, []
-
-    def find() -> list[Any]:
-        found, refused = run.store.find(checkpoint.resume)
-        return [None if found is None else [str(found.path), found.step], refused]
-
-    found, refused = run.world.first_decides(find)
-    return (None if found is None else Checkpoint(Path(found[0]), found[1])), refused
-
-
-def resume(run: Run, found: Checkpoint) -> None:
-    """Continue from a verified checkpoint, on any number of ranks.
-
-    Raises:
-        CheckpointError: it is of another model, or this rank cannot read it.
-    """
-    try:
-        state = found.state()
-        weights, moments = found.tensors("model"), found.tensors("optimizer")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{found.path} cannot be read on every rank: {error}.") from None
-    load_model_tensors(run.model, weights)
-    load_optimizer_tensors(run.model, run.optimizer, moments)
-    run.step, run.consumed = state["step"], state["consumed_samples"]
-    run.saved_step = run.step if found.path.parent == run.store.folder else None
-    world = run.world
-    random_state.restore(state["random"], world.rank, world.dims.world_size, world.device)
-    order = sample_identity(run)
-    if order != state["sample_identity"] and world.is_first:
-        print(f"warning: samples were {state['sample_identity']}, are {order}: another order")
-
-
 def take_steps(run: Run, log: MetricsLog | None, stop_requested: list[int]) -> int:
     """Train to the last step, or to the step at which a rank was asked to stop."""
     config, world = run.config, run.world
@@ -300,11 +243,14 @@ def take_steps(run: Run, log: MetricsLog | None, stop_requested: list[int]) -> i
                 report_step(run, log, outcome, speed)
             done = run.step == steps or outcome.stop_requested
             due = outcome.loss is not None and run.step % config.checkpoint.interval == 0
+            if done or due or outcome.save_is_through:
+                finish_save(run)
             # Before the first step there is no optimizer state to save, and nothing to lose.
             unsaved = run.step not in (0, run.saved_step)
             if (done or due) and config.checkpoint.enable and unsaved:
-                saved = save(run)
-                if done and not saved:
+                in_background = config.checkpoint.async_mode == "async" and not done
+                start_save(run, background=in_background)
+                if not in_background and not finish_save(run) and done:
                     return _DISK_FAILED
             if outcome.stop_requested and run.step < steps:
                 lost = unsaved and not config.checkpoint.enable
@@ -356,47 +302,6 @@ def report_nonfinite(run: Run, tries: int, outcome: Outcome) -> None:
         print(f"warning: {text}", flush=True)
 
 
-def save(run: Run) -> bool:
-    """Write a checkpoint on rank 0; False (on every rank) if the disk refused."""
-    world = run.world
-    states = world.gather(random_state.capture(world.device))
-
-    def write() -> str | None:
-        state = {
-            "step": run.step,
-            "consumed_samples": run.consumed,
-            "sample_identity": sample_identity(run),
-            "random": states,
-            "model": dataclasses.asdict(run.model.config),
-            "tokenizer": None if run.tokenizer is None else run.tokenizer.spec(),
-            "config": to_toml(run.config),
-        }
-        tensors = {
-            "model": dict(run.model.state_dict()),
-            "optimizer": optimizer_tensors(run.model, run.optimizer),
-        }
-        try:
-            path = run.store.save(run.step, tensors, state)
-        except OSError as error:
-            run.failed_saves += 1
-            print(f"warning: checkpoint {run.failed_saves} not written: {error}", flush=True)
-            return None
-        print(f"checkpoint: {path}", flush=True)
-        return str(path)
-
-    with world.patience(run.config):
-        written = world.first_decides(write) is not None
-    if written:
-        run.saved_step = run.step
-    return written
-
-
-def sample_identity(run: Run) -> list[int]:
-    """What the order of samples depends on besides the position."""
-    training = run.config.training
-    return [training.seed, training.seq_len, run.train_source.num_samples]
-
-
 def catch_sigterm() -> list[int]:
     """Fills up with the signals that asked this process to stop.
 
@@ -427,10 +332,10 @@ def model_alone(run: Run) -> TNL | None:
 
 def print_sample(run: Run) -> None:
     """Continue the sample prompt, to see what was learnt."""
-    model = model_alone(run)
+    wanted = run.config.sample
+    model = whole_model(run)
     if model is None:
         return
-    wanted = run.config.sample
     text = sample_text(
         model,
         run.tokenizer,
@@ -441,6 +346,25 @@ def print_sample(run: Run) -> None:
         seed=run.config.training.seed,
     )
     print(f"sample of step {run.step}:\n{text}", flush=True)
+
+
+def whole_model(run: Run) -> TNL | None:
+    """On the first rank, a model with all weights, whatever they are cut over; all ranks call."""
+    state = run.model.state_dict()
+    if not any(isinstance(value, DTensor) for value in state.values()):
+        return run.model if run.world.is_first else None
+    weights = {}
+    for name, value in state.items():
+        # One at a time: only the first rank ever holds more than its part and one whole matrix.
+        value = whole(value)
+        if run.world.is_first:
+            weights[name] = value.cpu()
+    if not run.world.is_first:
+        return None
+    with run.world.device:
+        model = TNL(run.model.config)
+    model.load_state_dict(weights)
+    return model
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ data parallelism takes the outer axes. `ParallelDims` is numbers alone and opens
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,14 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import DeviceMesh, ProcessGroup
 
-__all__ = ["MESH_AXES", "ParallelDims", "build_mesh", "gradient_group", "whole"]
+__all__ = [
+    "MESH_AXES",
+    "ParallelDims",
+    "build_mesh",
+    "gradient_group",
+    "sharding_mesh",
+    "whole",
+]
 
 MESH_AXES = ("dp_replicate", "dp_shard", "cp", "tp")
 
@@ -123,6 +131,20 @@ def gradient_group(mesh: DeviceMesh) -> ProcessGroup:
     rank as far as gradients are concerned.
     """
     return mesh["dp_replicate", "dp_shard", "cp"]._flatten("dp_cp").get_group()
+
+
+def sharding_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """What weights are cut over: dp_shard x cp as one axis; before it dp_replicate, if above 1.
+
+    Without cp in it, every rank of a sequence would hold the same weights once more.
+    """
+    sharded = mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
+    if mesh["dp_replicate"].size() == 1:
+        return sharded
+    with warnings.catch_warnings():
+        # torch 2.11 to 2.13 serve it and advise against it, without another public way.
+        warnings.filterwarnings("ignore", "Slicing a flattened dim")
+        return mesh["dp_replicate", "dp_shard_cp"]
 
 
 def whole(tensor: Tensor) -> Tensor:

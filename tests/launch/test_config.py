@@ -87,8 +87,7 @@ def test_mistakes_in_the_file(toml, text, sentence):
         (["--lr_scheduler.decay_ratio", "2"], "decay_ratio is 2"),
         (["--data.source", "folder"], "--data.folder"),
         (["--parallelism.tensor_parallel_degree", "2"], "not there yet"),
-        (["--parallelism.data_parallel_shard_degree", "2"], "replicate_degree 2"),
-        (["--checkpoint.async_mode", "async"], "not there yet"),
+        (["--activation_checkpoint.offload"], "mode is none"),
         (["stray"], "stray"),
     ],
 )

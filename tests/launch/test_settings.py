@@ -76,12 +76,12 @@ def test_the_loss_gets_its_chunk_size_and_what_to_ignore(tmp_path, data, monkeyp
     assert calls == [{"ignore_index": IGNORE, "chunk_size": 17}] * 4
 
 
-@pytest.mark.parametrize(("mode", "blocks"), [("none", 0), ("full", 2)])
-def test_full_recomputation_wraps_every_block(tmp_path, data, monkeypatch, mode, blocks):
-    wrapped, original = [], train.checkpointed
-    monkeypatch.setattr(train, "checkpointed", lambda block: wrapped.append(original(block)))
-    run = make_run(tmp_path, data, activation_checkpoint__mode=mode)
-    assert wrapped == list(run.model.blocks)[:blocks]
+def test_recomputation_is_asked_for_as_configured(tmp_path, data, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, "recompute", lambda *args, **kwargs: asked.append((args, kwargs)))
+    wanted = dict(activation_checkpoint__mode="selective")
+    run = make_run(tmp_path, data, "--activation_checkpoint.offload", **wanted)
+    assert asked == [((run.model.blocks, "selective"), {"offload": True})]
 
 
 def documents_by_hand(run, documents, samples):

@@ -81,9 +81,12 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, data, capsys, monk
         (["--training.seqlen", "3"], "1", "did you mean --training.seq_len?"),
         (["--cp-size", "3"], "2", "cp 3 x tp 1 = 3 does not divide the 2 processes"),
         (
-            ["--parallelism.data_parallel_replicate_degree", "1"],
+            [
+                *("--parallelism.data_parallel_shard_degree", "2"),
+                *("--parallelism.data_parallel_method", "ddp"),
+            ],
             "2",
-            "sharded data parallelism is not there yet",
+            "data_parallel_method ddp cuts no weights",
         ),
         (["--training.global_batch_size", "3"], "2", "local_batch_size 1 x data-parallel ranks 2"),
         (["--comm.backend", "nccl"], "1", "0 GPUs"),
@@ -327,14 +330,14 @@ def test_one_bad_try_leaves_no_trace(undisturbed, tmp_path, data, monkeypatch):
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, data, monkeypatch, capsys):
-    original = CheckpointStore.save
+    original = CheckpointStore.commit
 
-    def save(self, step, *args):
+    def commit(self, step, *args):
         if step == 3:
             raise OSError(28, "No space left on device")
         return original(self, step, *args)
 
-    monkeypatch.setattr(CheckpointStore, "save", save)
+    monkeypatch.setattr(CheckpointStore, "commit", commit)
     assert run_here(tmp_path / "out", data, checkpoint__interval=3) == 0
     assert "checkpoint 1 not written" in capsys.readouterr().out
     assert CheckpointStore(tmp_path / "out" / "checkpoint").steps() == [6, STEPS]
