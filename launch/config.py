@@ -117,7 +117,10 @@ class Parallelism:
     context_parallel_method: Literal["ring", "all_gather", "doubling"] = "ring"
     """How the d x d states cross ranks."""
     tensor_parallel_degree: int = 1
-    """Ranks over which one layer is cut (not yet above 1)."""
+    """Ranks over which each layer is cut, by heads and channels."""
+    tensor_parallel_shard_sequence: bool = False
+    """Between the mixers, a tensor-parallel rank keeps its part of the tokens and not all (what
+    Megatron calls sequence parallelism): less memory for the same bytes on the wire."""
 
 
 @dataclass(kw_only=True)
@@ -427,7 +430,6 @@ def _check(config: Config) -> None:
     if config.data.source == "folder" and config.data.folder is None:
         raise ConfigError("data.source is folder: say which one with --data.folder.")
     _check_recomputation(config)
-    _refuse_what_is_not_there_yet(config)
 
 
 def _check_recomputation(config: Config) -> None:
@@ -470,13 +472,4 @@ def check_sampling(prefix: str, max_new_tokens: int, temperature: float, top_k: 
         raise ConfigError(
             f"{prefix}temperature is {temperature}: it must be 0 (the likeliest token every time), "
             "or a number of at least 1e-6."
-        )
-
-
-def _refuse_what_is_not_there_yet(config: Config) -> None:
-    layout = config.parallelism
-    if layout.tensor_parallel_degree > 1:
-        raise ConfigError(
-            f"parallelism.tensor_parallel_degree is {layout.tensor_parallel_degree}: tensor "
-            "parallelism is not there yet; use 1."
         )

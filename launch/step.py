@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lasp import SequenceShard
 from lasp.tnl import TNL
@@ -22,6 +21,7 @@ from launch.tokenizer import Tokenizer
 from launch.world import World
 from parallel.data import accumulate, reshard
 from parallel.loss import chunked_cross_entropy
+from parallel.mesh import whole
 
 __all__ = ["LossModel", "Outcome", "Run", "step_indices", "take_step", "validate"]
 
@@ -126,14 +126,13 @@ def take_step(run: Run, stop_requested: bool) -> Outcome:
             # Divided by the tokens of the whole job: gradients are then summed over ranks.
             (loss / valid).backward()
         loss_sum += loss.detach()
+    # Of gradients that are cut over ranks this is the norm of the whole.
     gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    norm = whole(torch.nn.utils.get_total_norm(gradients))
     nonfinite = ~(loss_sum.isfinite() & norm.isfinite())
     writing = run.pending is not None and not run.pending.is_through
     flags = [torch.full_like(loss_sum, flag) for flag in (stop_requested, writing)]
-    mine = [loss_sum, nonfinite.double(), *flags]
+    mine = [loss_sum * world.counts, nonfinite.double(), *flags]
     # A NaN in the sum of losses leaves the sums of flags beside it alone.
     sums = world.summed(torch.stack(mine))
     loss_total, nonfinite, stop, writing, grad_norm = torch.cat(
@@ -187,7 +186,7 @@ def count_labels(run: Run, batches: list[Batch] | DataError) -> int:
     """Labels that count, over all ranks: what the loss is divided by."""
     problem = batches if isinstance(batches, DataError) else None
     valid = 0 if problem else sum(int((each.labels != IGNORE).sum()) for each in batches)
-    valid, bad = run.world.total(valid, problem is not None, dtype=torch.int64)
+    valid, bad = run.world.total(valid * run.world.counts, problem is not None, dtype=torch.int64)
     if bad:
         run.world.agree(lambda: _raise(problem))
     if not valid:
@@ -240,7 +239,8 @@ def validate(run: Run) -> float:
     loss_sum = sum(run.loss_model(*on_device(run, batch)).item() for batch in batches)
     reshard(run.loss_model)
     valid = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
-    loss_sum, valid = world.total(loss_sum, valid, dtype=torch.float64)
+    counted = loss_sum * world.counts, valid * world.counts
+    loss_sum, valid = world.total(*counted, dtype=torch.float64)
     if not valid:
         world.fail(DataError("validation: every label is ignored; use other validation data."))
     return loss_sum / valid

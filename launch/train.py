@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lasp import SequenceShard
 from lasp.tnl import TNL
+from launch.build import build_model, over_ranks
 from launch.checkpoint import CheckpointStore
 from launch.config import Config, load_config, to_toml
 from launch.data import (
@@ -51,16 +52,21 @@ from launch.metrics import (
     plot_loss,
 )
 from launch.optimization import build_optimizer
-from launch.plan import Batching, autocast_dtype, batching, cut_over, describe, model_config
+from launch.plan import (
+    Batching,
+    batching,
+    check_layout,
+    check_tensor_parallel,
+    describe,
+    model_config,
+)
 from launch.prepare_data import prepare
 from launch.profiling import profiled
 from launch.saving import find_checkpoint, finish_save, resume, start_save
-from launch.step import LossModel, Outcome, Run, step_indices, take_step, validate
+from launch.step import Outcome, Run, step_indices, take_step, validate
 from launch.tokenizer import ByteTokenizer, Tokenizer
 from launch.world import Place, World, find_place, open_world
-from parallel.data import replicate, shard
-from parallel.mesh import sharding_mesh
-from parallel.recompute import recompute
+from parallel.mesh import whole
 
 _DISK_FAILED = 74
 
@@ -72,6 +78,7 @@ def main(argv: list[str]) -> int:
         config = load_config(argv)
         place = find_place(config)
         batch = batching(config, place)
+        check_layout(config, place)
         if config.job.dry_run:
             if is_first:
                 print(dry_run(config, place, batch))
@@ -137,14 +144,11 @@ def set_up(config: Config, world: World, batch: Batching) -> Run:
     if config.data.source == "stdlib":
         world.first_decides(lambda: prepare_library(config))
     tokenizer, model_shape, train_source, val_source = world.agree(lambda: open_data(config))
+    world.agree(lambda: check_tensor_parallel(model_shape, world.dims.tp))
     world.first_decides(lambda: make_folder(config))
 
     torch.manual_seed(training.seed)
-    with world.device:
-        model = TNL(model_shape)
-    wanted = config.activation_checkpoint
-    recompute(model.blocks, wanted.mode, offload=wanted.offload)
-    loss_model = LossModel(model, training.loss_chunk_size, autocast_dtype(config, world.device))
+    loss_model = build_model(config, world, model_shape)
     return Run(
         config=config,
         world=world,
@@ -155,33 +159,12 @@ def set_up(config: Config, world: World, batch: Batching) -> Run:
         shard=SequenceShard.split(
             training.seq_len, world.cp_group, config.parallelism.context_parallel_method
         ),
-        model=model,
+        model=loss_model.model,
         loss_model=loss_model,
         trained=over_ranks(loss_model, config, world),
-        optimizer=build_optimizer(model, config),
+        optimizer=build_optimizer(loss_model.model, config),
         store=CheckpointStore(config.checkpoint_folder, config.checkpoint.keep_latest_k),
     )
-
-
-def over_ranks(loss_model: LossModel, config: Config, world: World) -> nn.Module:
-    """The model as data parallelism runs it: cut (changed in place), wrapped, or itself."""
-    reduce_dtype = getattr(torch, config.training.mixed_precision_reduce)
-    if cut_over(config, world.dims) > 1:
-        blocks = loss_model.model.blocks
-        mixers = [block.token_mixer for block in blocks]
-        return shard(
-            loss_model,
-            sharding_mesh(world.mesh),
-            blocks=blocks,
-            # Angles need float32 rates, in a forward in bfloat16 too.
-            exact=[mixer.lrpe for mixer in mixers if mixer.lrpe is not None],
-            param_dtype=autocast_dtype(config, world.device),
-            reduce_dtype=reduce_dtype,
-            reshard_after_forward=config.parallelism.fsdp_reshard_after_forward == "always",
-        )
-    if world.gradient_group is not None:
-        return replicate(loss_model, world.gradient_group, reduce_dtype=reduce_dtype)
-    return loss_model
 
 
 def make_folder(config: Config) -> None:
@@ -329,6 +312,24 @@ def catch_sigterm() -> list[int]:
     return received
 
 
+def model_alone(run: Run) -> TNL | None:
+    """The model on rank 0 as one device has it, None on the others; all ranks call together."""
+    weights = run.model.state_dict()
+    if not any(isinstance(value, DTensor) for value in weights.values()):
+        return run.model if run.world.is_first else None
+    model = None
+    if run.world.is_first:
+        with torch.device("meta"):
+            model = TNL(run.model.config)
+        model = model.to_empty(device=run.world.device)
+    for name, value in weights.items():
+        # One at a time: more than a rank's own part never exists but on the first.
+        value = whole(value)
+        if model is not None:
+            model.get_parameter(name).detach().copy_(value)
+    return model
+
+
 def print_sample(run: Run) -> None:
     """Continue the sample prompt, to see what was learnt."""
     wanted = run.config.sample
@@ -349,13 +350,15 @@ def print_sample(run: Run) -> None:
 
 def whole_model(run: Run) -> TNL | None:
     """On the first rank, a model with all weights, whatever they are cut over; all ranks call."""
-    if cut_over(run.config, run.world.dims) == 1:
+    state = run.model.state_dict()
+    if not any(isinstance(value, DTensor) for value in state.values()):
         return run.model if run.world.is_first else None
     weights = {}
-    for name, value in run.model.state_dict().items():
-        whole = value.full_tensor()
+    for name, value in state.items():
+        # One at a time: only the first rank ever holds more than its part and one whole matrix.
+        value = whole(value)
         if run.world.is_first:
-            weights[name] = whole.cpu()
+            weights[name] = value.cpu()
     if not run.world.is_first:
         return None
     with run.world.device:

@@ -109,6 +109,8 @@ class World:
         self.device = place.device
         self.dims = place.dims
         self.is_first = place.rank == 0
+        # Ranks of one tensor-parallel group hold the same tokens: one of them counts.
+        self.counts = place.rank % place.dims.tp == 0
         self.cp_group: ProcessGroup | None = None
         self.gradient_group: ProcessGroup | None = None
         self.mesh = mesh
@@ -177,6 +179,8 @@ class World:
             return
         limit = timedelta(seconds=seconds)
         groups = {None, self.gradient_group, self.cp_group}
+        if self.mesh is not None:
+            groups.update(self.mesh.get_all_groups())
         for group in groups:
             dist.distributed_c10d._set_pg_timeout(limit, group)
 

@@ -13,11 +13,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.distributed import DeviceMesh, ProcessGroup
 
-__all__ = ["MESH_AXES", "ParallelDims", "build_mesh", "gradient_group", "sharding_mesh"]
+__all__ = [
+    "MESH_AXES",
+    "ParallelDims",
+    "build_mesh",
+    "gradient_group",
+    "sharding_mesh",
+    "whole",
+]
 
 MESH_AXES = ("dp_replicate", "dp_shard", "cp", "tp")
 
@@ -136,3 +145,9 @@ def sharding_mesh(mesh: DeviceMesh) -> DeviceMesh:
         # torch 2.11 to 2.13 serve it and advise against it, without another public way.
         warnings.filterwarnings("ignore", "Slicing a flattened dim")
         return mesh["dp_replicate", "dp_shard_cp"]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that is cut or partial over ranks, gathered or summed, on all of them; others as
+    they are. All ranks of its mesh must call together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

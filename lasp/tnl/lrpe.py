@@ -50,7 +50,10 @@ class LRPE(nn.Module):
         # On the CPU, so that every device starts from the same bits.
         index = torch.arange(channels, dtype=torch.float64, device="cpu")
         exponent = -2.0 / channels * index
-        ladder = (10000.0**exponent).view(self.num_heads, 1, self.head_dim)[self.heads]
+        ladder = (10000.0**exponent).view(self.num_heads, 1, self.head_dim)
+        if self.theta.shape[0] != self.num_heads:
+            # (A DTensor that is cut by heads has the shape of the whole.)
+            ladder = ladder[self.heads]
         value = ladder.to(self.theta.device, torch.float32)
         if hasattr(self.theta, "device_mesh"):
             from torch.distributed.tensor import distribute_tensor
@@ -81,7 +84,11 @@ class LRPE(nn.Module):
                 f"LRPE.theta is {self.theta.dtype}, and positions need float32. Under FSDP2 mixed "
                 "precision, wrap each `LRPE` module by itself with param_dtype=torch.float32."
             )
-        return _Modulate.apply(q, k, self.theta, position)
+        theta = self.theta
+        if hasattr(theta, "to_local"):
+            # Cut by heads (tensor parallelism), as q and k are.
+            theta = theta.to_local()
+        return _Modulate.apply(q, k, theta, position)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LRPE:
         def move_only(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import lasp
-from launch import random_state, step, train
+from launch import build, random_state, step, train
 from launch.config import load_config
 from launch.data import IGNORE
 from launch.plan import batching
@@ -78,7 +78,7 @@ def test_the_loss_gets_its_chunk_size_and_what_to_ignore(tmp_path, data, monkeyp
 
 def test_recomputation_is_asked_for_as_configured(tmp_path, data, monkeypatch):
     asked = []
-    monkeypatch.setattr(train, "recompute", lambda *args, **kwargs: asked.append((args, kwargs)))
+    monkeypatch.setattr(build, "recompute", lambda *args, **kwargs: asked.append((args, kwargs)))
     wanted = dict(activation_checkpoint__mode="selective")
     run = make_run(tmp_path, data, "--activation_checkpoint.offload", **wanted)
     assert asked == [((run.model.blocks, "selective"), {"offload": True})]
