@@ -20,6 +20,7 @@ from tests.launch.runs import flags
 
 FSDP = ["--parallelism.data_parallel_method", "fsdp"]
 CP2, CP4 = ["--sp-size", "2"], ["--sp-size", "4"]
+TP2 = ["--parallelism.tensor_parallel_degree", "2"]
 SELECTIVE = ["--activation_checkpoint.mode", "selective", "--activation_checkpoint.offload"]
 NEVER = ["--parallelism.fsdp_reshard_after_forward", "never"]
 TWO_REPLICAS = ["--parallelism.data_parallel_replicate_degree", "2"]
@@ -179,6 +180,17 @@ def test_one_rank_to_two(pair, tmp_path, undisturbed):
 def test_a_sequence_over_four_to_a_sequence_over_two(pair, pool, tmp_path, undisturbed):
     saved = pool.run(save, tmp_path, *FSDP, *CP4, size=4)[0]
     check(pair.run(go_on, tmp_path, *CP2, size=2), saved, undisturbed)
+
+
+def test_tensor_parallel_to_none_and_back(pair, pool, tmp_path, undisturbed):
+    saved = pair.run(save, tmp_path / "two", *TP2, size=2)[0]
+    check([go_on_here(tmp_path / "two")], saved, undisturbed)
+    # Cut twice along the same rows: by tensor parallelism, then by FSDP.
+    check(pool.run(go_on, tmp_path / "two", *FSDP, *TP2, size=4), saved, undisturbed)
+    saved = pool.run(save, tmp_path / "four", *FSDP, *TP2, size=4)[0]
+    check(pair.run(go_on, tmp_path / "four", *FSDP, size=2), saved, undisturbed)
+    saved = save_here(tmp_path / "one")
+    check(pool.run(go_on, tmp_path / "one", *CP2, *TP2, size=4), saved, undisturbed)
 
 
 @pytest.mark.parametrize("change", ["missing", "flipped"])
