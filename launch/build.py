@@ -43,13 +43,12 @@ def over_ranks(loss_model: LossModel, config: Config, world: World) -> nn.Module
     engine = data_parallel_engine(config, world.dims)
     if engine == "fsdp":
         blocks = loss_model.model.blocks
-        mixers = [block.token_mixer for block in blocks]
         return shard(
             loss_model,
             sharding_mesh(world.mesh),
             blocks=blocks,
             # Angles need float32 rates, in a forward in bfloat16 too.
-            exact=[mixer.lrpe for mixer in mixers if mixer.lrpe is not None],
+            exact=[block for block in blocks if block.token_mixer.lrpe is not None],
             param_dtype=autocast_dtype(config, world.device),
             reduce_dtype=reduce_dtype,
             reshard_after_forward=config.parallelism.fsdp_reshard_after_forward == "always",

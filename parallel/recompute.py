@@ -20,7 +20,7 @@ from torch.utils.checkpoint import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor, nn
 
@@ -60,17 +60,29 @@ def checkpointed(
     """`recompute` for one block; its input goes to `host`, unless it is to stay on its device."""
     if mode not in _KEPT:
         raise ValueError(f"mode is {mode!r}: it must be none, full or selective.")
-    forward = functools.partial(
-        checkpoint,
-        block.forward,
-        use_reentrant=False,
-        context_fn=functools.partial(
-            create_selective_checkpoint_contexts, functools.partial(_policy, _KEPT[mode])
-        ),
-        # Blocks draw no random numbers.
-        preserve_rng_state=False,
-    )
-    block.forward = forward if host is None else functools.partial(_hosted, host, stay, forward)
+    run, policy = block.forward, functools.partial(_policy, _KEPT[mode])
+
+    # A function of this module and not a partial of torch's: torch.compile looks into the former.
+    def recomputing(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(
+            run,
+            *args,
+            use_reentrant=False,
+            context_fn=functools.partial(create_selective_checkpoint_contexts, policy),
+            # Blocks draw no random numbers.
+            preserve_rng_state=False,
+            **kwargs,
+        )
+
+    # Streams and hooks are not for the compiler; what they stand around is.
+    @torch.compiler.disable(recursive=False)
+    def hosted(*args: Any, **kwargs: Any) -> Any:
+        # `checkpoint` saves its inputs as autograd does, so hooks around it see them, and nothing
+        # else: what happens inside belongs to its own hooks.
+        with saved_tensors_hooks(functools.partial(host.store, stay=stay), host.load):
+            return recomputing(*args, **kwargs)
+
+    block.forward = recomputing if host is None else hosted
     return block
 
 
@@ -78,13 +90,6 @@ def _policy(kept: tuple[str, ...], context: Any, op: Any, *args: Any, **kw: Any)
     if op.name().split(".")[0] in kept:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _hosted(host: HostMemory, stay: bool, forward: Callable, *args: Any, **kwargs: Any) -> Any:
-    # `checkpoint` saves its inputs as autograd does, so hooks around it see them, and nothing else:
-    # what happens inside belongs to its own hooks.
-    with saved_tensors_hooks(functools.partial(host.store, stay=stay), host.load):
-        return forward(*args, **kwargs)
 
 
 class HostMemory:
