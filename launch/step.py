@@ -17,6 +17,7 @@ from launch.optimization import learning_rate
 from launch.plan import Batching
 from launch.tokenizer import Tokenizer
 from launch.world import World
+from parallel.compile import eagerly
 from parallel.data import accumulate
 from parallel.loss import chunked_cross_entropy
 
@@ -26,11 +27,14 @@ __all__ = ["LossModel", "Outcome", "Run", "step_indices", "take_step", "validate
 class LossModel(nn.Module):
     """The model with its loss, so that data parallelism sees one forward."""
 
-    def __init__(self, model: TNL, chunk_size: int, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, model: TNL, chunk_size: int, dtype: torch.dtype | None, compiled: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self._chunk_size = chunk_size
         self._dtype = dtype
+        self._compiled = compiled
 
     def forward(
         self, inputs: Tensor, labels: Tensor, shard: SequenceShard, cu_seqlens: Tensor | None
@@ -45,6 +49,7 @@ class LossModel(nn.Module):
                 labels,
                 ignore_index=IGNORE,
                 chunk_size=self._chunk_size,
+                compiled=self._compiled,
             )
 
 
@@ -108,7 +113,8 @@ def take_step(run: Run, stop_requested: bool) -> Outcome:
     loss_total, nonfinite, stop, grad_norm = torch.cat([sums, norm.double().view(1)]).tolist()
     if nonfinite:
         return Outcome(None, grad_norm, bool(stop))
-    if config.training.max_norm > 0:
+    # (A norm below the limit would be multiplied by one.)
+    if 0 < config.training.max_norm < grad_norm:
         torch.nn.utils.clip_grads_with_norm_(run.model.parameters(), config.training.max_norm, norm)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(run.step, config)
@@ -195,7 +201,8 @@ def validate(run: Run) -> float:
     batches = world.agree(
         lambda: [read(run, source, mine[i : i + local]) for i in range(0, len(mine), local)]
     )
-    loss_sum = sum(run.loss_model(*on_device(run, batch)).item() for batch in batches)
+    with eagerly(run.model.blocks):
+        loss_sum = sum(run.loss_model(*on_device(run, batch)).item() for batch in batches)
     valid = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
     loss_sum, valid = world.total(loss_sum, valid, dtype=torch.float64)
     if not valid:

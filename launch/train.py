@@ -65,6 +65,7 @@ from launch.profiling import profiled
 from launch.step import LossModel, Outcome, Run, step_indices, take_step, validate
 from launch.tokenizer import ByteTokenizer, Tokenizer
 from launch.world import Place, World, find_place, open_world
+from parallel.compile import compile_blocks, eagerly
 from parallel.data import replicate
 from parallel.recompute import checkpointed
 
@@ -146,7 +147,13 @@ def set_up(config: Config, world: World, batch: Batching) -> Run:
     if config.activation_checkpoint.mode == "full":
         for block in model.blocks:
             checkpointed(block)
-    loss_model = LossModel(model, training.loss_chunk_size, autocast_dtype(config, world.device))
+    compiled = config.compile.enable
+    if compiled is None:
+        compiled = world.device.type == "cuda"
+    if compiled:
+        compile_blocks(model.blocks)
+    dtype = autocast_dtype(config, world.device)
+    loss_model = LossModel(model, training.loss_chunk_size, dtype, compiled)
     trained: nn.Module = loss_model
     if world.gradient_group is not None:
         trained = replicate(
@@ -394,15 +401,16 @@ def catch_sigterm() -> list[int]:
 def print_sample(run: Run) -> None:
     """Continue the sample prompt, to see what was learnt."""
     wanted = run.config.sample
-    text = sample_text(
-        run.model,
-        run.tokenizer,
-        wanted.prompt,
-        max_new_tokens=wanted.max_new_tokens,
-        temperature=wanted.temperature,
-        top_k=wanted.top_k,
-        seed=run.config.training.seed,
-    )
+    with eagerly(run.model.blocks):
+        text = sample_text(
+            run.model,
+            run.tokenizer,
+            wanted.prompt,
+            max_new_tokens=wanted.max_new_tokens,
+            temperature=wanted.temperature,
+            top_k=wanted.top_k,
+            seed=run.config.training.seed,
+        )
     print(f"sample of step {run.step}:\n{text}", flush=True)
 
 

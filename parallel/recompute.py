@@ -8,6 +8,7 @@ d x d state per head) is kept, so that the recomputation finds it and stays on i
 from __future__ import annotations
 
 import functools
+import types
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.checkpoint import (
@@ -30,16 +31,22 @@ def checkpointed(block: nn.Module) -> nn.Module:
 
     Everything is recomputed except the state exchanges, whose outputs are saved.
     """
-    contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
-    block.forward = functools.partial(
-        checkpoint,
-        block.forward,
+    block.forward = types.MethodType(_recomputing_forward, block)
+    return block
+
+
+def _recomputing_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    # A function of this module and not a partial of torch's: torch.compile looks into the former.
+    return checkpoint(
+        type(block).forward,
+        block,
+        *args,
         use_reentrant=False,
-        context_fn=contexts,
+        context_fn=functools.partial(create_selective_checkpoint_contexts, _policy),
         # Blocks draw no random numbers.
         preserve_rng_state=False,
+        **kwargs,
     )
-    return block
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
