@@ -1,4 +1,4 @@
-"""From a config to the model of a rank: cut over tp, recomputing, then over the data ranks."""
+"""From a config to the model of a rank: cut over tp, recomputing, compiled, over data ranks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 from lasp.tnl import TNL, TNLConfig
 from launch.plan import autocast_dtype, data_parallel_engine
 from launch.step import LossModel
+from parallel.compile import compile_blocks
 from parallel.data import replicate, shard
 from parallel.mesh import sharding_mesh
 from parallel.recompute import recompute
@@ -34,7 +35,13 @@ def build_model(config: Config, world: World, shape: TNLConfig) -> LossModel:
         tensor_parallel(model, world.mesh["tp"], shard_sequence=by_tokens)
     wanted = config.activation_checkpoint
     recompute(model.blocks, wanted.mode, offload=wanted.offload)
-    return LossModel(model, config.training.loss_chunk_size, autocast_dtype(config, world.device))
+    compiled = config.compile.enable
+    if compiled is None:
+        compiled = world.device.type == "cuda"
+    if compiled:
+        compile_blocks(model.blocks)
+    dtype = autocast_dtype(config, world.device)
+    return LossModel(model, config.training.loss_chunk_size, dtype, compiled)
 
 
 def over_ranks(loss_model: LossModel, config: Config, world: World) -> nn.Module:

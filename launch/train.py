@@ -66,6 +66,7 @@ from launch.saving import find_checkpoint, finish_save, resume, start_save
 from launch.step import Outcome, Run, step_indices, take_step, validate
 from launch.tokenizer import ByteTokenizer, Tokenizer
 from launch.world import Place, World, find_place, open_world
+from parallel.compile import eagerly
 from parallel.mesh import whole
 
 _DISK_FAILED = 74
@@ -336,15 +337,16 @@ def print_sample(run: Run) -> None:
     model = whole_model(run)
     if model is None:
         return
-    text = sample_text(
-        model,
-        run.tokenizer,
-        wanted.prompt,
-        max_new_tokens=wanted.max_new_tokens,
-        temperature=wanted.temperature,
-        top_k=wanted.top_k,
-        seed=run.config.training.seed,
-    )
+    with eagerly(model.blocks):
+        text = sample_text(
+            model,
+            run.tokenizer,
+            wanted.prompt,
+            max_new_tokens=wanted.max_new_tokens,
+            temperature=wanted.temperature,
+            top_k=wanted.top_k,
+            seed=run.config.training.seed,
+        )
     print(f"sample of step {run.step}:\n{text}", flush=True)
 
 
