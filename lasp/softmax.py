@@ -29,8 +29,9 @@ from lasp.arguments import find_softmax_problem, member_or_alone
 from lasp.exchange import guard, tokens
 from lasp.ops.documents import document_offsets
 from lasp.ops.softmax import Piece, attend, attend_backward
+from lasp.shard import place_borders, places
 
-__all__ = ["softmax_attention"]
+__all__ = ["gather_past", "softmax_attention"]
 
 
 def softmax_attention(
@@ -95,6 +96,27 @@ def softmax_attention(
     return o
 
 
+@torch.no_grad()
+def gather_past(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    group: ProcessGroup | None = None,
+    layout: str = "contiguous",
+    seq_lens: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """Keys and values [2, B, S', G, D] of all tokens up to this rank's last: what later tokens need
+    as a past. Arguments as of `softmax_attention`; no gradient flows through it."""
+    group = None if group is None else member_or_alone(group)
+    if group is None:
+        return torch.stack((k, v))
+    lengths = seq_lens or tokens.gather_lengths(k.shape[1], group)
+    plan = _Plan.of(group, lengths, layout, k, k, None)
+    pending = tokens.gather_rows(_as_rows(k, v), plan.lengths, group)
+    stop = max(place.stop for place in plan.places if place.rank == plan.rank)
+    return _in_order(plan, pending, 0, stop).permute(1, 2, 0, 3, 4).contiguous()
+
+
 class _SoftmaxAttention(torch.autograd.Function):
     """One node, so that every rank runs the collectives of both directions, in the same order."""
 
@@ -141,7 +163,8 @@ def _attend(q, k, v, cu_seqlens, scale, needs_grad, group_name, layout, seq_lens
     pending = _start_gather(plan, k, v, group)
     o, lse = attend(q, k, v, plan.own_pieces(), **common)
     if pending is not None:
-        keys, values = _keys_and_values(_finish_gather(plan, pending))
+        rows = _in_order(plan, pending, *plan.span_read_by(plan.rank))
+        keys, values = _keys_and_values(rows)
         attend(q, keys, values, plan.remote_pieces(), **common, joined=(o, lse))
     return o.contiguous(), lse.contiguous(), torch.tensor(lengths, dtype=torch.int64)
 
@@ -156,7 +179,7 @@ def _attend_backward(do, q, k, v, cu_seqlens, o, lse, lengths, scale, group_name
     pending = _start_gather(plan, k, v, group)
     dq, dk, dv = attend_backward(do, q, k, v, o, lse, plan.own_pieces(), **common)
     if pending is not None:
-        rows = _finish_gather(plan, pending)
+        rows = _in_order(plan, pending, *plan.span_read_by(plan.rank))
         keys, values = _keys_and_values(rows)
         remote = torch.zeros_like(rows, memory_format=torch.contiguous_format)
         into = (dq, *_keys_and_values(remote))
@@ -222,19 +245,18 @@ class _Plan:
 
     @classmethod
     def of(cls, group, lengths, layout, q, k, cu_seqlens) -> _Plan:
-        if group is None or layout == "contiguous":
-            held = [(rank, (0, length)) for rank, length in enumerate(lengths)]
-        else:
-            first = [(rank, (0, length // 2)) for rank, length in enumerate(lengths)]
-            second = [(rank, (length // 2, length)) for rank, length in enumerate(lengths)]
-            held = first + second[::-1]
-        places, start = [], 0
-        for rank, rows in held:
-            places.append(_Place(rank, rows, start))
-            start = places[-1].stop
+        # Alone, a rank's two places follow each other.
+        layout = "contiguous" if group is None else layout
+        borders, held = place_borders(tuple(lengths), layout), {}
+        for rank in range(len(lengths)):
+            row = 0
+            for place in places(rank, len(lengths), layout):
+                stop = row + borders[place + 1] - borders[place]
+                held[place] = _Place(rank, (row, stop), borders[place])
+                row = stop
         return cls(
-            places=tuple(places),
-            offsets=document_offsets(cu_seqlens, start),
+            places=tuple(held[place] for place in sorted(held)),
+            offsets=document_offsets(cu_seqlens, borders[-1]),
             lengths=tuple(lengths),
             rank=0 if group is None else torch.distributed.get_rank(group),
             past=k.shape[1] - q.shape[1],
@@ -314,14 +336,12 @@ def _start_gather(plan, k, v, group) -> tokens.PendingRows | None:
     """Begin to gather keys and values as rows [S, 2, B, G, D]; None if no rank needs another's."""
     if not any(any(plan.span_read_by(rank)) for rank in range(len(plan.lengths))):
         return None
-    rows = torch.stack((k.transpose(0, 1), v.transpose(0, 1)), dim=1)
-    return tokens.gather_rows(rows, plan.lengths, group)
+    return tokens.gather_rows(_as_rows(k, v), plan.lengths, group)
 
 
-def _finish_gather(plan, pending) -> torch.Tensor:
-    """Keys and values [S', 2, B, G, D] of the span that this rank reads."""
+def _in_order(plan, pending, first: int, last: int) -> torch.Tensor:
+    """What was gathered of tokens [first, last) of the global sequence, [S', 2, B, G, D]."""
     of_rank = pending.finish()
-    first, last = plan.span_read_by(plan.rank)
     if len(plan.places) == len(of_rank) and len(set(plan.lengths)) == 1:
         # They lie in order and without gaps: no copy.
         return pending.rows[first:last]
@@ -348,8 +368,7 @@ def _return_gradients(plan, remote, dk, dv, group) -> tuple[torch.Tensor, torch.
         sent.append(torch.cat(parts))
     expected = [[rows for _, rows in plan.rows_read_by(reader, plan.rank)] for reader in ranks]
     lengths = [sum(stop - start for start, stop in spans) for spans in expected]
-    total = torch.stack((dk.transpose(0, 1), dv.transpose(0, 1)), dim=1)
-    total = total.to(torch.promote_types(total.dtype, torch.float32))
+    total = _as_rows(dk, dv).to(torch.promote_types(dk.dtype, torch.float32))
     received = tokens.swap_rows(sent, lengths, group)
     for spans, rows in zip(expected, received, strict=True):
         done = 0
@@ -357,6 +376,11 @@ def _return_gradients(plan, remote, dk, dv, group) -> tuple[torch.Tensor, torch.
             total[start:stop] += rows[done : done + stop - start]
             done += stop - start
     return tuple(x.to(dk.dtype) for x in _keys_and_values(total))
+
+
+def _as_rows(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """[S, 2, B, G, D]: what belongs to a token lies together."""
+    return torch.stack((k.transpose(0, 1), v.transpose(0, 1)), dim=1)
 
 
 def _keys_and_values(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
