@@ -132,6 +132,11 @@ class SequenceShard:
                 f"a zigzag shard's start..stop are in the first half of the sequence, the second "
                 f"place is their mirror image; got {self.start}..{self.stop} of {self.total}."
             )
+        if self.lengths is not None and sum(self.lengths) != self.total:
+            raise ValueError(
+                f"the ranks' lengths {list(self.lengths)} sum up to {sum(self.lengths)}, not to "
+                f"the total of {self.total} tokens."
+            )
         if self.group is None and self.length != self.total:
             raise ValueError(
                 f"tokens {self.start}..{self.stop} of {self.total} are a part of the sequence, but "
