@@ -46,7 +46,7 @@ def make(tokens, arguments, group, layout, dtype):
 def ours(inputs, shard):
     q, k, v, do = inputs
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    options = dict(group=shard.group, layout=shard.layout, seq_lens=shard.lengths)
+    options = dict(group=shard.group, layout=shard.layout, shard_lengths=shard.lengths)
     o = lasp.softmax_attention(*leaves, **options)
     return o, lambda: torch.autograd.grad(o, leaves, do)
 

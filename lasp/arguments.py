@@ -56,7 +56,7 @@ def find_problem(
     )
 
 
-def find_softmax_problem(q, k, v, scale, cu_seqlens, group, layout, seq_lens) -> str | None:
+def find_softmax_problem(q, k, v, scale, cu_seqlens, group, layout, shard_lengths) -> str | None:
     """What is wrong with the arguments of `lasp.softmax_attention`; None if nothing is."""
     for name, x in {"q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens}.items():
         if not isinstance(x, torch.Tensor) and not (x is None and name == "cu_seqlens"):
@@ -72,7 +72,7 @@ def find_softmax_problem(q, k, v, scale, cu_seqlens, group, layout, seq_lens) ->
         or _documents_problem(q, cu_seqlens, None)
         or _past_problem(q, k, cu_seqlens, layout)
         or (group is not None and _group_problem(q, None, group))
-        or _lengths_problem(k, group, layout, seq_lens)
+        or _lengths_problem(k, group, layout, shard_lengths)
     )
 
 
@@ -220,18 +220,18 @@ def _past_problem(q, k, cu_seqlens, layout):
     return None
 
 
-def _lengths_problem(k, group, layout, seq_lens):
+def _lengths_problem(k, group, layout, shard_lengths):
     if group is None:
         return None
     length = k.shape[1]
     if layout == "zigzag" and length % 2:
         return f"this rank holds {length} tokens: the zigzag layout is two equal parts per rank."
-    if seq_lens is None:
+    if shard_lengths is None:
         return None
     size, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
-    if len(seq_lens) != size or seq_lens[rank] != length:
+    if len(shard_lengths) != size or shard_lengths[rank] != length:
         return (
-            f"seq_lens is {list(seq_lens)}, but rank {rank} of {size} holds {length} tokens of k: "
+            f"shard_lengths is {list(shard_lengths)}, but rank {rank} of {size} holds {length} tokens of k: "
             "give the number of every rank, in group order."
         )
     return None

@@ -43,7 +43,7 @@ def softmax_attention(
     cu_seqlens: torch.Tensor | None = None,
     group: ProcessGroup | None = None,
     layout: str = "contiguous",
-    seq_lens: Sequence[int] | None = None,
+    shard_lengths: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """Causal softmax attention, over one device or many.
 
@@ -68,7 +68,7 @@ def softmax_attention(
         layout: "contiguous": parts in group-rank order. "zigzag": of 2P parts rank r holds parts r
             and 2P - 1 - r, one after the other and equally long, so that all ranks have the same
             work.
-        seq_lens: S of every rank, in group order. None: the ranks ask each other, which on GPUs
+        shard_lengths: S of every rank, in group order. None: the ranks ask each other, which on GPUs
             costs a wait in every call.
 
     Returns:
@@ -79,7 +79,7 @@ def softmax_attention(
     """
     if group is not None:
         group = member_or_alone(group)
-    problem = find_softmax_problem(q, k, v, scale, cu_seqlens, group, layout, seq_lens)
+    problem = find_softmax_problem(q, k, v, scale, cu_seqlens, group, layout, shard_lengths)
     if problem is not None:
         if group is not None:
             guard.agree(group, {}, every_time=True, problem=problem)
@@ -91,7 +91,7 @@ def softmax_attention(
         torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
         None if group is None else group.group_name,
         layout,
-        None if seq_lens is None or group is None else list(seq_lens),
+        None if shard_lengths is None or group is None else list(shard_lengths),
     )
     return o
 
@@ -103,14 +103,14 @@ def gather_past(
     *,
     group: ProcessGroup | None = None,
     layout: str = "contiguous",
-    seq_lens: Sequence[int] | None = None,
+    shard_lengths: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """Keys and values [2, B, S', G, D] of all tokens up to this rank's last: what later tokens need
     as a past. Arguments as of `softmax_attention`; no gradient flows through it."""
     group = None if group is None else member_or_alone(group)
     if group is None:
         return torch.stack((k, v))
-    lengths = seq_lens or tokens.gather_lengths(k.shape[1], group)
+    lengths = shard_lengths or tokens.gather_lengths(k.shape[1], group)
     plan = _Plan.of(group, lengths, layout, k, k, None)
     pending = tokens.gather_rows(_as_rows(k, v), plan.lengths, group)
     stop = max(place.stop for place in plan.places if place.rank == plan.rank)
@@ -121,9 +121,9 @@ class _SoftmaxAttention(torch.autograd.Function):
     """One node, so that every rank runs the collectives of both directions, in the same order."""
 
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens, scale, needs_grad, group_name, layout, seq_lens):
+    def forward(ctx, q, k, v, cu_seqlens, scale, needs_grad, group_name, layout, shard_lengths):
         o, lse, lengths = torch.ops.lasp.softmax_attend(
-            q, k, v, cu_seqlens, scale, needs_grad, group_name, layout, seq_lens
+            q, k, v, cu_seqlens, scale, needs_grad, group_name, layout, shard_lengths
         )
         ctx.save_for_backward(q, k, v, cu_seqlens, o, lse, lengths)
         ctx.options = scale, group_name, layout
@@ -140,7 +140,7 @@ class _SoftmaxAttention(torch.autograd.Function):
 torch.library.define(
     "lasp::softmax_attend",
     "(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, float scale, bool needs_grad, "
-    "str? group_name, str layout, SymInt[]? seq_lens) -> (Tensor, Tensor, Tensor)",
+    "str? group_name, str layout, SymInt[]? shard_lengths) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "lasp::softmax_attend_backward",
@@ -150,12 +150,12 @@ torch.library.define(
 
 
 @torch.library.impl("lasp::softmax_attend", "CompositeExplicitAutograd")
-def _attend(q, k, v, cu_seqlens, scale, needs_grad, group_name, layout, seq_lens):
+def _attend(q, k, v, cu_seqlens, scale, needs_grad, group_name, layout, shard_lengths):
     """(o, lse [B, H, T], keys of every rank int64 [P] on the host)."""
     group = _group(group_name)
     if group is not None:
-        _agree(group, q, k, cu_seqlens, scale, needs_grad, layout, seq_lens)
-        lengths = seq_lens or tokens.gather_lengths(k.shape[1], group)
+        _agree(group, q, k, cu_seqlens, scale, needs_grad, layout, shard_lengths)
+        lengths = shard_lengths or tokens.gather_lengths(k.shape[1], group)
     else:
         lengths = [k.shape[1]]
     plan = _Plan.of(group, lengths, layout, q, k, cu_seqlens)
@@ -184,12 +184,13 @@ def _attend_backward(do, q, k, v, cu_seqlens, o, lse, lengths, scale, group_name
         remote = torch.zeros_like(rows, memory_format=torch.contiguous_format)
         into = (dq, *_keys_and_values(remote))
         attend_backward(do, q, keys, values, o, lse, plan.remote_pieces(), **common, into=into)
+        del rows, keys, values
         dk, dv = _return_gradients(plan, remote, dk, dv, group)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
 @torch.library.register_fake("lasp::softmax_attend")
-def _attend_fake(q, k, v, cu_seqlens, scale, needs_grad, group_name, layout, seq_lens):
+def _attend_fake(q, k, v, cu_seqlens, scale, needs_grad, group_name, layout, shard_lengths):
     B, T, H, _ = q.shape
     lse = q.new_empty(B, H, T, dtype=torch.promote_types(q.dtype, torch.float32))
     ranks = 1 if group_name is None else torch.distributed.get_world_size(_group(group_name))
@@ -359,17 +360,20 @@ def _return_gradients(plan, remote, dk, dv, group) -> tuple[torch.Tensor, torch.
     """
     ranks = range(len(plan.lengths))
     first = plan.span_read_by(plan.rank)[0]
-    sent = []
-    for owner in ranks:
-        parts = [remote[:0]]
-        for place, (start, stop) in plan.rows_read_by(plan.rank, owner):
-            shift = place.start - place.rows[0] - first
-            parts.append(remote[start + shift : stop + shift])
-        sent.append(torch.cat(parts))
+    read = [plan.rows_read_by(plan.rank, owner) for owner in ranks]
+    starts = [
+        (place.start + start - place.rows[0] - first, stop - start)
+        for of_owner in read
+        for place, (start, stop) in of_owner
+    ]
+    if starts != sorted(starts):
+        # In the order of the ranks that own them; contiguous shards have it already.
+        remote = torch.cat([remote.narrow(0, *each) for each in starts])
+    sent = [sum(stop - start for _, (start, stop) in of_owner) for of_owner in read]
     expected = [[rows for _, rows in plan.rows_read_by(reader, plan.rank)] for reader in ranks]
     lengths = [sum(stop - start for start, stop in spans) for spans in expected]
+    received = tokens.swap_rows(remote, sent, lengths, group)
     total = _as_rows(dk, dv).to(torch.promote_types(dk.dtype, torch.float32))
-    received = tokens.swap_rows(sent, lengths, group)
     for spans, rows in zip(expected, received, strict=True):
         done = 0
         for start, stop in spans:
@@ -388,7 +392,7 @@ def _keys_and_values(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(x.transpose(0, 1) for x in rows.unbind(1))
 
 
-def _agree(group, q, k, cu_seqlens, scale, needs_grad, layout, seq_lens) -> None:
+def _agree(group, q, k, cu_seqlens, scale, needs_grad, layout, shard_lengths) -> None:
     """Raise ValueError on every rank unless all ranks of the group call alike."""
     documents = problem = None
     try:
@@ -404,7 +408,7 @@ def _agree(group, q, k, cu_seqlens, scale, needs_grad, layout, seq_lens) -> None
         "dtype": str(q.dtype),
         "layout": layout,
         "scale": scale,
-        "seq_lens": seq_lens,
+        "shard_lengths": shard_lengths,
         "whether a gradient is needed": needs_grad,
     }
     guard.agree(group, call, every_time=not q.is_cuda, problem=problem)

@@ -54,18 +54,19 @@ def gather_rows(rows: torch.Tensor, lengths: Sequence[int], group: ProcessGroup)
 
 
 def swap_rows(
-    parts: Sequence[torch.Tensor], lengths: Sequence[int], group: ProcessGroup
+    rows: torch.Tensor, sent: Sequence[int], received: Sequence[int], group: ProcessGroup
 ) -> list[torch.Tensor]:
-    """Send parts[r] to rank r; the rows received from each rank, lengths[r] of them from rank r."""
-    shape = parts[0].shape[1:]
-    message = torch.cat([part.flatten() for part in parts])
+    """Send rows to all ranks, sent[r] of them to rank r, in that order; the rows that come from
+    each rank, received[r] of them from rank r."""
+    assert rows.shape[0] == sum(sent), (rows.shape, sent)
+    shape = rows.shape[1:]
     size = shape.numel()
-    received = message.new_empty(sum(lengths) * size)
+    came = rows.new_empty(sum(received) * size)
     dist.all_to_all_single(
-        received,
-        message,
-        [length * size for length in lengths],
-        [part.shape[0] * size for part in parts],
+        came,
+        rows.flatten(),
+        [length * size for length in received],
+        [length * size for length in sent],
         group=group,
     )
-    return list(received.view(-1, *shape).split(list(lengths)))
+    return list(came.view(-1, *shape).split(list(received)))

@@ -74,7 +74,7 @@ class SoftmaxAttention(nn.Module):
         across = dict(group=shard.group, layout=shard.layout)
         if shard.lengths is not None:
             # The first rank holds the past as well.
-            across["seq_lens"] = (past + shard.lengths[0], *shard.lengths[1:])
+            across["shard_lengths"] = (past + shard.lengths[0], *shard.lengths[1:])
         o = lasp.softmax_attention(q, k, v, cu_seqlens=cu_seqlens, **across)
         if not return_state:
             leaving = None

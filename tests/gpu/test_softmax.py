@@ -19,6 +19,10 @@ def check(inputs, **options):
     plain = on_cpu.results(lasp.reference.softmax, *inputs, **options)
     actual = on_cpu.results(lasp.softmax_attention, *inputs, **options)
     for name, wanted in truth.items():
+        if wanted.norm() < 1e-9 * inputs[3].norm():
+            # The weight of an only key does not depend on the scores.
+            assert actual[name].norm() < 1e-2 * inputs[3].norm()
+            continue
         slack = 2 if name == "o" else 3
         allowed = slack * relative_error(plain[name], wanted) + 1e-6
         error = relative_error(actual[name], wanted)

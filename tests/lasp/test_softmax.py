@@ -86,7 +86,7 @@ def sharded(group, cases, dtype):
             cu_seqlens=make_offsets(T, documents),
             group=group,
             layout=layout,
-            seq_lens=lengths if told else None,
+            shard_lengths=lengths if told else None,
         )
         outcomes.append({name: x.cpu() for name, x in mine.items()})
     return outcomes
@@ -203,10 +203,12 @@ def counted(group, how):
         return wrapped
 
     tokens.all_gather_flat, dist.all_to_all_single = counting(gather), counting(swap)
-    attend = functools.partial(lasp.softmax_attention, group=group, seq_lens=(32, 32))
+    attend = functools.partial(lasp.softmax_attention, group=group, shard_lengths=(32, 32))
     if how == "kept":
         attend = torch.nn.Module()
-        attend.forward = functools.partial(lasp.softmax_attention, group=group, seq_lens=(32, 32))
+        attend.forward = functools.partial(
+            lasp.softmax_attention, group=group, shard_lengths=(32, 32)
+        )
         attend = recompute.checkpointed(attend)
     try:
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -282,7 +284,7 @@ def bad_on_one_rank(group, what):
     options = {
         "layout": dict(layout="zigzag" if rank else "contiguous"),
         "odd": dict(layout="zigzag"),
-        "lengths": dict(seq_lens=(10, 11)),
+        "lengths": dict(shard_lengths=(10, 11)),
         "documents": dict(cu_seqlens=torch.tensor([0, 20 if rank else 19, 20])),
         "end": dict(cu_seqlens=torch.tensor([0, 21])),
         "gradient": {},
@@ -298,7 +300,7 @@ def bad_on_one_rank(group, what):
     [
         ("layout", "disagree on layout"),
         ("odd", "holds 9 tokens: the zigzag layout is two equal parts"),
-        ("lengths", r"seq_lens is \[10, 11\]"),
+        ("lengths", r"shard_lengths is \[10, 11\]"),
         ("documents", "disagree on cu_seqlens"),
         ("end", "ends at 21"),
         ("gradient", "disagree on whether a gradient"),

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from lasp import SequenceShard
@@ -95,16 +94,6 @@ def test_zigzag_shards(pool):
         torch.testing.assert_close(y_here, y[:, here])
         torch.testing.assert_close(grad, x.grad[:, here])
         torch.testing.assert_close(past_here, past[:, :, : here.max() + 1])
-
-
-def told(group):
-    return SequenceShard.split(23, group).lengths, dist.get_world_size(group)
-
-
-def test_an_even_cut_knows_all_lengths(pool):
-    assert pool.run(told, size=3) == [((8, 8, 7), 3)] * 3
-    with pytest.raises(ValueError, match=r"\[3, 4\] sum up to 7, not to the total of 8"):
-        SequenceShard(0, 3, 8, lengths=(3, 4))
 
 
 @pytest.mark.parametrize("layer", [0, 1])
