@@ -241,14 +241,14 @@ def table(report: dict) -> str:
 
 def plot(report: dict, path: Path) -> None:
     """Tokens/s and memory over the sequence's length, tokens per step fixed."""
+    rows = [r for r in report["rows"] if r["suite"] == "lengths" and not r.get("note")]
+    if not rows:
+        return
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [r for r in report["rows"] if r["suite"] == "lengths" and not r.get("note")]
-    if not rows:
-        return
     figure, axes = plt.subplots(1, 2, figsize=(11, 4))
     for model in dict.fromkeys(r["model"] for r in rows):
         mine = sorted((r for r in rows if r["model"] == model), key=lambda r: r["seq_len"])

@@ -8,6 +8,7 @@ d x d state per head) is kept, so that the recomputation finds it and stays on i
 from __future__ import annotations
 
 import functools
+import types
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,6 @@ _EXCHANGES = ("lasp::enter", "lasp::softmax_attend")
 # What takes long to compute for its size: products and attention. The rest of a block, norms, gates
 # and activations, is as large again and cheap.
 _EXPENSIVE = ("lasp::attend", "aten::mm", "aten::addmm", "aten::bmm")
-_KEPT = {"full": _EXCHANGES, "selective": (*_EXCHANGES, *_EXPENSIVE)}
 
 
 def recompute(blocks: Sequence[nn.Module], mode: str, *, offload: bool = False) -> None:
@@ -58,14 +58,15 @@ def checkpointed(
     block: nn.Module, mode: str = "full", host: HostMemory | None = None, *, stay: bool = False
 ) -> nn.Module:
     """`recompute` for one block; its input goes to `host`, unless it is to stay on its device."""
-    if mode not in _KEPT:
+    if mode not in _POLICIES:
         raise ValueError(f"mode is {mode!r}: it must be none, full or selective.")
-    run, policy = block.forward, functools.partial(_policy, _KEPT[mode])
+    policy = _POLICIES[mode]
 
     # A function of this module and not a partial of torch's: torch.compile looks into the former.
-    def recomputing(*args: Any, **kwargs: Any) -> Any:
+    def recomputing(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return checkpoint(
-            run,
+            type(self).forward,
+            self,
             *args,
             use_reentrant=False,
             context_fn=functools.partial(create_selective_checkpoint_contexts, policy),
@@ -76,20 +77,31 @@ def checkpointed(
 
     # Streams and hooks are not for the compiler; what they stand around is.
     @torch.compiler.disable(recursive=False)
-    def hosted(*args: Any, **kwargs: Any) -> Any:
+    def hosted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # `checkpoint` saves its inputs as autograd does, so hooks around it see them, and nothing
         # else: what happens inside belongs to its own hooks.
         with saved_tensors_hooks(functools.partial(host.store, stay=stay), host.load):
-            return recomputing(*args, **kwargs)
+            return recomputing(self, *args, **kwargs)
 
-    block.forward = recomputing if host is None else hosted
+    block.forward = types.MethodType(recomputing if host is None else hosted, block)
     return block
 
 
-def _policy(kept: tuple[str, ...], context: Any, op: Any, *args: Any, **kw: Any):
-    if op.name().split(".")[0] in kept:
+def _keep_exchanges(context: Any, op: Any, *args: Any, **kw: Any) -> CheckpointPolicy:
+    return _keep(op, _EXCHANGES)
+
+
+def _keep_expensive(context: Any, op: Any, *args: Any, **kw: Any) -> CheckpointPolicy:
+    return _keep(op, _EXCHANGES + _EXPENSIVE)
+
+
+def _keep(op: Any, names: tuple[str, ...]) -> CheckpointPolicy:
+    if op.name().split(".")[0] in names:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_POLICIES = {"full": _keep_exchanges, "selective": _keep_expensive}
 
 
 class HostMemory:
