@@ -45,7 +45,11 @@ class Job:
     dump_folder: str = "outputs"
     """Everything the run writes goes below this folder."""
     dry_run: bool = False
-    """Print the resolved config, the mesh, tokens per step and memory; take no step."""
+    """Print the resolved config, the mesh, tokens per step, shards and memory; take no step."""
+    dry_run_gpus: int = 0
+    """Plan for a job of so many GPUs, on any machine. 0: for this job as it was started."""
+    dry_run_gpu_memory: float = 80.0
+    """GiB of each of them."""
 
 
 @dataclass(kw_only=True)
@@ -413,8 +417,9 @@ def _check(config: Config) -> None:
             "validation.freq validation.steps comm.init_timeout_seconds comm.train_timeout_seconds"
         ),
         0: (
-            "training.max_norm training.seed optimizer.lr optimizer.weight_decay optimizer.eps "
-            "lr_scheduler.warmup_steps lr_scheduler.min_lr_factor checkpoint.keep_latest_k"
+            "job.dry_run_gpus job.dry_run_gpu_memory training.max_norm training.seed optimizer.lr "
+            "optimizer.weight_decay optimizer.eps lr_scheduler.warmup_steps "
+            "lr_scheduler.min_lr_factor checkpoint.keep_latest_k"
         ),
     }
     for bound, names in at_least.items():

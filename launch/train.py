@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from launch.errors import (
     NonFiniteError,
     UserError,
 )
+from launch.estimate import fake_ranks, format_estimate
 from launch.generate import sample_text
 from launch.metrics import (
     MetricsLog,
@@ -107,7 +109,17 @@ def dry_run(config: Config, place: Place, batch: Batching) -> str:
         tokenizer = DataFolder(config.data_folder).tokenizer
     elif config.data.source == "stdlib":
         tokenizer = ByteTokenizer()
-    return f"{to_toml(config)}\n{describe(config, place, model_config(config, tokenizer), batch)}"
+    shape = model_config(config, tokenizer)
+    check_tensor_parallel(shape, place.dims.tp)
+    memory = None
+    if config.job.dry_run_gpus:
+        memory = config.job.dry_run_gpu_memory
+    elif place.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(place.device).total_memory / 2**30
+    plan = describe(config, place, shape, batch)
+    with fake_ranks() if place.dims.world_size > 1 or memory else nullcontext():
+        holds = format_estimate(config, place, shape, memory)
+    return f"{to_toml(config)}\n{plan}\n{holds}"
 
 
 def train(config: Config, world: World, batch: Batching) -> int:

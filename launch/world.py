@@ -46,13 +46,15 @@ class Place:
 
 
 def find_place(config: Config) -> Place:
-    """This rank's place, from torchrun's variables and the config.
+    """This rank's place, from torchrun's variables and the config; that of the first GPU of a job
+    that is only planned, where job.dry_run_gpus says so.
 
     Raises:
         ConfigError: degrees that do not multiply to the number of processes, a backend that this
             machine cannot run, or variables that are no numbers.
     """
-    size = _from_environment("WORLD_SIZE", 1, at_least=1)
+    planned = config.job.dry_run_gpus if config.job.dry_run else 0
+    size = planned or _from_environment("WORLD_SIZE", 1, at_least=1)
     rank = _from_environment("RANK", 0)
     local_rank = _from_environment("LOCAL_RANK", 0)
     local_size = _from_environment("LOCAL_WORLD_SIZE", 1, at_least=1)
@@ -78,6 +80,7 @@ def find_place(config: Config) -> Place:
             "data_parallel_replicate_degree at -1."
         )
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = max(gpus, planned)
     backend = config.comm.backend
     if backend == "nccl" and gpus < local_size:
         raise ConfigError(

@@ -92,11 +92,11 @@ def pool8():
     pool.stop()
 
 
-def check(pool, tmp_path, degrees, alone, **changes):
+def check(pool, tmp_path, degrees, alone, accumulation):
     dp = degrees[0] * degrees[1]
-    # Two micro-batches per step (one on eight data-parallel ranks), validation on eight samples.
-    local = max(1, 4 // dp)
-    changes |= dict(training__local_batch_size=local, validation__steps=8 // dp // local)
+    local = 8 // dp // accumulation
+    # Validation on eight samples.
+    changes = dict(training__local_batch_size=local, validation__steps=accumulation)
     outcomes = pool.run(on_one_rank, tmp_path, degrees, changes, size=math.prod(degrees))
     expected_curve, held_out, first, last, gradients = alone
     for curve, rank_held_out, *_ in outcomes:
@@ -123,9 +123,9 @@ def test_clipping_is_part_of_it(alone):
 
 @pytest.mark.parametrize("degrees", layouts(4), ids=name)
 def test_four_ranks_train_as_one(pool, tmp_path, degrees, alone):
-    check(pool, tmp_path, degrees, alone)
+    check(pool, tmp_path, degrees, alone, accumulation=2)
 
 
 @pytest.mark.parametrize("degrees", layouts(8), ids=name)
 def test_eight_ranks_train_as_one(pool8, tmp_path, degrees, alone):
-    check(pool8, tmp_path, degrees, alone)
+    check(pool8, tmp_path, degrees, alone, accumulation=1)
