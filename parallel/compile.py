@@ -16,11 +16,19 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["compile_blocks", "eagerly"]
+__all__ = ["compile_blocks", "compiler_options", "eagerly"]
 
 # The gradients of q, k, v, u meet in one tensor. One kernel for all four would ask at every element
-# which of them it is: 2.5 times the time of a kernel for each.
-_OPTIONS = {"max_pointwise_cat_inputs": 1}
+# which of them it is, at 2.5 times the time of a kernel for each.
+_ONE_KERNEL_PER_PART = ("max_pointwise_cat_inputs", "max_complex_pointwise_cat_inputs")
+
+
+def compiler_options() -> dict[str, int]:
+    """Options of torch.compile's default backend for a block."""
+    from torch._inductor import config
+
+    # Names change between versions of torch, and an unknown one is an error.
+    return {name: 0 for name in _ONE_KERNEL_PER_PART if hasattr(config, name)}
 
 
 def compile_blocks(
@@ -35,8 +43,8 @@ def compile_blocks(
         fullgraph: raise at a graph break instead of running part of a block eagerly.
         backend: torch.compile's, which turns graphs into kernels.
     """
-    options = dict(_OPTIONS) if backend == "inductor" else None
     for block in blocks:
+        options = compiler_options() if backend == "inductor" else None
         block.compile(fullgraph=fullgraph, backend=backend, options=options)
 
 
