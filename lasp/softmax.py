@@ -25,11 +25,12 @@ from itertools import pairwise
 import torch
 from torch.distributed import ProcessGroup
 
-from lasp.arguments import find_softmax_problem, member_or_alone
+from lasp.arguments import member_or_alone
 from lasp.exchange import guard, tokens
 from lasp.ops.documents import document_offsets
 from lasp.ops.softmax import Piece, attend, attend_backward
 from lasp.shard import place_borders, places
+from lasp.softmax_arguments import find_softmax_problem
 
 __all__ = ["gather_past", "softmax_attention"]
 
@@ -68,8 +69,8 @@ def softmax_attention(
         layout: "contiguous": parts in group-rank order. "zigzag": of 2P parts rank r holds parts r
             and 2P - 1 - r, one after the other and equally long, so that all ranks have the same
             work.
-        shard_lengths: S of every rank, in group order. None: the ranks ask each other, which on GPUs
-            costs a wait in every call.
+        shard_lengths: S of every rank, in group order. None: the ranks ask each other, which on
+            GPUs costs a wait in every call.
 
     Returns:
         o [B, T, H, D] in the dtype of q.
