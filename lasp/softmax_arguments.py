@@ -9,6 +9,7 @@ from lasp.arguments import (
     _documents_problem,
     _dtype_problem,
     _group_problem,
+    _lengths_problem,
     _shapes,
 )
 from lasp.shard import LAYOUTS
@@ -31,9 +32,10 @@ def find_softmax_problem(q, k, v, scale, cu_seqlens, group, layout, shard_length
         _shape_problem(q, k, v)
         or _dtype_problem(q, k, v)
         or _device_problem(q, {"k": k, "v": v})
-        or _documents_problem(q, cu_seqlens, None)
+        or _documents_problem(q, cu_seqlens)
         or _past_problem(q, k, cu_seqlens, layout)
-        or _group_problem(q, None, group)
+        or _group_problem(q, k, v, None, None, group)
+        or _lengths_problem(shard_lengths)
         or _lengths_over_ranks_problem(k, group, layout, shard_lengths)
     )
 
