@@ -87,6 +87,37 @@ def test_sharded_hybrid_is_the_whole_model(pool, cuts, dtype, tolerance, with_st
     check(pool, cuts, dtype, tolerance, "ring", with_state, HYBRID, told)
 
 
+def zigzag(group, config, total, exchange):
+    """Every rank's tokens, logits, gradients, and what it leaves: (position, states)."""
+    shard = SequenceShard.split(total, group, exchange, layout="zigzag")
+    tokens, labels = (shard.take(x) for x in batch_of(total))
+    model = make(config, torch.float64)
+    logits, _, grads, leaving = loss_and_grads(model, tokens, labels, total, shard, None)
+    for grad in grads.values():
+        dist.all_reduce(grad, group=group)
+    states = [x.detach() for x in leaving.layers] if shard.is_last else None
+    return shard.positions(), logits, grads, leaving.position, states
+
+
+@pytest.mark.parametrize("total", [2, 62, 100])
+@pytest.mark.parametrize(("exchange", "size"), [("ring", 3), ("all_gather", 2), ("doubling", 4)])
+def test_zigzag_shards_are_the_whole_model(pool, exchange, size, total):
+    logits, _, grads, leaving = loss_and_grads(
+        make(HYBRID, torch.float64), *batch_of(total), total, None, None
+    )
+    results = pool.run(zigzag, HYBRID, total, exchange, size=size)
+    for here, rank_logits, rank_grads, position, states in results:
+        if len(here):
+            assert error(rank_logits, logits[:, here]) < 1e-7
+            assert position == here.max() + 1
+        for name, grad in grads.items():
+            if grad.abs().max() > 0:
+                assert error(rank_grads[name], grad) < (1e-5 if name.endswith("theta") else 1e-7)
+        for mine, wanted in zip(states or (), leaving.layers, strict=False):
+            assert error(mine, wanted) < 1e-7
+    assert sum(states is not None for *_, states in results) == 1
+
+
 @pytest.mark.parametrize("exchange", ["all_gather", "doubling"])
 def test_other_exchanges(pool, exchange):
     check(pool, (0, 7, 64, 100), torch.float32, 1e-5, exchange, False)
