@@ -137,7 +137,8 @@ def describe(config: Config, place: Place, model: TNLConfig, batch: Batching) ->
     """What a user should know before the first step."""
     training, dims = config.training, place.dims
     parameters = model.num_parameters()
-    shards = f"{dims.cp} ranks ({config.parallelism.context_parallel_method})"
+    layout = config.parallelism
+    shards = f"{dims.cp} ranks ({layout.context_parallel_method}, {layout.context_parallel_layout})"
     dtype = autocast_dtype(config, place.device) or torch.float32
     shape = ", ".join(
         f"{field.name} {getattr(model, field.name)}" for field in dataclasses.fields(model)[:5]

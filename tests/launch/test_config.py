@@ -89,6 +89,10 @@ def test_mistakes_in_the_file(toml, text, sentence):
         (["--parallelism.tensor_parallel_degree", "2"], "not there yet"),
         (["--parallelism.data_parallel_shard_degree", "2"], "replicate_degree 2"),
         (["--checkpoint.async_mode", "async"], "not there yet"),
+        (
+            ["--parallelism.context_parallel_layout", "zigzag", "--training.seq_len", "9"],
+            "training.seq_len is 9: it must be even",
+        ),
         (["stray"], "stray"),
     ],
 )
