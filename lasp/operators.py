@@ -224,18 +224,8 @@ def _attend_backward(
             decay = _decay_over(log_decay, pieces.row_lengths(), total)
             total = torch.addcmul(total, decay, leaving)
         dinitial = pieces.taken(total, num_states, True)
-    reverse = dict(common, reverse=True)
-    segments = _present(segment_grads)
-    dv = ops.scan(k, q, do, log_decay, initial_state=leaving, segment_states=segments, **reverse)
-    dk = ops.scan(
-        v,
-        do,
-        q,
-        log_decay,
-        initial_state=_transposed(leaving),
-        segment_states=_transposed(segments),
-        **reverse,
-    )
+    states = dict(initial_state=leaving, segment_states=_present(segment_grads))
+    dv, dk = ops.scan_pair(k, q, do, v, log_decay, reverse=True, **states, **common)
     return dq, pieces.unfold(dk), pieces.unfold(dv), dinitial
 
 
@@ -398,15 +388,17 @@ def _cross(pieces, total, given, log_decay, line, method) -> exchanges.Pending:
         decay = _decay_over(log_decay, pieces.row_lengths(), total)
         leaving = torch.addcmul(total, decay, given)
     rates = decay_rates(log_decay)
-    maps, factors = [], {}
+    maps = []
     for i, length in enumerate(pieces.lengths):
-        passes = pieces.passes(i)
-        if (length, passes) not in factors:
-            factor = _decay_over(log_decay, length, total)
-            factors[length, passes] = factor if passes else torch.zeros_like(factor)
         forgets = rates is not None and max(rates) * length < _UNDERFLOW[total.dtype]
+        passes = pieces.passes(i)
+
+        def factor(length=length, passes=passes):
+            decay = _decay_over(log_decay, length, total)
+            return decay if passes else torch.zeros_like(decay)
+
         local = pieces.leaving(leaving, i, line.reverse)
-        maps.append(AffineMap(local, factors[length, passes], passes and not forgets))
+        maps.append(AffineMap(local, factor, passes and not forgets))
     return exchanges.start(maps, line, method=method)
 
 

@@ -35,5 +35,5 @@ def all_gather(
         rank = line.group_rank(place)
         local, factor = unpack(messages[rank, line.places_of(rank).index(place)], maps[0])
         passes = line.runs_through(place)
-        leaving = AffineMap(local, factor, passes).after(leaving)
+        leaving = AffineMap(local, lambda factor=factor: factor, passes).after(leaving)
     return entering

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,16 +31,25 @@ def device_types(group: ProcessGroup) -> set[str]:
     return {entry.split(":")[0] for entry in config.split(",")}
 
 
-class AffineMap(NamedTuple):
+class AffineMap:
     """What a place makes of the state that enters it: factor * state + local.
 
-    local [B, H, D, E]; factor [H, 1, 1]; `passes` is False where the factor is zero for all heads,
-    so that what leaves is known before anything has come.
+    Args:
+        local: [B, H, D, E].
+        factor: gives [H, 1, 1]; called when it is first needed, which at the ends of the ring is
+            never.
+        passes: False where the factor is zero for all heads, so that what leaves is known before
+            anything has come.
     """
 
-    local: torch.Tensor
-    factor: torch.Tensor
-    passes: bool
+    def __init__(
+        self, local: torch.Tensor, factor: Callable[[], torch.Tensor], passes: bool = True
+    ) -> None:
+        self.local, self.passes, self._factor = local, passes, factor
+
+    @cached_property
+    def factor(self) -> torch.Tensor:
+        return self._factor()
 
     def after(self, entering: torch.Tensor | None) -> torch.Tensor:
         """The state that leaves when `entering` came in; None: nothing did."""

@@ -38,6 +38,8 @@ def ring(line: Line, maps: list[AffineMap]) -> Generator[None, None, list[torch.
         if not line.linked(place, place + 1):
             continue
         if work is not None and each.passes:
+            # Computed here, so that nothing but one sum is left to do once the state has come.
+            _ = each.factor
             yield
             receiving.pop().wait()
         leaving = each.after(came).contiguous()

@@ -87,6 +87,8 @@ FIELDS = {
 
 
 def check_disagreement(pool, field, known, size=3):
+    # Not timed: starting the processes.
+    sharded.check(pool, size, Problem(20, dtype=torch.float32))
     begun = time.monotonic()
     for outcome in pool.outcomes(disagree, field, known, size=size, timeout=20):
         assert isinstance(outcome, ValueError), outcome

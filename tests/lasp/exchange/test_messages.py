@@ -137,7 +137,7 @@ def send_before_receiving(group):
     if rank == 0:
         dist.recv(token, src=last, group=group, tag=7)
     state = torch.full((1, 2, 3, 4), float(rank))
-    each = AffineMap(state, torch.zeros(2, 1, 1), passes=False)
+    each = AffineMap(state, lambda: torch.zeros(2, 1, 1), passes=False)
     (entering,) = exchange.start([each], Line(group), method="ring").finish()
     if rank == size - 1:
         dist.send(token, dst=first, group=group, tag=7)
