@@ -261,7 +261,7 @@ def plot(report: dict, path: Path) -> None:
     lengths = sorted({row["seq_len"] for row in rows})
     for axis, label in zip(axes, ("tokens per second and GPU", "peak memory, GiB"), strict=True):
         axis.set_xscale("log", base=2)
-        axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axis.set_xticks(lengths, [f"{length / 1024:g}K" for length in lengths])
         axis.set(xlabel="tokens of one sequence", ylabel=label, ylim=(0, 1.2 * axis.get_ylim()[1]))
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
