@@ -290,7 +290,10 @@ def _peak(
                 module.weight = nn.Parameter(module.weight.detach().to(gathered_dtype))
     model.blocks[0].register_forward_pre_hook(lambda block, args: inputs.append(args[0]))
     shard = SequenceShard.split(
-        config.training.seq_len, world.cp_group, config.parallelism.context_parallel_method
+        config.training.seq_len,
+        world.cp_group,
+        config.parallelism.context_parallel_method,
+        config.parallelism.context_parallel_layout,
     )
     tokens = torch.zeros(config.training.local_batch_size, shard.length, dtype=torch.long)
     with _Alive() as alive:

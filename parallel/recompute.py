@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["HostMemory", "checkpointed", "recompute"]
 
 # By name and not by object, so that this module needs no import of the operators.
-_EXCHANGES = ("lasp::enter", "lasp::finish", "lasp::start", "lasp::softmax_attend")
+_EXCHANGES = ("lasp::enter", "lasp::start", "lasp::finish", "lasp::softmax_attend")
 # What takes long to compute for its size: products and attention. The rest of a block, norms, gates
 # and activations, is as large again and cheap.
 _EXPENSIVE = ("lasp::attend", "aten::mm", "aten::addmm", "aten::bmm")

@@ -63,7 +63,13 @@ def tensor_parallel(model: TNL, mesh: DeviceMesh, *, shard_sequence: bool = Fals
     between = Shard(1) if shard_sequence else Replicate()
     plan = {
         "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=between),
-        "blocks.*.token_mixer.qkvu_proj": ColwiseParallel(input_layouts=between),
+        **{
+            f"blocks.{layer}.token_mixer.{name}": ColwiseParallel(input_layouts=between)
+            for layer in range(model.config.num_layers)
+            for name in (
+                ("q_proj", "kv_proj") if model.config.is_softmax(layer) else ("qkvu_proj",)
+            )
+        },
         "blocks.*.token_mixer.out_proj": RowwiseParallel(output_layouts=between),
         # At the mixer's door and not at w1's and w2's: one gather for both, and one sum of their
         # gradients.
@@ -80,8 +86,10 @@ def tensor_parallel(model: TNL, mesh: DeviceMesh, *, shard_sequence: bool = Fals
     }
     # src_data_rank=None: every rank has the weights, nothing need be sent.
     parallelize_module(model, mesh, plan, src_data_rank=None)
-    for block in model.blocks:
-        _cut_heads(block.token_mixer, mesh)
+    for layer, block in enumerate(model.blocks):
+        # A softmax layer has nothing besides its projections.
+        if not model.config.is_softmax(layer):
+            _cut_heads(block.token_mixer, mesh)
     if shard_sequence:
         model.register_forward_pre_hook(_check_tokens(ranks))
     model.register_forward_hook(_to_whole)
@@ -90,6 +98,9 @@ def tensor_parallel(model: TNL, mesh: DeviceMesh, *, shard_sequence: bool = Fals
 
 def check_divides(config: TNLConfig, ranks: int, sizes: tuple[str, ...] = CUT_SIZES) -> None:
     """Raise ValueError, with the numbers, where one of `sizes` cannot be cut over `ranks`."""
+    grouped = config.num_softmax_layers and config.num_key_value_heads is not None
+    if grouped and "num_heads" in sizes:
+        sizes = (*sizes, "num_key_value_heads")
     for name in sizes:
         size = getattr(config, name)
         if size % ranks:

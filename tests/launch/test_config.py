@@ -87,6 +87,10 @@ def test_mistakes_in_the_file(toml, text, sentence):
         (["--training.global_batch_size", "0"], "global_batch_size is 0"),
         (["--lr_scheduler.decay_ratio", "2"], "decay_ratio is 2"),
         (["--data.source", "folder"], "--data.folder"),
+        (
+            ["--parallelism.context_parallel_layout", "zigzag", "--training.seq_len", "9"],
+            "training.seq_len is 9: it must be even",
+        ),
         (["--activation_checkpoint.offload"], "mode is none"),
         (["stray"], "stray"),
     ],
