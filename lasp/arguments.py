@@ -16,6 +16,8 @@ __all__ = ["describe_shape", "find_problem", "member_or_alone", "state_dtype"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_HEAD_SIZE = 256
+# A tuple made once: this is on the way of every call.
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
 
 def find_problem(
@@ -38,7 +40,7 @@ def find_problem(
     for name, x in {"q": q, "k": k, "v": v, **optional}.items():
         if not isinstance(x, torch.Tensor) and not (x is None and name in optional):
             return f"{name} is {type(x).__name__}: it must be a tensor."
-    if not isinstance(scale, int | float | torch.SymInt | torch.SymFloat):
+    if not isinstance(scale, _NUMBERS):
         return f"scale is {scale!r}: it must be a number."
     if not isinstance(exchange, str) or exchange not in exchanges.METHODS:
         return f"exchange is {exchange!r}: choose one of {', '.join(sorted(exchanges.METHODS))}."

@@ -2,7 +2,8 @@
 
 `lightning_attention` is all of it in one call; `start_state` and `attend` are the same in two, with
 the exchange of states under whatever runs between them. Inputs are checked here, the work is in
-`lasp.operators`, and one autograd node holds both exchanges.
+`lasp.operators` (`lasp.alone` where one device has it all), and one autograd node holds both
+exchanges.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from torch.distributed import ProcessGroup
 
 # Imported for what it registers: torch.ops.lasp.
 import lasp.operators  # noqa: F401
+from lasp import alone, ops
 from lasp import exchange as exchanges
-from lasp import ops
 from lasp.arguments import describe_shape, find_problem, member_or_alone
 from lasp.ops.documents import decay_rates
 
@@ -266,6 +267,14 @@ class _LightningAttention(torch.autograd.Function):
         needs_grad,
         *where,
     ):
+        ctx.scale, ctx.with_final, ctx.where = scale, with_final, where
+        ctx.set_materialize_grads(False)
+        simple = cu_seqlens is None and where[0] is None and not with_final and ticket is None
+        ctx.alone = simple and not ctx.needs_input_grad[4]
+        if ctx.alone and not alone.is_watched(q, k, v, log_decay, initial_state):
+            o, segment_states = alone.attend(q, k, v, log_decay, initial_state, scale)
+            ctx.save_for_backward(q, k, v, log_decay, initial_state, None, segment_states, None)
+            return o, None
         if ticket is None:
             entering, segment_states, final_state = torch.ops.lasp.enter(
                 k,
@@ -294,11 +303,12 @@ class _LightningAttention(torch.autograd.Function):
             scale,
             *where,
         )
+        if where[0] is None:
+            # Empty. Both ways save alike: a checkpoint may go one in the forward, one again later.
+            entering = None
         ctx.save_for_backward(
             q, k, v, log_decay, initial_state, entering, segment_states, cu_seqlens
         )
-        ctx.scale, ctx.with_final, ctx.where = scale, with_final, where
-        ctx.set_materialize_grads(False)
         if not with_final:
             ctx.mark_non_differentiable(final_state)
         return o, final_state
@@ -312,6 +322,14 @@ class _LightningAttention(torch.autograd.Function):
         # Either all ranks come to the backward's exchange or none: the forward compared that.
         needs = ctx.needs_input_grad
         with_dkv = needs[1] or needs[2] or needs[4]
+        nones = (None,) * (5 + len(ctx.where))
+        if ctx.alone:
+            arguments = (do, q, k, v, log_decay, initial_state)
+            if not alone.is_watched(*arguments):
+                grads = alone.attend_backward(*arguments, segment_states, ctx.scale, with_dkv)
+                return *grads, None, None, None, *nones
+        if entering is None:
+            entering = segment_states.new_empty(0)
         dq, dk, dv, dinitial = torch.ops.lasp.attend_backward(
             do,
             dfinal if ctx.with_final else None,
@@ -329,7 +347,6 @@ class _LightningAttention(torch.autograd.Function):
             *ctx.where,
         )
         dk, dv = (dk, dv) if with_dkv else (None, None)
-        nones = (None,) * (5 + len(ctx.where))
         return dq, dk, dv, None, dinitial if needs[4] else None, None, *nones
 
 

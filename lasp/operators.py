@@ -223,18 +223,8 @@ def _attend_backward(
             decay = _decay_over(log_decay, pieces.row_lengths(), total)
             total = torch.addcmul(total, decay, leaving)
         dinitial = pieces.taken(total, num_states, True)
-    reverse = dict(common, reverse=True)
-    segments = _present(segment_grads)
-    dv = ops.scan(k, q, do, log_decay, initial_state=leaving, segment_states=segments, **reverse)
-    dk = ops.scan(
-        v,
-        do,
-        q,
-        log_decay,
-        initial_state=_transposed(leaving),
-        segment_states=_transposed(segments),
-        **reverse,
-    )
+    states = dict(initial_state=leaving, segment_states=_present(segment_grads))
+    dv, dk = ops.scan_pair(k, q, do, v, log_decay, reverse=True, **states, **common)
     return dq, pieces.unfold(dk), pieces.unfold(dv), dinitial
 
 

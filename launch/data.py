@@ -212,9 +212,13 @@ def read_batch(
     varlen: bool = False,
 ) -> Batch:
     """The shard's tokens of some samples. Labels equal to `pad_id` are IGNOREd."""
-    rows = np.stack([source.sample(index, shard.start, shard.stop) for index in indices])
-    inputs = torch.from_numpy(rows[:, :-1].copy())
-    labels = torch.from_numpy(rows[:, 1:].copy())
+    parts = [
+        np.stack([source.sample(index, start, stop) for index in indices])
+        for start, stop in shard.ranges
+    ]
+    # Shifted part by part: in zigzag another token follows than the one that is next here.
+    inputs = torch.from_numpy(np.concatenate([part[:, :-1] for part in parts], axis=1))
+    labels = torch.from_numpy(np.concatenate([part[:, 1:] for part in parts], axis=1))
     if pad_id is not None:
         labels[labels == pad_id] = IGNORE
     boundaries = None
@@ -222,7 +226,7 @@ def read_batch(
         assert len(indices) == 1
         starts = source.document_starts(indices[0])
         # What follows a document is another one: its first token cannot be predicted.
-        lasts = [start - 1 for start in starts]
-        labels[0, [t - shard.start for t in lasts if shard.start <= t < shard.stop]] = IGNORE
+        positions = np.concatenate([np.arange(*each) for each in shard.ranges])
+        labels[0, np.isin(positions + 1, starts)] = IGNORE
         boundaries = (0, *(start for start in starts if start < shard.total), shard.total)
     return Batch(inputs, labels, boundaries)

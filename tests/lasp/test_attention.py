@@ -200,3 +200,26 @@ def test_operators_are_registered_soundly():
     torch.library.opcheck(
         torch.ops.lasp.attend_backward.default, (v, None, q, k, v, *rest, True, True, *alone)
     )
+
+
+def test_whoever_looks_at_operators_sees_them():
+    """Elsewhere the steps are called as functions, with the same results."""
+    q, k, v, log_decay, state = cases.make_inputs(70, dtype=torch.float32)
+    inputs = (q, k, v, log_decay, state)
+    alone = cases.forward_and_gradients(with_state, *inputs)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        watched = cases.forward_and_gradients(with_state, *inputs)
+    cases.assert_close(watched, alone, 0, "watched")
+    seen = {event.name for event in profile.events()}
+    assert {"lasp::enter", "lasp::attend", "lasp::attend_backward"} <= seen
+    seen.clear()
+
+    class Mode(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.add(function.name())
+            return function(*args, **(kwargs or {}))
+
+    with Mode():
+        watched = cases.forward_and_gradients(with_state, *inputs)
+    cases.assert_close(watched, alone, 0, "under a mode")
+    assert {"lasp::enter", "lasp::attend", "lasp::attend_backward"} <= seen

@@ -126,18 +126,25 @@ def test_labels_are_shifted_before_the_cut(prefix, ranks):
     assert torch.equal(whole.labels, whole.inputs + 1)
     borders = [13 * rank // ranks for rank in range(ranks + 1)]
     parts = [
-        read_batch(source, [1, 2], FakeShard(start, stop))
+        read_batch(source, [1, 2], FakeShard((start, stop)))
         for start, stop in zip(borders, borders[1:], strict=False)
     ]
     assert torch.equal(torch.cat([part.inputs for part in parts], 1), whole.inputs)
     assert torch.equal(torch.cat([part.labels for part in parts], 1), whole.labels)
 
 
-class FakeShard:
-    """Offsets, without the process group that a real shard of several needs."""
+def test_both_parts_of_a_zigzag_shard_are_shifted(prefix):
+    source = IndexedSource(prefix, 13, vocab_size=40)
+    part = read_batch(source, [1], FakeShard((2, 4), (9, 11)))
+    assert part.inputs.tolist() == [[15, 16, 22, 23]]
+    assert part.labels.tolist() == [[16, 17, 23, 24]]
 
-    def __init__(self, start, stop, total=None):
-        self.start, self.stop, self.total = start, stop, total
+
+class FakeShard:
+    """Ranges, without the process group that a real shard of several needs."""
+
+    def __init__(self, *ranges, total=None):
+        self.ranges, self.total = ranges, total
 
 
 def test_padding_is_ignored_as_a_label(prefix):
@@ -162,10 +169,12 @@ def test_documents_of_a_packed_sequence_cut_over_ranks(prefix):
     # A shard ends with a document, another begins inside one.
     parts = [
         read_batch(source, [0], FakeShard(*cut, total=15), varlen=True)
-        for cut in ((0, 10), (10, 11), (11, 15))
+        for cut in (((0, 10),), ((10, 11),), ((11, 15),), ((0, 10), (12, 15)))
     ]
-    assert [part.boundaries for part in parts] == [(0, 10, 13, 15)] * 3
-    assert torch.equal(torch.cat([part.labels for part in parts], dim=1), whole.labels)
+    assert [part.boundaries for part in parts] == [(0, 10, 13, 15)] * 4
+    assert torch.equal(torch.cat([part.labels for part in parts[:3]], dim=1), whole.labels)
+    there = [*range(10), *range(12, 15)]
+    assert torch.equal(parts[3].labels, whole.labels[:, there])
 
 
 def test_a_document_that_starts_at_a_samples_end_is_no_label_of_it(prefix):
