@@ -163,20 +163,27 @@ def format_estimate(config: Config, place: Place, shape: TNLConfig, memory: floa
     verdict = "fits in" if mine.fits(memory) else "does not fit in"
     lines.append(f"{verdict} {memory:g} GiB, of which {_RESERVE / _GIB:g} are for CUDA and NCCL")
     if not mine.fits(memory):
-        lines.append(advice(config, place, shape, memory))
+        lines.append(advice(config, place, shape, memory, by_mode))
     return "\n".join(lines)
 
 
-def advice(config: Config, place: Place, shape: TNLConfig, memory: float) -> str:
-    """One sentence: which numbers to change so that a rank fits in `memory` GiB."""
-    best = estimate(config, place, shape)
+def advice(
+    config: Config, place: Place, shape: TNLConfig, memory: float, by_mode: dict[str, Estimate]
+) -> str:
+    """One sentence: which numbers to change so that a rank fits in `memory` GiB.
+
+    Args:
+        by_mode: the estimate of this job in each mode of activation_checkpoint.
+    """
+    best = by_mode[config.activation_checkpoint.mode]
     changes: dict[str, Any] = {}
     for setting, values in _remedies(config, place.dims, best):
         for value in values:
             changed, there = _changed(config, place, setting, value)
             try:
                 check_layout(changed, there)
-                result = estimate(changed, there, shape)
+                known = by_mode.get(value) if setting == "activation_checkpoint.mode" else None
+                result = known or estimate(changed, there, shape)
             except (ConfigError, ValueError):
                 # A degree that the model or the batch does not divide by.
                 continue
@@ -295,6 +302,8 @@ def _peak(
     tokens = torch.zeros(config.training.local_batch_size, shard.length, dtype=torch.long)
     with _Alive() as alive:
         for parameter in model.parameters():
+            # Operators return views of it.
+            alive.add(parameter)
             parameter.grad = torch.zeros_like(parameter)
         before = alive.bytes
         loss = loss_model(tokens, tokens, shard, None)
@@ -336,11 +345,12 @@ class _Alive(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor):
-                self._add(_part(tensor))
+                self.add(tensor)
         return result
 
-    def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
+    def add(self, tensor: Tensor) -> None:
+        """Count a tensor, unless its memory is counted already."""
+        storage = _part(tensor).untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._storages:
             return

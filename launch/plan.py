@@ -187,7 +187,8 @@ def describe(config: Config, place: Place, model: TNLConfig, batch: Batching) ->
     """What a user should know before the first step."""
     training, dims = config.training, place.dims
     parameters = model.num_parameters()
-    pieces = cut_over(config, dims)
+    pieces = cut_over(config, dims) * dims.tp
+    logits = min(training.loss_chunk_size, training.seq_len) * model.vocab_size // dims.tp
     shards = f"{dims.cp} ranks ({config.parallelism.context_parallel_method})"
     dtype = autocast_dtype(config, place.device) or torch.float32
     shape = ", ".join(
@@ -206,8 +207,7 @@ def describe(config: Config, place: Place, model: TNLConfig, batch: Batching) ->
         "memory": (
             f"{16 * parameters / pieces / 2**30:.2f} GiB per rank for weights, gradients and "
             f"moments{f' cut over {pieces} ranks' if pieces > 1 else ''}, "
-            f"{4 * min(training.loss_chunk_size, training.seq_len) * model.vocab_size / 2**30:.2f} "
-            "GiB for a chunk of logits; activations come on top"
+            f"{4 * logits / 2**30:.2f} GiB for a chunk of logits; activations come on top"
         ),
         "data": "random tokens" if config.data.source == "random" else str(config.data_folder),
         "checkpoints": str(config.checkpoint_folder) if config.checkpoint.enable else "none",
