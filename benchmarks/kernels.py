@@ -26,6 +26,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import kernels_report
+import rivals
 import torch
 
 import lasp
@@ -34,19 +36,23 @@ RESULTS = Path(__file__).parent / "results"
 # (B, T, H, D, E) of the table, the plot's lengths among them.
 SHAPES = (
     (1, 131072, 16, 128, 128),
+    (1, 1048576, 16, 128, 128),
     (8, 2048, 32, 128, 128),
     (2, 8192, 32, 128, 128),
     (1, 32768, 32, 64, 64),
-    (1, 2048, 16, 128, 128),
-    (1, 1048576, 16, 128, 128),
     (1, 65536, 64, 128, 128),
     (1, 32768, 32, 96, 96),
+    (1, 2048, 16, 128, 128),
     (1, 131072, 16, 256, 128),
     (1, 32768, 16, 256, 256),
-    (1, 131071, 16, 128, 128),
     (1, 8192, 16, 128, 128),
     (1, 32768, 16, 128, 128),
+    (1, 131071, 16, 128, 128),
+    (1, 262144, 16, 128, 128),
+    (1, 524288, 16, 128, 128),
 )
+# (D, E) of the table of errors; each with every decay and dtype.
+ERROR_SIZES = ((32, 32), (64, 64), (96, 96), (128, 128), (256, 128), (256, 256))
 # Layers of a 24-layer TNL: strong decay, medium, next to none.
 LAYERS = {"first": 0, "middle": 12, "last": 23}
 
@@ -72,32 +78,17 @@ class Row:
 
 def implementations(shape, only: str | None) -> dict[str, Callable]:
     """name -> function(q, k, v, log_decay) -> o; rivals where they are installed."""
-    found = {"lasp": lambda q, k, v, g: lasp.lightning_attention(q, k, v, g)}
-    if only == "ours":
-        return found
-    try:
-        from fla.ops.simple_gla import chunk_simple_gla, fused_chunk_simple_gla
-    except ImportError as error:
-        print(f"fla-core is not here ({error}): its columns are left out.")
-        return found
-    found["fla chunk_simple_gla"] = lambda q, k, v, g: chunk_simple_gla(
-        q, k, v, g_gamma=g, scale=1.0
-    )[0]
-    if shape[3] <= 64:
-        # Beyond 64 it sums partial outputs in memory and falls behind the other by 2x and more.
-        found["fla fused_chunk_simple_gla"] = lambda q, k, v, g: fused_chunk_simple_gla(
-            q, k, v, g_gamma=g, scale=1.0
-        )[0]
-    return found
+    ours = {"lasp": lambda q, k, v, g: lasp.lightning_attention(q, k, v, g)}
+    return ours if only == "ours" else ours | rivals.find(shape)
 
 
-def make_inputs(shape, decay: str, seed=0):
-    """bfloat16 q, k, v, do on the GPU, and a TNL layer's decay."""
+def make_inputs(shape, decay: str, seed=0, dtype=torch.bfloat16):
+    """q, k, v, do on the GPU, and a TNL layer's decay."""
     B, T, H, D, E = shape
     generator = torch.Generator(device="cuda").manual_seed(seed)
 
     def normal(size, spread):
-        x = torch.randn(B, T, H, size, device="cuda", dtype=torch.bfloat16, generator=generator)
+        x = torch.randn(B, T, H, size, device="cuda", dtype=dtype, generator=generator)
         return x.mul_(spread)
 
     q, k, v, do = normal(D, 0.25), normal(D, 0.25), normal(E, 1.0), normal(E, 1.0)
@@ -154,11 +145,11 @@ def least_bytes(shape) -> tuple[int, int]:
     return per_token * (2 * D + 2 * E), per_token * (4 * D + 3 * E)
 
 
-def worst_error(function, shape, decay) -> float:
-    """Largest relative error of o, dq, dk, dv against float64, at a length the CPU can follow."""
+def worst_error(function, shape, decay, dtype=torch.bfloat16) -> float:
+    """Largest relative error of o, dq, dk, dv against float64, at a length it can follow."""
     B, T, H, D, E = shape
-    short = (1, min(T, 2048), min(H, 8), D, E)
-    q, k, v, do, log_decay = make_inputs(short, decay, seed=1)
+    short = (1, min(T, 2048), H, D, E)
+    q, k, v, do, log_decay = make_inputs(short, decay, seed=1, dtype=dtype)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     o = function(*leaves, log_decay)
     o.backward(do)
@@ -238,6 +229,53 @@ def measure_packed() -> dict:
     return result
 
 
+def measure_graph() -> dict:
+    """The launch-bound call under a CUDA graph: what is left without the host."""
+    q, k, v, do, log_decay = make_inputs((1, 2048, 16, 128, 128), "middle")
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def forward():
+        return lasp.lightning_attention(*leaves, log_decay)
+
+    def both():
+        return torch.autograd.grad(forward(), leaves, do)
+
+    result = {}
+    for name, function in (("forward_ms", forward), ("forward_backward_ms", both)):
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                function()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+        result[name] = call_ms(graph.replay)
+    return result
+
+
+def measure_errors(only: str | None) -> list[dict]:
+    """Errors of ours and of the first rival, on the same inputs, by size, decay and dtype."""
+    found = []
+    for size in ERROR_SIZES:
+        shape = (1, 2048, 8, *size)
+        functions = list(implementations(shape, only).items())[:2]
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for decay in LAYERS:
+                row = {"size": size, "dtype": str(dtype).removeprefix("torch."), "decay": decay}
+                for name, function in functions:
+                    with rivals.untuned():
+                        try:
+                            row[name] = worst_error(function, shape, decay, dtype)
+                        except Exception as error:
+                            if name == "lasp":
+                                raise
+                            row[name] = None
+                            print(f"{name} at {row}: {type(error).__name__}: {error}"[:200])
+                found.append(row)
+    return found
+
+
 def versions() -> dict:
     found = {}
     for package in ("torch", "triton", "fla-core"):
@@ -248,75 +286,12 @@ def versions() -> dict:
     return found
 
 
-def table(report: dict) -> str:
-    """The report as Markdown."""
-    lines = [
-        f"{report['device']}, copy {report['copy_bandwidth'] / 1e12:.2f} TB/s, "
-        + ", ".join(f"{k} {v}" for k, v in report["versions"].items() if v)
-        + f", {report['date']}. Times in ms, fraction of the copy roofline in brackets.",
-        "",
-        "| B, T, H, D, E | decay | implementation | forward | backward | extra memory (units) "
-        "| error |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in report["rows"]:
-        shape = ", ".join(map(str, row["shape"]))
-        head = f"| {shape} | {row['decay']} | {row['name']} "
-        if row["note"]:
-            lines.append(f"{head}| {row['note']} | | | |")
-            continue
-        lines.append(
-            f"{head}| {row['forward_ms']:.3f} ({row['forward_fraction']:.1%}) "
-            f"| {row['backward_ms']:.3f} ({row['backward_fraction']:.1%}) "
-            f"| {row['extra_units']:.1f} | {row['error']:.1e} |"
-        )
-        if row["forward_call_ms"]:
-            lines[-1] = lines[-1].replace("%) |", f"%), call {row['forward_call_ms']:.3f} |", 1)
-            calls = f"%), call {row['backward_call_ms']:.3f} | {row['extra_units']:.1f}"
-            lines[-1] = lines[-1].replace(f"%) | {row['extra_units']:.1f}", calls)
-    step, packed = report["step"], report["packed"]
-    lines += [
-        "",
-        f"Decoding step, B 64, H 32, d 128: {step['ms']:.4f} ms ({step['fraction']:.1%} of copy).",
-        f"Packed, {packed['documents']} documents in 131,072 tokens, against dense: forward "
-        f"{packed['packed']['forward_ms'] / packed['dense']['forward_ms']:.2f}x, backward "
-        f"{packed['packed']['backward_ms'] / packed['dense']['backward_ms']:.2f}x.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def plot(report: dict, path: Path) -> None:
-    """Time per token and fraction of the roofline over T, at B 1, H 16, d 128."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
-    rows = [r for r in report["rows"] if r["shape"][0] == 1 and r["shape"][2:] == [16, 128, 128]]
-    rows = [r for r in rows if r["decay"] == "middle" and not r["note"]]
-    for name in dict.fromkeys(r["name"] for r in rows):
-        mine = sorted((r for r in rows if r["name"] == name), key=lambda r: r["shape"][1])
-        lengths = [r["shape"][1] for r in mine]
-        both = [(r["forward_ms"] + r["backward_ms"]) * 1e6 / r["shape"][1] for r in mine]
-        axes[0].plot(lengths, both, marker="o", label=name)
-        axes[1].plot(lengths, [r["forward_fraction"] for r in mine], marker="o", label=name)
-    axes[0].set(ylabel="forward + backward, ns per token", yscale="log")
-    axes[1].set(ylabel="forward, fraction of copy roofline", ylim=(0, 1))
-    for axis in axes:
-        axis.set(xlabel="tokens", xscale="log")
-        axis.legend()
-        axis.grid(alpha=0.3)
-    figure.suptitle(f"{report['device']}: B 1, H 16, d 128, bfloat16")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--shapes", nargs="*", help="B,T,H,D or B,T,H,D,E; default: the table's")
     parser.add_argument("--decays", nargs="*", choices=LAYERS, default=["middle"])
     parser.add_argument("--only", choices=["ours"], help="leave the rivals out")
+    parser.add_argument("--no-errors", action="store_true", help="leave the table of errors out")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     return parser.parse_args()
 
@@ -327,6 +302,10 @@ def main() -> None:
     arguments = parse_arguments()
     shapes = [tuple(map(int, s.split(","))) for s in arguments.shapes or []] or SHAPES
     shapes = [s if len(s) == 5 else (*s, s[3]) for s in shapes]
+    if arguments.only != "ours":
+        if not rivals.find(shapes[0]):
+            print("fla-core is not installed: its rows are left out.")
+        rivals.compile_ahead(shapes)
     bandwidth = copy_bandwidth()
     report = {
         "device": torch.cuda.get_device_name(),
@@ -335,6 +314,8 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "step": measure_step(bandwidth),
         "packed": measure_packed(),
+        "graph": measure_graph(),
+        "errors": [],
         "rows": [],
     }
     for shape in shapes:
@@ -344,16 +325,12 @@ def main() -> None:
                 report["rows"].append(dataclasses.asdict(row) | {"shape": list(shape)})
                 print(json.dumps(report["rows"][-1]), flush=True)
         # After every shape: a run that is cut off keeps what it has measured.
-        write(report, arguments.out)
-    print(table(report))
-
-
-def write(report: dict, folder: Path) -> None:
-    """The report as JSON, as a table and as a plot."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "kernels.json").write_text(json.dumps(report, indent=1) + "\n")
-    (folder / "kernels.md").write_text(table(report))
-    plot(report, folder / "kernels.png")
+        kernels_report.write(report, arguments.out)
+    # Last: it leaves the rivals with variants that nobody tuned.
+    if not arguments.no_errors:
+        report["errors"] = measure_errors(arguments.only)
+        kernels_report.write(report, arguments.out)
+    print(kernels_report.table(report))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from lasp import decay
 from lasp.attention import lightning_attention, lightning_attention_step
 from lasp.ops import reference
 from lasp.shard import SequenceShard
+from lasp.softmax import softmax_attention
 
 __all__ = [
     "SequenceShard",
@@ -11,4 +12,5 @@ __all__ = [
     "lightning_attention",
     "lightning_attention_step",
     "reference",
+    "softmax_attention",
 ]

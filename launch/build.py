@@ -1,4 +1,4 @@
-"""From a config to the model of a rank: cut over tp, recomputing, then over the data ranks."""
+"""From a config to the model of a rank: cut over tp, recomputing, compiled, over data ranks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 from lasp.tnl import TNL, TNLConfig
 from launch.plan import autocast_dtype, data_parallel_engine
 from launch.step import LossModel
+from parallel.compile import compile_blocks
 from parallel.data import replicate, shard
 from parallel.mesh import sharding_mesh
 from parallel.recompute import recompute
@@ -34,7 +35,13 @@ def build_model(config: Config, world: World, shape: TNLConfig) -> LossModel:
         tensor_parallel(model, world.mesh["tp"], shard_sequence=by_tokens)
     wanted = config.activation_checkpoint
     recompute(model.blocks, wanted.mode, offload=wanted.offload)
-    return LossModel(model, config.training.loss_chunk_size, autocast_dtype(config, world.device))
+    compiled = config.compile.enable
+    if compiled is None:
+        compiled = world.device.type == "cuda"
+    if compiled:
+        compile_blocks(model.blocks)
+    dtype = autocast_dtype(config, world.device)
+    return LossModel(model, config.training.loss_chunk_size, dtype, compiled)
 
 
 def over_ranks(loss_model: LossModel, config: Config, world: World) -> nn.Module:
@@ -43,13 +50,12 @@ def over_ranks(loss_model: LossModel, config: Config, world: World) -> nn.Module
     engine = data_parallel_engine(config, world.dims)
     if engine == "fsdp":
         blocks = loss_model.model.blocks
-        mixers = [block.token_mixer for block in blocks]
         return shard(
             loss_model,
             sharding_mesh(world.mesh),
             blocks=blocks,
             # Angles need float32 rates, in a forward in bfloat16 too.
-            exact=[mixer.lrpe for mixer in mixers if mixer.lrpe is not None],
+            exact=[block for block in blocks if block.token_mixer.lrpe is not None],
             param_dtype=autocast_dtype(config, world.device),
             reduce_dtype=reduce_dtype,
             reshard_after_forward=config.parallelism.fsdp_reshard_after_forward == "always",

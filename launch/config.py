@@ -65,6 +65,11 @@ class Model:
     num_layers: int | None = None
     num_heads: int | None = None
     glu_dim: int | None = None
+    layer_types: str | None = None
+    """L: linear attention, S: softmax attention, from the first layer on; repeated until there are
+    num_layers. LLLLLLLS is a hybrid, S a transformer of the same shape."""
+    num_key_value_heads: int | None = None
+    """Heads of keys and values in softmax layers."""
 
 
 @dataclass(kw_only=True)
@@ -92,10 +97,11 @@ class Training:
     seed: int = 0
     """Of the initial weights and the sample order."""
     mixed_precision_param: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Dtype of the matmuls; weights stay float32. auto: bfloat16 on a GPU, float32 on a CPU."""
+    """Dtype of matmuls and activations; weights stay float32. auto: bfloat16 on a GPU, float32 on
+    a CPU."""
     mixed_precision_reduce: Literal["float32", "bfloat16"] = "float32"
     """Dtype of gradients on the wire."""
-    loss_chunk_size: int = 2048
+    loss_chunk_size: int = 8192
     """Tokens whose logits exist at the same time."""
     max_nonfinite_steps: int = 3
     """Stop when this many tries of a step in a row give NaN or infinite loss or gradients."""
@@ -176,6 +182,13 @@ class ActivationCheckpoint:
 
 
 @dataclass(kw_only=True)
+class Compile:
+    enable: bool | None = None
+    """Compile blocks and loss with torch.compile, which takes 10 to 60 seconds at the first step.
+    None: on a GPU."""
+
+
+@dataclass(kw_only=True)
 class Metrics:
     log_freq: int = 1
     """Steps between lines."""
@@ -236,6 +249,7 @@ class Config:
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    compile: Compile = field(default_factory=Compile)
     metrics: Metrics = field(default_factory=Metrics)
     validation: Validation = field(default_factory=Validation)
     sample: Sample = field(default_factory=Sample)

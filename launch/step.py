@@ -19,6 +19,7 @@ from launch.plan import Batching
 from launch.saving import PendingSave
 from launch.tokenizer import Tokenizer
 from launch.world import World
+from parallel.compile import eagerly
 from parallel.data import accumulate, reshard
 from parallel.loss import chunked_cross_entropy
 from parallel.mesh import whole
@@ -29,11 +30,14 @@ __all__ = ["LossModel", "Outcome", "Run", "step_indices", "take_step", "validate
 class LossModel(nn.Module):
     """The model with its loss, so that data parallelism sees one forward."""
 
-    def __init__(self, model: TNL, chunk_size: int, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, model: TNL, chunk_size: int, dtype: torch.dtype | None, compiled: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self._chunk_size = chunk_size
         self._dtype = dtype
+        self._compiled = compiled
 
     def forward(
         self,
@@ -55,6 +59,7 @@ class LossModel(nn.Module):
                 labels,
                 ignore_index=IGNORE,
                 chunk_size=self._chunk_size,
+                compiled=self._compiled,
             )
 
 
@@ -141,7 +146,8 @@ def take_step(run: Run, stop_requested: bool) -> Outcome:
     through = run.pending is not None and not writing
     if nonfinite:
         return Outcome(None, grad_norm, bool(stop), through)
-    if config.training.max_norm > 0:
+    # (A norm below the limit would be multiplied by one.)
+    if 0 < config.training.max_norm < grad_norm:
         torch.nn.utils.clip_grads_with_norm_(run.model.parameters(), config.training.max_norm, norm)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(run.step, config)
@@ -236,7 +242,8 @@ def validate(run: Run) -> float:
     # Where weights are gathered for a forward, every rank must come to every forward.
     for _ in range(len(batches), -(-count // (local * dp))):
         batches.append(nothing_to_predict(run, source))
-    loss_sum = sum(run.loss_model(*on_device(run, batch)).item() for batch in batches)
+    with eagerly(run.model.blocks):
+        loss_sum = sum(run.loss_model(*on_device(run, batch)).item() for batch in batches)
     reshard(run.loss_model)
     valid = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
     counted = loss_sum * world.counts, valid * world.counts

@@ -68,6 +68,7 @@ from launch.saving import find_checkpoint, finish_save, resume, start_save
 from launch.step import Outcome, Run, step_indices, take_step, validate
 from launch.tokenizer import ByteTokenizer, Tokenizer
 from launch.world import Place, World, find_place, open_world
+from parallel.compile import eagerly
 from parallel.mesh import whole
 
 _DISK_FAILED = 74
@@ -233,7 +234,10 @@ def take_steps(run: Run, log: MetricsLog | None, stop_requested: list[int]) -> i
     steps = config.training.steps
     speed = Speedometer(
         run.batching.tokens_per_step,
-        run.model.config.flops_per_token(training=True),
+        # Documents are of many lengths: what softmax layers spend on them is left out.
+        run.model.config.flops_per_token(
+            training=True, seq_len=None if config.training.varlen else config.training.seq_len
+        ),
         world.dims.world_size,
         peak_flops(world.device),
     )
@@ -348,15 +352,16 @@ def print_sample(run: Run) -> None:
     model = whole_model(run)
     if model is None:
         return
-    text = sample_text(
-        model,
-        run.tokenizer,
-        wanted.prompt,
-        max_new_tokens=wanted.max_new_tokens,
-        temperature=wanted.temperature,
-        top_k=wanted.top_k,
-        seed=run.config.training.seed,
-    )
+    with eagerly(model.blocks):
+        text = sample_text(
+            model,
+            run.tokenizer,
+            wanted.prompt,
+            max_new_tokens=wanted.max_new_tokens,
+            temperature=wanted.temperature,
+            top_k=wanted.top_k,
+            seed=run.config.training.seed,
+        )
     print(f"sample of step {run.step}:\n{text}", flush=True)
 
 

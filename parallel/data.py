@@ -79,7 +79,8 @@ def shard(
         mesh: see `parallel.mesh.sharding_mesh`; of two dimensions, the first replicates.
         blocks: submodules that are gathered one at a time. What is outside them (embedding and
             head) stays gathered from its first use to the end of the backward, in its own dtype.
-        exact: submodules whose weights are gathered in their own dtype too, whatever param_dtype.
+        exact: those of the blocks that are gathered in their weights' own dtype. (A submodule that
+            is gathered by itself would break the graph of a compiled block.)
         param_dtype: dtype in which a block's weights are gathered; None: their own.
         reduce_dtype: dtype of the gradients on the wire.
         reshard_after_forward: drop a block's gathered weights after its forward and gather them
@@ -88,12 +89,13 @@ def shard(
     own_dtype = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
     # Inputs keep their dtype: the residual stream is the model's business.
     compute = MixedPrecisionPolicy(param_dtype, reduce_dtype, cast_forward_inputs=False)
-    for each in exact:
-        # A few kilobytes: a recomputed forward finds them and need not gather them again.
-        fully_shard(each, mesh=mesh, mp_policy=own_dtype, reshard_after_forward=False)
+    kept = {id(block) for block in exact}
     for block in blocks:
         fully_shard(
-            block, mesh=mesh, mp_policy=compute, reshard_after_forward=reshard_after_forward
+            block,
+            mesh=mesh,
+            mp_policy=own_dtype if id(block) in kept else compute,
+            reshard_after_forward=reshard_after_forward,
         )
     fully_shard(module, mesh=mesh, mp_policy=own_dtype, reshard_after_forward=False)
     for each in module.modules():

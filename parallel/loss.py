@@ -14,6 +14,8 @@ autograd function), C tokens of a chunk.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -30,6 +32,7 @@ def chunked_cross_entropy(
     *,
     ignore_index: int = -100,
     chunk_size: int = 2048,
+    compiled: bool = False,
 ) -> Tensor:
     """Sum over tokens of -log softmax(hidden @ weight^T)[label], a float32 scalar.
 
@@ -45,6 +48,8 @@ def chunked_cross_entropy(
             hidden state t.
         ignore_index: labels that count for nothing.
         chunk_size: tokens whose logits exist at the same time.
+        compiled: pass over the logits with kernels made by torch.compile: two passes, and no copy
+            of them in float32.
 
     Raises:
         ValueError: shapes that do not fit together, a head that is cut in another way, or
@@ -76,6 +81,7 @@ def chunked_cross_entropy(
         dtype,
         with_gradients,
         group,
+        compiled,
     )
 
 
@@ -93,9 +99,19 @@ def _own_words(weight: DTensor) -> tuple[Tensor, ProcessGroup]:
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden_ND, weight_VD, labels_N, ignore_index, chunk_size, dtype, with_gradients, group
+        ctx,
+        hidden_ND,
+        weight_VD,
+        labels_N,
+        ignore_index,
+        chunk_size,
+        dtype,
+        with_gradients,
+        group,
+        compiled,
     ):
         first_word = 0 if group is None else group.rank() * weight_VD.shape[0]
+        log_norm_and_label, softmax_minus_one_hot = _passes(compiled)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             weight = weight_VD.to(dtype)
             wide = torch.promote_types(dtype, torch.float32)
@@ -111,23 +127,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 here_C1 = valid_C1
                 if group is not None:
                     here_C1 = valid_C1 & (labels_C1 >= 0) & (labels_C1 < weight.shape[0])
-                labels_C1 = labels_C1.masked_fill(~here_C1, 0)
-                logits_CV = (hidden_CD @ weight.T).to(wide)
-                log_norm_C1 = torch.logsumexp(logits_CV, 1, keepdim=True)
-                label_C1 = logits_CV.gather(1, labels_C1)
+                # -1 is no word: it matches none.
+                labels_C1 = labels_C1.masked_fill(~here_C1, -1)
+                logits_CV = hidden_CD @ weight.T
+                log_norm_C1, label_C1 = log_norm_and_label(logits_CV, labels_C1)
                 if group is not None:
                     # A label that is no rank's stays at -inf: its loss is infinite, not wrong.
                     label_C1 = label_C1.masked_fill(~here_C1, -torch.inf)
                     log_norm_C1, label_C1 = _over_ranks(log_norm_C1, label_C1, group)
-                loss_C1 = log_norm_C1 - label_C1
-                total += loss_C1.masked_fill(~valid_C1, 0).sum()
+                total += (log_norm_C1 - label_C1).masked_fill(~valid_C1, 0).sum()
                 if not with_gradients:
                     continue
-                # In place: the logits become softmax - one_hot, zero where the label is ignored.
-                # (masked_fill, not a product: an ignored token may hold inf, and inf * 0 is NaN.)
-                grad_CV = logits_CV.sub_(log_norm_C1).exp_()
-                grad_CV.scatter_add_(1, labels_C1, -here_C1.to(wide))
-                grad_CV = grad_CV.masked_fill_(~valid_C1, 0).to(dtype)
+                grad_CV = softmax_minus_one_hot(logits_CV, log_norm_C1, labels_C1, valid_C1)
                 grad_hidden[chunk] = grad_CV @ weight
                 if group is not None:
                     # Summed over the words of all ranks, under the next chunk's matmuls.
@@ -146,7 +157,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wanted_hidden, wanted_weight = ctx.needs_input_grad[:2]
         scaled_hidden = grad_hidden * grad_total.to(grad_hidden.dtype) if wanted_hidden else None
         scaled_weight = grad_weight * grad_total.to(grad_weight.dtype) if wanted_weight else None
-        return scaled_hidden, scaled_weight, None, None, None, None, None, None
+        return scaled_hidden, scaled_weight, None, None, None, None, None, None, None
 
 
 def _over_ranks(
@@ -158,3 +169,27 @@ def _over_ranks(
     dist.all_gather(everyone, mine_C2, group=group)
     norms_RC1, labels_RC1 = torch.stack(everyone).split(1, dim=2)
     return torch.logsumexp(norms_RC1, 0), labels_RC1.amax(0)
+
+
+def _log_norm_and_label(logits_CV: Tensor, labels_C1: Tensor) -> tuple[Tensor, Tensor]:
+    """log(sum(exp(logits))) and the label's logit, [C, 1] in float32 at least."""
+    wide = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+    return torch.logsumexp(wide, 1, keepdim=True), wide.gather(1, labels_C1.clamp_min(0))
+
+
+def _softmax_minus_one_hot(
+    logits_CV: Tensor, log_norm_C1: Tensor, labels_C1: Tensor, valid_C1: Tensor
+) -> Tensor:
+    """The gradient of a chunk's loss in its logits, which it may overwrite; zero where a label is
+    ignored, whatever the logits are (inf * 0 would be NaN)."""
+    grad_CV = logits_CV.to(log_norm_C1.dtype).sub_(log_norm_C1).exp_()
+    # A comparison and not a scatter, which would stand between two fused kernels.
+    words_V = torch.arange(logits_CV.shape[1], device=logits_CV.device)
+    grad_CV.add_(words_V == labels_C1, alpha=-1)
+    return grad_CV.masked_fill_(~valid_C1, 0).to(logits_CV.dtype)
+
+
+@functools.cache
+def _passes(compiled: bool):
+    passes = _log_norm_and_label, _softmax_minus_one_hot
+    return tuple(map(torch.compile, passes)) if compiled else passes

@@ -8,6 +8,7 @@ d x d state per head) is kept, so that the recomputation finds it and stays on i
 from __future__ import annotations
 
 import functools
+import types
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -20,18 +21,17 @@ from torch.utils.checkpoint import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor, nn
 
 __all__ = ["HostMemory", "checkpointed", "recompute"]
 
-# By name and not by object, so that this module needs no import of the operator.
-_EXCHANGES = ("lasp::enter",)
+# By name and not by object, so that this module needs no import of the operators.
+_EXCHANGES = ("lasp::enter", "lasp::softmax_attend")
 # What takes long to compute for its size: products and attention. The rest of a block, norms, gates
 # and activations, is as large again and cheap.
 _EXPENSIVE = ("lasp::attend", "aten::mm", "aten::addmm", "aten::bmm")
-_KEPT = {"full": _EXCHANGES, "selective": (*_EXCHANGES, *_EXPENSIVE)}
 
 
 def recompute(blocks: Sequence[nn.Module], mode: str, *, offload: bool = False) -> None:
@@ -58,33 +58,50 @@ def checkpointed(
     block: nn.Module, mode: str = "full", host: HostMemory | None = None, *, stay: bool = False
 ) -> nn.Module:
     """`recompute` for one block; its input goes to `host`, unless it is to stay on its device."""
-    if mode not in _KEPT:
+    if mode not in _POLICIES:
         raise ValueError(f"mode is {mode!r}: it must be none, full or selective.")
-    forward = functools.partial(
-        checkpoint,
-        block.forward,
-        use_reentrant=False,
-        context_fn=functools.partial(
-            create_selective_checkpoint_contexts, functools.partial(_policy, _KEPT[mode])
-        ),
-        # Blocks draw no random numbers.
-        preserve_rng_state=False,
-    )
-    block.forward = forward if host is None else functools.partial(_hosted, host, stay, forward)
+    policy = _POLICIES[mode]
+
+    # A function of this module and not a partial of torch's: torch.compile looks into the former.
+    def recomputing(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(
+            type(self).forward,
+            self,
+            *args,
+            use_reentrant=False,
+            context_fn=functools.partial(create_selective_checkpoint_contexts, policy),
+            # Blocks draw no random numbers.
+            preserve_rng_state=False,
+            **kwargs,
+        )
+
+    # Streams and hooks are not for the compiler; what they stand around is.
+    @torch.compiler.disable(recursive=False)
+    def hosted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # `checkpoint` saves its inputs as autograd does, so hooks around it see them, and nothing
+        # else: what happens inside belongs to its own hooks.
+        with saved_tensors_hooks(functools.partial(host.store, stay=stay), host.load):
+            return recomputing(self, *args, **kwargs)
+
+    block.forward = types.MethodType(recomputing if host is None else hosted, block)
     return block
 
 
-def _policy(kept: tuple[str, ...], context: Any, op: Any, *args: Any, **kw: Any):
-    if op.name().split(".")[0] in kept:
+def _keep_exchanges(context: Any, op: Any, *args: Any, **kw: Any) -> CheckpointPolicy:
+    return _keep(op, _EXCHANGES)
+
+
+def _keep_expensive(context: Any, op: Any, *args: Any, **kw: Any) -> CheckpointPolicy:
+    return _keep(op, _EXCHANGES + _EXPENSIVE)
+
+
+def _keep(op: Any, names: tuple[str, ...]) -> CheckpointPolicy:
+    if op.name().split(".")[0] in names:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _hosted(host: HostMemory, stay: bool, forward: Callable, *args: Any, **kwargs: Any) -> Any:
-    # `checkpoint` saves its inputs as autograd does, so hooks around it see them, and nothing else:
-    # what happens inside belongs to its own hooks.
-    with saved_tensors_hooks(functools.partial(host.store, stay=stay), host.load):
-        return forward(*args, **kwargs)
+_POLICIES = {"full": _keep_exchanges, "selective": _keep_expensive}
 
 
 class HostMemory:

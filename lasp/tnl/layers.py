@@ -17,6 +17,7 @@ from lasp.shard import SequenceShard
 from lasp.tnl.config import TNLConfig
 from lasp.tnl.lrpe import LRPE
 from lasp.tnl.norm import SRMSNorm
+from lasp.tnl.softmax import SoftmaxAttention
 
 __all__ = ["SGLU", "GatedLinearAttention", "TNLBlock"]
 
@@ -42,7 +43,7 @@ class GatedLinearAttention(nn.Module):
         self.head_dim = config.head_dim
         self.heads = slice(0, config.num_heads)
         self.qkvu_proj = nn.Linear(config.dim, 4 * config.dim, bias=False)
-        uses_lrpe = layer in config.lrpe_layers
+        uses_lrpe = config.uses_lrpe(layer)
         self.lrpe = LRPE(config.num_heads, config.head_dim) if uses_lrpe else None
         self.norm = SRMSNorm(config.dim, config.norm_eps)
         self.out_proj = nn.Linear(config.dim, config.dim, bias=False)
@@ -143,12 +144,17 @@ class SGLU(nn.Module):
 
 
 class TNLBlock(nn.Module):
-    """x + GLA(norm(x)), then x + SGLU(norm(x)). Arguments and results are the token mixer's."""
+    """x + mixer(norm(x)), then x + SGLU(norm(x)). Arguments and results are the token mixer's:
+    linear attention, or softmax attention in a hybrid's softmax layers."""
 
     def __init__(self, config: TNLConfig, layer: int) -> None:
         super().__init__()
         self.token_norm = SRMSNorm(config.dim, config.norm_eps)
-        self.token_mixer = GatedLinearAttention(config, layer)
+        self.token_mixer = (
+            SoftmaxAttention(config)
+            if config.is_softmax(layer)
+            else GatedLinearAttention(config, layer)
+        )
         self.channel_norm = SRMSNorm(config.dim, config.norm_eps)
         self.channel_mixer = SGLU(config)
 

@@ -24,10 +24,12 @@ __all__ = ["TNL", "TNLState"]
 
 @dataclass
 class TNLState:
-    """All a TNL remembers of the tokens it has read: constant in size, whatever their number.
+    """All a TNL remembers of the tokens it has read: constant in size, whatever their number, but
+    for a hybrid's softmax layers.
 
     Attributes:
-        layers: one [N, H, K, D] float32 per layer.
+        layers: one per layer: [N, H, K, D] float32 of a linear one, keys and values [2, B, tokens,
+            heads of keys, D] of a softmax one.
         position: tokens read; where the next one's LRPE angle continues.
     """
 
@@ -100,6 +102,9 @@ class TNL(nn.Module):
             ValueError: shapes that do not fit each other, the shard or the config.
         """
         shard = self._check(tokens, shard, states, padding_mask)
+        if self.config.num_softmax_layers:
+            with_states = states is not None or return_states
+            _refuse_in_hybrid(padding_mask is not None, cu_seqlens is not None and with_states)
         position = shard.start + (0 if states is None else states.position)
         entering = [None] * len(self.blocks)
         if states is not None and shard.is_first:
@@ -110,6 +115,10 @@ class TNL(nn.Module):
         x = self.embedding(tokens)
         if self.config.scale_embedding:
             x = x * math.sqrt(self.config.dim)
+        if torch.is_autocast_enabled(x.device.type):
+            # The residual stream in the dtype of the products, as it is in a model of that dtype:
+            # every norm and every saved input of a block moves half the bytes.
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         leaving = []
         for block, state in zip(self.blocks, entering, strict=True):
             x, state = block(x, shard, position, state, return_states, padding_mask, cu_seqlens)
@@ -145,4 +154,26 @@ class TNL(nn.Module):
                 f"states has {len(states.layers)} layers and this model {len(self.blocks)}: "
                 "pass the states that this model returned."
             )
+        # Over ranks the operator compares lengths, and raises on all of them.
+        if states is not None and shard.group is None:
+            for layer, state in enumerate(states.layers):
+                if self.config.is_softmax(layer) and state.shape[2] != states.position:
+                    raise ValueError(
+                        f"states.position is {states.position}, but layer {layer} remembers "
+                        f"{state.shape[2]} tokens: pass the states that this model returned."
+                    )
         return shard
+
+
+def _refuse_in_hybrid(padding: bool, packed_with_states: bool) -> None:
+    if padding:
+        raise ValueError(
+            "padding_mask is given, but softmax layers know no padding: pass sequences of one "
+            "length (generate from prompts of different lengths one by one), or pack them with "
+            "cu_seqlens."
+        )
+    if packed_with_states:
+        raise ValueError(
+            "cu_seqlens together with states, but softmax layers keep the past of a whole row, not "
+            "of each document: pass documents as rows."
+        )

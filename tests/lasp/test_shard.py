@@ -1,9 +1,11 @@
 """Which tokens a rank owns."""
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from lasp import SequenceShard
+from lasp import shard as shards
 
 
 def test_whole():
@@ -40,3 +42,85 @@ def test_offsets_outside_the_sequence(start, stop):
 def test_a_part_needs_a_group():
     with pytest.raises(ValueError, match="tokens 0..5 of 10 are a part.*pass the process group"):
         SequenceShard(0, 5, 10)
+
+
+def parts(group, total, layout):
+    shard = SequenceShard.split(total, group, layout=layout)
+    x = torch.arange(2 * total).reshape(2, total)
+    assert torch.equal(shard.take(x)[0], shard.positions())
+    assert shard.take(x.t(), dim=0).shape[0] == shard.length
+    return shard.ranges, shard.take(x), shard.is_first, shard.is_last
+
+
+@pytest.mark.parametrize("total, size", [(16, 2), (10, 3), (2, 4), (0, 2), (24, 4)])
+def test_zigzag_mirrors_the_sequence(pool, total, size):
+    results = pool.run(parts, total, "zigzag", size=size)
+    for rank, (ranges, _, first, last) in enumerate(results):
+        (start, stop), (mirrored_start, mirrored_stop) = ranges
+        assert (mirrored_start, mirrored_stop) == (total - stop, total - start)
+        assert ranges == shards.token_ranges(total, size, rank, "zigzag")
+        assert first == last == (rank == 0)
+    order = shards.token_order(total, size, "zigzag")
+    joined = torch.cat([of_rank for _, of_rank, *_ in results], dim=1)
+    x = torch.arange(2 * total).reshape(2, total)
+    assert torch.equal(joined, x[:, order])
+    assert torch.equal(joined[:, order.argsort()], x)
+
+
+def test_even_zigzag_is_that_of_softmax_context_parallelism():
+    # Rank r of P: chunks r and 2P-1-r of 2P.
+    assert shards.token_order(8, 2, "zigzag").tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
+    assert shards.places(1, 4, "zigzag") == (1, 6)
+    assert shards.place_borders((4, 2, 0), "zigzag") == (0, 2, 3, 3, 3, 4, 6)
+    assert shards.place_borders((4, 1, 0)) == (0, 4, 5, 5)
+
+
+def moved(group, total):
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    x = torch.arange(6.0 * total, dtype=torch.float64).reshape(2, total, 3)
+    contiguous, zigzag = (
+        SequenceShard.split(total, group, layout=layout).take(x) for layout in shards.LAYOUTS
+    )
+    contiguous = contiguous.clone().requires_grad_()
+    there = shards.to_zigzag(contiguous, group)
+    assert torch.equal(there, zigzag)
+    assert torch.equal(shards.to_contiguous(there, group), contiguous)
+    assert torch.equal(
+        shards.to_zigzag(contiguous.transpose(0, 1), group, dim=0).transpose(0, 1), zigzag
+    )
+    # The gradient of a token goes back to where the token came from.
+    (there * zigzag).sum().backward()
+    assert torch.equal(contiguous.grad, contiguous)
+    return rank, size
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_tensors_move_between_layouts(pool, size):
+    assert pool.run(moved, 4 * size, size=size) == [(rank, size) for rank in range(size)]
+
+
+def test_what_zigzag_cannot_cut():
+    with pytest.raises(ValueError, match="cut of 7 tokens.*even.*Pad"):
+        shards.split_lengths(7, 2, "zigzag")
+    with pytest.raises(ValueError, match="holds 3 tokens in zigzag"):
+        shards.place_borders((4, 3), "zigzag")
+    with pytest.raises(ValueError, match="layout is 'spiral': choose one of contiguous, zigzag"):
+        shards.places(0, 2, "spiral")
+    with pytest.raises(ValueError, match="has 3 tokens.*must be even"):
+        shards.to_zigzag(torch.zeros(1, 3), None)
+    with pytest.raises(ValueError, match="first half.*got 2..6 of 8"):
+        SequenceShard(2, 6, 8, layout="zigzag")
+    with pytest.raises(ValueError, match="two ranges and no slice"):
+        SequenceShard(0, 4, 8, layout="zigzag").token_slice  # noqa: B018
+    with pytest.raises(ValueError, match="x has 5 entries along dimension 1, the sequence 8"):
+        SequenceShard.whole(8).take(torch.zeros(1, 5))
+
+
+def lengths(group):
+    return SequenceShard.split(23, group).lengths
+
+
+def test_an_even_cut_knows_all_lengths(pool):
+    assert pool.run(lengths, size=3) == [(8, 8, 7)] * 3
+    with pytest.raises(ValueError, match=r"\[3, 4\] sum up to 7, not to the total of 8"):
+        SequenceShard(0, 8, 8, lengths=(3, 4))

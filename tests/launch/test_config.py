@@ -42,6 +42,7 @@ def test_command_line_beats_file_beats_default(toml):
         (["--sp_size", "4"], "parallelism", "context_parallel_degree", 4),
         (["--validation.no-enable"], "validation", "enable", False),
         (["--job.dry_run"], "job", "dry_run", True),
+        (["--compile.enable", "False"], "compile", "enable", False),
         (["--lr_scheduler.decay_ratio", "0.5"], "lr_scheduler", "decay_ratio", 0.5),
     ],
 )

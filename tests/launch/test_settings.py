@@ -70,10 +70,26 @@ def test_mixed_precision_is_what_the_model_sees(tmp_path, data, wanted):
     assert {p.dtype for p in run.model.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize(("enable", "wanted"), [(None, False), (False, False), (True, True)])
+def test_compile_enable_compiles_blocks_and_loss(tmp_path, data, enable, wanted):
+    flag = {} if enable is None else {"compile__enable": enable}
+    run = make_run(tmp_path, data, **flag)
+    assert all((block._compiled_call_impl is not None) == wanted for block in run.model.blocks)
+    assert run.loss_model._compiled == wanted
+
+
+def test_a_norm_below_the_limit_leaves_gradients_alone(tmp_path, data, monkeypatch):
+    calls = record_calls(monkeypatch, torch.nn.utils, "clip_grads_with_norm_")
+    take_step(make_run(tmp_path, data, training__max_norm=1e6), False)
+    assert not calls
+    take_step(make_run(tmp_path / "other", data, training__max_norm=1e-3), False)
+    assert len(calls) == 1
+
+
 def test_the_loss_gets_its_chunk_size_and_what_to_ignore(tmp_path, data, monkeypatch):
     calls = record_calls(monkeypatch, step, "chunked_cross_entropy")
     take_step(make_run(tmp_path, data, training__loss_chunk_size=17), False)
-    assert calls == [{"ignore_index": IGNORE, "chunk_size": 17}] * 4
+    assert calls == [{"ignore_index": IGNORE, "chunk_size": 17, "compiled": False}] * 4
 
 
 def test_recomputation_is_asked_for_as_configured(tmp_path, data, monkeypatch):

@@ -6,11 +6,12 @@ import os
 import random
 import signal
 import sys
+import time
 
 import pytest
 import torch
 
-from launch import generate, random_state, train
+from launch import generate, random_state, saving, train
 from launch.checkpoint import CheckpointStore, verify
 from launch.errors import REQUEUE, TERMINATED
 from launch.tokenizer import ByteTokenizer
@@ -358,6 +359,35 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, data, monkeypa
     assert run_here(tmp_path / "out", data, checkpoint__interval=3) == 0
     assert "checkpoint 1 not written" in capsys.readouterr().out
     assert CheckpointStore(tmp_path / "out" / "checkpoint").steps() == [6, STEPS]
+
+
+def test_checkpoints_in_the_background_change_nothing(undisturbed, tmp_path, data, capsys):
+    folder = tmp_path / "out"
+    wanted = dict(checkpoint__async_mode="async", checkpoint__interval=2)
+    assert run_here(folder, data, **wanted) == 0
+    output = capsys.readouterr().out
+    assert losses(folder) == losses(undisturbed)
+    assert CheckpointStore(folder / "checkpoint", 9).steps() == [4, 6, STEPS]
+    # The last one is waited for; each of the others is written while training goes on.
+    assert output.count("s, writing") == STEPS // 2 - 1
+    assert output.count("checkpoint: ") == STEPS // 2
+    assert same(weights(folder, STEPS), weights(undisturbed, STEPS))
+
+
+def test_a_run_that_fails_keeps_the_checkpoint_that_was_being_written(tmp_path, data, monkeypatch):
+    def slow_disk(run):
+        write = saving.write_pieces
+        monkeypatch.setattr(saving, "write_pieces", lambda *a: time.sleep(0.3) or write(*a))
+
+    def poison(run):
+        forward = run.trained.forward
+        run.trained.forward = lambda *args: forward(*args) * float("nan")
+
+    at_step(monkeypatch, 1, slow_disk)
+    at_step(monkeypatch, 2, poison)
+    wanted = dict(checkpoint__async_mode="async", checkpoint__interval=2)
+    assert run_here(tmp_path, data, training__max_nonfinite_steps=1, **wanted) == 72
+    assert CheckpointStore(tmp_path / "checkpoint").find("must")[0].step == 2
 
 
 def test_only_the_latest_checkpoints_are_kept(tmp_path, data):

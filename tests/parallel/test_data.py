@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import lasp
 from lasp import SequenceShard
 from lasp.tnl import TNL, TNLConfig
 from parallel.data import accumulate, replicate, reshard, shard
@@ -120,9 +121,7 @@ def cut_over_ranks(group, degrees, options, mode, wanted):
     alone, cut = WithLoss(), WithLoss()
     blocks = cut.model.blocks
     recompute(blocks, mode)
-    mixers = [block.token_mixer for block in blocks]
-    exact = [mixer.lrpe for mixer in mixers if mixer.lrpe is not None]
-    shard(cut, sharding_mesh(mesh), blocks=blocks, exact=exact, **options)
+    shard(cut, sharding_mesh(mesh), blocks=blocks, exact=[blocks[0], blocks[2]], **options)
     tokens = torch.randint(65, (MICRO * dims.dp, LENGTH + 1))
     inputs, labels = tokens[:, :-1], tokens[:, 1:]
     alone(inputs, labels, SequenceShard.whole(LENGTH)).backward()
@@ -144,8 +143,8 @@ def cut_over_ranks(group, degrees, options, mode, wanted):
     return max(errors), seen.calls, seen.dtypes, held / sum(p.numel() for p in alone.parameters())
 
 
-# Units that are gathered and reduced: three blocks, two LRPE, embedding with head.
-UNITS, BLOCKS = 6, 3
+# Units that are gathered and reduced: the blocks, and embedding with head.
+UNITS, BLOCKS = 4, 3
 LAYOUTS = {
     "fsdp": ({"dp_shard": 4}, {}, "none", {}),
     "fsdp, cp, recomputed": ({"dp_shard": 2, "cp": 2}, {}, "full", {}),
@@ -182,7 +181,7 @@ def test_cut_weights_get_the_gradients_of_one_process(pool, name):
 
 
 def in_bfloat16(group):
-    """Dtypes inside a block and of weights, and the error of gradients."""
+    """Dtypes of weights in the forward, of what is kept, of what is reduced; error of gradients."""
     mesh = build_mesh(ParallelDims.resolve(4, dp_shard=4), "cpu")
     alone, cut = WithLoss(), WithLoss()
     blocks = cut.model.blocks
@@ -190,14 +189,14 @@ def in_bfloat16(group):
         cut,
         sharding_mesh(mesh),
         blocks=blocks,
-        exact=[blocks[0].token_mixer.lrpe, blocks[2].token_mixer.lrpe],
+        exact=[blocks[0], blocks[2]],
         param_dtype=torch.bfloat16,
     )
-    seen = set()
-    mixer = blocks[0].token_mixer
-    mixer.register_forward_hook(
-        lambda *_: seen.update([mixer.qkvu_proj.weight.dtype, mixer.lrpe.theta.dtype])
-    )
+    seen = []
+    for block in blocks:
+        block.token_mixer.register_forward_hook(
+            lambda mixer, *_: seen.append({p.dtype for p in mixer.parameters()})
+        )
     tokens = torch.randint(65, (4, LENGTH + 1))
     inputs, labels, part = tokens[:, :-1], tokens[:, 1:], SequenceShard.whole(LENGTH)
     rank = dist.get_rank(group)
@@ -214,6 +213,45 @@ def in_bfloat16(group):
 
 def test_bfloat16_is_gathered_and_float32_is_kept_and_reduced(pool):
     for seen, kept, reduced, error in pool.run(in_bfloat16, size=4):
-        assert seen == {torch.bfloat16, torch.float32}
+        assert seen == [{torch.float32}, {torch.bfloat16}, {torch.float32}]
         assert kept == reduced == {torch.float32}
         assert error < 3e-2
+
+
+def compiled(group, mode):
+    """Error of the gradients of compiled, recomputed, cut blocks; exchanges; graph breaks."""
+    rank, dims = dist.get_rank(group), ParallelDims.resolve(4, dp_shard=2, cp=2)
+    mesh = build_mesh(dims, "cpu")
+    alone, cut = WithLoss(), WithLoss()
+    blocks = cut.model.blocks
+    recompute(blocks, mode, offload=mode == "selective")
+    for block in blocks:
+        block.compile(backend="aot_eager", fullgraph=mode != "selective")
+    shard(cut, sharding_mesh(mesh), blocks=blocks, exact=[blocks[0], blocks[2]])
+    tokens = torch.randint(65, (dims.dp, 33))
+    inputs, labels = tokens[:, :-1], tokens[:, 1:]
+    alone(inputs, labels, SequenceShard.whole(32)).backward()
+    part, row = SequenceShard.split(32, mesh["cp"].get_group()), dims.dp_rank(rank)
+    exchanges, start = [], lasp.exchange.start
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lasp.exchange, "start", lambda *a, **k: exchanges.append(1) or start(*a, **k))
+        rows = slice(row, row + 1)
+        cut(inputs[rows, part.token_slice], labels[rows, part.token_slice], part).backward()
+    error = max(
+        ((mine.grad.full_tensor() - whole.grad).abs().max() / whole.grad.abs().max()).item()
+        for mine, whole in zip(cut.parameters(), alone.parameters(), strict=True)
+    )
+    counters = torch._dynamo.utils.counters
+    return error, len(exchanges), counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+def test_compiled_blocks_can_be_cut_and_recomputed(pool, mode):
+    for error, exchanges, graphs in pool.run(compiled, mode, size=4):
+        assert error < 1e-5
+        # One in the forward of each block and one in its backward.
+        assert exchanges == 2 * BLOCKS
+        # Blocks of a kind share a graph: those with LRPE, and those without.
+        assert graphs == 2

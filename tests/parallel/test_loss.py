@@ -8,6 +8,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel.loss import chunked_cross_entropy
+from tests.compiler import needs_compiler
 
 B, T, D, V = 2, 37, 16, 101
 
@@ -51,6 +52,25 @@ def test_loss_and_gradients_are_those_of_whole_logits(chunk_size, dtype, bound):
         chunked_cross_entropy(hidden, weight, labels, chunk_size=chunk_size), hidden, weight
     )
     assert worst(got, with_gradients(plain(hidden, weight, labels), hidden, weight)) < bound
+
+
+@needs_compiler
+@pytest.mark.parametrize("chunk_size", [1000, 5])
+def test_compiled_passes_give_the_same(chunk_size):
+    hidden, weight, labels = make(torch.float32)
+    with torch.no_grad():
+        # Its label is to be ignored, and its logits are not numbers.
+        hidden[0, 3] = torch.inf
+    labels[0, 3] = -100
+    got, expected = (
+        with_gradients(
+            chunked_cross_entropy(hidden, weight, labels, chunk_size=chunk_size, compiled=compiled),
+            hidden,
+            weight,
+        )
+        for compiled in (True, False)
+    )
+    assert worst(got, expected) < 2e-6
 
 
 def test_under_autocast_no_worse_than_whole_logits():

@@ -1,0 +1,167 @@
+"""What benchmarks/kernels.py measured, as Markdown and as a plot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+__all__ = ["table", "write"]
+
+OURS = "lasp"
+
+
+def table(report: dict) -> str:
+    """The report as Markdown."""
+    parts = [
+        f"{report['device']}, copy {report['copy_bandwidth'] / 1e12:.2f} TB/s, "
+        + ", ".join(f"{k} {v}" for k, v in report["versions"].items() if v)
+        + f", {report['date']}. bfloat16, medians, caches cold.",
+        _times(report["rows"]),
+        _others(report),
+        _per_token(report["rows"]),
+        _errors(report["errors"]),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _times(rows: list[dict]) -> str:
+    lines = [
+        "## Times",
+        "",
+        "In ms; in brackets the fraction of the copy roofline; `call` is the time from call to",
+        "call, host included. Extra memory is the peak over q, k, v, do in a forward and backward,",
+        "in units of the size of q. The last column: how much longer than lasp a rival takes.",
+        "",
+        "| B, T, H, D, E | decay | implementation | forward | backward | extra memory | error "
+        "| times lasp |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        shape = ", ".join(map(str, row["shape"]))
+        head = f"| {shape} | {row['decay']} | {row['name']} "
+        if row["note"]:
+            lines.append(f"{head}| {row['note']} | | | | |")
+            continue
+        cells = []
+        for way in ("forward", "backward"):
+            cell = f"{row[way + '_ms']:.3f} ({row[way + '_fraction']:.1%})"
+            if row[way + "_call_ms"]:
+                cell += f", call {row[way + '_call_ms']:.3f}"
+            cells.append(cell)
+        cells += [f"{row['extra_units']:.1f}", f"{row['error']:.1e}", _times_ours(row, rows)]
+        lines.append(f"{head}| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _times_ours(row: dict, rows: list[dict]) -> str:
+    """Forward and backward of a rival over ours at the same shape and decay."""
+    same = [r for r in rows if (r["shape"], r["decay"]) == (row["shape"], row["decay"])]
+    ours = next((r for r in same if r["name"] == OURS and not r["note"]), None)
+    if row["name"] == OURS or ours is None:
+        return ""
+    return " / ".join(f"{row[w] / ours[w]:.1f}x" for w in ("forward_ms", "backward_ms"))
+
+
+def _others(report: dict) -> str:
+    step, packed, graph = report["step"], report["packed"], report["graph"]
+    ratios = [packed["packed"][w] / packed["dense"][w] for w in ("forward_ms", "backward_ms")]
+    return "\n".join(
+        [
+            f"Decoding step, B 64, H 32, d 128: {step['ms']:.4f} ms ({step['fraction']:.1%} of "
+            "copy).",
+            "",
+            f"Packed, {packed['documents']} documents in 131,072 tokens, against dense: forward "
+            f"{ratios[0]:.2f}x, backward {ratios[1]:.2f}x.",
+            "",
+            f"(1, 2048, 16, 128) under a CUDA graph: forward {graph['forward_ms']:.3f} ms, forward "
+            f"and backward {graph['forward_backward_ms']:.3f} ms per replay.",
+        ]
+    )
+
+
+def _along_length(rows: list[dict]) -> dict[str, list[dict]]:
+    """Rows of the plot, by implementation, in order of length: B 1, H 16, D = E = 128."""
+    found: dict[str, list[dict]] = {}
+    for row in sorted(rows, key=lambda r: r["shape"][1]):
+        plotted = row["shape"][0] == 1 and row["shape"][2:] == [16, 128, 128]
+        if plotted and row["decay"] == "middle" and not row["note"]:
+            found.setdefault(row["name"], []).append(row)
+    return found
+
+
+def _per_token(rows: list[dict]) -> str:
+    mine = _along_length(rows).get(OURS, [])
+    if not mine:
+        return ""
+    lines = [
+        "## Time per token over the length (B 1, H 16, d 128)",
+        "",
+        "| T | forward, ns | backward, ns | both, ns | both, against the longest |",
+        "|---|---|---|---|---|",
+    ]
+
+    def per_token(row):
+        times = [row[w] * 1e6 / row["shape"][1] for w in ("forward_ms", "backward_ms")]
+        return [*times, sum(times)]
+
+    longest = per_token(mine[-1])[-1]
+    for row in mine:
+        forward, backward, both = per_token(row)
+        lines.append(
+            f"| {row['shape'][1]:,} | {forward:.2f} | {backward:.2f} | {both:.2f} "
+            f"| {both / longest - 1:+.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def _errors(rows: list[dict]) -> str:
+    if not rows:
+        return ""
+    names = [n for n in rows[0] if n not in ("size", "dtype", "decay")]
+    lines = [
+        "## Errors",
+        "",
+        "The largest relative error (Frobenius norm) of o, dq, dk, dv against float64; T 2048.",
+        "",
+        f"| D, E | dtype | decay | {' | '.join(names)} |",
+        "|---|---|---|" + "---|" * len(names),
+    ]
+    for row in rows:
+        cells = ["did not run" if row[n] is None else f"{row[n]:.1e}" for n in names]
+        size = ", ".join(map(str, row["size"]))
+        lines.append(f"| {size} | {row['dtype']} | {row['decay']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _plot(report: dict, path: Path) -> None:
+    """Time per token and fraction of the roofline over T, at B 1, H 16, d 128."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
+    for name, rows in _along_length(report["rows"]).items():
+        lengths = [r["shape"][1] for r in rows]
+        both = [(r["forward_ms"] + r["backward_ms"]) * 1e6 / r["shape"][1] for r in rows]
+        axes[0].plot(lengths, both, marker="o", label=name)
+        axes[1].plot(lengths, [r["forward_fraction"] for r in rows], marker="o", label=name)
+    axes[0].set(ylabel="forward + backward, ns per token", yscale="log")
+    axes[1].set(ylabel="forward, fraction of copy roofline", ylim=(0, 1))
+    for axis in axes:
+        axis.set(xlabel="tokens", xscale="log")
+        if axis.lines:
+            axis.legend()
+        axis.grid(alpha=0.3)
+    figure.suptitle(f"{report['device']}: B 1, H 16, d 128, bfloat16")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def write(report: dict, folder: Path) -> None:
+    """The report as JSON, as a table and as a plot."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "kernels.json").write_text(json.dumps(report, indent=1) + "\n")
+    (folder / "kernels.md").write_text(table(report))
+    _plot(report, folder / "kernels.png")
