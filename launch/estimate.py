@@ -4,7 +4,8 @@ The dry run makes a process group of fake ranks (no socket, no message) and tens
 builds the very model that a run would build (launch/build.py), runs one forward and backward of
 each recomputation mode, and counts the bytes that are alive. So the numbers follow the code, the
 mesh and the dtypes, on any machine. What they leave out: the CUDA context, NCCL's buffers, what the
-allocator loses between blocks, and scratch memory inside kernels.
+allocator loses between blocks, and scratch memory inside kernels. What they ignore: compilation,
+by which blocks keep less.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ def estimate(config: Config, place: Place, shape: TNLConfig) -> Estimate:
     # What the job's devices would choose, and not the CPU that stands for them here.
     wanted.training.mixed_precision_param = str(dtype).removeprefix("torch.")
     wanted.activation_checkpoint.offload = False
+    wanted.compile.enable = False
     is_fsdp = data_parallel_engine(config, place.dims) == "fsdp"
     world = _first_rank(place)
     with FakeTensorMode():

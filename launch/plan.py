@@ -98,7 +98,7 @@ def check_layout(config: Config, place: Place) -> None:
     data_parallel_engine(config, place.dims)
     if tp == 1:
         return
-    check_tensor_parallel(model_config(config, None), tp, ("num_heads", "glu_dim"))
+    check_tensor_parallel(model_config(config, None), tp, CUT_SIZES[:-1])
     length = config.training.seq_len
     if config.parallelism.tensor_parallel_shard_sequence and length % (cp * tp):
         raise ConfigError(

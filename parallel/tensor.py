@@ -1,7 +1,7 @@
 """Tensor parallelism: each layer of a TNL cut over the ranks of the mesh's tp axis.
 
 Applied from outside to a model that knows nothing of it, in the manner of Megatron-LM (arXiv
-1909.08053): the inputs of a mixer are cut by columns (whole heads of q, k, v, u; halves of the
+1909.08053): the inputs of a mixer are cut by columns (whole heads of q, k, v, u; parts of the
 SGLU's width), its output by rows, so that each mixer costs one sum over the ranks. Embedding and
 head are cut by vocabulary, and `parallel.loss` never joins their logits.
 
@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
-    PrepareModuleInput,
     PrepareModuleOutput,
     RowwiseParallel,
     parallelize_module,
 )
+
+from lasp.tnl.layers import GatedLinearAttention
 
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh, ProcessGroup
@@ -35,15 +36,18 @@ if TYPE_CHECKING:
 __all__ = ["CUT_SIZES", "NormOverRanks", "check_divides", "tensor_parallel"]
 
 # What of a TNLConfig is cut.
-CUT_SIZES = ("num_heads", "glu_dim", "vocab_size")
+CUT_SIZES = ("num_heads", "num_key_value_heads", "glu_dim", "vocab_size")
+_BY_COLUMNS = ("qkvu_proj", "q_proj", "kv_proj", "w1", "w2")
+_BY_ROWS = ("out_proj", "w3")
 
 
 def tensor_parallel(model: TNL, mesh: DeviceMesh, *, shard_sequence: bool = False) -> TNL:
     """Cut `model` over `mesh`, in place; its forward takes and gives what it did before.
 
     All ranks must hold equal weights; each keeps its part. Every parameter becomes a DTensor on
-    `mesh`: cut by rows (Shard(0)) the embedding, qkvu_proj, w1, w2 and theta, by columns (Shard(1))
-    out_proj and w3. States that the model takes or gives hold this rank's heads.
+    `mesh`: cut by rows (Shard(0)) the embedding, the projections into the mixers, w1, w2 and theta,
+    by columns (Shard(1)) out_proj and w3. States that the model takes or gives hold this rank's
+    heads.
 
     Apply it before recomputation, compilation and data parallelism.
 
@@ -61,27 +65,25 @@ def tensor_parallel(model: TNL, mesh: DeviceMesh, *, shard_sequence: bool = Fals
     ranks = mesh.size()
     check_divides(model.config, ranks)
     between = Shard(1) if shard_sequence else Replicate()
-    plan = {
-        "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=between),
-        "blocks.*.token_mixer.qkvu_proj": ColwiseParallel(input_layouts=between),
-        "blocks.*.token_mixer.out_proj": RowwiseParallel(output_layouts=between),
-        # At the mixer's door and not at w1's and w2's: one gather for both, and one sum of their
-        # gradients.
-        "blocks.*.channel_mixer": PrepareModuleInput(
-            input_layouts=between, desired_input_layouts=Replicate()
-        ),
-        "blocks.*.channel_mixer.w1": ColwiseParallel(),
-        "blocks.*.channel_mixer.w2": ColwiseParallel(),
-        "blocks.*.channel_mixer.w3": RowwiseParallel(output_layouts=between),
-        # A DTensor, so that `hidden @ head_weight.T` works on a head that is cut.
-        "final_norm": PrepareModuleOutput(
-            output_layouts=between, desired_output_layouts=Replicate(), use_local_output=False
-        ),
-    }
+    # The norms give DTensors: one gather for all products that read them, and one sum of their
+    # gradients; and `hidden @ head_weight.T` works on a head that is cut.
+    norm = PrepareModuleOutput(
+        output_layouts=between, desired_output_layouts=Replicate(), use_local_output=False
+    )
+    styles = {name: ColwiseParallel() for name in _BY_COLUMNS}
+    styles |= {name: RowwiseParallel(output_layouts=between) for name in _BY_ROWS}
+    embedding = RowwiseParallel(input_layouts=Replicate(), output_layouts=between)
+    plan: dict[str, Any] = {"embedding": embedding, "final_norm": norm}
+    for number, block in enumerate(model.blocks):
+        plan |= {f"blocks.{number}.{name}": norm for name in ("token_norm", "channel_norm")}
+        for name, module in block.named_modules():
+            if isinstance(module, nn.Linear):
+                plan[f"blocks.{number}.{name}"] = styles[name.rpartition(".")[2]]
     # src_data_rank=None: every rank has the weights, nothing need be sent.
     parallelize_module(model, mesh, plan, src_data_rank=None)
     for block in model.blocks:
-        _cut_heads(block.token_mixer, mesh)
+        if isinstance(block.token_mixer, GatedLinearAttention):
+            _cut_heads(block.token_mixer, mesh)
     if shard_sequence:
         model.register_forward_pre_hook(_check_tokens(ranks))
     model.register_forward_hook(_to_whole)
@@ -92,7 +94,8 @@ def check_divides(config: TNLConfig, ranks: int, sizes: tuple[str, ...] = CUT_SI
     """Raise ValueError, with the numbers, where one of `sizes` cannot be cut over `ranks`."""
     for name in sizes:
         size = getattr(config, name)
-        if size % ranks:
+        # None: as many as num_heads. (In softmax layers; without any it plays no part.)
+        if size is not None and size % ranks:
             divisors = [n for n in range(1, ranks) if not size % n]
             raise ValueError(
                 f"{name} {size} does not divide by {ranks} tensor-parallel ranks "
