@@ -318,11 +318,11 @@ def _peak(
 def _gathered(loss_model: LossModel, config: Config, dtype: torch.dtype) -> int:
     """Bytes that FSDP adds at its fullest: of embedding and head, whose weights stay gathered, and
     of blocks, two at a time or all; the gradients of one before they are cut, and on the wire."""
-    block = _bytes_of(loss_model.model.blocks[0].parameters(), 1)
-    blocks = len(loss_model.model.blocks)
-    at_once = 2 if config.parallelism.fsdp_reshard_after_forward == "always" else blocks
-    root = _bytes_of(loss_model.parameters(), 1) - blocks * block
-    return 2 * 4 * root + block * (min(at_once, blocks) * dtype.itemsize + dtype.itemsize + 4)
+    blocks = [_bytes_of(block.parameters(), 1) for block in loss_model.model.blocks]
+    root = _bytes_of(loss_model.parameters(), 1) - sum(blocks)
+    always = config.parallelism.fsdp_reshard_after_forward == "always"
+    at_once = sum(sorted(blocks)[-2:] if always else blocks)
+    return 2 * 4 * root + at_once * dtype.itemsize + max(blocks) * (dtype.itemsize + 4)
 
 
 def _part(tensor: Tensor) -> Tensor:
