@@ -24,6 +24,7 @@ import gc
 import importlib.metadata
 import json
 import os
+import re
 import statistics
 import tempfile
 import time
@@ -240,29 +241,31 @@ def table(report: dict) -> str:
 
 
 def plot(report: dict, path: Path) -> None:
-    """Tokens/s and memory over the sequence's length, tokens per step fixed."""
-    rows = [r for r in report["rows"] if r["suite"] == "lengths" and not r.get("note")]
-    if not rows:
-        return
+    """Tokens/s and memory over the sequence's length, a line for every layout."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
-    for model in dict.fromkeys(r["model"] for r in rows):
-        mine = sorted((r for r in rows if r["model"] == model), key=lambda r: r["seq_len"])
-        lengths = [r["seq_len"] for r in mine]
-        rates = [r["tokens_per_second_per_gpu"] for r in mine]
-        axes[0].plot(lengths, rates, marker="o", label=model)
-        axes[1].plot(lengths, [r["memory_gib"] for r in mine], marker="o", label=model)
-    axes[0].set(ylabel="tokens per second and GPU", ylim=(0, None))
-    axes[1].set(ylabel="peak memory, GiB", ylim=(0, None))
-    for axis in axes:
-        axis.set(xlabel="tokens of one sequence", xscale="log")
-        axis.legend()
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
+    rows = [row for row in report["rows"] if not row.get("note")]
+    lines: dict[str, list[dict]] = {}
+    for row in sorted(rows, key=lambda row: row["seq_len"]):
+        step = f", {row['tokens_per_step']:,} per step" if row["suite"] == "lengths" else ""
+        lines.setdefault(f"{row['model']}, {row['name']}{step}", []).append(row)
+    for label, mine in lines.items():
+        lengths = [row["seq_len"] for row in mine]
+        rates = [row["tokens_per_second_per_gpu"] for row in mine]
+        axes[0].plot(lengths, rates, marker="o", label=label)
+        axes[1].plot(lengths, [row["memory_gib"] for row in mine], marker="o", label=label)
+    lengths = sorted({row["seq_len"] for row in rows})
+    for axis, label in zip(axes, ("tokens per second and GPU", "peak memory, GiB"), strict=True):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [f"{length / 1024:g}K" for length in lengths])
+        axis.set(xlabel="tokens of one sequence", ylabel=label, ylim=(0, 1.2 * axis.get_ylim()[1]))
         axis.grid(alpha=0.3)
-    figure.suptitle(f"{report['device']}: {rows[0]['tokens_per_step']:,} tokens per step")
+    axes[0].legend(fontsize=8)
+    figure.suptitle(report["device"])
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -283,7 +286,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="of one GPU in a step; default: each suite's")
     parser.add_argument("--steps", type=int, default=3, help="that are measured")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")
-    parser.add_argument("--only", help="rows whose name contains this")
+    parser.add_argument("--only", help="rows whose name, length match this pattern")
     parser.add_argument("--seconds", type=float, default=3600, help="start no row after so many")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument(
@@ -307,7 +310,8 @@ def main() -> None:
     report = begin(arguments)
     with tempfile.TemporaryDirectory() as folder:
         for case in cases(arguments.suite, size, arguments.tokens):
-            if arguments.only and arguments.only not in case.name:
+            wanted = f"{case.name}, {case.seq_len}"
+            if arguments.only and not re.search(arguments.only, wanted):
                 continue
             if not all_agree(time.perf_counter() - began < arguments.seconds, waiting):
                 break

@@ -4,6 +4,7 @@ Started by test_layouts.py, with the folder for checkpoints as its argument. One
 serves all layouts, for starting it takes longer than all of them.
 """
 
+import functools
 import json
 import os
 import sys
@@ -38,6 +39,12 @@ LAYOUTS = {
 }
 
 
+@functools.cache
+def mesh_of(dims):
+    """One for all runs of a layout: communicators take their time to set up."""
+    return build_mesh(dims, "cuda")
+
+
 def make_run(folder, *more, alone=False):
     flags = ["--data.source", "random", "--training.seq_len", "4001", "--model.dim", "256"]
     flags += ["--training.global_batch_size", "2", "--job.dump_folder", folder]
@@ -46,7 +53,7 @@ def make_run(folder, *more, alone=False):
     here = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_WORLD_SIZE": "1"} if alone else {}
     with mock.patch.dict(os.environ, here):
         place = find_place(config)
-    mesh = None if alone else build_mesh(place.dims, place.device.type)
+    mesh = None if alone else mesh_of(place.dims)
     return set_up(config, World(place, mesh), batching(config, place))
 
 
