@@ -13,14 +13,17 @@ Shapes: B batch, T tokens, d width of all heads together, D of a head.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    ParallelStyle,
     PrepareModuleOutput,
     RowwiseParallel,
     parallelize_module,
@@ -30,6 +33,7 @@ from lasp.tnl.layers import GatedLinearAttention
 
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh, ProcessGroup
+    from torch.distributed.tensor.placement_types import Placement
 
     from lasp.tnl import TNL, TNLConfig
 
@@ -72,8 +76,7 @@ def tensor_parallel(model: TNL, mesh: DeviceMesh, *, shard_sequence: bool = Fals
     )
     styles = {name: ColwiseParallel() for name in _BY_COLUMNS}
     styles |= {name: RowwiseParallel(output_layouts=between) for name in _BY_ROWS}
-    embedding = RowwiseParallel(input_layouts=Replicate(), output_layouts=between)
-    plan: dict[str, Any] = {"embedding": embedding, "final_norm": norm}
+    plan: dict[str, Any] = {"embedding": _ByWords(between), "final_norm": norm}
     for number, block in enumerate(model.blocks):
         plan |= {f"blocks.{number}.{name}": norm for name in ("token_norm", "channel_norm")}
         for name, module in block.named_modules():
@@ -88,6 +91,44 @@ def tensor_parallel(model: TNL, mesh: DeviceMesh, *, shard_sequence: bool = Fals
         model.register_forward_pre_hook(_check_tokens(ranks))
     model.register_forward_hook(_to_whole)
     return model
+
+
+class _ByWords(ParallelStyle):
+    """An embedding cut by words: every rank looks up its own, and the sum over ranks has all.
+
+    (RowwiseParallel does that too, but its backward makes the gradient of all words on every rank,
+    and sends it.)
+    """
+
+    def __init__(self, output: Placement) -> None:
+        super().__init__()
+        self._output = output
+
+    def _apply(self, module: nn.Embedding, mesh: DeviceMesh) -> nn.Embedding:
+        weight = distribute_tensor(
+            module.weight.detach(), mesh, [Shard(0)], src_data_rank=self.src_data_rank
+        )
+        module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
+        module.forward = functools.partial(_look_up, module, mesh, self._output)
+        return module
+
+
+def _look_up(module: nn.Embedding, mesh: DeviceMesh, output: Placement, tokens: Tensor) -> Tensor:
+    # Now and not before: FSDP puts another tensor in its place for each forward.
+    weight = module.weight.to_local()
+    rows, padding = weight.shape[0], module.padding_idx
+    first = mesh.get_local_rank() * rows
+    if padding is not None:
+        padding = padding - first if first <= padding < first + rows else None
+    place = tokens - first
+    elsewhere = (place < 0) | (place >= rows)
+    found = F.embedding(place.masked_fill(elsewhere, 0), weight, padding)
+    found = found.masked_fill(elsewhere.unsqueeze(-1), 0)
+    return (
+        DTensor.from_local(found, mesh, [Partial()], run_check=False)
+        .redistribute(placements=[output])
+        .to_local()
+    )
 
 
 def check_divides(config: TNLConfig, ranks: int, sizes: tuple[str, ...] = CUT_SIZES) -> None:

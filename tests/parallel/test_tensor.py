@@ -124,9 +124,10 @@ def test_with_padding(pool):
     check(pool, 2, 63, torch.float64, 1e-12, options=dict(padding_mask=mask))
 
 
-def padded_embedding(group):
-    whole_model, model = make(pad_token_id=30), cut(group, make(pad_token_id=30))
-    tokens, _ = batch_of(63)
+def padded_embedding(group, shard_sequence):
+    whole_model, model = make(pad_token_id=30), make(pad_token_id=30)
+    cut(group, model, shard_sequence=shard_sequence)
+    tokens, _ = batch_of(64)
     # The padding token, and the one in its place on the first rank.
     tokens[0, :20:2], tokens[0, 1:20:2] = 30, 3
     gradients = []
@@ -136,8 +137,9 @@ def padded_embedding(group):
     return gradients
 
 
-def test_padding_token_learns_nothing_from_look_ups(pool):
-    for expected, got in pool.run(padded_embedding, size=2):
+@pytest.mark.parametrize("shard_sequence", [False, True])
+def test_padding_token_learns_nothing_from_look_ups(pool, shard_sequence):
+    for expected, got in pool.run(padded_embedding, shard_sequence, size=2):
         assert (got[30] == 0).all() and (got[3] != 0).any()
         assert error(got, expected) < 1e-12
 
