@@ -198,7 +198,8 @@ def describe(config: Config, place: Place, model: TNLConfig, batch: Batching) ->
     training, dims = config.training, place.dims
     parameters = model.num_parameters()
     pieces = cut_over(config, dims)
-    shards = f"{dims.cp} ranks ({config.parallelism.context_parallel_method})"
+    layout = config.parallelism
+    shards = f"{dims.cp} ranks ({layout.context_parallel_method}, {layout.context_parallel_layout})"
     dtype = autocast_dtype(config, place.device) or torch.float32
     shape = ", ".join(
         f"{field.name} {getattr(model, field.name)}" for field in dataclasses.fields(model)[:5]

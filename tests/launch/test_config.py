@@ -88,6 +88,10 @@ def test_mistakes_in_the_file(toml, text, sentence):
         (["--lr_scheduler.decay_ratio", "2"], "decay_ratio is 2"),
         (["--data.source", "folder"], "--data.folder"),
         (["--activation_checkpoint.offload"], "mode is none"),
+        (
+            ["--parallelism.context_parallel_layout", "zigzag", "--training.seq_len", "9"],
+            "training.seq_len is 9: it must be even",
+        ),
         (["stray"], "stray"),
     ],
 )
