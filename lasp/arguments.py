@@ -10,17 +10,14 @@ import torch
 from torch.distributed import ProcessGroup
 
 from lasp import exchange as exchanges
+from lasp.shard import LAYOUTS
 
-__all__ = [
-    "describe_shape",
-    "find_problem",
-    "find_softmax_problem",
-    "member_or_alone",
-    "state_dtype",
-]
+__all__ = ["describe_shape", "find_problem", "member_or_alone", "state_dtype"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_HEAD_SIZE = 256
+# A tuple made once: this is on the way of every call.
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
 
 def find_problem(
@@ -34,6 +31,8 @@ def find_problem(
     exchange,
     scale,
     state_name="initial_state",
+    layout="contiguous",
+    shard_lengths=None,
 ) -> str | None:
     """What is wrong with the arguments of `lasp.lightning_attention`, in a sentence; None if
     nothing is."""
@@ -41,38 +40,21 @@ def find_problem(
     for name, x in {"q": q, "k": k, "v": v, **optional}.items():
         if not isinstance(x, torch.Tensor) and not (x is None and name in optional):
             return f"{name} is {type(x).__name__}: it must be a tensor."
-    if not isinstance(scale, int | float | torch.SymInt | torch.SymFloat):
+    if not isinstance(scale, _NUMBERS):
         return f"scale is {scale!r}: it must be a number."
     if not isinstance(exchange, str) or exchange not in exchanges.METHODS:
         return f"exchange is {exchange!r}: choose one of {', '.join(sorted(exchanges.METHODS))}."
+    if not isinstance(layout, str) or layout not in LAYOUTS:
+        return f"layout is {layout!r}: choose one of {', '.join(LAYOUTS)}."
     return (
         _shape_problem(q, k, v)
         or _dtype_problem(q, k, v)
         or _device_problem(q, {"k": k, "v": v, "log_decay": log_decay, state_name: initial_state})
         or _decay_problem(q, log_decay)
-        or _documents_problem(q, cu_seqlens, group)
+        or _documents_problem(q, cu_seqlens)
         or _state_problem(q, v, initial_state, cu_seqlens, state_name)
-        or _group_problem(q, initial_state, group)
-    )
-
-
-def find_softmax_problem(q, k, v, scale, cu_seqlens, group, layout, shard_lengths) -> str | None:
-    """What is wrong with the arguments of `lasp.softmax_attention`; None if nothing is."""
-    for name, x in {"q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens}.items():
-        if not isinstance(x, torch.Tensor) and not (x is None and name == "cu_seqlens"):
-            return f"{name} is {type(x).__name__}: it must be a tensor."
-    if not isinstance(scale, int | float | torch.SymInt | torch.SymFloat | None):
-        return f"scale is {scale!r}: it must be a number, or None for 1 / sqrt(head size)."
-    if layout not in ("contiguous", "zigzag"):
-        return f'layout is {layout!r}: choose "contiguous" or "zigzag".'
-    return (
-        _softmax_shape_problem(q, k, v)
-        or _dtype_problem(q, k, v)
-        or _device_problem(q, {"k": k, "v": v})
-        or _documents_problem(q, cu_seqlens, None)
-        or _past_problem(q, k, cu_seqlens, layout)
-        or (group is not None and _group_problem(q, None, group))
-        or _lengths_problem(k, group, layout, shard_lengths)
+        or _lengths_problem(shard_lengths)
+        or _group_problem(q, k, v, initial_state, cu_seqlens, group)
     )
 
 
@@ -143,14 +125,9 @@ def _decay_problem(q, log_decay):
     return None
 
 
-def _documents_problem(q, cu_seqlens, group):
+def _documents_problem(q, cu_seqlens):
     if cu_seqlens is None:
         return None
-    if group is not None:
-        return (
-            "cu_seqlens together with group is not supported yet: pack documents on one device, or "
-            "pass one document per sequence."
-        )
     if q.shape[0] != 1:
         return f"cu_seqlens is given and the batch is {q.shape[0]}: packed documents need batch 1."
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -176,7 +153,17 @@ def _state_problem(q, v, initial_state, cu_seqlens, state_name):
     return None
 
 
-def _group_problem(q, initial_state, group):
+def _lengths_problem(shard_lengths):
+    if shard_lengths is None:
+        return None
+    if not isinstance(shard_lengths, list | tuple) or not all(
+        isinstance(length, int) and length >= 0 for length in shard_lengths
+    ):
+        return f"shard_lengths is {shard_lengths!r}: give the tokens of every rank, as integers."
+    return None
+
+
+def _group_problem(q, k, v, initial_state, cu_seqlens, group):
     if group is None:
         return None
     device_types = exchanges.device_types(group)
@@ -186,52 +173,16 @@ def _group_problem(q, initial_state, group):
             f"{' and '.join(sorted(device_types))}: move the tensors there."
         )
     rank = torch.distributed.get_rank(group)
-    if initial_state is not None and rank != 0:
+    if initial_state is None:
+        return None
+    if initial_state.requires_grad and not (k.requires_grad or v.requires_grad):
+        return (
+            "initial_state requires a gradient, but neither k nor v does: other ranks would not "
+            "send what it needs. Let k and v require gradients too."
+        )
+    if rank != 0 and cu_seqlens is None:
         return (
             f"initial_state is given on rank {rank} of the group: it belongs to the global "
             "sequence, so only rank 0 passes it."
-        )
-    return None
-
-
-def _softmax_shape_problem(q, k, v):
-    if any(x.dim() != 4 for x in (q, k, v)):
-        return f"{_shapes(q, k, v)}: each must have 4 dimensions [batch, tokens, heads, head size]."
-    B, T, H, D = q.shape
-    if k.shape != v.shape or k.shape[::3] != (B, D) or k.shape[1] < T:
-        return (
-            f"{_shapes(q, k, v)} do not fit: q is [B, T, H, D] and k, v are [B, S, G, D] with the "
-            "same B and D and S >= T."
-        )
-    if B < 1 or k.shape[2] < 1 or H < 1 or H % k.shape[2] or not 1 <= D <= _MAX_HEAD_SIZE:
-        return (
-            f"{_shapes(q, k, v)}: the heads of q must be a multiple of those of k and v, the head "
-            f"size 1..{_MAX_HEAD_SIZE}, and the batch at least 1."
-        )
-    return None
-
-
-def _past_problem(q, k, cu_seqlens, layout):
-    if k.shape[1] > q.shape[1] and (cu_seqlens is not None or layout != "contiguous"):
-        return (
-            f"k holds {k.shape[1]} tokens and q {q.shape[1]}: a past (k longer than q) works with "
-            "neither cu_seqlens nor the zigzag layout."
-        )
-    return None
-
-
-def _lengths_problem(k, group, layout, shard_lengths):
-    if group is None:
-        return None
-    length = k.shape[1]
-    if layout == "zigzag" and length % 2:
-        return f"this rank holds {length} tokens: the zigzag layout is two equal parts per rank."
-    if shard_lengths is None:
-        return None
-    size, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
-    if len(shard_lengths) != size or shard_lengths[rank] != length:
-        return (
-            f"shard_lengths is {list(shard_lengths)}, but rank {rank} of {size} holds {length} tokens of k: "
-            "give the number of every rank, in group order."
         )
     return None

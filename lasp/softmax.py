@@ -15,7 +15,6 @@ Legend: B batch, T queries here, S keys here, H query heads, G key heads, D head
 
 from __future__ import annotations
 
-import hashlib
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -25,11 +24,12 @@ from itertools import pairwise
 import torch
 from torch.distributed import ProcessGroup
 
-from lasp.arguments import find_softmax_problem, member_or_alone
+from lasp.arguments import member_or_alone
 from lasp.exchange import guard, tokens
 from lasp.ops.documents import document_offsets
 from lasp.ops.softmax import Piece, attend, attend_backward
 from lasp.shard import place_borders, places
+from lasp.softmax_arguments import find_softmax_problem
 
 __all__ = ["gather_past", "softmax_attention"]
 
@@ -68,8 +68,8 @@ def softmax_attention(
         layout: "contiguous": parts in group-rank order. "zigzag": of 2P parts rank r holds parts r
             and 2P - 1 - r, one after the other and equally long, so that all ranks have the same
             work.
-        shard_lengths: S of every rank, in group order. None: the ranks ask each other, which on GPUs
-            costs a wait in every call.
+        shard_lengths: S of every rank, in group order. None: the ranks ask each other, from host
+            to host, in every call.
 
     Returns:
         o [B, T, H, D] in the dtype of q.
@@ -82,7 +82,7 @@ def softmax_attention(
     problem = find_softmax_problem(q, k, v, scale, cu_seqlens, group, layout, shard_lengths)
     if problem is not None:
         if group is not None:
-            guard.agree(group, {}, every_time=True, problem=problem)
+            guard.compare(group, {}, problem=problem).confirm()
         raise ValueError(problem)
     o, _, _ = _SoftmaxAttention.apply(
         *(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)),
@@ -110,7 +110,7 @@ def gather_past(
     group = None if group is None else member_or_alone(group)
     if group is None:
         return torch.stack((k, v))
-    lengths = shard_lengths or tokens.gather_lengths(k.shape[1], group)
+    lengths = shard_lengths or guard.gather_numbers(group, k.shape[1])
     plan = _Plan.of(group, lengths, layout, k, k, None)
     pending = tokens.gather_rows(_as_rows(k, v), plan.lengths, group)
     stop = max(place.stop for place in plan.places if place.rank == plan.rank)
@@ -155,7 +155,7 @@ def _attend(q, k, v, cu_seqlens, scale, needs_grad, group_name, layout, shard_le
     group = _group(group_name)
     if group is not None:
         _agree(group, q, k, cu_seqlens, scale, needs_grad, layout, shard_lengths)
-        lengths = shard_lengths or tokens.gather_lengths(k.shape[1], group)
+        lengths = shard_lengths or guard.gather_numbers(group, k.shape[1])
     else:
         lengths = [k.shape[1]]
     plan = _Plan.of(group, lengths, layout, q, k, cu_seqlens)
@@ -394,24 +394,22 @@ def _keys_and_values(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _agree(group, q, k, cu_seqlens, scale, needs_grad, layout, shard_lengths) -> None:
     """Raise ValueError on every rank unless all ranks of the group call alike."""
-    documents = problem = None
+    offsets = problem = None
     try:
         offsets = document_offsets(cu_seqlens, None)
-        if offsets is not None:
-            digest = hashlib.sha256(repr(offsets).encode()).hexdigest()[:8]
-            documents = f"{len(offsets) - 1} documents, {offsets[-1]} tokens (digest {digest})"
     except ValueError as error:
         problem = str(error)
     call = {
         "batch, heads, key heads, head size": (q.shape[0], *q.shape[2:], k.shape[2]),
-        "cu_seqlens": documents,
-        "dtype": str(q.dtype),
+        "cu_seqlens": offsets,
+        "dtype": q.dtype,
         "layout": layout,
         "scale": scale,
-        "shard_lengths": shard_lengths,
+        "shard_lengths": None if shard_lengths is None else tuple(shard_lengths),
         "whether a gradient is needed": needs_grad,
     }
-    guard.agree(group, call, every_time=not q.is_cuda, problem=problem)
+    # Confirmed before anything is gathered: a gathering of other sizes would hang.
+    guard.compare(group, call, problem=problem).confirm()
 
 
 def _group(group_name: str | None) -> ProcessGroup | None:

@@ -126,6 +126,9 @@ class Parallelism:
     """Ranks over which one sequence is cut. -1: all that the other degrees leave."""
     context_parallel_method: Literal["ring", "all_gather", "doubling"] = "ring"
     """How the d x d states cross ranks."""
+    context_parallel_layout: Literal["contiguous", "zigzag"] = "contiguous"
+    """zigzag: each rank holds a part of the sequence and its mirror image, so that all have equal
+    work in softmax layers."""
     tensor_parallel_degree: int = 1
     """Ranks over which each layer is cut, by heads and channels."""
     tensor_parallel_shard_sequence: bool = False
@@ -446,6 +449,11 @@ def _check(config: Config) -> None:
     ratio = config.lr_scheduler.decay_ratio
     if ratio is not None and not 0 <= ratio <= 1:
         raise ConfigError(f"lr_scheduler.decay_ratio is {ratio}: it must be in 0..1.")
+    if config.parallelism.context_parallel_layout == "zigzag" and config.training.seq_len % 2:
+        raise ConfigError(
+            f"training.seq_len is {config.training.seq_len}: it must be even for "
+            "parallelism.context_parallel_layout zigzag, where a rank holds two equal parts."
+        )
     if config.data.source == "folder" and config.data.folder is None:
         raise ConfigError("data.source is folder: say which one with --data.folder.")
     _check_recomputation(config)

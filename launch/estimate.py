@@ -303,8 +303,12 @@ def _peak(
             if isinstance(module, nn.Linear):
                 module.weight = nn.Parameter(module.weight.detach().to(gathered_dtype))
     model.blocks[0].register_forward_pre_hook(lambda block, args: inputs.append(args[0]))
+    layout = config.parallelism
     shard = SequenceShard.split(
-        config.training.seq_len, world.cp_group, config.parallelism.context_parallel_method
+        config.training.seq_len,
+        world.cp_group,
+        layout.context_parallel_method,
+        layout.context_parallel_layout,
     )
     tokens = torch.zeros(config.training.local_batch_size, shard.length, dtype=torch.long)
     with _Alive() as alive:

@@ -199,7 +199,8 @@ def describe(config: Config, place: Place, model: TNLConfig, batch: Batching) ->
     parameters = model.num_parameters()
     pieces = cut_over(config, dims) * dims.tp
     logits = min(training.loss_chunk_size, training.seq_len) * model.vocab_size // dims.tp
-    shards = f"{dims.cp} ranks ({config.parallelism.context_parallel_method})"
+    layout = config.parallelism
+    shards = f"{dims.cp} ranks ({layout.context_parallel_method}, {layout.context_parallel_layout})"
     dtype = autocast_dtype(config, place.device) or torch.float32
     shape = ", ".join(
         f"{field.name} {getattr(model, field.name)}" for field in dataclasses.fields(model)[:5]

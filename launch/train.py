@@ -172,7 +172,10 @@ def set_up(config: Config, world: World, batch: Batching) -> Run:
         train_source=train_source,
         val_source=val_source,
         shard=SequenceShard.split(
-            training.seq_len, world.cp_group, config.parallelism.context_parallel_method
+            training.seq_len,
+            world.cp_group,
+            config.parallelism.context_parallel_method,
+            config.parallelism.context_parallel_layout,
         ),
         model=loss_model.model,
         loss_model=loss_model,

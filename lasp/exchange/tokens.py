@@ -11,17 +11,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from lasp.exchange.peers import all_gather_flat, device_types
+from lasp.exchange.peers import all_gather_flat
 
-__all__ = ["PendingRows", "gather_lengths", "gather_rows", "swap_rows"]
-
-
-def gather_lengths(length: int, group: ProcessGroup) -> tuple[int, ...]:
-    """What every rank of the group passes, in group order. On a GPU the host waits for it."""
-    device = "cpu" if "cpu" in device_types(group) else "cuda"
-    lengths, work = all_gather_flat(torch.tensor([length], device=device), group)
-    work.wait()
-    return tuple(lengths.tolist())
+__all__ = ["PendingRows", "gather_rows", "swap_rows"]
 
 
 class PendingRows:

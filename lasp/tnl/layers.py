@@ -75,12 +75,23 @@ class GatedLinearAttention(nn.Module):
         if self.config.activation == "silu":
             q, k = F.silu(q), F.silu(k)
         if self.lrpe is not None:
-            q, k = self.lrpe(q, k, position)
+            q, k = self._with_positions(q, k, shard, position)
         if padding_mask is not None:
             v = v.masked_fill(~padding_mask[:, :, None, None], 0)
         o, state = self._attend(q, k, v, shard, state, return_state, cu_seqlens)
         o = self.norm(o.flatten(-2)).unflatten(-1, (-1, self.head_dim))
         return self.out_proj((u * o).flatten(-2)), state
+
+    def _with_positions(self, q, k, shard, position):
+        """LRPE of the shard's tokens, which in zigzag are two ranges of the sequence."""
+        if shard.layout == "contiguous":
+            return self.lrpe(q, k, position)
+        past, half = position - shard.start, q.shape[1] // 2
+        parts = [
+            self.lrpe(q.narrow(1, row, half), k.narrow(1, row, half), past + start)
+            for row, (start, _) in zip((0, half), shard.ranges, strict=True)
+        ]
+        return tuple(torch.cat(each, dim=1) for each in zip(*parts, strict=True))
 
     def _attend(self, q, k, v, shard, state, return_state, cu_seqlens):
         """One recurrent step where there is one token and a state, else the parallel operator."""
@@ -100,6 +111,9 @@ class GatedLinearAttention(nn.Module):
             cu_seqlens=cu_seqlens,
             group=shard.group,
             exchange=shard.exchange,
+            layout=shard.layout,
+            # They matter to packed documents only.
+            shard_lengths=None if cu_seqlens is None else shard.lengths,
         )
         return result if return_state else (result, None)
 

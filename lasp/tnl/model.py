@@ -125,7 +125,8 @@ class TNL(nn.Module):
             leaving.append(state)
         x = self.final_norm(x)
         out = x if return_hidden else F.linear(x, self.head_weight)
-        return (out, TNLState(leaving, position + shard.length)) if return_states else out
+        read = position - shard.start + shard.ranges[-1][1]
+        return (out, TNLState(leaving, read)) if return_states else out
 
     @torch.no_grad()
     def generate(self, prompt_tokens: torch.Tensor, max_new_tokens: int, **options) -> torch.Tensor:
@@ -142,7 +143,7 @@ class TNL(nn.Module):
         if shard.length != tokens.shape[1]:
             raise ValueError(
                 f"{tokens.shape[1]} tokens were given, but the shard owns tokens "
-                f"{shard.start}..{shard.stop} of {shard.total}: pass tokens[:, shard.token_slice]."
+                f"{shard.ranges} of {shard.total}: pass shard.take(tokens)."
             )
         if padding_mask is not None and padding_mask.shape != tokens.shape:
             raise ValueError(

@@ -68,7 +68,7 @@ def test_packed_documents(dtype):
 
 @pytest.mark.parametrize("backend", ["cudnn", "flash", "efficient"])
 def test_every_kernel_joins_pieces(backend, monkeypatch):
-    """The same problem in one piece and in three, whichever kernel torch would choose."""
+    """One problem in one piece and in three, whichever kernel torch would choose."""
     monkeypatch.setattr(pieces, "_backend", lambda *args: backend)
     q, k, v, do = (x.cuda() for x in on_cpu.make_inputs(500, D=64, dtype=torch.bfloat16))
     truth = on_cpu.definition((q, k, v, do))
@@ -79,9 +79,13 @@ def test_every_kernel_joins_pieces(backend, monkeypatch):
         pieces.Piece((200, 500), (0, 200), False),
     ]
     options = dict(scale=1 / 8, steady=True)
-    for parts in ([pieces.Piece((0, 500), (0, 500), True)], cut):
-        o, lse = pieces.attend(q, k, v, parts, **options)
-        grads = pieces.attend_backward(do, q, k, v, o, lse, parts, **options)
+    # As they come from other ranks: a token's key and value lie together, tokens first.
+    gathered = torch.stack((k.transpose(0, 1), v.transpose(0, 1)), dim=1)
+    together = [x.transpose(0, 1) for x in gathered.unbind(1)]
+    whole = [pieces.Piece((0, 500), (0, 500), True)]
+    for parts, keys_values in ((whole, (k, v)), (cut, (k, v)), (cut, together)):
+        o, lse = pieces.attend(q, *keys_values, parts, **options)
+        grads = pieces.attend_backward(do, q, *keys_values, o, lse, parts, **options)
         for (name, wanted), actual in zip(truth.items(), (o, *grads), strict=True):
             allowed = 3 * relative_error(plain[name], wanted)
             error = relative_error(actual, wanted)

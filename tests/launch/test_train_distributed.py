@@ -112,14 +112,17 @@ def test_losses_do_not_depend_on_the_layout(undisturbed, data, tmp_path):
 
 
 def test_a_hybrid_trains_on_two_ranks_as_on_one(data, tmp_path):
-    """Softmax layers see all ranks' tokens, uneven shards, recomputed blocks, and generate."""
+    """Softmax layers see all ranks' tokens: zigzag, uneven, recomputed; and they generate."""
     hybrid = dict(
         model__layer_types="LS",
         model__num_key_value_heads=1,
         training__steps=10,
+        training__seq_len=102,
         activation_checkpoint__mode="full",
     )
-    output = run(tmp_path / "two", data, 2, **CP2, **hybrid)
+    zigzag = dict(parallelism__context_parallel_layout="zigzag")
+    output = run(tmp_path / "two", data, 2, **CP2, **hybrid, **zigzag)
+    assert "2 ranks (ring, zigzag)" in output
     assert "1 of the layers softmax" in output and output.count("sample of step") == 1
     assert run_here(tmp_path / "one", data, **hybrid) == 0
     expected = losses(tmp_path / "one")

@@ -1,6 +1,7 @@
 """The model cut over ranks is the model on one device: logits, loss, gradients, states."""
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
@@ -47,9 +48,10 @@ def loss_and_grads(model, tokens, labels, total, shard, states):
     return logits.detach(), loss.detach(), grads, leaving
 
 
-def on_one_rank(group, config, cuts, dtype, exchange, with_state):
+def on_one_rank(group, config, cuts, dtype, exchange, with_state, told):
     rank, total = dist.get_rank(group), cuts[-1]
-    shard = SequenceShard(cuts[rank], cuts[rank + 1], total, group, exchange)
+    lengths = tuple(stop - start for start, stop in pairwise(cuts)) if told else None
+    shard = SequenceShard(cuts[rank], cuts[rank + 1], total, group, exchange, lengths=lengths)
     tokens, labels = (x[:, shard.token_slice] for x in batch_of(total))
     states = entering_state(config, dtype) if with_state else None
     model = make(config, dtype)
@@ -73,11 +75,47 @@ def test_sharded_model_is_the_whole_model(pool, cuts, dtype, tolerance, with_sta
 
 @pytest.mark.parametrize("cuts", CUTS, ids=str)
 @pytest.mark.parametrize(
-    ("dtype", "tolerance", "with_state"),
-    [(torch.float64, 1e-7, True), (torch.float32, 1e-5, False)],
+    ("dtype", "tolerance", "with_state", "told"),
+    [
+        (torch.float64, 1e-7, True, True),
+        (torch.float64, 1e-7, True, False),
+        (torch.float32, 1e-5, False, True),
+    ],
 )
-def test_sharded_hybrid_is_the_whole_model(pool, cuts, dtype, tolerance, with_state):
-    check(pool, cuts, dtype, tolerance, "ring", with_state, HYBRID)
+def test_sharded_hybrid_is_the_whole_model(pool, cuts, dtype, tolerance, with_state, told):
+    """Whether a shard knows all lengths, or the ranks ask each other."""
+    check(pool, cuts, dtype, tolerance, "ring", with_state, HYBRID, told)
+
+
+def zigzag(group, config, total, exchange):
+    """Every rank's tokens, logits, gradients, and what it leaves: (position, states)."""
+    shard = SequenceShard.split(total, group, exchange, layout="zigzag")
+    tokens, labels = (shard.take(x) for x in batch_of(total))
+    model = make(config, torch.float64)
+    logits, _, grads, leaving = loss_and_grads(model, tokens, labels, total, shard, None)
+    for grad in grads.values():
+        dist.all_reduce(grad, group=group)
+    states = [x.detach() for x in leaving.layers] if shard.is_last else None
+    return shard.positions(), logits, grads, leaving.position, states
+
+
+@pytest.mark.parametrize("total", [2, 62, 100])
+@pytest.mark.parametrize(("exchange", "size"), [("ring", 3), ("all_gather", 2), ("doubling", 4)])
+def test_zigzag_shards_are_the_whole_model(pool, exchange, size, total):
+    logits, _, grads, leaving = loss_and_grads(
+        make(HYBRID, torch.float64), *batch_of(total), total, None, None
+    )
+    results = pool.run(zigzag, HYBRID, total, exchange, size=size)
+    for here, rank_logits, rank_grads, position, states in results:
+        if len(here):
+            assert error(rank_logits, logits[:, here]) < 1e-7
+            assert position == here.max() + 1
+        for name, grad in grads.items():
+            if grad.abs().max() > 0:
+                assert error(rank_grads[name], grad) < (1e-5 if name.endswith("theta") else 1e-7)
+        for mine, wanted in zip(states or (), leaving.layers, strict=False):
+            assert error(mine, wanted) < 1e-7
+    assert sum(states is not None for *_, states in results) == 1
 
 
 @pytest.mark.parametrize("exchange", ["all_gather", "doubling"])
@@ -85,9 +123,10 @@ def test_other_exchanges(pool, exchange):
     check(pool, (0, 7, 64, 100), torch.float32, 1e-5, exchange, False)
 
 
-def check(pool, cuts, dtype, tolerance, exchange, with_state, config=CONFIG):
+def check(pool, cuts, dtype, tolerance, exchange, with_state, config=CONFIG, told=False):
     total, size = cuts[-1], len(cuts) - 1
-    results = pool.run(on_one_rank, config, cuts, dtype, exchange, with_state, size=size)
+    options = (config, cuts, dtype, exchange, with_state, told)
+    results = pool.run(on_one_rank, *options, size=size)
     states = entering_state(config, dtype) if with_state else None
     logits, loss, grads, leaving = loss_and_grads(
         make(config, dtype), *batch_of(total), total, None, states

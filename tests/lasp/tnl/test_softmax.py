@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from lasp import SequenceShard
 from lasp.tnl import TNL, TNLConfig, TNLState
+from lasp.tnl.convert import to_released
 from lasp.tnl.layers import GatedLinearAttention
 from lasp.tnl.rope import _BLOCK, rotate
 from lasp.tnl.softmax import SoftmaxAttention
@@ -219,3 +220,8 @@ def test_config_refusals(fields, message):
 def test_model_refusals(options, message):
     with pytest.raises(ValueError, match=message):
         make()(torch.zeros(1, 4, dtype=torch.int64), **options)
+
+
+def test_no_released_layout():
+    with pytest.raises(ValueError, match="released models have no softmax"):
+        to_released(make().state_dict(), CONFIG)
