@@ -166,7 +166,7 @@ def _over_ranks(
     """Log-sum-exp and the label's logit over the words of all ranks, the same bits on each."""
     mine_C2 = torch.cat([log_norm_C1, label_C1], 1)
     everyone_RC2 = mine_C2.new_empty(group.size(), *mine_C2.shape)
-    dist.all_gather_into_tensor(everyone_RC2, mine_C2, group=group)
+    dist.all_gather_into_tensor(everyone_RC2.flatten(0, 1), mine_C2, group=group)
     norms_RC1, labels_RC1 = everyone_RC2.split(1, dim=2)
     return torch.logsumexp(norms_RC1, 0), labels_RC1.amax(0)
 
