@@ -51,7 +51,7 @@ def tensor_parallel(model: TNL, mesh: DeviceMesh, *, shard_sequence: bool = Fals
     All ranks must hold equal weights; each keeps its part. Every parameter becomes a DTensor on
     `mesh`: cut by rows (Shard(0)) the embedding, the projections into the mixers, w1, w2 and theta,
     by columns (Shard(1)) out_proj and w3. States that the model takes or gives hold this rank's
-    heads.
+    heads. (`generate` wants a model that is whole again.)
 
     Apply it before recomputation, compilation and data parallelism.
 
