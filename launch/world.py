@@ -124,7 +124,9 @@ class World:
 
     def total(self, *values: float, dtype: torch.dtype) -> list[float]:
         """The sums of `values` over all ranks, one small reduction."""
-        return self.summed(torch.tensor(values, dtype=dtype, device=self.device)).tolist()
+        # One process asks nobody, and so does not wait for its GPU either.
+        device = "cpu" if self.gradient_group is None else self.device
+        return self.summed(torch.tensor(values, dtype=dtype, device=device)).tolist()
 
     def summed(self, vector: Tensor) -> Tensor:
         """`vector` with its sum over all ranks in place; on its device, without waiting for it."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["compile_blocks", "compiler_options", "eagerly"]
 
 # The gradients of q, k, v, u meet in one tensor. One kernel for all four would ask at every element
-# which of them it is, at 2.5 times the time of a kernel for each.
+# which of them it is, at more than twice the time of a kernel for each.
 _ONE_KERNEL_PER_PART = ("max_pointwise_cat_inputs", "max_complex_pointwise_cat_inputs")
 
 

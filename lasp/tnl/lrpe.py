@@ -85,7 +85,8 @@ class LRPE(nn.Module):
                 "precision, wrap each `LRPE` module by itself with param_dtype=torch.float32."
             )
         theta = self.theta
-        if hasattr(theta, "to_local"):
+        # (torch.compile does not see the attribute of a parameter.)
+        if theta.shape[0] != q.shape[2] or hasattr(theta, "to_local"):
             # Cut by heads (tensor parallelism), as q and k are.
             theta = theta.to_local()
         return _Modulate.apply(q, k, theta, position)

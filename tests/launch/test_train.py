@@ -76,6 +76,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, data, capsys, monk
     assert list(tmp_path.iterdir()) == []
 
 
+TP = "--parallelism.tensor_parallel_degree"
+
+
 @pytest.mark.parametrize(
     ("argv", "world", "sentence"),
     [
@@ -91,6 +94,20 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, data, capsys, monk
         ),
         (["--training.global_batch_size", "3"], "2", "local_batch_size 1 x data-parallel ranks 2"),
         (["--comm.backend", "nccl"], "1", "0 GPUs"),
+        ([TP, "3"], "3", "num_heads 2 does not divide by 3 tensor-parallel ranks (2 = 0 x 3 + 2)"),
+        ([TP, "2", "--model.glu_dim", "47"], "2", "glu_dim 47 does not divide by 2"),
+        ([TP, "2", "--model.num_layers", "0"], "2", "num_layers is 0"),
+        ([TP, "3", "--cp-size", "2"], "4", "cp 2 x tp 3 = 6 does not divide the 4 processes"),
+        (
+            [TP, "2", "--parallelism.tensor_parallel_shard_sequence"],
+            "2",
+            "training.seq_len 101 is not a multiple of cp 1 x tp 2 = 2",
+        ),
+        (
+            [TP, "2", "--cp-size", "2", "--parallelism.data_parallel_method", "ddp"],
+            "4",
+            "DDP cannot hold weights that are cut; use auto or fsdp",
+        ),
         (["--training.varlen", "--sp-size", "2"], "2", "--training.no-varlen"),
         (["--training.varlen", "--training.local_batch_size", "2"], "1", "local_batch_size is 2"),
         (["--model.preset", "9b", "--job.dry_run"], "1", "9b"),

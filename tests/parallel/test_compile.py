@@ -3,11 +3,14 @@
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.distributed.device_mesh import DeviceMesh
 
 from lasp import SequenceShard, exchange
 from lasp.tnl import TNL, TNLConfig
 from parallel.compile import compile_blocks, eagerly
+from parallel.mesh import whole
 from parallel.recompute import checkpointed
+from parallel.tensor import tensor_parallel
 from tests.compiler import needs_compiler
 
 CONFIG = dict(vocab_size=64, dim=32, num_layers=4, num_heads=2, glu_dim=48)
@@ -109,6 +112,25 @@ def test_recomputed_compiled_blocks_exchange_once(pool):
     for count, error in pool.run(on_a_rank, size=2):
         assert count == 2 * CONFIG["num_layers"]
         assert error < 1e-6
+
+
+def on_a_tensor_rank(group):
+    torch._dynamo.reset()
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tp",))
+    found = []
+    for backend in ("aot_eager", None):
+        model = tensor_parallel(make(), mesh)
+        if backend is not None:
+            for block in model.blocks:
+                checkpointed(block)
+            compile_blocks(model.blocks, fullgraph=True, backend=backend)
+        gradients(model)
+        found.append([whole(p.grad) for p in model.parameters()])
+    return max(errors(*found))
+
+
+def test_blocks_cut_over_tensor_ranks_compile_whole(pool):
+    assert max(pool.run(on_a_tensor_rank, size=2)) < 1e-6
 
 
 def test_autocast_halves_the_residual_stream():
