@@ -374,16 +374,33 @@ def test_checkpoints_in_the_background_change_nothing(undisturbed, tmp_path, dat
     assert same(weights(folder, STEPS), weights(undisturbed, STEPS))
 
 
-def test_a_run_that_fails_keeps_the_checkpoint_that_was_being_written(tmp_path, data, monkeypatch):
-    def slow_disk(run):
-        write = saving.write_pieces
-        monkeypatch.setattr(saving, "write_pieces", lambda *a: time.sleep(0.3) or write(*a))
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """Every file of tensors takes longer than some steps."""
+    write = saving.write_pieces
+    monkeypatch.setattr(saving, "write_pieces", lambda *args: time.sleep(0.3) or write(*args))
 
+
+def test_sigterm_waits_for_the_checkpoint_that_is_being_written(
+    undisturbed, tmp_path, data, monkeypatch, slow_disk
+):
+    wanted = dict(checkpoint__async_mode="async", checkpoint__interval=2)
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda run: os.kill(os.getpid(), signal.SIGTERM))
+        assert run_here(tmp_path, data, **wanted) == REQUEUE
+    earlier, stopped_at = CheckpointStore(tmp_path / "checkpoint").steps()
+    assert earlier == 2 < stopped_at
+    assert run_here(tmp_path, data, **wanted) == 0
+    assert losses(tmp_path) == losses(undisturbed)
+
+
+def test_a_run_that_fails_keeps_the_checkpoint_that_was_being_written(
+    tmp_path, data, monkeypatch, slow_disk
+):
     def poison(run):
         forward = run.trained.forward
         run.trained.forward = lambda *args: forward(*args) * float("nan")
 
-    at_step(monkeypatch, 1, slow_disk)
     at_step(monkeypatch, 2, poison)
     wanted = dict(checkpoint__async_mode="async", checkpoint__interval=2)
     assert run_here(tmp_path, data, training__max_nonfinite_steps=1, **wanted) == 72
