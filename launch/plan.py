@@ -93,7 +93,7 @@ def check_layout(config: Config, place: Place) -> None:
     data_parallel_engine(config, place.dims)
     if tp == 1:
         return
-    check_tensor_parallel(model_config(config, None), tp, ("num_heads", "glu_dim"))
+    check_tensor_parallel(model_config(config, None), tp, CUT_SIZES[:-1])
     length = config.training.seq_len
     if config.parallelism.tensor_parallel_shard_sequence and length % (cp * tp):
         raise ConfigError(
@@ -192,7 +192,8 @@ def describe(config: Config, place: Place, model: TNLConfig, batch: Batching) ->
     """What a user should know before the first step."""
     training, dims = config.training, place.dims
     parameters = model.num_parameters()
-    pieces = cut_over(config, dims)
+    pieces = cut_over(config, dims) * dims.tp
+    logits = min(training.loss_chunk_size, training.seq_len) * model.vocab_size // dims.tp
     layout = config.parallelism
     shards = f"{dims.cp} ranks ({layout.context_parallel_method}, {layout.context_parallel_layout})"
     dtype = autocast_dtype(config, place.device) or torch.float32
@@ -214,8 +215,7 @@ def describe(config: Config, place: Place, model: TNLConfig, batch: Batching) ->
         "memory": (
             f"{16 * parameters / pieces / 2**30:.2f} GiB per rank for weights, gradients and "
             f"moments{f' cut over {pieces} ranks' if pieces > 1 else ''}, "
-            f"{4 * min(training.loss_chunk_size, training.seq_len) * model.vocab_size / 2**30:.2f} "
-            "GiB for a chunk of logits; activations come on top"
+            f"{4 * logits / 2**30:.2f} GiB for a chunk of logits; activations come on top"
         ),
         "data": "random tokens" if config.data.source == "random" else str(config.data_folder),
         "checkpoints": str(config.checkpoint_folder) if config.checkpoint.enable else "none",

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["HostMemory", "checkpointed", "keeping_exchanges", "recompute"]
 
-# By name and not by object, so that this module needs no import of the operators.
+# By name and not by object, so that this module needs no import of the operators. A softmax layer
+# keeps its output: that spares a second gathering, and the quadratic work.
 _EXCHANGES = ("lasp::enter", "lasp::start", "lasp::finish", "lasp::softmax_attend")
 # What takes long to compute for its size: products and attention. The rest of a block, norms, gates
 # and activations, is as large again and cheap.
