@@ -11,6 +11,9 @@ differ all of them raise a ValueError that says what differs:
 A fingerprint is computed once per kind of call. It goes from host to host over connections of its
 own, whatever the group sends with: no GPU waits, and the work launched in between hides the way.
 What may differ between ranks (the local length) is no part of it.
+
+The connections are gloo's, so hosts must reach each other by name, or by the interface that
+GLOO_SOCKET_IFNAME names.
 """
 
 from __future__ import annotations
