@@ -76,11 +76,6 @@ def batching(config: Config, place: Place) -> Batching:
             f"data-parallel ranks {dp} = {local * dp}: use "
             f"{max(1, round(wanted / (local * dp))) * local * dp}."
         )
-    if config.training.varlen and place.dims.cp > 1:
-        raise ConfigError(
-            f"training.varlen with a sequence cut over {place.dims.cp} ranks is not there yet: use "
-            "--parallelism.context_parallel_degree 1, or --training.no-varlen."
-        )
     if config.training.varlen and local != 1:
         raise ConfigError(
             f"training.varlen packs documents into one sequence: local_batch_size is {local}, use "

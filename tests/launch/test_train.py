@@ -108,7 +108,6 @@ TP = "--parallelism.tensor_parallel_degree"
             "4",
             "DDP cannot hold weights that are cut; use auto or fsdp",
         ),
-        (["--training.varlen", "--sp-size", "2"], "2", "--training.no-varlen"),
         (["--training.varlen", "--training.local_batch_size", "2"], "1", "local_batch_size is 2"),
         (["--model.preset", "9b", "--job.dry_run"], "1", "9b"),
         (["--model.vocab_size", "9", "--job.dry_run"], "1", "the tokenizer has 258"),
