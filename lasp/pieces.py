@@ -104,7 +104,8 @@ class Span(NamedTuple):
     begun: bool
     unfinished: bool
     # The first so many rows end what this rank holds of their document: all of them, or all but
-    # the last, where the rank's second piece goes on with it.
+    # the last, where the rank's second piece goes on with it, or none of a piece without tokens
+    # that lies inside a document.
     num_final: int
 
 
@@ -218,8 +219,10 @@ def cut_documents(
         stops = [min(x, stop) for x in offsets[first + 1 : end + 1]] or [stop]
         shift, first_row = rows[-1] - start, len(rows) - 1
         rows += [x + shift for x in stops]
+        # What only passes through an empty piece has no token here that a final state comes after.
+        num_final = 0 if begun and start == stop else end - first
         spans.append(
-            Span(first_row, len(rows) - 1, first, end - first, begun, unfinished, end - first)
+            Span(first_row, len(rows) - 1, first, end - first, begun, unfinished, num_final)
         )
         documents.append(range(first, end))
     if len(held) == 2 and documents[0] and documents[1] and documents[0][-1] == documents[1][0]:
