@@ -18,14 +18,15 @@ __all__ = ["attend", "attend_backward", "is_watched"]
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def is_watched(*tensors: torch.Tensor | None) -> bool:
+def is_watched(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
     """Whether somebody looks at operators: torch.compile, a dispatch mode (selective checkpointing
-    is one), a profiler, or a tensor's own class."""
+    is one), a profiler, or a tensor's own class; or only shapes are wanted (device "meta")."""
     return (
-        torch.compiler.is_compiling()
+        first.is_meta
+        or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd.profiler._is_profiler_enabled
-        or not all(x is None or type(x) in _PLAIN for x in tensors)
+        or not all(x is None or type(x) in _PLAIN for x in (first, *others))
     )
 
 

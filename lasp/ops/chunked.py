@@ -9,11 +9,13 @@ forward and, with its arguments exchanged, every gradient:
 
 where S0 is the state before the first token and G the gradient of the state after the last one.
 Exponents of the decay are never positive, so no decay overflows. float32 arithmetic, or float64
-for float64 inputs.
+for float64 inputs, under autocast too.
 
 Legend: B batch, T tokens, H heads, D key size, E value size, C chunk, N documents.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from itertools import pairwise
 
 import torch
@@ -25,6 +27,22 @@ SCAN_CHUNK = 128
 STATE_CHUNK = 2048
 
 
+def _without_autocast(function: Callable) -> Callable:
+    """Autocast reaches the products in here, and would make them, and the states, bfloat16."""
+
+    @wraps(function)
+    def exact(first, *args, **kwargs):
+        device_type = first.device.type
+        # (There is none on "meta".)
+        if not torch.amp.is_autocast_available(device_type):
+            return function(first, *args, **kwargs)
+        with torch.autocast(device_type, enabled=False):
+            return function(first, *args, **kwargs)
+
+    return exact
+
+
+@_without_autocast
 def prefix_states(
     k_BTHD: torch.Tensor,
     v_BTHE: torch.Tensor,
@@ -51,6 +69,7 @@ def prefix_states(
     return total_NHDE.new_empty(0), total_NHDE
 
 
+@_without_autocast
 def scan(
     a_BTHD: torch.Tensor,
     b_BTHD: torch.Tensor,
@@ -79,6 +98,7 @@ def scan(
     return y_BTHE
 
 
+@_without_autocast
 def step(
     q_BHD: torch.Tensor,
     k_BHD: torch.Tensor,

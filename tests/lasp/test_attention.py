@@ -49,6 +49,21 @@ def test_low_precision_is_as_good_as_plain_torch(dtype):
         assert cases.relative_error(actual[name], value) <= allowed, name
 
 
+def test_autocast_changes_no_bit():
+    inputs = cases.make_inputs(70, dtype=torch.float32)
+    q, k, v, log_decay, state = inputs
+    token = (q[:, 0], k[:, 0], v[:, 0], state, log_decay)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            o = lasp.lightning_attention(*inputs[:4], initial_state=state)
+            both = cases.forward_and_gradients(with_state, *inputs)
+            step = lasp.lightning_attention_step(*token)
+            learning = lasp.lightning_attention_step(*token[:3], state.requires_grad_(), log_decay)
+        results.append([o, *both.values(), *step, *learning])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize(
     "offsets", [[0, 100], [0, 1, 16, 33, 50, 150, 199], [0, 0, 64, 64, 128, 130, 130]], ids=str
 )
@@ -181,6 +196,20 @@ def test_compiles_without_a_graph_break_and_checkpoints():
             )
         )
         cases.assert_close(again, truth, 0, f"checkpointed, reentrant {use_reentrant}")
+
+
+@pytest.mark.parametrize("final", [False, True])
+def test_shapes_alone(final):
+    inputs = [x.to("meta") for x in cases.make_inputs(70, B=2, dtype=torch.bfloat16)]
+    leaves = [x.requires_grad_() for x in inputs[:3]]
+    o = lasp.lightning_attention(
+        *leaves, inputs[3], initial_state=inputs[4], output_final_state=final
+    )
+    o, state = o if final else (o, inputs[4])
+    o.sum().backward()
+    assert (o.shape, o.dtype) == (inputs[2].shape, torch.bfloat16)
+    assert (state.shape, state.dtype) == (inputs[4].shape, torch.float32)
+    assert all(x.grad.is_meta and x.grad.shape == x.shape for x in leaves)
 
 
 def test_operators_are_registered_soundly():
