@@ -30,6 +30,7 @@ import torch.distributed as dist
 # Which processes serve a test of a given size: shifted and strided, so that group ranks are not
 # global ranks.
 MEMBERS = {1: (2,), 2: (1, 3), 3: (0, 2, 3), 4: (0, 1, 2, 3)}
+START_TIMEOUT = 100
 
 
 class RankFailed(AssertionError):
@@ -112,6 +113,12 @@ class Pool:
             process.start()
             theirs.close()
             self._workers.append((process, ours))
+        # Before a test's clock starts: on a busy machine importing torch takes long.
+        for rank, (process, pipe) in enumerate(self._workers):
+            if not self._answers(process, pipe, START_TIMEOUT):
+                self.stop(dump=True)
+                raise TimeoutError(f"process {rank} did not start in {START_TIMEOUT} s")
+            pipe.recv_bytes()
 
 
 def _work(rank, world_size, members, backend, store_path, pipe) -> None:
@@ -128,6 +135,7 @@ def _work(rank, world_size, members, backend, store_path, pipe) -> None:
         timeout=timedelta(seconds=30),
     )
     groups = {size: dist.new_group(list(places)) for size, places in members.items()}
+    pipe.send_bytes(b"ready")
     while True:
         try:
             function, args, size = pickle.loads(pipe.recv_bytes())
