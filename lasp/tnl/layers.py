@@ -65,7 +65,7 @@ class GatedLinearAttention(nn.Module):
             shard: where x lies in the sequence, and the group that holds the rest.
             position: of x's first token, counted from the beginning of everything the state saw.
             state: [N, H, K, D] float32 before the first token of the global sequence, on the first
-                rank; None: zero.
+                rank (of packed documents on all); None: zero.
             padding_mask: bool [B, T], False where a token is padding. Padding adds nothing to the
                 state (its v is zeroed); the decay runs on through it, as in the released code.
             cu_seqlens: packed documents, as in `lasp.lightning_attention`.

@@ -90,9 +90,12 @@ class TNL(nn.Module):
             shard: which tokens of the global sequence these are, and the group that holds the rest;
                 None: the whole sequence.
             states: what was read before the global sequence. Its `position` must be the same on all
-                ranks of the shard's group; its tensors are used on the first rank only.
+                ranks of the shard's group; its tensors are used on the first rank, or with
+                cu_seqlens, one per document, on every rank on which documents begin. (Positions
+                count along the row: with LRPE only the first can continue what was read before.)
             return_states: also return the `TNLState` after this shard's last token; the last rank's
-                is that of the whole sequence.
+                is that of the whole sequence, with cu_seqlens that of every document which ends
+                there.
             return_hidden: return the normed hidden states [B, T, d] in place of the logits, for a
                 loss that never forms all logits: logits = hidden @ model.head_weight.T.
             padding_mask: bool [B, T], False where a token is padding: it adds nothing to the state.
@@ -107,7 +110,8 @@ class TNL(nn.Module):
             _refuse_in_hybrid(padding_mask is not None, cu_seqlens is not None and with_states)
         position = shard.start + (0 if states is None else states.position)
         entering = [None] * len(self.blocks)
-        if states is not None and shard.is_first:
+        # Packed documents begin on any rank; the operator reads the states of those that do.
+        if states is not None and (shard.is_first or cu_seqlens is not None):
             entering = states.layers
         if padding_mask is not None:
             padding_mask = padding_mask.bool()

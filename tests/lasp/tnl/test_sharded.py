@@ -123,6 +123,34 @@ def test_other_exchanges(pool, exchange):
     check(pool, (0, 7, 64, 100), torch.float32, 1e-5, exchange, False)
 
 
+DOCUMENTS = (0, 30, 30, 47, 63)
+
+
+def packed(tokens, shard):
+    state = entering_state(CONFIG, torch.float64)
+    # Four documents, each with a state of its own.
+    state.layers = [torch.cat([x, 2 * x]) for x in state.layers]
+    options = dict(states=state, cu_seqlens=torch.tensor(DOCUMENTS, dtype=torch.int32))
+    return make(CONFIG, torch.float64)(tokens, shard, return_states=True, **options)
+
+
+def packed_on_one_rank(group):
+    shard = SequenceShard.split(63, group)
+    return packed(shard.take(batch_of(63)[0][:1]), shard)
+
+
+@torch.no_grad()
+def test_documents_that_begin_on_any_rank_continue_from_their_states(pool):
+    tokens = batch_of(63)[0][:1]
+    logits, leaving = packed(tokens, None)
+    results = pool.run(packed_on_one_rank, size=3)
+    assert error(torch.cat([of_rank[0] for of_rank in results], 1), logits) < 1e-7
+    # 21 tokens on each rank: the rank of each document's last one, and of the empty document's.
+    for document, owner in enumerate((1, 1, 2, 2)):
+        for mine, wanted in zip(results[owner][1].layers, leaving.layers, strict=True):
+            assert error(mine[document], wanted[document]) < 1e-7
+
+
 def check(pool, cuts, dtype, tolerance, exchange, with_state, config=CONFIG, told=False):
     total, size = cuts[-1], len(cuts) - 1
     options = (config, cuts, dtype, exchange, with_state, told)
