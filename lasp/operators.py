@@ -17,6 +17,7 @@ method of exchange, layout, tokens of every rank or None).
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import torch
 from torch.distributed import ProcessGroup
@@ -136,9 +137,12 @@ def _enter(*arguments):
 def _start(*arguments):
     """(segment states, ticket for `finish`: an int64 scalar on the CPU)."""
     state = _Entering(*arguments)
-    ticket = next(_tickets)
-    _started[ticket] = state
-    return state.segment_states, torch.tensor(ticket)
+    number = next(_tickets)
+    _started[number] = state
+    ticket = torch.tensor(number)
+    # Nobody can attend any more, as after an exception: what came is not kept.
+    weakref.finalize(ticket, _started.pop, number, None)
+    return state.segment_states, ticket
 
 
 @torch.library.impl("lasp::finish", "CompositeExplicitAutograd")

@@ -1,13 +1,14 @@
 """The operator over ranks: every rank, every gradient, against one rank's float64 definition."""
 
 import itertools
+import weakref
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import lasp
-from lasp import shard
+from lasp import operators, shard
 from tests.distributed import Pool
 from tests.lasp import cases, sharded
 from tests.lasp.sharded import METHODS, Problem
@@ -219,3 +220,13 @@ def test_a_started_state_is_attended_to_once():
     assert torch.equal(o, lasp.lightning_attention(q, k, v, log_decay))
     with pytest.raises(ValueError, match="once: call start_state again"):
         lasp.attend(q, started)
+
+
+def test_a_started_state_that_nobody_attends_to_is_not_kept():
+    _, k, v, log_decay, _ = cases.make_inputs(5, state=False)
+    before = set(operators._started)
+    started = lasp.start_state(k, v, log_decay)
+    (ticket,) = set(operators._started) - before
+    state = weakref.ref(operators._started[ticket])
+    del started
+    assert state() is None and ticket not in operators._started
