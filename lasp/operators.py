@@ -115,6 +115,9 @@ class _Entering:
             if entering is not None:
                 decay = _decay_over(self.log_decay, self.pieces.row_lengths(), rows)
                 rows = torch.addcmul(rows, decay, entering)
+            elif self.pending is not None:
+                # NCCL may still be reading it, and what is returned may be written to.
+                rows = rows.clone()
             final = self.pieces.taken(rows, self.num_states, False)
         return compact, final
 

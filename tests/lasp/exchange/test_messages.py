@@ -151,6 +151,23 @@ def test_the_ring_is_one_hop_where_nothing_passes(pool):
     assert pool.run(send_before_receiving, size=4) == [None, 0.0, 1.0, 2.0]
 
 
+def returned_and_sent(group, layout):
+    """Whether a final state lies where a message does, which NCCL may still have to send."""
+    sent, isend = [], dist.isend
+    q, k, v, log_decay, _ = cases.make_inputs(6, state=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "isend", lambda x, **options: sent.append(x) or isend(x, **options))
+        _, final = lasp.lightning_attention(
+            q, k, v, log_decay, output_final_state=True, group=group, layout=layout
+        )
+    return final.untyped_storage().data_ptr() in [x.untyped_storage().data_ptr() for x in sent]
+
+
+@pytest.mark.parametrize("layout", shard.LAYOUTS)
+def test_a_final_state_may_be_written_to(pool, layout):
+    assert pool.run(returned_and_sent, layout, size=3) == [False] * 3
+
+
 def kept_tensors(group, method):
     """Bytes that the backward will need beyond q, k, v; with a group and alone."""
     sizes = []
