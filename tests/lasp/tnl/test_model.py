@@ -131,6 +131,16 @@ def test_meta_model_materialises():
     assert torch.equal(model(tokens_of(1, 9)), expected(tokens_of(1, 9)))
 
 
+@pytest.mark.parametrize("layer_types", ["L", "LLS"])
+def test_shapes_alone_on_the_meta_device(layer_types):
+    with torch.device("meta"):
+        model = TNL(TNLConfig(**{**vars(CONFIG), "layer_types": layer_types}))
+        logits, states = model(torch.zeros(2, 9, dtype=torch.int64), return_states=True)
+        logits.sum().backward()
+    assert logits.shape == (2, 9, 50) and states.position == 9
+    assert all(p.grad.shape == p.shape for p in model.parameters())
+
+
 def test_state_dict_holds_parameters_only_and_round_trips():
     model, other = make(), TNL(CONFIG)
     assert model.state_dict().keys() == dict(model.named_parameters()).keys()
