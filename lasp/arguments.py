@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from lasp import exchange as exchanges
 from lasp.shard import LAYOUTS
 
-__all__ = ["describe_shape", "find_problem", "member_or_alone", "state_dtype"]
+__all__ = ["describe_shape", "find_problem", "group_of", "member_or_alone", "state_dtype"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_HEAD_SIZE = 256
@@ -64,6 +64,13 @@ def member_or_alone(group: ProcessGroup) -> ProcessGroup | None:
     if size < 1:
         raise ValueError("this process is not a member of `group`: only its members call this.")
     return None if size == 1 else group
+
+
+def group_of(name: str | None) -> ProcessGroup | None:
+    """The group that an operator of torch was handed by name."""
+    if name is None:
+        return None
+    return torch.distributed.distributed_c10d._resolve_process_group(name)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

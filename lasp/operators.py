@@ -20,11 +20,10 @@ import itertools
 import weakref
 
 import torch
-from torch.distributed import ProcessGroup
 
 from lasp import exchange as exchanges
 from lasp import ops, shard
-from lasp.arguments import state_dtype
+from lasp.arguments import group_of, state_dtype
 from lasp.exchange import AffineMap, Line
 from lasp.ops.documents import decay_rates, document_offsets
 from lasp.pieces import Dense, Packed, cut_documents
@@ -307,11 +306,7 @@ def _fake_segment_states(k, v, cu_seqlens, where):
 
 def _resolve(where):
     group_name, *rest = where
-    return None if group_name is None else _group(group_name), *rest
-
-
-def _group(group_name: str) -> ProcessGroup:
-    return torch.distributed.distributed_c10d._resolve_process_group(group_name)
+    return group_of(group_name), *rest
 
 
 def _pieces(x, cu_seqlens, group, layout, lengths) -> Dense | Packed:

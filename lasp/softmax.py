@@ -24,7 +24,7 @@ from itertools import pairwise
 import torch
 from torch.distributed import ProcessGroup
 
-from lasp.arguments import member_or_alone
+from lasp.arguments import group_of, member_or_alone
 from lasp.exchange import guard, tokens
 from lasp.ops.documents import document_offsets
 from lasp.ops.softmax import Piece, attend, attend_backward
@@ -152,7 +152,7 @@ torch.library.define(
 @torch.library.impl("lasp::softmax_attend", "CompositeExplicitAutograd")
 def _attend(q, k, v, cu_seqlens, scale, needs_grad, group_name, layout, shard_lengths):
     """(o, lse [B, H, T], keys of every rank int64 [P] on the host)."""
-    group = _group(group_name)
+    group = group_of(group_name)
     if group is not None:
         _agree(group, q, k, cu_seqlens, scale, needs_grad, layout, shard_lengths)
         lengths = shard_lengths or guard.gather_numbers(group, k.shape[1])
@@ -173,7 +173,7 @@ def _attend(q, k, v, cu_seqlens, scale, needs_grad, group_name, layout, shard_le
 def _attend_backward(do, q, k, v, cu_seqlens, o, lse, lengths, scale, group_name, layout):
     """(dq, dk, dv)."""
     do = do if do.stride(-1) == 1 else do.contiguous()
-    group = _group(group_name)
+    group = group_of(group_name)
     plan = _Plan.of(group, lengths.tolist(), layout, q, k, cu_seqlens)
     common = dict(scale=scale, steady=plan.steady)
     pending = _start_gather(plan, k, v, group)
@@ -193,7 +193,7 @@ def _attend_backward(do, q, k, v, cu_seqlens, o, lse, lengths, scale, group_name
 def _attend_fake(q, k, v, cu_seqlens, scale, needs_grad, group_name, layout, shard_lengths):
     B, T, H, _ = q.shape
     lse = q.new_empty(B, H, T, dtype=torch.promote_types(q.dtype, torch.float32))
-    ranks = 1 if group_name is None else torch.distributed.get_world_size(_group(group_name))
+    ranks = 1 if group_name is None else torch.distributed.get_world_size(group_of(group_name))
     return q.new_empty(q.shape), lse, torch.empty(ranks, dtype=torch.int64, device="cpu")
 
 
@@ -410,9 +410,3 @@ def _agree(group, q, k, cu_seqlens, scale, needs_grad, layout, shard_lengths) ->
     }
     # Confirmed before anything is gathered: a gathering of other sizes would hang.
     guard.compare(group, call, problem=problem).confirm()
-
-
-def _group(group_name: str | None) -> ProcessGroup | None:
-    if group_name is None:
-        return None
-    return torch.distributed.distributed_c10d._resolve_process_group(group_name)
