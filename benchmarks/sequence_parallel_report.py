@@ -57,7 +57,7 @@ def _times(rows: list[dict]) -> str:
             cells.append(f"{row[key]:.3f}{relative}")
         if "both_call_ms" in row:
             cells[-1] += f", call {row['both_call_ms']:.3f}"
-        error = "" if row["name"] == ALONE else f"{row['error']:.1e}"
+        error = f"{row['error']:.1e}"
         lines.append(f"| {row['tokens']:,} | {row['name']} | {' | '.join(cells)} | {error} |")
     return "\n".join(lines)
 
