@@ -1,0 +1,107 @@
+"""Weights of the native TNL (`lasp.tnl`) to and from those of its Megatron form.
+
+Rows of the fused projection have one order in both, so every matrix is a plain cut per
+tensor-parallel rank; only Megatron's first MLP matrix holds two (w1 above w2) in each rank's part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from lasp.tnl import TNLConfig
+
+__all__ = ["from_megatron", "to_megatron"]
+
+_EMBEDDING = "embedding.word_embeddings.weight"
+
+# (native name, Megatron name, dim that tensor parallelism cuts) within a layer.
+_LAYER = (
+    ("token_mixer.qkvu_proj.weight", "self_attention.linear_qkvu.weight", 0),
+    ("token_mixer.out_proj.weight", "self_attention.linear_proj.weight", 1),
+    ("channel_mixer.w3.weight", "mlp.linear_fc2.weight", 1),
+)
+_THETA = ("token_mixer.lrpe.theta", "self_attention.lrpe.theta", 0)
+_GATE = ("channel_mixer.w1.weight", "channel_mixer.w2.weight")
+_FC1 = "mlp.linear_fc1.weight"
+
+
+def to_megatron(
+    state_dict: Mapping[str, torch.Tensor],
+    config: TNLConfig,
+    *,
+    tp_rank: int = 0,
+    tp_size: int = 1,
+    layers: range | None = None,
+    padded_vocab_size: int | None = None,
+) -> dict[str, torch.Tensor]:
+    """`TNL(config).state_dict()` (or gradients by those names) as a tensor-parallel rank's part of
+    a GPTModel with get_tnl_block_spec and tied embeddings.
+
+    Args:
+        layers: those of a pipeline stage; None: all. (A stage has no use for some of the entries:
+            load with strict=False.)
+        padded_vocab_size: rows of Megatron's embedding; those beyond the vocabulary become zero.
+
+    Raises:
+        ValueError: heads, inner width or vocabulary that tp_size does not divide.
+    """
+    rows = padded_vocab_size or config.vocab_size
+    _check(config, tp_size, rows)
+
+    def part(tensor, dim):
+        return tensor.chunk(tp_size, dim)[tp_rank]
+
+    embedding = state_dict["embedding.weight"]
+    padding = embedding.new_zeros(rows - config.vocab_size, config.dim)
+    embedding = part(torch.cat([embedding, padding]), 0)
+    # The last stage of a pipeline holds its own copy of the tied matrix.
+    converted = {_EMBEDDING: embedding, "output_layer.weight": embedding}
+    for place, i in enumerate(range(config.num_layers) if layers is None else layers):
+        native, theirs = f"blocks.{i}.", f"decoder.layers.{place}."
+        for name, megatron_name, dim in _entries(config, i):
+            converted[theirs + megatron_name] = part(state_dict[native + name], dim)
+        converted[theirs + _FC1] = torch.cat([part(state_dict[native + n], 0) for n in _GATE])
+    return {name: tensor.clone() for name, tensor in converted.items()}
+
+
+def from_megatron(
+    parts: Sequence[Mapping[str, torch.Tensor]], config: TNLConfig
+) -> dict[str, torch.Tensor]:
+    """The inverse of `to_megatron`: what all tensor-parallel ranks hold, in rank order, as a
+    `TNL(config)` state dict. Rows that pad the vocabulary are dropped.
+
+    Raises:
+        ValueError: heads, inner width or vocabulary that the number of parts does not divide.
+    """
+    rows = sum(part[_EMBEDDING].shape[0] for part in parts)
+    _check(config, len(parts), rows)
+
+    def whole(name, dim):
+        return torch.cat([part[name] for part in parts], dim)
+
+    converted = {"embedding.weight": whole(_EMBEDDING, 0)[: config.vocab_size]}
+    for i in range(config.num_layers):
+        native, theirs = f"blocks.{i}.", f"decoder.layers.{i}."
+        for name, megatron_name, dim in _entries(config, i):
+            converted[native + name] = whole(theirs + megatron_name, dim)
+        halves = [part[theirs + _FC1].chunk(2) for part in parts]
+        for name, pieces in zip(_GATE, zip(*halves, strict=True), strict=True):
+            converted[native + name] = torch.cat(pieces)
+    return converted
+
+
+def _entries(config, layer):
+    return (*_LAYER, _THETA) if layer in config.lrpe_layers else _LAYER
+
+
+def _check(config, tp_size, rows):
+    sizes = {"num_heads": config.num_heads, "glu_dim": config.glu_dim, "vocabulary rows": rows}
+    uneven = {name: size for name, size in sizes.items() if size % tp_size}
+    if uneven or rows < config.vocab_size:
+        raise ValueError(
+            f"{uneven or {'vocabulary rows': rows}} do not fit tensor-parallel size {tp_size} and "
+            f"vocab_size {config.vocab_size}: choose a size that divides them (pad the vocabulary "
+            "with padded_vocab_size)."
+        )

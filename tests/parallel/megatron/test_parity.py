@@ -1,0 +1,95 @@
+"""The TNL that Megatron builds and shards is the native TNL: same loss, same gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lasp.tnl import TNL, TNLConfig
+
+TINY = dict(vocab_size=64, dim=32, num_layers=3, num_heads=4, glu_dim=48, init_std=0.2)
+
+SIZES = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)]  # tensor x context parallel; the rest is data
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Native TNL in float64: (its fields, float32 weights, tokens, loss, gradients)."""
+    torch.manual_seed(0)
+    model = TNL(TNLConfig(**TINY))
+    weights = {name: x.clone() for name, x in model.state_dict().items()}
+    tokens = torch.randint(64, (4, 49))
+    model.double()
+    logits = model(tokens[:, :-1])
+    loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()
+    return weights, tokens, loss.item(), {n: p.grad for n, p in model.named_parameters()}
+
+
+def check(outcomes, loss, grads, bound=1e-5):
+    for seen_loss, seen, *_ in outcomes:
+        assert seen_loss == pytest.approx(loss, rel=bound)
+        assert seen.keys() == grads.keys()
+        for name, expected in grads.items():
+            error = (seen[name] - expected).norm() / expected.norm()
+            assert error < bound, (name, error.item())
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_loss_and_gradients_are_those_of_the_native_model(megatron, reference, sizes, layout):
+    weights, tokens, loss, grads = reference
+    options = dict(layout=layout)
+    check(megatron.run("native_gradients", sizes, TINY, weights, tokens, options), loss, grads)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 2)], ids=str)
+def test_the_hybrid_stack_hosts_the_same_model(megatron, reference, sizes):
+    """Its pattern counts MLPs as layers; decays must not."""
+    pytest.importorskip("triton", reason="Megatron's hybrid stack imports triton")
+    weights, tokens, loss, grads = reference
+    check(megatron.run("hybrid_model_gradients", sizes, TINY, weights, tokens), loss, grads)
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "doubling"])
+def test_sequence_parallel_activations(megatron, reference, exchange):
+    weights, tokens, loss, grads = reference
+    options = dict(exchange=exchange, megatron=dict(sequence_parallel=True))
+    check(megatron.run("native_gradients", (2, 2), TINY, weights, tokens, options), loss, grads)
+
+
+@pytest.fixture(scope="module")
+def hybrid(megatron):
+    """Layer 2 of 3 is softmax with rotary positions: options, tokens, the outcome on one rank."""
+    options = dict(softmax_every=2, rope=True)
+    tokens = torch.randint(64, (4, 49), generator=torch.Generator().manual_seed(1))
+    alone = megatron.run("gradients", (1, 1), "tnl", TINY, tokens, options)[0]
+    return options, tokens, alone
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("sizes", SIZES[2:], ids=str)
+def test_a_hybrid_with_softmax_layers(megatron, hybrid, sizes, layout):
+    options, tokens, (loss, grads, _) = hybrid
+    options = options | dict(layout=layout)
+    check(megatron.run("gradients", sizes, "tnl", TINY, tokens, options), loss, grads)
+
+
+GPT = dict(
+    num_layers=2,
+    hidden_size=32,
+    num_attention_heads=4,
+    num_query_groups=2,
+    ffn_hidden_size=48,
+    normalization="RMSNorm",
+    attention_dropout=0.0,
+    hidden_dropout=0.0,
+    init_method_std=0.2,
+)
+
+
+@pytest.mark.parametrize("decay", ["tnl", "minimax", "ling", "none"])
+def test_a_gpt_with_grouped_queries_and_rotary_positions(megatron, decay):
+    tokens = torch.randint(64, (4, 33), generator=torch.Generator().manual_seed(1))
+    options = dict(decay=decay, feature_map="silu_qkv")
+    loss, grads, _ = megatron.run("gradients", (1, 1), "gpt", GPT, tokens, options)[0]
+    check(megatron.run("gradients", (2, 2), "gpt", GPT, tokens, options), loss, grads)
