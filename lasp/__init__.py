@@ -1,14 +1,21 @@
 """Lightning attention and its sequence parallelism. Importing needs no GPU and no process group."""
 
 from lasp import decay
-from lasp.attention import lightning_attention, lightning_attention_step
+from lasp.attention import (
+    attend,
+    lightning_attention,
+    lightning_attention_step,
+    start_state,
+)
 from lasp.ops import reference
 from lasp.shard import SequenceShard
 
 __all__ = [
     "SequenceShard",
+    "attend",
     "decay",
     "lightning_attention",
     "lightning_attention_step",
     "reference",
+    "start_state",
 ]

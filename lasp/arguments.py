@@ -10,11 +10,14 @@ import torch
 from torch.distributed import ProcessGroup
 
 from lasp import exchange as exchanges
+from lasp.shard import LAYOUTS
 
 __all__ = ["describe_shape", "find_problem", "member_or_alone", "state_dtype"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_HEAD_SIZE = 256
+# A tuple made once: this is on the way of every call.
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
 
 def find_problem(
@@ -28,6 +31,8 @@ def find_problem(
     exchange,
     scale,
     state_name="initial_state",
+    layout="contiguous",
+    shard_lengths=None,
 ) -> str | None:
     """What is wrong with the arguments of `lasp.lightning_attention`, in a sentence; None if
     nothing is."""
@@ -35,18 +40,21 @@ def find_problem(
     for name, x in {"q": q, "k": k, "v": v, **optional}.items():
         if not isinstance(x, torch.Tensor) and not (x is None and name in optional):
             return f"{name} is {type(x).__name__}: it must be a tensor."
-    if not isinstance(scale, int | float | torch.SymInt | torch.SymFloat):
+    if not isinstance(scale, _NUMBERS):
         return f"scale is {scale!r}: it must be a number."
     if not isinstance(exchange, str) or exchange not in exchanges.METHODS:
         return f"exchange is {exchange!r}: choose one of {', '.join(sorted(exchanges.METHODS))}."
+    if not isinstance(layout, str) or layout not in LAYOUTS:
+        return f"layout is {layout!r}: choose one of {', '.join(LAYOUTS)}."
     return (
         _shape_problem(q, k, v)
         or _dtype_problem(q, k, v)
         or _device_problem(q, {"k": k, "v": v, "log_decay": log_decay, state_name: initial_state})
         or _decay_problem(q, log_decay)
-        or _documents_problem(q, cu_seqlens, group)
+        or _documents_problem(q, cu_seqlens)
         or _state_problem(q, v, initial_state, cu_seqlens, state_name)
-        or _group_problem(q, initial_state, group)
+        or _lengths_problem(shard_lengths)
+        or _group_problem(q, k, v, initial_state, cu_seqlens, group)
     )
 
 
@@ -117,14 +125,9 @@ def _decay_problem(q, log_decay):
     return None
 
 
-def _documents_problem(q, cu_seqlens, group):
+def _documents_problem(q, cu_seqlens):
     if cu_seqlens is None:
         return None
-    if group is not None:
-        return (
-            "cu_seqlens together with group is not supported yet: pack documents on one device, or "
-            "pass one document per sequence."
-        )
     if q.shape[0] != 1:
         return f"cu_seqlens is given and the batch is {q.shape[0]}: packed documents need batch 1."
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -150,7 +153,17 @@ def _state_problem(q, v, initial_state, cu_seqlens, state_name):
     return None
 
 
-def _group_problem(q, initial_state, group):
+def _lengths_problem(shard_lengths):
+    if shard_lengths is None:
+        return None
+    if not isinstance(shard_lengths, list | tuple) or not all(
+        isinstance(length, int) and length >= 0 for length in shard_lengths
+    ):
+        return f"shard_lengths is {shard_lengths!r}: give the tokens of every rank, as integers."
+    return None
+
+
+def _group_problem(q, k, v, initial_state, cu_seqlens, group):
     if group is None:
         return None
     device_types = exchanges.device_types(group)
@@ -160,7 +173,14 @@ def _group_problem(q, initial_state, group):
             f"{' and '.join(sorted(device_types))}: move the tensors there."
         )
     rank = torch.distributed.get_rank(group)
-    if initial_state is not None and rank != 0:
+    if initial_state is None:
+        return None
+    if initial_state.requires_grad and not (k.requires_grad or v.requires_grad):
+        return (
+            "initial_state requires a gradient, but neither k nor v does: other ranks would not "
+            "send what it needs. Let k and v require gradients too."
+        )
+    if rank != 0 and cu_seqlens is None:
         return (
             f"initial_state is given on rank {rank} of the group: it belongs to the global "
             "sequence, so only rank 0 passes it."

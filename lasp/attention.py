@@ -1,29 +1,33 @@
-"""Lightning attention, on one device and over ranks: the public operator.
+"""Lightning attention, on one device and over ranks: the public functions.
 
-Arithmetic (`lasp.ops`) and exchange (`lasp.exchange`) meet here and nowhere else. The forward is
-two steps, each one opaque operator to torch.compile and to activation checkpointing:
-
-    lasp::enter    the local state of k, v; the exchange; the state that enters this rank
-    lasp::attend   one pass over q, k, v from that state, writing o once
-
-and the backward is one (`lasp::attend_backward`): the local gradient of the state, its exchange in
-the other direction with dq computed meanwhile, then dk and dv. What `enter` returns is small and
-is saved; a recomputation that keeps it (see `parallel.recompute`) communicates nothing.
+`lightning_attention` is all of it in one call; `start_state` and `attend` are the same in two, with
+the exchange of states under whatever runs between them. Inputs are checked here, the work is in
+`lasp.operators` (`lasp.alone` where one device has it all), and one autograd node holds both
+exchanges.
 """
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.distributed import ProcessGroup
 
+# Imported for what it registers: torch.ops.lasp.
+import lasp.operators  # noqa: F401
+from lasp import alone, ops
 from lasp import exchange as exchanges
-from lasp import ops
-from lasp.arguments import describe_shape, find_problem, member_or_alone, state_dtype
-from lasp.ops.documents import decay_rates, document_offsets
+from lasp.arguments import describe_shape, find_problem, member_or_alone
+from lasp.ops.documents import decay_rates
 
-__all__ = ["lightning_attention", "lightning_attention_step"]
+__all__ = [
+    "StartedState",
+    "attend",
+    "lightning_attention",
+    "lightning_attention_step",
+    "start_state",
+]
 
 
 def lightning_attention(
@@ -38,14 +42,16 @@ def lightning_attention(
     cu_seqlens: torch.Tensor | None = None,
     group: ProcessGroup | None = None,
     exchange: str = "ring",
+    layout: str = "contiguous",
+    shard_lengths: Sequence[int] | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Causal linear attention with a constant decay per head, over one device or many.
 
         o_t = scale * q_t . S_t,   S_t = exp(log_decay) * S_{t-1} + k_t v_t^T,   S_0 = initial_state
 
     (Lightning Attention, arXiv 2405.17381, eq. 15-22; over ranks LASP, arXiv 2404.02882.) With
-    `group` each rank passes its contiguous part of the sequence, in group-rank order; lengths may
-    differ, and be zero. Between ranks only states travel, in float32. Differentiable in q, k, v and
+    `group` each rank passes its part of the sequence, in group-rank order; lengths may differ, and
+    be zero. Between ranks only states travel, in float32. Differentiable in q, k, v and
     initial_state; the backward repeats no exchange of the forward.
 
     Args:
@@ -55,29 +61,32 @@ def lightning_attention(
             None means no decay. A constant: it gets no gradient.
         scale: factor on the output, applied in float32.
         initial_state: float32 [N, H, D, E], state before the first token; N = B, or the number of
-            documents. With `group` it is the global sequence's and given on the first rank only.
+            documents. With `group` it is the global sequence's and given on the first rank only;
+            of packed documents every rank may pass it, and the rows of those that begin on the rank
+            are read (and get a gradient).
         output_final_state: also return the state after this rank's last token, earlier ranks'
             tokens included.
         cu_seqlens: int32 [N + 1], boundaries of packed documents (B must be 1); the state restarts
-            at each. Best on the CPU: a GPU is waited for, once per tensor, to read it.
+            at each. With `group` those of the global sequence, the same on all ranks. Best on the
+            CPU: a GPU is waited for, once per tensor, to read it.
         group: ranks over which the sequence is cut; None: it is all here.
         exchange: "ring" (LASP), "all_gather" (LASP-2) or "doubling".
+        layout: which tokens a rank holds, with `group`: "contiguous", or "zigzag" as softmax
+            context parallelism has it (see `lasp.shard`); then T is even.
+        shard_lengths: tokens of every rank. Needed only with cu_seqlens where the cut is not
+            `lasp.shard.split_lengths`.
 
     Returns:
         o [B, T, H, E] in the dtype of q; with output_final_state (o, final_state), the latter
-        float32 [N, H, D, E].
+        float32 [N, H, D, E]. Of packed documents over ranks, row n is the state after the last
+        token of document n on this rank, and zero where it has none; a document's own final state
+        is on the rank that holds its last token.
 
     Raises:
         ValueError: on bad input, and on every rank of `group` if the ranks disagree.
     """
-    if group is not None:
-        group = member_or_alone(group)
-    problem = find_problem(q, k, v, log_decay, initial_state, cu_seqlens, group, exchange, scale)
-    if problem is not None:
-        if group is not None:
-            exchanges.guard.agree(group, {}, every_time=True, problem=problem)
-        raise ValueError(problem)
-    q, k, v = (_with_unit_stride(x) for x in (q, k, v))
+    options = (initial_state, cu_seqlens, group, exchange, scale, layout, shard_lengths)
+    q, k, v, where = _checked(q, k, v, log_decay, *options)
     o, final_state = _LightningAttention.apply(
         q,
         k,
@@ -85,14 +94,119 @@ def lightning_attention(
         log_decay,
         initial_state,
         cu_seqlens,
+        None,
+        None,
         float(scale),
         output_final_state,
-        # All ranks must come to the backward's exchange, or none.
-        torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
-        None if group is None else group.group_name,
-        exchange,
+        _needs_grad(k, v),
+        *where,
     )
     return (o, final_state) if output_final_state else o
+
+
+@dataclass(frozen=True)
+class StartedState:
+    """What `start_state` returns and `attend` takes: arguments, and a state under way."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    log_decay: torch.Tensor | None
+    initial_state: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
+    segment_states: torch.Tensor
+    ticket: torch.Tensor
+    scale: float
+    output_final_state: bool
+    needs_grad: bool
+    where: tuple
+
+
+def start_state(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    group: ProcessGroup | None = None,
+    exchange: str = "ring",
+    layout: str = "contiguous",
+    shard_lengths: Sequence[int] | None = None,
+) -> StartedState:
+    """The first half of `lightning_attention`, which needs no q: this rank's state goes out.
+
+        started = lasp.start_state(k, v, log_decay, group=group)
+        q = ...                                # runs while the states travel
+        o = lasp.attend(q, started)
+
+    Arguments are those of `lightning_attention`. On every rank, `attend` must follow, once, before
+    the next exchange over `group` is started.
+
+    Raises:
+        ValueError: as `lightning_attention`.
+    """
+    options = (initial_state, cu_seqlens, group, exchange, scale, layout, shard_lengths)
+    _, k, v, where = _checked(k, k, v, log_decay, *options)
+    needs_grad = _needs_grad(k, v)
+    # No autograd node: the one of `attend` holds the gradients of all arguments.
+    with torch.no_grad():
+        segment_states, ticket = torch.ops.lasp.start(
+            k.detach(),
+            v.detach(),
+            log_decay,
+            None if initial_state is None else initial_state.detach(),
+            cu_seqlens,
+            float(scale),
+            output_final_state,
+            needs_grad,
+            *where,
+        )
+    return StartedState(
+        k,
+        v,
+        log_decay,
+        initial_state,
+        cu_seqlens,
+        segment_states,
+        ticket,
+        float(scale),
+        output_final_state,
+        needs_grad,
+        where,
+    )
+
+
+def attend(
+    q: torch.Tensor, started: StartedState
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """The second half of `lightning_attention`: o [B, T, H, E] from q [B, T, H, D].
+
+    With output_final_state of `start_state`, (o, final_state). Raises ValueError for a q that does
+    not fit, or a state that was attended to before.
+    """
+    k = started.k
+    if q.shape != k.shape or q.dtype != k.dtype or q.device != k.device:
+        raise ValueError(
+            f"q is {q.dtype} {describe_shape(q)} on {q.device}, but the k of start_state "
+            f"{k.dtype} {describe_shape(k)} on {k.device}: they must be alike."
+        )
+    o, final_state = _LightningAttention.apply(
+        _with_unit_stride(q),
+        k,
+        started.v,
+        started.log_decay,
+        started.initial_state,
+        started.cu_seqlens,
+        started.segment_states,
+        started.ticket,
+        started.scale,
+        started.output_final_state,
+        started.needs_grad,
+        *started.where,
+    )
+    return (o, final_state) if started.output_final_state else o
 
 
 def lightning_attention_step(
@@ -146,29 +260,55 @@ class _LightningAttention(torch.autograd.Function):
         log_decay,
         initial_state,
         cu_seqlens,
+        segment_states,
+        ticket,
         scale,
         with_final,
         needs_grad,
-        group_name,
-        method,
+        *where,
     ):
-        entering, segment_states, final_state = torch.ops.lasp.enter(
+        ctx.scale, ctx.with_final, ctx.where = scale, with_final, where
+        ctx.set_materialize_grads(False)
+        simple = cu_seqlens is None and where[0] is None and not with_final and ticket is None
+        ctx.alone = simple and not ctx.needs_input_grad[4]
+        if ctx.alone and not alone.is_watched(q, k, v, log_decay, initial_state):
+            o, segment_states = alone.attend(q, k, v, log_decay, initial_state, scale)
+            ctx.save_for_backward(q, k, v, log_decay, initial_state, None, segment_states, None)
+            return o, None
+        if ticket is None:
+            entering, segment_states, final_state = torch.ops.lasp.enter(
+                k,
+                v,
+                log_decay,
+                initial_state,
+                cu_seqlens,
+                scale,
+                with_final,
+                needs_grad,
+                *where,
+            )
+        else:
+            entering, final_state = torch.ops.lasp.finish(
+                ticket, k, v, initial_state, cu_seqlens, with_final, *where
+            )
+        o = torch.ops.lasp.attend(
+            q,
             k,
             v,
             log_decay,
             initial_state,
+            entering,
+            segment_states,
             cu_seqlens,
             scale,
-            with_final,
-            needs_grad,
-            group_name,
-            method,
+            *where,
         )
-        o = torch.ops.lasp.attend(q, k, v, log_decay, entering, segment_states, cu_seqlens, scale)
-        ctx.save_for_backward(q, k, v, log_decay, entering, segment_states, cu_seqlens)
-        ctx.scale, ctx.group_name, ctx.method = scale, group_name, method
-        ctx.with_final = with_final
-        ctx.set_materialize_grads(False)
+        if where[0] is None:
+            # Empty. Both ways save alike: a checkpoint may go one in the forward, one again later.
+            entering = None
+        ctx.save_for_backward(
+            q, k, v, log_decay, initial_state, entering, segment_states, cu_seqlens
+        )
         if not with_final:
             ctx.mark_non_differentiable(final_state)
         return o, final_state
@@ -176,9 +316,20 @@ class _LightningAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dfinal):
-        q, k, v, log_decay, entering, segment_states, cu_seqlens = ctx.saved_tensors
+        q, k, v, log_decay, initial_state, entering, segment_states, cu_seqlens = ctx.saved_tensors
         if do is None:
             do = v.new_zeros(v.shape, dtype=q.dtype)
+        # Either all ranks come to the backward's exchange or none: the forward compared that.
+        needs = ctx.needs_input_grad
+        with_dkv = needs[1] or needs[2] or needs[4]
+        nones = (None,) * (5 + len(ctx.where))
+        if ctx.alone:
+            arguments = (do, q, k, v, log_decay, initial_state)
+            if not alone.is_watched(*arguments):
+                grads = alone.attend_backward(*arguments, segment_states, ctx.scale, with_dkv)
+                return *grads, None, None, None, *nones
+        if entering is None:
+            entering = segment_states.new_empty(0)
         dq, dk, dv, dinitial = torch.ops.lasp.attend_backward(
             do,
             dfinal if ctx.with_final else None,
@@ -186,274 +337,61 @@ class _LightningAttention(torch.autograd.Function):
             k,
             v,
             log_decay,
+            initial_state,
             entering,
             segment_states,
             cu_seqlens,
             ctx.scale,
-            ctx.needs_input_grad[4],
-            ctx.group_name,
-            ctx.method,
+            with_dkv,
+            needs[4],
+            *ctx.where,
         )
-        dinitial = dinitial if ctx.needs_input_grad[4] else None
-        return dq, dk, dv, None, dinitial, None, None, None, None, None, None
+        dk, dv = (dk, dv) if with_dkv else (None, None)
+        return dq, dk, dv, None, dinitial if needs[4] else None, None, *nones
 
 
-torch.library.define(
-    "lasp::enter",
-    "(Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, Tensor? cu_seqlens, "
-    "float scale, bool with_final, bool needs_grad, str? group_name, str method) "
-    "-> (Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    "lasp::attend",
-    "(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor entering, Tensor segment_states, "
-    "Tensor? cu_seqlens, float scale) -> Tensor",
-)
-torch.library.define(
-    "lasp::attend_backward",
-    "(Tensor do, Tensor? dfinal, Tensor q, Tensor k, Tensor v, Tensor? log_decay, "
-    "Tensor entering, Tensor segment_states, Tensor? cu_seqlens, float scale, "
-    "bool with_dinitial, str? group_name, str method) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@torch.library.impl("lasp::enter", "CompositeExplicitAutograd")
-def _enter(
+def _checked(
+    q,
     k,
     v,
     log_decay,
     initial_state,
     cu_seqlens,
+    group,
+    exchange,
     scale,
-    with_final,
-    needs_grad,
-    group_name,
-    method,
+    layout,
+    shard_lengths,
 ):
-    """(entering state, states at the borders of segments, state after the last token).
-
-    What is not there is an empty tensor: the entering state without group and initial_state, the
-    segment states where one pass needs none, the final state where it is not asked for.
-    """
-    group = None if group_name is None else _group(group_name)
-    if group is None:
-        decay_rates(log_decay)
-    else:
-        _agree(group, k, v, log_decay, scale, needs_grad, method)
-    offsets = document_offsets(cu_seqlens, k.shape[1])
-    nothing = k.new_empty(0, dtype=state_dtype(k.dtype))
-    segment_states, entering, final_state = nothing, nothing.clone(), nothing.clone()
-    with_total = group is not None or with_final
-    if with_total or not ops.one_pass(k, v, offsets):
-        segment_states, local = ops.prefix_states(
-            k, v, log_decay, offsets=offsets, with_total=with_total
-        )
+    """q, k, v with unit strides, and where they are; ValueError for what does not fit, on all ranks
+    of the group."""
     if group is not None:
-        factor = _decay_over(log_decay, k)
-        pending = exchanges.start(local, factor, initial_state, group, method=method)
-        entering = pending.finish()
-    elif initial_state is not None:
-        entering = initial_state
-    # An operator may not return its own input.
-    entering = entering.clone() if entering is initial_state else entering
-    if with_final:
-        final_state = local
-        if entering.numel():
-            final_state = torch.addcmul(local, _decay_over(log_decay, k, offsets), entering)
-    return entering, segment_states, final_state
-
-
-@torch.library.impl("lasp::attend", "CompositeExplicitAutograd")
-def _attend(q, k, v, log_decay, entering, segment_states, cu_seqlens, scale):
-    return ops.scan(
+        group = member_or_alone(group)
+    problem = find_problem(
         q,
         k,
         v,
         log_decay,
-        scale=scale,
-        initial_state=_present(entering),
-        segment_states=_present(segment_states),
-        offsets=document_offsets(cu_seqlens, q.shape[1]),
+        initial_state,
+        cu_seqlens,
+        group,
+        exchange,
+        scale,
+        layout=layout,
+        shard_lengths=shard_lengths,
     )
+    if problem is not None:
+        if group is not None:
+            exchanges.guard.compare(group, {}, problem=problem).confirm()
+        raise ValueError(problem)
+    where = (None if group is None else group.group_name, exchange, layout, shard_lengths)
+    return *(_with_unit_stride(x) for x in (q, k, v)), where
 
 
-@torch.library.impl("lasp::attend_backward", "CompositeExplicitAutograd")
-def _attend_backward(
-    do,
-    dfinal,
-    q,
-    k,
-    v,
-    log_decay,
-    entering,
-    segment_states,
-    cu_seqlens,
-    scale,
-    with_dinitial,
-    group_name,
-    method,
-):
-    """(dq, dk, dv, gradient of the state that enters this rank; empty if not with_dinitial)."""
-    do = _with_unit_stride(do)
-    offsets = document_offsets(cu_seqlens, q.shape[1])
-    common = dict(scale=scale, offsets=offsets)
-    segment_grads = dinitial = q.new_empty(0, dtype=state_dtype(q.dtype))
-    pending = None
-    with_total = group_name is not None or with_dinitial
-    if with_total or not ops.one_pass(q, do, offsets):
-        segment_grads, dinitial = ops.prefix_states(
-            q, do, log_decay, reverse=True, with_total=with_total, **common
-        )
-    if with_total:
-        factor = _decay_over(log_decay, q, offsets)
-        if dfinal is not None:
-            dinitial = torch.addcmul(dinitial, factor, dfinal)
-    if group_name is not None:
-        pending = exchanges.start(
-            dinitial, factor, None, _group(group_name), method=method, reverse=True
-        )
-
-    # dq needs the saved state only: it runs while the gradient of the state travels.
-    dq = ops.scan(
-        do,
-        v,
-        k,
-        log_decay,
-        initial_state=_transposed(entering),
-        segment_states=_transposed(segment_states),
-        **common,
-    )
-
-    leaving_grad = dfinal
-    if pending is not None:
-        from_next = pending.finish()
-        dinitial = torch.addcmul(dinitial, factor, from_next)
-        leaving_grad = from_next if dfinal is None else from_next + dfinal
-    dv = ops.scan(
-        k,
-        q,
-        do,
-        log_decay,
-        initial_state=leaving_grad,
-        segment_states=_present(segment_grads),
-        reverse=True,
-        **common,
-    )
-    dk = ops.scan(
-        v,
-        do,
-        q,
-        log_decay,
-        initial_state=None if leaving_grad is None else leaving_grad.transpose(-1, -2),
-        segment_states=_transposed(segment_grads),
-        reverse=True,
-        **common,
-    )
-    return dq, dk, dv, dinitial if with_dinitial else segment_grads.new_empty(0)
-
-
-@torch.library.register_fake("lasp::enter")
-def _enter_fake(
-    k,
-    v,
-    log_decay,
-    initial_state,
-    cu_seqlens,
-    scale,
-    with_final,
-    needs_grad,
-    group_name,
-    method,
-):
-    num_documents = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    state = k.new_empty(
-        num_documents, k.shape[2], k.shape[3], v.shape[3], dtype=state_dtype(k.dtype)
-    )
-    nothing = state.new_empty(0)
-    has_entering = group_name is not None or initial_state is not None
-    return (
-        torch.empty_like(state) if has_entering else nothing,
-        ops.fake_segment_states(k, v, cu_seqlens),
-        state if with_final else nothing.clone(),
-    )
-
-
-@torch.library.register_fake("lasp::attend")
-def _attend_fake(q, k, v, log_decay, entering, segment_states, cu_seqlens, scale):
-    return v.new_empty(v.shape)
-
-
-@torch.library.register_fake("lasp::attend_backward")
-def _attend_backward_fake(
-    do,
-    dfinal,
-    q,
-    k,
-    v,
-    log_decay,
-    entering,
-    segment_states,
-    cu_seqlens,
-    scale,
-    with_dinitial,
-    group_name,
-    method,
-):
-    num_documents = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    shape = (num_documents, q.shape[2], q.shape[3], v.shape[3]) if with_dinitial else (0,)
-    dinitial = q.new_empty(shape, dtype=state_dtype(q.dtype))
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dinitial
-
-
-def _agree(group, k, v, log_decay, scale, needs_grad, method) -> None:
-    """Raise ValueError on every rank unless all ranks of the group call alike.
-
-    Local lengths are not part of it: they may differ.
-    """
-    rates = problem = None
-    try:
-        rates = decay_rates(log_decay)
-    except ValueError as error:
-        problem = str(error)
-    if rates is not None:
-        digest = hashlib.sha256(repr(rates).encode()).hexdigest()[:8]
-        rates = f"{list(rates[:4])} (digest {digest})"
-    call = {
-        "batch, heads, size of k and v": (k.shape[0], *k.shape[2:], v.shape[-1]),
-        "dtype": str(k.dtype),
-        "exchange": method,
-        "log_decay": rates,
-        "scale": scale,
-        "whether a gradient is needed": needs_grad,
-    }
-    exchanges.guard.agree(group, call, every_time=not k.is_cuda, problem=problem)
-
-
-def _decay_over(log_decay, x, offsets=None):
-    """exp(log_decay * n) for the n tokens of this device, [H, 1, 1], or per document
-    [N, H, 1, 1]."""
-    if log_decay is None:
-        return x.new_ones(x.shape[2], 1, 1, dtype=state_dtype(x.dtype))
-    rates_H11 = log_decay.to(state_dtype(x.dtype))[:, None, None]
-    if offsets is None:
-        return torch.exp(rates_H11 * x.shape[1])
-    # Differences as integers: offsets may exceed what float32 tells apart.
-    lengths = torch.tensor(offsets).diff().to(x.device, non_blocking=True)
-    return torch.exp(lengths[:, None, None, None].to(rates_H11.dtype) * rates_H11)
-
-
-def _group(group_name: str) -> ProcessGroup:
-    return torch.distributed.distributed_c10d._resolve_process_group(group_name)
+def _needs_grad(k, v):
+    return torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
 
 
 def _with_unit_stride(x: torch.Tensor) -> torch.Tensor:
     """x itself, or one copy here in place of one in every kernel that reads it."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _present(states: torch.Tensor) -> torch.Tensor | None:
-    return states if states.numel() else None
-
-
-def _transposed(states: torch.Tensor) -> torch.Tensor | None:
-    return states.transpose(-1, -2) if states.numel() else None

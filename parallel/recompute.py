@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["checkpointed"]
 
 # By name and not by object, so that this module needs no import of the operator.
-_KEPT = ("lasp::enter",)
+_KEPT = ("lasp::enter", "lasp::finish", "lasp::start")
 
 
 def checkpointed(block: nn.Module) -> nn.Module:

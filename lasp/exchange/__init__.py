@@ -1,64 +1,82 @@
 """How a state crosses ranks. Collectives only: no attention arithmetic.
 
-What ranks compute together is an exclusive scan of affine maps. Rank i of P turns the state that
-enters it into factor_i * state + local_i and hands that to the next rank:
+What ranks compute together is an exclusive scan of affine maps over the places of the sequence
+(`lasp.shard`: one per rank, or two in zigzag). Place i turns the state that enters it into
+factor_i * state + local_i and hands that to the next place:
 
-    entering_0 = first,   entering_{i+1} = factor_i * entering_i + local_i
+    entering_0 = 0,   entering_{i+1} = factor_i * entering_i + local_i
 
-with `local` [N, H, D, E] from the rank's own tokens and `factor` [H, 1, 1] the decay over all of
-them (LASP, arXiv 2404.02882, algorithms 2 and 3). In the backward the ranks stand in reverse
+with `local` [B, H, D, E] from the place's own tokens and `factor` [H, 1, 1] the decay over all of
+them (LASP, arXiv 2404.02882, algorithms 2 and 3). In the backward the places stand in reverse
 order. Every exchange is started, lets other work run, and is finished:
 
-    pending = start(local, factor, first, group, method="ring", reverse=False)
+    pending = start(maps, Line(group), method="ring")
     ...                          # work that needs no remote state
     entering = pending.finish()
 
 Shards may be uneven or empty: an empty one has factor 1 and local 0. States travel in float32.
+Where documents are packed, a state crosses a border only inside a document that does.
+
+A method is a generator: it begins what it can, yields where it would first wait, and returns what
+enters each place of this rank.
 """
 
-from typing import Protocol
+from __future__ import annotations
+
+import contextlib
 
 import torch
-from torch.distributed import ProcessGroup
 
 from lasp.exchange import guard
-from lasp.exchange.all_gather import AllGather
-from lasp.exchange.doubling import Doubling
-from lasp.exchange.peers import Line, device_types
-from lasp.exchange.ring import Ring
+from lasp.exchange.all_gather import all_gather
+from lasp.exchange.doubling import doubling
+from lasp.exchange.peers import AffineMap, Line, device_types
+from lasp.exchange.ring import ring
 
-__all__ = ["METHODS", "Pending", "device_types", "guard", "start"]
+__all__ = ["METHODS", "AffineMap", "Line", "Pending", "device_types", "guard", "start"]
 
-METHODS = {"all_gather": AllGather, "doubling": Doubling, "ring": Ring}
+METHODS = {"all_gather": all_gather, "doubling": doubling, "ring": ring}
 
 
-class Pending(Protocol):
+class Pending:
     """An exchange under way."""
 
-    def finish(self) -> torch.Tensor:
-        """The state that enters this rank, shaped like `local`."""
-        ...
+    def __init__(self, steps, reverse: bool) -> None:
+        self._steps, self._reverse = steps, reverse
+        self._entering = None
+        self._advance()
+
+    def finish(self) -> list[torch.Tensor | None]:
+        """The states that enter this rank's places, in sequence order, shaped like `local`; None
+        where nothing comes in. To be called once, on every rank."""
+        while self._steps is not None:
+            self._advance()
+        return self._entering[::-1] if self._reverse else self._entering
+
+    def _advance(self):
+        try:
+            with _profiled("backward" if self._reverse else "forward"):
+                next(self._steps)
+        except StopIteration as end:
+            self._steps, self._entering = None, end.value
 
 
-def start(
-    local: torch.Tensor,
-    factor: torch.Tensor,
-    first: torch.Tensor | None,
-    group: ProcessGroup,
-    *,
-    method: str = "ring",
-    reverse: bool = False,
-) -> Pending:
+def start(maps: list[AffineMap], line: Line, *, method: str = "ring") -> Pending:
     """Begin an exchange; it runs until `finish` of what is returned.
 
     Args:
-        local: float32 [N, H, D, E], this rank's own contribution.
-        factor: float32 [H, 1, 1], what becomes of a state that crosses this rank.
-        first: the state that enters the first rank in scan order, or None for zero; other ranks
-            pass None.
-        group: the ranks, of which this is one; order is group rank.
+        maps: one per place of this rank, in sequence order. What enters the sequence from outside
+            is worked into the first `local` by the caller.
+        line: the places, their ranks and the direction.
         method: "ring", "all_gather" or "doubling".
-        reverse: scan from the last rank to the first.
     """
-    assert first is None or Line(group, reverse).place == 0
-    return METHODS[method](local, factor, first, group, reverse)
+    assert len(maps) == len(line.here)
+    return Pending(METHODS[method](line, maps[::-1] if line.reverse else maps), line.reverse)
+
+
+def _profiled(direction: str):
+    """A range in a profile: lasp::exchange.forward or lasp::exchange.backward."""
+    # It costs the host microseconds also where nobody looks.
+    if not torch.autograd.profiler._is_profiler_enabled:
+        return contextlib.nullcontext()
+    return torch.profiler.record_function(f"lasp::exchange.{direction}")

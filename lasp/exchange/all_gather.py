@@ -1,35 +1,39 @@
-"""LASP-2: every rank gathers all local states and folds those before it (arXiv 2502.07563).
+"""LASP-2: every rank gathers all maps and folds those before it (arXiv 2502.07563).
 
-One collective instead of P - 1 hops, at the price of P states received and held per rank.
+One collective instead of P - 1 hops, at the price of P states received and held per rank (zigzag:
+2P). All ranks take part, or none where no document crosses a border.
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 import torch
 
-from lasp.exchange.peers import AffineMaps, Line, all_gather_flat
+from lasp.exchange.peers import AffineMap, Line, all_gather_flat, pack, unpack
 
-__all__ = ["AllGather"]
+__all__ = ["all_gather"]
 
 
-class AllGather:
-    """One exchange by all-gather; `finish` folds what came."""
-
-    def __init__(self, local, factor, first, group, reverse):
-        self.line = Line(group, reverse)
-        self.maps = AffineMaps.like(local, factor)
-        self.first = first
-        # Only the first rank is given what enters it.
-        self.message = self.maps.pack(local, factor, entering=first)
-        self.gathered, self.work = all_gather_flat(self.message, group)
-
-    def finish(self) -> torch.Tensor:
-        self.work.wait()
-        messages = self.gathered.view(self.line.size, -1)
-        entering = self.message.new_zeros(self.maps.shape)
-        if self.line.place == 0:
-            return entering if self.first is None else self.first
-        for place in range(self.line.place):
-            local, factor = self.maps.unpack(messages[self.line.group_rank(place)])
-            entering = torch.addcmul(local, factor, entering)
-        return entering
+def all_gather(
+    line: Line, maps: list[AffineMap]
+) -> Generator[None, None, list[torch.Tensor | None]]:
+    """See `lasp.exchange.start`."""
+    if not any(line.linked(place, place + 1) for place in range(line.size)):
+        return [None] * len(maps)
+    message = torch.cat([pack(each.local, each.factor) for each in maps])
+    gathered, work = all_gather_flat(message, line.group)
+    yield
+    work.wait()
+    messages = gathered.view(line.num_ranks, len(maps), -1)
+    leaving, entering = None, []
+    for place in range(line.here[-1] + 1):
+        linked = line.linked(place - 1, place)
+        if place in line.here:
+            # Not a view: it would keep all that was gathered.
+            entering.append(leaving.clone() if linked else None)
+        rank = line.group_rank(place)
+        local, factor = unpack(messages[rank, line.places_of(rank).index(place)], maps[0])
+        passes = line.runs_through(place)
+        leaving = AffineMap(local, lambda factor=factor: factor, passes).after(leaving)
+    return entering

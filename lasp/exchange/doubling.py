@@ -1,71 +1,76 @@
 """Recursive doubling: an exclusive scan in ceil(log2 P) rounds (Hillis and Steele, 1986).
 
-In the round of distance d a rank sends the map of the d ranks that end with itself to the rank d
-places on, and puts the one it receives in front of what it has. Few hops for many ranks.
+In the round of distance d a place sends the map of the d places that end with itself to the place
+d further on, and puts the one it receives in front of what it has. Few hops for many ranks; zigzag
+takes one round more.
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 import torch
 import torch.distributed as dist
 
-from lasp.exchange.peers import AffineMaps, Line
+from lasp.exchange.peers import AffineMap, Line, pack, unpack
 
-__all__ = ["Doubling"]
+__all__ = ["doubling"]
 
 
-class Doubling:
-    """One exchange by doubling; the first round runs from the start, the others in `finish`."""
+def doubling(line: Line, maps: list[AffineMap]) -> Generator[None, None, list[torch.Tensor | None]]:
+    """See `lasp.exchange.start`."""
+    # `windows` are the maps of the places up to and with each of this rank's, `before` those of
+    # the places in front of it; both reach as far back as the rounds so far have come.
+    windows = [pack(each.local, each.factor) for each in maps]
+    before: list[torch.Tensor | None] = [None] * len(maps)
+    distance = 1
+    while distance < line.size:
+        arrived, works = _one_round(line, windows, distance)
+        yield
+        for work in works:
+            work.wait()
+        sent, windows = windows, list(windows)
+        for i, message in arrived.items():
+            earlier = unpack(message, maps[i])
+            before[i] = message if before[i] is None else _chain(earlier, before[i], maps[i])
+            if line.runs_through(line.here[i]):
+                windows[i] = _chain(earlier, sent[i], maps[i])
+        distance *= 2
+    return [
+        None if message is None else unpack(message, each)[0]
+        for message, each in zip(before, maps, strict=True)
+    ]
 
-    def __init__(self, local, factor, first, group, reverse):
-        self.line = Line(group, reverse)
-        self.maps = AffineMaps.like(local, factor)
-        self.first = first
-        # `window` is the map of the ranks up to and with this one, `before` that of those in front
-        # of it; both reach as far back as the rounds so far have come.
-        self.window = self.maps.pack(local, factor, entering=first)
-        self.before = None
-        self.distance = 1
-        self._launch()
 
-    def finish(self) -> torch.Tensor:
-        while self.distance < self.line.size:
-            self._absorb()
-            self.distance *= 2
-            self._launch()
-        if self.line.place == 0:
-            return self.window.new_zeros(self.maps.shape) if self.first is None else self.first
-        return self.maps.unpack(self.before)[0]
+def _one_round(line, windows, distance):
+    """Begin the messages of one round: ({index of the place here: what comes}, works to wait for).
 
-    def _launch(self):
-        """Send to the rank `distance` places on, receive from the one as far back."""
-        self.sending = self.receiving = None
-        if self.distance >= self.line.size:
-            return
-        group, place = self.line.group, self.line.place
-        if place >= self.distance:
-            self.received = torch.empty_like(self.window)
-            prev = self.line.global_rank(place - self.distance)
-            self.receiving = dist.irecv(self.received, src=prev, group=group)
-        if place + self.distance < self.line.size:
-            next_rank = self.line.global_rank(place + self.distance)
-            self.sending = dist.isend(self.window, dst=next_rank, group=group)
-
-    def _absorb(self):
-        if self.receiving is not None:
-            self.receiving.wait()
-            before = self.before
-            self.before = self.received if before is None else self._chain(self.received, before)
-            window = self._chain(self.received, self.window)
+    The order is that of the sending places on all ranks, as in the ring.
+    """
+    arrived, works, posted = {}, [], []
+    for i, place in enumerate(line.here):
+        if line.linked(place - distance, place):
+            posted.append((place - distance, i, None))
+        if line.linked(place, place + distance):
+            posted.append((place, None, windows[i]))
+    for source, i, window in sorted(posted, key=lambda message: message[0]):
+        target = source + distance
+        if source in line.here and target in line.here:
+            arrived[line.here.index(target)] = windows[line.here.index(source)]
+        elif window is None:
+            arrived[i] = torch.empty_like(windows[i])
+            rank = line.global_rank(source)
+            works.append(dist.irecv(arrived[i], src=rank, group=line.group))
         else:
-            window = self.window
-        # Gloo reads the sent buffer until the send is done; see `Ring.finish` for NCCL.
-        if self.sending is not None and not self.window.is_cuda:
-            self.sending.wait()
-        self.window = window
+            work = dist.isend(window, dst=line.global_rank(target), group=line.group)
+            # Gloo reads the sent buffer until the send is done; see `ring` for NCCL.
+            if not window.is_cuda:
+                works.append(work)
+    return arrived, works
 
-    def _chain(self, earlier, later):
-        """The map of `earlier` ranks followed by `later` ones."""
-        local_0, factor_0 = self.maps.unpack(earlier)
-        local_1, factor_1 = self.maps.unpack(later)
-        return self.maps.pack(torch.addcmul(local_1, factor_1, local_0), factor_1 * factor_0)
+
+def _chain(earlier, message, like):
+    """The map of `earlier` places followed by later ones, as a message."""
+    local_0, factor_0 = earlier
+    local_1, factor_1 = unpack(message, like)
+    return pack(torch.addcmul(local_1, factor_1, local_0), factor_1 * factor_0)

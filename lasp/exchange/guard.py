@@ -1,77 +1,130 @@
-"""Do the ranks mean the same thing? Asked before the first state travels.
+"""Do the ranks mean the same thing? Asked before a state travels.
 
-Point-to-point messages carry no type: a sender and a receiver that disagree on shape or dtype get
-silent garbage, or hang. So the ranks compare what they were called with, and if they disagree all
-of them raise a ValueError. Calls on CPU tensors are all compared. On GPUs that would cost each call
-a round trip, so a group compares each distinct call once; what may differ between ranks (the local
-length) is no part of what makes a call distinct, so that all meet in the comparison together.
+Point-to-point messages carry no type: a sender and a receiver that disagree on shape, dtype or
+order get silent garbage, or hang. So the ranks compare a fingerprint of every call, and if these
+differ all of them raise a ValueError that says what differs:
+
+    comparison = compare(group, call)    # sends eight bytes, waits for nothing
+    ...                                  # launch work that needs no other rank
+    comparison.confirm()                 # raises on all ranks, or on none
+
+A fingerprint is computed once per kind of call. It goes from host to host over connections of its
+own, whatever the group sends with: no GPU waits, and the work launched in between hides the way.
+What may differ between ranks (the local length) is no part of it.
 """
 
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from weakref import WeakKeyDictionary
 
 import torch
-from torch.distributed import ProcessGroup
+import torch.distributed as dist
+from torch.distributed import ProcessGroup, distributed_c10d
 
-from lasp.exchange.peers import all_gather_flat, device_types
+from lasp.exchange.peers import device_types
 
-__all__ = ["agree"]
+__all__ = ["Comparison", "compare"]
 
-# A comparison has one size, whatever is wrong: so many texts of so many bytes.
-_TEXTS, _TEXT_BYTES = 8, 256
-# Digests of the GPU calls that all ranks of a group have agreed on; gone with the group.
-_agreed: WeakKeyDictionary[ProcessGroup, set[bytes]] = WeakKeyDictionary()
+# A comparison of texts has one size, whatever is wrong: so many texts of so many bytes.
+_TEXTS, _TEXT_BYTES = 10, 256
+# The connections over which a group compares; gone with the group.
+_hosts: WeakKeyDictionary[ProcessGroup, dist.ProcessGroupGloo] = WeakKeyDictionary()
 
 
-def agree(
-    group: ProcessGroup, call: dict[str, object], *, every_time: bool, problem: str | None = None
-) -> None:
-    """Raise ValueError on every rank of `group` unless all pass the same `call`.
+def compare(
+    group: ProcessGroup, call: dict[str, object], *, problem: str | None = None
+) -> Comparison:
+    """Begin to compare a call over the ranks of `group`; all of them call this.
 
     Args:
-        call: what must be equal on all ranks, by name; values are compared by their repr.
-        every_time: compare even a call that the group has agreed on before.
+        call: what must be equal on all ranks, by name; the values are hashable and are compared by
+            their repr.
         problem: what this rank found wrong with its own input, if anything: then all ranks raise.
     """
-    digest = hashlib.sha256(repr(sorted(call.items())).encode()).digest()
-    agreed = _agreed.setdefault(group, set())
-    if problem is None and not every_time and digest in agreed:
-        return
-    # Ranks that agreed before are past comparing: waiting for them here would only delay the error.
-    if problem is not None and agreed:
-        raise ValueError(problem)
-    texts = [problem or "", *(repr(call[name]) for name in sorted(call))]
-    gathered = _gather_texts(texts, group)
-    if problem is not None:
-        raise ValueError(problem)
-    bad = [rank for rank, texts_of in enumerate(gathered) if texts_of[0]]
-    if bad:
-        raise ValueError(f"rank {bad[0]} of the group refused its input: {gathered[bad[0]][0]}")
-    for i, name in enumerate(sorted(call), start=1):
-        seen = {rank: texts_of[i] for rank, texts_of in enumerate(gathered)}
-        if len(set(seen.values())) > 1:
-            listed = ", ".join(f"rank {rank}: {value}" for rank, value in seen.items())
-            raise ValueError(
-                f"the ranks of the group disagree on {name} ({listed}). All ranks that share a "
-                "sequence must pass the same."
-            )
-    if not every_time:
-        agreed.add(digest)
+    return Comparison(group, call, problem)
 
 
-def _gather_texts(texts, group):
+class Comparison:
+    """A comparison under way."""
+
+    def __init__(self, group, call, problem):
+        self._hosts, self._call, self._problem = _hosts_of(group), call, problem
+        fingerprint = _fingerprint(problem, *call.items())
+        message = torch.tensor([fingerprint], dtype=torch.int64)
+        self._gathered, self._work = _all_gather(message, self._hosts)
+
+    def confirm(self) -> None:
+        """Raise ValueError on every rank unless all passed the same call and none has a problem."""
+        self._work.wait()
+        if len(set(self._gathered.tolist())) > 1:
+            self._explain()
+        if self._problem is not None:
+            raise ValueError(self._problem)
+
+    def _explain(self):
+        call = self._call
+        texts = [self._problem or "", *(_brief(value) for value in call.values())]
+        gathered = _gather_texts(texts, self._hosts)
+        if self._problem is not None:
+            raise ValueError(self._problem)
+        bad = [rank for rank, of_rank in enumerate(gathered) if of_rank[0]]
+        if bad:
+            raise ValueError(f"rank {bad[0]} of the group refused its input: {gathered[bad[0]][0]}")
+        for i, name in enumerate(call, start=1):
+            seen = {rank: of_rank[i] for rank, of_rank in enumerate(gathered)}
+            if len(set(seen.values())) > 1:
+                listed = ", ".join(f"rank {rank}: {value}" for rank, value in seen.items())
+                raise ValueError(
+                    f"the ranks of the group disagree on {name} ({listed}). All ranks that share "
+                    "a sequence must pass the same."
+                )
+        raise AssertionError("fingerprints differ, but not what they are made of")
+
+
+def _brief(value) -> str:
+    """The value for a message; what is too long for it ends in a digest that tells it apart."""
+    text = repr(value)
+    if len(text) <= 100:
+        return text
+    return f"{text[:80]}... (digest {hashlib.sha256(text.encode()).hexdigest()[:8]})"
+
+
+@lru_cache(maxsize=1024)
+def _fingerprint(*parts) -> int:
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
+
+
+def _hosts_of(group):
+    hosts = _hosts.get(group)
+    if hosts is None:
+        # Not `new_group`: all ranks of the job would have to call that, and here are only those of
+        # `group`. (Its use_local_synchronization names groups by how many a rank knows, and ranks
+        # may know different numbers.)
+        store = dist.PrefixStore("lasp.guard", distributed_c10d._get_process_group_store(group))
+        backend = group._get_backend(torch.device(next(iter(device_types(group)))))
+        timeout = getattr(backend.options, "_timeout", dist.default_pg_timeout)
+        hosts = dist.ProcessGroupGloo(store, group.rank(), group.size(), timeout)
+        _hosts[group] = hosts
+    return hosts
+
+
+def _all_gather(message, hosts):
+    gathered = message.new_empty(hosts.size() * message.numel())
+    return gathered, hosts._allgather_base(gathered, message)
+
+
+def _gather_texts(texts, hosts):
     """Each rank's texts, cut to a fixed size: equal on all ranks whatever they disagree on."""
     assert len(texts) <= _TEXTS, len(texts)
     texts = texts + [""] * (_TEXTS - len(texts))
     rows = [text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0") for text in texts]
-    # By what the group can send, not by where the arguments are: those may be what is wrong.
-    device = "cpu" if "cpu" in device_types(group) else "cuda"
-    sent = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).to(device)
-    received, work = all_gather_flat(sent, group)
+    sent = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8)
+    received, work = _all_gather(sent, hosts)
     work.wait()
-    table = received.cpu().numpy().reshape(-1, _TEXTS, _TEXT_BYTES)
+    table = received.numpy().reshape(-1, _TEXTS, _TEXT_BYTES)
     return [
         [bytes(row).rstrip(b"\0").decode(errors="replace") for row in of_rank] for of_rank in table
     ]

@@ -1,14 +1,18 @@
-"""Who stands where in the scan, and who the neighbours are."""
+"""Who stands where in the scan, who the neighbours are, and what they pass on."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-__all__ = ["AffineMaps", "Line", "all_gather_flat", "device_types"]
+from lasp import shard
+
+__all__ = ["AffineMap", "Line", "all_gather_flat", "device_types", "pack", "unpack"]
 
 # torch 2.13 deprecates the older name; 2.11 has no other.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -27,52 +31,105 @@ def device_types(group: ProcessGroup) -> set[str]:
     return {entry.split(":")[0] for entry in config.split(",")}
 
 
+class AffineMap:
+    """What a place makes of the state that enters it: factor * state + local.
+
+    Args:
+        local: [B, H, D, E].
+        factor: gives [H, 1, 1]; called when it is first needed, which at the ends of the ring is
+            never.
+        passes: False where the factor is zero for all heads, so that what leaves is known before
+            anything has come.
+    """
+
+    def __init__(
+        self, local: torch.Tensor, factor: Callable[[], torch.Tensor], passes: bool = True
+    ) -> None:
+        self.local, self.passes, self._factor = local, passes, factor
+
+    @cached_property
+    def factor(self) -> torch.Tensor:
+        return self._factor()
+
+    def after(self, entering: torch.Tensor | None) -> torch.Tensor:
+        """The state that leaves when `entering` came in; None: nothing did."""
+        if entering is None or not self.passes:
+            return self.local
+        return torch.addcmul(self.local, self.factor, entering)
+
+
+def pack(local: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """A map as one flat message: the ranks' lengths, and so their factors, may differ."""
+    return torch.cat([local.flatten(), factor.flatten()])
+
+
+def unpack(message: torch.Tensor, like: AffineMap) -> tuple[torch.Tensor, torch.Tensor]:
+    """(local, factor) of a message; their shapes are those of `like`."""
+    size = like.factor.numel()
+    return message[:-size].view(like.local.shape), message[-size:].view(like.factor.shape)
+
+
 @dataclass(frozen=True)
 class Line:
-    """The ranks of a group in scan order: by group rank, or against it when reversed."""
+    """The places of a sequence in scan order (`lasp.shard` tells what a place is).
+
+    Attributes:
+        group: the ranks that hold them.
+        layout: "contiguous" or "zigzag".
+        reverse: scan from the last place to the first.
+        crossing: for each border, the outer ones included, the document that runs across it or
+            None; in sequence order. None in place of the tuple: one sequence runs through all.
+    """
 
     group: ProcessGroup
-    reverse: bool
+    layout: str = "contiguous"
+    reverse: bool = False
+    crossing: tuple[int | None, ...] | None = None
 
-    @property
-    def size(self) -> int:
+    @cached_property
+    def num_ranks(self) -> int:
         return dist.get_world_size(self.group)
 
-    @property
-    def place(self) -> int:
-        """Where this rank stands: 0 is the first."""
-        rank = dist.get_rank(self.group)
-        return self.size - 1 - rank if self.reverse else rank
+    @cached_property
+    def size(self) -> int:
+        """Number of places."""
+        return self.num_ranks * (2 if self.layout == "zigzag" else 1)
+
+    @cached_property
+    def here(self) -> tuple[int, ...]:
+        """This rank's places in scan order: 0 is the first of the scan."""
+        return self.places_of(dist.get_rank(self.group))
+
+    def places_of(self, rank: int) -> tuple[int, ...]:
+        """The places of a group rank in scan order."""
+        held = shard.places(rank, self.num_ranks, self.layout)
+        return tuple(self.size - 1 - place for place in held[::-1]) if self.reverse else held
+
+    def group_rank(self, place: int) -> int:
+        """Who holds a place."""
+        if self.layout == "zigzag":
+            # The mirror image of a place is on the same rank, so the direction does not matter.
+            return min(place, self.size - 1 - place)
+        return self.size - 1 - place if self.reverse else place
 
     def global_rank(self, place: int) -> int:
         """Global rank at a place. A group may be any subset of ranks, strided or shifted."""
         return dist.get_global_rank(self.group, self.group_rank(place))
 
-    def group_rank(self, place: int) -> int:
-        return self.size - 1 - place if self.reverse else place
+    def linked(self, earlier: int, later: int) -> bool:
+        """Whether one document runs from the end of place `earlier` to the start of `later`.
 
+        If not, no state of the one ever reaches the other.
+        """
+        if not 0 <= earlier < later < self.size:
+            return False
+        if self.crossing is None:
+            return True
+        first, last = earlier + 1, later
+        if self.reverse:
+            first, last = self.size - first, self.size - last
+        return self.crossing[first] is not None and self.crossing[first] == self.crossing[last]
 
-@dataclass(frozen=True)
-class AffineMaps:
-    """Maps state -> factor * state + local as flat messages: local and factor travel together,
-    because shards may be uneven."""
-
-    shape: torch.Size
-    num_factors: int
-
-    @classmethod
-    def like(cls, local: torch.Tensor, factor: torch.Tensor) -> AffineMaps:
-        return cls(local.shape, factor.numel())
-
-    def pack(
-        self, local: torch.Tensor, factor: torch.Tensor, entering: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """The map as one message; with the state that enters it, if known, worked in."""
-        if entering is not None:
-            local = torch.addcmul(local, factor, entering)
-        return torch.cat([local.flatten(), factor.flatten()])
-
-    def unpack(self, message: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(local, factor) of a message."""
-        local = message[: -self.num_factors].view(self.shape)
-        return local, message[-self.num_factors :].view(-1, 1, 1)
+    def runs_through(self, place: int) -> bool:
+        """Whether what enters `place` goes on to the next one."""
+        return self.linked(place - 1, place + 1)

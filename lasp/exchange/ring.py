@@ -1,47 +1,57 @@
-"""LASP: the state goes point to point to the next rank (arXiv 2404.02882). The default.
+"""LASP: the state goes point to point from place to place (arXiv 2404.02882). The default.
 
 A rank receives one state, adds its own and sends one on: P - 1 hops one after another, one state
-sent per rank whatever the length of the sequence, memory for one received state.
+sent per rank whatever the length of the sequence, memory for one received state. In zigzag the
+state goes up the ranks and comes down again: two of each per rank, 2P - 2 hops. A rank whose decay
+forgets whatever enters sends before it has received: with all ranks such, it is one hop.
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 import torch
 import torch.distributed as dist
 
-from lasp.exchange.peers import Line
+from lasp.exchange.peers import AffineMap, Line
 
-__all__ = ["Ring"]
+__all__ = ["ring"]
 
 
-class Ring:
-    """One exchange over the ring; `finish` receives, and sends on to the next rank."""
-
-    def __init__(self, local, factor, first, group, reverse):
-        self.line = Line(group, reverse)
-        self.local, self.factor = local, factor
-        self.sending = None
-        if self.line.place == 0:
-            self.entering = torch.zeros_like(local) if first is None else first
-            self._send_on()
-        else:
-            self.entering = torch.empty_like(local, memory_format=torch.contiguous_format)
-            prev = self.line.global_rank(self.line.place - 1)
-            self.receiving = dist.irecv(self.entering, src=prev, group=group)
-
-    def finish(self) -> torch.Tensor:
-        if self.line.place > 0:
-            self.receiving.wait()
-            self._send_on()
+def ring(line: Line, maps: list[AffineMap]) -> Generator[None, None, list[torch.Tensor | None]]:
+    """See `lasp.exchange.start`."""
+    # All ranks post their messages in the order of the places that send them. So they never wait
+    # for each other in a circle, even where a backend runs the messages of a rank one by one.
+    entering, receiving, sending = [], [], []
+    leaving = None
+    for place, each in zip(line.here, maps, strict=True):
+        came = work = None
+        if line.linked(place - 1, place):
+            if place - 1 in line.here:
+                came = leaving
+            else:
+                came = torch.empty_like(each.local, memory_format=torch.contiguous_format)
+                prev = line.global_rank(place - 1)
+                work = dist.irecv(came, src=prev, group=line.group)
+                receiving.append(work)
+        entering.append(came)
+        if not line.linked(place, place + 1):
+            continue
+        if work is not None and each.passes:
+            # Computed here, so that nothing but one sum is left to do once the state has come.
+            _ = each.factor
+            yield
+            receiving.pop().wait()
+        leaving = each.after(came).contiguous()
+        if place + 1 not in line.here:
+            next_rank = line.global_rank(place + 1)
+            sending.append((dist.isend(leaving, dst=next_rank, group=line.group), leaving))
+    yield
+    for work in receiving:
+        work.wait()
+    for work, buffer in sending:
         # Gloo reads the buffer until the send is done. NCCL keeps the buffer alive by itself, and
         # waiting there would hold this rank's stream until the next rank has come.
-        if self.sending is not None and not self.local.is_cuda:
-            self.sending.wait()
-        return self.entering
-
-    def _send_on(self):
-        if self.line.place + 1 == self.line.size:
-            return
-        leaving = torch.addcmul(self.local, self.factor, self.entering)
-        next_rank = self.line.global_rank(self.line.place + 1)
-        self.sending = dist.isend(leaving, dst=next_rank, group=self.line.group)
+        if not buffer.is_cuda:
+            work.wait()
+    return entering

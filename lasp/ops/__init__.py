@@ -4,13 +4,22 @@
 The functions of this module pick the backend by where the tensors are.
 """
 
+import functools
 from types import ModuleType
 
 import torch
 
 from lasp.ops import chunked, reference
 
-__all__ = ["fake_segment_states", "one_pass", "prefix_states", "reference", "scan", "step"]
+__all__ = [
+    "fake_segment_states",
+    "one_pass",
+    "prefix_states",
+    "reference",
+    "scan",
+    "scan_pair",
+    "step",
+]
 
 
 def prefix_states(k, v, log_decay, *, offsets=None, reverse=False, scale=1.0, with_total=True):
@@ -59,6 +68,23 @@ def scan(
     )
 
 
+def scan_pair(
+    a, b, x, c, log_decay, *, scale, initial_state=None, segment_states=None, offsets=None,
+    reverse=False,
+):  # fmt: skip
+    """(`scan` of a, b, x; `scan` of c, x, b with the states transposed): dv and dk, reversed."""
+    backend = _backend(a)
+    common = dict(scale=scale, offsets=offsets, reverse=reverse)
+    states = dict(initial_state=initial_state, segment_states=segment_states)
+    if backend is not chunked:
+        both = backend.scan_pair(a, b, x, c, log_decay, **states, **common)
+        if both is not None:
+            return both
+    y = backend.scan(a, b, x, log_decay, **states, **common)
+    states = {k: None if s is None else s.transpose(-1, -2) for k, s in states.items()}
+    return y, backend.scan(c, x, b, log_decay, **states, **common)
+
+
 def step(q, k, v, state, log_decay, *, scale):
     """One token of decoding; see `lasp.ops.chunked.step`."""
     # The kernel has no gradient; plain torch does.
@@ -68,8 +94,11 @@ def step(q, k, v, state, log_decay, *, scale):
 
 
 def _backend(x: torch.Tensor) -> ModuleType:
-    if not x.is_cuda:
-        return chunked
+    return _kernels() if x.is_cuda else chunked
+
+
+@functools.cache
+def _kernels() -> ModuleType:
     try:
         from lasp.ops import triton
     except ImportError as error:

@@ -17,16 +17,18 @@ __all__ = ["decay_rates", "document_offsets"]
 _remembered = WeakIdKeyDictionary()
 
 
-def document_offsets(cu_seqlens: torch.Tensor | None, seq_len: int) -> tuple[int, ...] | None:
+def document_offsets(
+    cu_seqlens: torch.Tensor | None, seq_len: int | None
+) -> tuple[int, ...] | None:
     """The boundaries of packed documents as host integers (0, ..., seq_len); None if dense.
 
-    Raises ValueError unless they start at 0, never descend, and end at seq_len. Equal neighbours
-    are an empty document.
+    Raises ValueError unless they start at 0, never descend, and end at seq_len (None: anywhere).
+    Equal neighbours are an empty document.
     """
     if cu_seqlens is None:
         return None
     offsets = _read_once(cu_seqlens, _check_offsets)
-    if offsets[-1] != seq_len:
+    if seq_len is not None and offsets[-1] != seq_len:
         raise ValueError(
             f"cu_seqlens ends at {offsets[-1]}, but q, k, v hold {seq_len} tokens: its last entry "
             "must be the number of tokens."

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lasp
-from lasp.ops.triton import plan, scan_hopper
+from lasp.ops.triton import plan, prefix_states, scan, scan_hopper, scan_pair
 from tests.gpu.test_attention import check, to_gpu
 from tests.lasp import cases
 
@@ -28,12 +28,20 @@ def launches(monkeypatch):
 def test_matches_the_definition(T, launches):
     q, k, v, log_decay, state = cases.make_inputs(T, B=2, H=5, D=128, E=128, dtype=BF16)
     check((q / 8, k / 8, v, log_decay, state), scale=0.7)
-    # o, dq, dv, dk.
-    assert len(launches) == 4
+    # o, dq, dv with dk.
+    assert len(launches) == 3
 
 
 @pytest.mark.parametrize(
-    "D, E, dtype", [(96, 96, BF16), (128, 200, torch.float16), (72, 128, BF16)]
+    "D, E, dtype",
+    [
+        (96, 96, BF16),
+        (128, 200, torch.float16),
+        (72, 128, BF16),
+        (256, 128, BF16),
+        (256, 256, BF16),
+        (136, 72, torch.float16),
+    ],
 )
 def test_head_sizes(D, E, dtype, launches):
     q, k, v, log_decay, state = cases.make_inputs(1500, H=5, D=D, E=E, dtype=dtype)
@@ -41,11 +49,41 @@ def test_head_sizes(D, E, dtype, launches):
     assert launches
 
 
-def test_packed_documents(launches):
+@pytest.mark.parametrize("D, num_launches", [(128, 3), (256, 4)])
+def test_packed_documents(D, num_launches, launches):
     offsets = torch.tensor([0, 1, 16, 16, 500, 3000, 3063], dtype=torch.int32)
-    q, k, v, log_decay, state = cases.make_inputs(3063, H=5, D=128, E=128, dtype=BF16, N=6)
+    q, k, v, log_decay, state = cases.make_inputs(3063, H=5, D=D, E=128, dtype=BF16, N=6)
     check((q / 8, k / 8, v, log_decay, state), cu_seqlens=offsets)
+    assert len(launches) == num_launches
+
+
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 1000, 4097])
+def test_wide_keys(T, launches):
+    q, k, v, log_decay, state = cases.make_inputs(T, B=2, H=5, D=256, E=128, dtype=BF16)
+    check((q / 8, k / 8, v, log_decay, state), scale=0.7)
+    # o, dq, dv, dk.
     assert len(launches) == 4
+
+
+@pytest.mark.parametrize("offsets", [None, (0, 1, 65, 65, 900, 1000)])
+@pytest.mark.parametrize("D, E", [(128, 128), (72, 104)])
+def test_a_pair_is_two_scans(D, E, offsets, launches):
+    """dv has the same bits; dk's state sums do * decay times q, not do times (q * decay)."""
+    T, N = 1000, 1 if offsets is None else len(offsets) - 1
+    q, k, v, log_decay, _ = to_gpu(cases.make_inputs(T, H=5, D=D, E=E, dtype=BF16, state=False))
+    do, grad = torch.randn_like(v), torch.randn(N, 5, E, D, device="cuda").mT
+    common = dict(scale=0.7, offsets=offsets, reverse=True)
+    states, _ = prefix_states(q, do, log_decay, with_total=False, **common)
+    assert states.numel()
+    entering = dict(initial_state=grad, segment_states=states)
+    dv, dk = scan_pair(k, q, do, v, log_decay, **entering, **common)
+    entering = dict(initial_state=grad.mT, segment_states=states.mT)
+    want_dk = scan(v, do, q, log_decay, **entering, **common)
+    entering = dict(initial_state=grad, segment_states=states)
+    assert len(launches) == 2
+    # One block of columns per warpgroup instead of two: the products are the same.
+    assert torch.equal(dv, scan(k, q, do, log_decay, **entering, **common))
+    assert cases.relative_error(dk, want_dk.double()) < 5e-3
 
 
 def test_strided_operands_give_the_same_bits(launches):
@@ -56,9 +94,10 @@ def test_strided_operands_give_the_same_bits(launches):
     assert len(launches) == 2
 
 
+@pytest.mark.parametrize("D", [128, 256])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_neighbour_that_is_not_finite_is_not_seen(bad, launches):
-    q, k, v, log_decay, _ = to_gpu(cases.make_inputs(1000, D=128, E=128, dtype=BF16))
+def test_a_neighbour_that_is_not_finite_is_not_seen(bad, D, launches):
+    q, k, v, log_decay, _ = to_gpu(cases.make_inputs(1000, D=D, E=128, dtype=BF16))
     offsets = torch.tensor([0, 300, 301, 640, 1000], dtype=torch.int32)
 
     def run(q, k, v):
@@ -77,11 +116,12 @@ def test_a_neighbour_that_is_not_finite_is_not_seen(bad, launches):
     assert launches
 
 
-def test_the_same_bits_every_time(launches):
-    inputs = to_gpu(cases.make_inputs(5001, B=2, H=8, D=128, E=128, dtype=BF16))
+@pytest.mark.parametrize("D, num_launches", [(128, 3), (256, 4)])
+def test_the_same_bits_every_time(D, num_launches, launches):
+    inputs = to_gpu(cases.make_inputs(5001, B=2, H=8, D=D, E=128, dtype=BF16))
     run = functools.partial(lasp.lightning_attention, output_final_state=True)
     first = cases.forward_and_gradients(run, *inputs)
-    for _ in range(25):
+    for _ in range(100):
         again = cases.forward_and_gradients(run, *inputs)
         assert all(torch.equal(again[name], first[name]) for name in first)
-    assert len(launches) == 4 * 26
+    assert len(launches) == num_launches * 101

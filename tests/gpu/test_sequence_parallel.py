@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from lasp import shard
 from tests.distributed import Pool
-from tests.lasp import test_sequence_parallel as on_cpu
+from tests.lasp import sharded
+from tests.lasp.exchange import test_guard, test_messages
+from tests.lasp.sharded import METHODS, Problem
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.device_count() < 2, reason="needs two CUDA GPUs of one host"
@@ -18,23 +21,36 @@ def pool():
     pool.stop()
 
 
-@pytest.mark.parametrize("method", on_cpu.METHODS)
-@pytest.mark.parametrize("how", ["even", "uneven"])
-@pytest.mark.parametrize("total", [1, 100, 5000])
-def test_equals_one_rank(pool, total, how, method):
-    on_cpu.check(pool, 2, total, how, method, dtype=torch.float32)
+@pytest.mark.parametrize("layout", shard.LAYOUTS)
+@pytest.mark.parametrize("total", [2, 100, 5000])
+def test_equals_one_rank(pool, total, layout):
+    uneven = (total - 2, 2) if layout == "zigzag" else (total - 1, 1)
+    documents = (0, total // 3, total // 3, total)
+    problems = [
+        Problem(total, method, layout, lengths, each, dtype=torch.float32, split=split)
+        for method in METHODS
+        for lengths, each, split in (
+            (None, None, False),
+            (uneven, None, True),
+            (None, documents, True),
+            (uneven, documents, False),
+        )
+    ]
+    sharded.check(pool, 2, *problems)
 
 
-@pytest.mark.parametrize("field", ["dtype", "heads", "decay", "scale", "exchange"])
-def test_disagreement_is_a_value_error_on_both(pool, field):
-    for outcome in pool.outcomes(on_cpu.disagree, field, size=2, timeout=40):
-        with pytest.raises(ValueError, match=on_cpu.FIELDS[field]):
-            raise outcome
+@pytest.mark.parametrize(
+    "field, known",
+    [("dtype", True), ("heads", False), ("decay", True), ("exchange", True), ("lengths", False)],
+)
+def test_disagreement_is_a_value_error_on_both(pool, field, known):
+    test_guard.check_disagreement(pool, field, known, size=2)
 
 
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("how", ["reentrant", "non-reentrant", "kept"])
-def test_checkpointing(pool, how):
+def test_checkpointing(pool, how, split):
     sends = {"reentrant": [2, 1], "non-reentrant": [2, 1], "kept": [1, 1]}[how]
-    results = pool.run(on_cpu.checkpointed, how, size=2)
+    results = pool.run(test_messages.checkpointed, how, split, size=2)
     assert all(equal for equal, _ in results)
     assert [count for _, count in results] == sends

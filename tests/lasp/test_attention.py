@@ -185,11 +185,41 @@ def test_compiles_without_a_graph_break_and_checkpoints():
 
 def test_operators_are_registered_soundly():
     q, k, v, log_decay, state = cases.make_inputs(70, dtype=torch.float32)
-    enter = torch.ops.lasp.enter.default
-    torch.library.opcheck(enter, (k, v, log_decay, state, None, 1.0, True, True, None, "ring"))
-    entering, segments, _ = enter(k, v, log_decay, state, None, 1.0, True, True, None, "ring")
-    rest = (log_decay, entering, segments, None, 1.0)
-    torch.library.opcheck(torch.ops.lasp.attend.default, (q, k, v, *rest))
+    alone = (None, "ring", "contiguous", None)
+    enter, start = torch.ops.lasp.enter.default, torch.ops.lasp.start.default
+    arguments = (k, v, log_decay, state, None, 1.0, True, True, *alone)
+    torch.library.opcheck(enter, arguments)
+    # Tickets differ from call to call, so only what is returned can be compared with the fake.
+    torch.library.opcheck(start, arguments, test_utils=("test_schema", "test_faketensor"))
+    _, ticket = start(*arguments)
+    again = torch.ops.lasp.finish(ticket, k, v, state, None, True, *alone)
+    entering, segments, final = enter(*arguments)
+    assert torch.equal(again[1], final) and torch.equal(again[0], entering)
+    rest = (log_decay, state, entering, segments, None, 1.0)
+    torch.library.opcheck(torch.ops.lasp.attend.default, (q, k, v, *rest, *alone))
     torch.library.opcheck(
-        torch.ops.lasp.attend_backward.default, (v, None, q, k, v, *rest, True, None, "ring")
+        torch.ops.lasp.attend_backward.default, (v, None, q, k, v, *rest, True, True, *alone)
     )
+
+
+def test_whoever_looks_at_operators_sees_them():
+    """Elsewhere the steps are called as functions, with the same results."""
+    q, k, v, log_decay, state = cases.make_inputs(70, dtype=torch.float32)
+    inputs = (q, k, v, log_decay, state)
+    alone = cases.forward_and_gradients(with_state, *inputs)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        watched = cases.forward_and_gradients(with_state, *inputs)
+    cases.assert_close(watched, alone, 0, "watched")
+    seen = {event.name for event in profile.events()}
+    assert {"lasp::enter", "lasp::attend", "lasp::attend_backward"} <= seen
+    seen.clear()
+
+    class Mode(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.add(function.name())
+            return function(*args, **(kwargs or {}))
+
+    with Mode():
+        watched = cases.forward_and_gradients(with_state, *inputs)
+    cases.assert_close(watched, alone, 0, "under a mode")
+    assert {"lasp::enter", "lasp::attend", "lasp::attend_backward"} <= seen

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
+from lasp.ops.triton.launch import Bound
 from lasp.ops.triton.plan import COMBINE_BLOCK, Plan
 
 
@@ -77,24 +80,26 @@ def combine(
     and, if the plan says so, every slot of `states` [S, H, D, E] over all before it."""
     _, num_heads, key_dim, value_dim = states.shape
     size = key_dim * value_dim
-    grid = (plan.num_documents * num_heads * triton.cdiv(size, COMBINE_BLOCK),)
-    if grid[0] == 0:
+    programs = plan.num_documents * num_heads * triton.cdiv(size, COMBINE_BLOCK)
+    if programs == 0:
         return
-    combine_kernel[grid](
-        states,
-        total,
-        log_decay,
-        documents,
-        seq_len,
-        plan.segments_per_row,
-        plan.segment_length,
-        num_heads,
+    numbers = (seq_len, plan.segments_per_row, plan.segment_length, num_heads)
+    bound = _bind(numbers, size, reverse, plan.packed, plan.combined, total is not None)
+    bound(programs, states, total, log_decay, documents)
+
+
+@functools.lru_cache(maxsize=1024)
+def _bind(
+    numbers: tuple[int, ...], size: int, reverse: bool, packed: bool, store: bool, with_total: bool
+) -> Bound:
+    """The kernel without its tensors."""
+    constants = dict(
         SIZE=size,
         BLOCK=COMBINE_BLOCK,
         REVERSE=reverse,
-        PACKED=plan.packed,
-        STORE=plan.combined,
-        WITH_TOTAL=total is not None,
+        PACKED=packed,
+        STORE=store,
+        WITH_TOTAL=with_total,
         NUM_STAGES=4,
-        num_warps=4,
     )
+    return Bound(combine_kernel, numbers, constants, num_warps=4)

@@ -18,7 +18,7 @@ from lasp.ops.triton.tiles import DTYPES, MAX_CHUNK, MAX_HEAD_DIM
 # once on 132 multiprocessors, by the larger head dim rounded up. A sequence is cut into as many
 # segments as fill these: more only add states to write and borders to cross. On an H200 the Hopper
 # scan of 131,072 tokens, 16 heads of 128, takes 0.512 ms in 8 segments, 0.516 in 16, 0.549 in 64.
-SLOTS = {64: 264, 128: 264, 256: 132}
+SLOTS = {64: 264, 128: 264, 256: 264}
 MULTIPROCESSORS = 132
 # From so many rows (tokens times heads) on, a launch more costs less than a launch that does more:
 # one kernel combines the states of segments, and the Hopper scan is worth its slower launch.
@@ -150,6 +150,7 @@ class Plan:
         return tables[: self.num_segments], tables[self.num_segments :]
 
 
+@lru_cache(maxsize=1024)
 def choose_segment_length(
     seq_len: int, num_documents: int, packed: bool, key_dim: int, value_dim: int, num_heads: int
 ) -> int:

@@ -52,12 +52,11 @@ def prefix_states(
     seq_len, num_heads, key_dim = k.shape[1:]
     plan = make_plan(k, v, offsets, segment_length)
     shape = (num_heads, key_dim, v.shape[-1])
-    states = torch.empty(0, dtype=torch.float32, device=k.device)
+    wide = dict(dtype=torch.float32, device=k.device)
     if seq_len == 0:
-        return states, states.new_zeros(plan.num_documents, *shape)
-    total = states.new_empty(plan.num_documents, *shape) if with_total else None
-    if plan.num_slots:
-        states = states.new_empty(plan.num_slots, *shape)
+        return torch.empty(0, **wide), torch.zeros(plan.num_documents, *shape, **wide)
+    states = torch.empty((plan.num_slots, *shape) if plan.num_slots else 0, **wide)
+    total = torch.empty(plan.num_documents, *shape, **wide) if with_total else None
     k, v = addressable(k), addressable(v)
     log_decay = decay_or_zeros(log_decay, num_heads, k.device)
     with on_device_of(k):

@@ -5,16 +5,22 @@ The same kernel serves o, dq, dk and dv; only the roles of the operands change (
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
 from lasp.ops.triton import scan_hopper
+from lasp.ops.triton.launch import Bound
 from lasp.ops.triton.plan import Plan, make_plan, make_single_plan, scan_launch
 from lasp.ops.triton.tiles import (
+    Layout,
     addressable,
     check_operands,
     decay_or_zeros,
+    layout,
     locate_segment,
     on_device_of,
     state_strides,
@@ -185,31 +191,20 @@ def scan(
     `segment_length` is for tests: it must be what `prefix_states` was given.
     """
     check_operands(a=a, b=b, x=x)
-    batch, seq_len, num_heads, key_dim = a.shape
-    value_dim = x.shape[-1]
+    num_heads = a.shape[2]
     assert b.shape == a.shape and x.shape[:3] == a.shape[:3], (a.shape, b.shape, x.shape)
-    y = torch.empty(batch, seq_len, num_heads, value_dim, dtype=a.dtype, device=a.device)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if y.numel() == 0:
         return y
-    if segment_states is None or segment_states.numel() == 0:
-        plan = make_single_plan(a, offsets)
-    else:
-        plan = make_plan(a, x, offsets, segment_length)
-        assert segment_states.shape == (plan.num_slots, num_heads, key_dim, value_dim)
-    if plan.single:
-        segment_states = None
-    if initial_state is not None:
-        assert initial_state.shape == (plan.num_documents, num_heads, key_dim, value_dim)
-    a, b, x = addressable(a), addressable(b), addressable(x)
+    plan, segment_states = _plan(a, x, initial_state, segment_states, offsets, segment_length)
+    operands = [addressable(operand) for operand in (a, b, x)]
     log_decay = decay_or_zeros(log_decay, num_heads, a.device)
     with on_device_of(a):
         table, _ = plan.device_tables(a.device)
-        launch = scan_hopper.launch if scan_hopper.supported(a, b, x, plan) else _launch
+        launch = scan_hopper.launch if scan_hopper.supported(operands, plan) else _launch
         launch(
-            a,
-            b,
-            x,
-            y,
+            operands,
+            (y,),
             log_decay,
             plan,
             table,
@@ -221,11 +216,72 @@ def scan(
     return y
 
 
-def _launch(
+def scan_pair(
     a: torch.Tensor,
     b: torch.Tensor,
     x: torch.Tensor,
-    y: torch.Tensor,
+    c: torch.Tensor,
+    log_decay: torch.Tensor | None,
+    *,
+    scale: float,
+    initial_state: torch.Tensor | None = None,
+    segment_states: torch.Tensor | None = None,
+    offsets: tuple[int, ...] | None = None,
+    reverse: bool = False,
+    segment_length: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(`scan` of a, b, x; `scan` of c, x, b with the states transposed) in one launch.
+
+    It reads b and x once: with (k, q, do, v) and reverse, dv and dk. None where no kernel makes
+    both. c is [B, T, H, X]; the other arguments are those of the first `scan`.
+    """
+    operands = [addressable(operand) for operand in (a, b, x, c)]
+    if a.numel() == 0 or x.numel() == 0:
+        return None
+    plan, segment_states = _plan(a, x, initial_state, segment_states, offsets, segment_length)
+    if not scan_hopper.supported(operands, plan):
+        return None
+    results = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, b)]
+    log_decay = decay_or_zeros(log_decay, a.shape[2], a.device)
+    with on_device_of(a):
+        table, _ = plan.device_tables(a.device)
+        scan_hopper.launch(
+            operands,
+            results,
+            log_decay,
+            plan,
+            table,
+            scale=scale,
+            initial_state=initial_state,
+            segment_states=segment_states,
+            reverse=reverse,
+        )
+    return tuple(results)
+
+
+def _plan(
+    a: torch.Tensor,
+    x: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    segment_states: torch.Tensor | None,
+    offsets: tuple[int, ...] | None,
+    segment_length: int | None,
+) -> tuple[Plan, torch.Tensor | None]:
+    """The plan of a scan, and the segment states if it reads any; asserts the states' shapes."""
+    shape = (*a.shape[2:], x.shape[-1])
+    if segment_states is None or segment_states.numel() == 0:
+        plan = make_single_plan(a, offsets)
+    else:
+        plan = make_plan(a, x, offsets, segment_length)
+        assert segment_states.shape == (plan.num_slots, *shape)
+    if initial_state is not None:
+        assert initial_state.shape == (plan.num_documents, *shape)
+    return plan, None if plan.single else segment_states
+
+
+def _launch(
+    operands: Sequence[torch.Tensor],
+    results: Sequence[torch.Tensor],
     log_decay: torch.Tensor,
     plan: Plan,
     table: torch.Tensor | None,
@@ -236,40 +292,69 @@ def _launch(
     reverse: bool,
 ) -> None:
     """Write y [B, T, H, X], contiguous: what `scan` does once it has its plan."""
-    _, seq_len, num_heads, key_dim = a.shape
-    value_dim = x.shape[-1]
-    tiles = scan_launch(key_dim, a.dtype)
-    grid = (plan.num_segments * num_heads * triton.cdiv(value_dim, tiles.value),)
-    scan_kernel[grid](
-        a,
-        b,
-        x,
-        y,
-        initial_state,
-        segment_states,
-        log_decay,
-        table,
+    a, b, x = operands
+    (y,) = results
+    programs, bound = _bind(
+        a.dtype,
+        layout(a),
+        layout(b),
+        layout(x),
+        layout(initial_state),
+        layout(segment_states),
+        float(scale),
+        (plan.num_segments, plan.segments_per_row, plan.segment_length),
+        reverse,
+        plan.packed,
+        plan.folded,
+    )
+    bound(programs, a, b, x, y, initial_state, segment_states, log_decay, table)
+
+
+@functools.lru_cache(maxsize=1024)
+def _bind(
+    dtype: torch.dtype,
+    a: Layout,
+    b: Layout,
+    x: Layout,
+    initial: Layout | None,
+    segment: Layout | None,
+    scale: float,
+    segments: tuple[int, int, int],
+    reverse: bool,
+    packed: bool,
+    folded: bool,
+) -> tuple[int, Bound]:
+    """How many programs run, and the kernel without its tensors."""
+    (_, seq_len, num_heads, key_dim), _ = a
+    value_dim = x[0][-1]
+    num_segments, segments_per_row, segment_length = segments
+    tiles = scan_launch(key_dim, dtype)
+    numbers = (
         *strides(a, (0, 1, 2)),
         *strides(b, (0, 1, 2)),
         *strides(x, (0, 1, 2)),
-        *state_strides(initial_state),
-        *state_strides(segment_states),
-        float(scale),
+        *state_strides(initial),
+        *state_strides(segment),
+        scale,
         seq_len,
-        plan.segments_per_row,
-        plan.segment_length,
+        segments_per_row,
+        segment_length,
         num_heads,
+    )
+    constants = dict(
         A=key_dim,
         X=value_dim,
         BA=tiles.key,
         BX=tiles.value,
         BC=tiles.chunk,
         REVERSE=reverse,
-        PACKED=plan.packed,
-        HAS_INITIAL=initial_state is not None,
-        HAS_SEGMENT=segment_states is not None,
-        FOLDED=plan.folded,
+        PACKED=packed,
+        HAS_INITIAL=initial is not None,
+        HAS_SEGMENT=segment is not None,
+        FOLDED=folded,
         PRECISION="ieee",
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
     )
+    bound = Bound(
+        scan_kernel, numbers, constants, num_warps=tiles.num_warps, num_stages=tiles.num_stages
+    )
+    return num_segments * num_heads * triton.cdiv(value_dim, tiles.value), bound

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
+from lasp.ops.triton.launch import Bound
 from lasp.ops.triton.plan import Plan, state_launch
-from lasp.ops.triton.tiles import locate_segment, strides
+from lasp.ops.triton.tiles import Layout, layout, locate_segment, strides
 
 
 @triton.jit(do_not_specialize=["scale", "T", "segments_per_row", "segments_run", "segment_length"])
@@ -128,39 +131,62 @@ def local_states(
     is left out for None; the others' to the slots of the borders they are followed by, in `states`
     [S, H, D, E].
     """
-    _, seq_len, num_heads, key_dim = k.shape
-    value_dim = v.shape[-1]
-    run = plan.segments_per_row - (total is None)
-    num_segments = plan.num_segments if plan.packed else plan.num_documents * run
-    launch = state_launch(key_dim, value_dim, k.dtype, num_segments * num_heads)
+    programs, bound = _bind(
+        k.dtype,
+        layout(k),
+        layout(v),
+        float(scale) if reverse else 1.0,
+        (plan.num_documents, plan.num_segments, plan.segments_per_row, plan.segment_length),
+        reverse,
+        plan.packed,
+        total is not None,
+    )
+    if programs:
+        bound(programs, k, v, states, total, log_decay, table)
+
+
+@functools.lru_cache(maxsize=1024)
+def _bind(
+    dtype: torch.dtype,
+    k: Layout,
+    v: Layout,
+    scale: float,
+    segments: tuple[int, int, int, int],
+    reverse: bool,
+    packed: bool,
+    with_total: bool,
+) -> tuple[int, Bound]:
+    """How many programs run, and the kernel without its tensors."""
+    (_, seq_len, num_heads, key_dim), _ = k
+    value_dim = v[0][-1]
+    num_documents, num_segments, segments_per_row, segment_length = segments
+    run = segments_per_row - (not with_total)
+    if not packed:
+        num_segments = num_documents * run
+    launch = state_launch(key_dim, value_dim, dtype, num_segments * num_heads)
     blocks = triton.cdiv(key_dim, launch.key) * triton.cdiv(value_dim, launch.value)
-    grid = (num_segments * num_heads * blocks,)
-    if grid[0] == 0:
-        return
-    state_kernel[grid](
-        k,
-        v,
-        states,
-        total,
-        log_decay,
-        table,
+    numbers = (
         *strides(k, (0, 1, 2)),
         *strides(v, (0, 1, 2)),
-        float(scale) if reverse else 1.0,
+        scale,
         seq_len,
-        plan.segments_per_row,
+        segments_per_row,
         run,
-        plan.segment_length,
+        segment_length,
         num_heads,
+    )
+    constants = dict(
         D=key_dim,
         E=value_dim,
         BD=launch.key,
         BE=launch.value,
         BC=launch.chunk,
         REVERSE=reverse,
-        PACKED=plan.packed,
-        WITH_TOTAL=total is not None,
+        PACKED=packed,
+        WITH_TOTAL=with_total,
         PRECISION="ieee",
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
     )
+    bound = Bound(
+        state_kernel, numbers, constants, num_warps=launch.num_warps, num_stages=launch.num_stages
+    )
+    return num_segments * num_heads * blocks, bound

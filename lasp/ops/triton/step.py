@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from lasp.ops.triton.tiles import check_operands, decay_or_zeros, on_device_of, strides
+from lasp.ops.triton.launch import Bound
+from lasp.ops.triton.tiles import (
+    Layout,
+    check_operands,
+    decay_or_zeros,
+    layout,
+    on_device_of,
+    strides,
+)
 
 # Columns of the state per program: a whole 128-byte line of float32.
 VALUE_BLOCK = 32
@@ -94,26 +104,25 @@ def step(
         return o, new_state
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     log_decay = decay_or_zeros(log_decay, num_heads, q.device)
-    grid = (batch * num_heads * triton.cdiv(value_dim, VALUE_BLOCK),)
+    programs = batch * num_heads * triton.cdiv(value_dim, VALUE_BLOCK)
+    bound = _bind(layout(q), layout(k), layout(v), layout(state), float(scale))
     with on_device_of(q):
-        step_kernel[grid](
-            q,
-            k,
-            v,
-            state,
-            o,
-            new_state,
-            log_decay,
-            *strides(q, (0, 1)),
-            *strides(k, (0, 1)),
-            *strides(v, (0, 1)),
-            *strides(state, (0, 1, 2, 3)),
-            float(scale),
-            num_heads,
-            D=key_dim,
-            E=value_dim,
-            BD=max(16, triton.next_power_of_2(key_dim)),
-            BE=VALUE_BLOCK,
-            num_warps=4,
-        )
+        bound(programs, q, k, v, state, o, new_state, log_decay)
     return o, new_state
+
+
+@functools.lru_cache(maxsize=256)
+def _bind(q: Layout, k: Layout, v: Layout, state: Layout, scale: float) -> Bound:
+    """The kernel without its tensors."""
+    (_, num_heads, key_dim), _ = q
+    numbers = (
+        *strides(q, (0, 1)),
+        *strides(k, (0, 1)),
+        *strides(v, (0, 1)),
+        *strides(state, (0, 1, 2, 3)),
+        scale,
+        num_heads,
+    )
+    block = max(16, triton.next_power_of_2(key_dim))
+    constants = dict(D=key_dim, E=v[0][-1], BD=block, BE=VALUE_BLOCK)
+    return Bound(step_kernel, numbers, constants, num_warps=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeAlias
 
 import torch
 import triton
@@ -12,6 +13,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256
 # Rows of a chunk are addressed with 32-bit offsets; no kernel uses chunks longer than this.
 MAX_CHUNK = 64
+_NO_CONTEXT = nullcontext()
 
 
 @triton.jit
@@ -83,21 +85,32 @@ def addressable(operand: torch.Tensor) -> torch.Tensor:
     They need a unit last stride (the gradient of a sum arrives with stride 0) and a token stride
     small enough that a chunk spans fewer than 2**31 elements.
     """
-    if operand.stride(-1) != 1 or abs(operand.stride(1)) * MAX_CHUNK >= 2**31:
+    _, token, _, last = operand.stride()
+    if last != 1 or abs(token) * MAX_CHUNK >= 2**31:
         return operand.contiguous()
     return operand
 
 
-def strides(tensor: torch.Tensor, dims: tuple[int, ...]) -> tuple[int, ...]:
+# A tensor's shape and strides: all that a launch depends on besides its address and dtype.
+Layout: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def layout(tensor: torch.Tensor | None) -> Layout | None:
+    """The layout of `tensor`, to remember launches by; None for None."""
+    return None if tensor is None else (tensor.shape, tensor.stride())
+
+
+def strides(layout: Layout, dims: tuple[int, ...]) -> tuple[int, ...]:
     """Strides in elements, with 0 for dims of size 1.
 
     PyTorch leaves arbitrary strides on dims of size 1. They are never used, but an odd one would
     make Triton compile a variant without vector loads.
     """
-    return tuple(tensor.stride(dim) if tensor.shape[dim] > 1 else 0 for dim in dims)
+    shape, stride = layout
+    return tuple(stride[dim] if shape[dim] > 1 else 0 for dim in dims)
 
 
-def state_strides(states: torch.Tensor | None) -> tuple[int, ...]:
+def state_strides(states: Layout | None) -> tuple[int, ...]:
     """Strides of [S, H, D, E] states for a kernel; zeros where there are none."""
     return (0,) * 4 if states is None else strides(states, (0, 1, 2, 3))
 
@@ -114,4 +127,6 @@ def decay_or_zeros(
 
 def on_device_of(tensor: torch.Tensor) -> AbstractContextManager:
     """Triton launches on the current device: make that the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _NO_CONTEXT
+    return torch.cuda.device(tensor.device)

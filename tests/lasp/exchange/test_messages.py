@@ -1,0 +1,306 @@
+"""What travels between ranks: how much, how often, and in any timing."""
+
+import functools
+import random
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import lasp
+from lasp import exchange, shard
+from lasp.exchange import AffineMap, Line, peers
+from parallel import recompute
+from tests.lasp import cases, sharded
+from tests.lasp.sharded import METHODS, Problem
+
+
+class Sent:
+    """Bytes of every message of states this rank sends; `delay` seconds at most before each.
+
+    Comparisons of the guard are integers, and not counted.
+    """
+
+    def __init__(self, delay=0.0, seed=0):
+        self.bytes = []
+        self._delay, self._chance = delay, random.Random(seed)
+
+    def __enter__(self):
+        self._calls = dist.isend, peers._all_gather
+        dist.isend = self._counting(dist.isend, 0)
+        peers._all_gather = self._counting(peers._all_gather, 1)
+        return self
+
+    def __exit__(self, *error):
+        dist.isend, peers._all_gather = self._calls
+
+    def _counting(self, call, place):
+        def wrapped(*args, **kwargs):
+            if args[place].is_floating_point():
+                self.bytes.append(args[place].numel() * args[place].element_size())
+                time.sleep(self._chance.uniform(0, self._delay))
+            return call(*args, **kwargs)
+
+        return wrapped
+
+
+def delayed_bits(group, problems, trials):
+    """The same problems again and again, each message sent after a random delay."""
+    with Sent(delay=0.002, seed=dist.get_rank(group)):
+        return [sharded.run_all(group, problems) for _ in range(trials)]
+
+
+def test_random_delays_change_no_bit(pool):
+    problems = [
+        Problem(40, method, layout, documents=documents, dtype=torch.float32)
+        for method in METHODS
+        for layout, documents in (("contiguous", None), ("zigzag", (0, 7, 20, 40)))
+    ]
+    for trials in pool.run(delayed_bits, problems, 200, size=4, timeout=100):
+        for trial in trials[1:]:
+            for now, before in zip(trial, trials[0], strict=True):
+                assert all(torch.equal(now[name], before[name]) for name in before)
+
+
+def count_messages(group, method, layout, documents=None):
+    """Bytes of this rank's messages in a forward and in a backward, at two lengths."""
+    totals = []
+    for T in (16, 300):
+        q, k, v, log_decay, _ = cases.make_inputs(T, dtype=torch.float32)
+        cu_seqlens = None
+        if documents is not None:
+            scaled = [T * x for x in documents]
+            cu_seqlens = torch.tensor(scaled, dtype=torch.int32)
+        k = k.requires_grad_()
+        options = dict(group=group, exchange=method, layout=layout, cu_seqlens=cu_seqlens)
+        with Sent() as forward:
+            o = lasp.lightning_attention(q, k, v, log_decay, **options)
+        with Sent() as backward:
+            o.sum().backward()
+        totals.append((forward.bytes, backward.bytes))
+    return totals
+
+
+STATE = 3 * 16 * 24 * 4
+
+
+def test_the_ring_sends_one_state_whatever_the_length(pool):
+    for rank, totals in enumerate(pool.run(count_messages, "ring", "contiguous", size=3)):
+        for forward, backward in totals:
+            assert forward == ([STATE] if rank < 2 else [])
+            assert backward == ([STATE] if rank > 0 else [])
+
+
+def test_the_ring_in_zigzag_sends_one_state_per_place(pool):
+    # Up to the last rank, which passes the state to itself, and down again.
+    for rank, totals in enumerate(pool.run(count_messages, "ring", "zigzag", size=3)):
+        for forward, backward in totals:
+            assert forward == backward == [STATE] * (1 if rank in (0, 2) else 2)
+
+
+def test_all_gather_is_one_collective(pool):
+    message = STATE + 3 * 4
+    for layout, places in (("contiguous", 1), ("zigzag", 2)):
+        for totals in pool.run(count_messages, "all_gather", layout, size=3):
+            for forward, backward in totals:
+                assert forward == backward == [places * message]
+
+
+def test_doubling_sends_a_logarithm_of_states(pool):
+    for rank, totals in enumerate(pool.run(count_messages, "doubling", "contiguous", size=4)):
+        for forward, backward in totals:
+            assert len(forward) == (2, 2, 1, 0)[rank]
+            assert len(backward) == (0, 1, 2, 2)[rank]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_ranks_that_share_a_document_exchange(pool, method):
+    # Shards of one unit; a document over ranks 1 and 2, the other borders between documents.
+    results = pool.run(count_messages, method, "contiguous", (0, 1, 3, 4), size=4)
+    for rank, totals in enumerate(results):
+        for forward, backward in totals:
+            if method == "all_gather":
+                # A collective: all take part, or none.
+                assert len(forward) == len(backward) == 1
+            else:
+                assert (len(forward), len(backward)) == (rank == 1, rank == 2)
+    for totals in pool.run(count_messages, method, "contiguous", (0, 1, 2, 3), size=3):
+        assert totals == [([], []), ([], [])]
+
+
+def send_before_receiving(group):
+    """What enters; the last rank has it before the first rank has begun."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    first, last = (dist.get_global_rank(group, place) for place in (0, size - 1))
+    token = torch.zeros(1)
+    if rank == 0:
+        dist.recv(token, src=last, group=group, tag=7)
+    state = torch.full((1, 2, 3, 4), float(rank))
+    each = AffineMap(state, lambda: torch.zeros(2, 1, 1), passes=False)
+    (entering,) = exchange.start([each], Line(group), method="ring").finish()
+    if rank == size - 1:
+        dist.send(token, dst=first, group=group, tag=7)
+    return None if entering is None else float(entering.mean())
+
+
+def test_the_ring_is_one_hop_where_nothing_passes(pool):
+    assert pool.run(send_before_receiving, size=4, timeout=20) == [None, 0.0, 1.0, 2.0]
+
+
+def kept_tensors(group, method):
+    """Bytes that the backward will need beyond q, k, v; with a group and alone."""
+    sizes = []
+    for each in (group, None):
+        q, k, v, log_decay, _ = cases.make_inputs(64, dtype=torch.float32)
+        known = {x.data_ptr() for x in (q, k, v, log_decay)}
+        saved = {}
+
+        def pack(x, saved=saved, known=known):
+            if x.data_ptr() not in known:
+                saved[x.data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            lasp.lightning_attention(
+                q, k.requires_grad_(), v, log_decay, group=each, exchange=method
+            )
+        sizes.append(sum(saved.values()))
+    return sizes[0] - sizes[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_state_is_kept_for_the_backward(pool, method):
+    for kept in pool.run(kept_tensors, method, size=3):
+        # A factor per head may come with it.
+        assert STATE <= kept <= STATE + 3 * 4
+
+
+class Layer(torch.nn.Module):
+    """An attention whose inputs are recomputed, in one call or in two."""
+
+    def __init__(self, group, split):
+        super().__init__()
+        inputs = cases.make_inputs(50, dtype=torch.float32, state=False)
+        self.q, self.k, self.v, self.log_decay, _ = inputs
+        self.to_device = sharded.device_of(group)
+        self.group, self.split = group, split
+
+    def forward(self, x):
+        q, k, v, log_decay = (
+            t.to(self.to_device) for t in (self.q, self.k, self.v, self.log_decay)
+        )
+        if self.split:
+            started = lasp.start_state(k * x, v, log_decay, group=self.group)
+            return lasp.attend(q * x, started)
+        return lasp.lightning_attention(q * x, k * x, v, log_decay, group=self.group)
+
+
+def checkpointed(group, how, split):
+    """(gradients as without checkpointing?, states this rank sent with it)."""
+    x = torch.ones(1, 50, 3, 16, device=sharded.device_of(group), requires_grad=True)
+
+    def gradient_and_sends(layer):
+        with Sent() as sent:
+            layer(x).sum().backward()
+        grad, x.grad = x.grad, None
+        return grad, len(sent.bytes)
+
+    if "kept" in how:
+        layer = recompute.checkpointed(Layer(group, split))
+    else:
+        layer = functools.partial(
+            torch.utils.checkpoint.checkpoint,
+            Layer(group, split),
+            use_reentrant=how == "reentrant",
+        )
+    if "compiled" in how:
+        kept = layer
+        layer = torch.compile(lambda x: kept(x), backend="aot_eager", fullgraph=True)
+    plain_grad, _ = gradient_and_sends(Layer(group, split))
+    grad, sends = gradient_and_sends(layer)
+    return torch.allclose(grad, plain_grad, rtol=1e-6, atol=1e-6), sends
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["joint", "split"])
+@pytest.mark.parametrize(
+    "how, sends",
+    [
+        ("reentrant", [2, 3, 1]),
+        ("non-reentrant", [2, 3, 1]),
+        ("kept", [1, 2, 1]),
+        ("kept compiled", [1, 2, 1]),
+    ],
+)
+def test_checkpointing(pool, how, sends, split):
+    # Plain checkpointing repeats the forward's exchange, on every rank alike; with the policy of
+    # parallel.recompute the entering state is kept and nothing is sent twice.
+    results = pool.run(checkpointed, how, split, size=3, timeout=110)
+    assert all(equal for equal, _ in results)
+    assert [count for _, count in results] == sends
+
+
+def overlapping(group):
+    """Events of a call in two, and of a backward, in the order this rank's host reaches them."""
+    events = []
+    calls = {"start": exchange.start, "finish": exchange.Pending.finish}
+
+    def start(*args, **kwargs):
+        events.append("start")
+        return calls["start"](*args, **kwargs)
+
+    def finish(self):
+        events.append("finish")
+        return calls["finish"](self)
+
+    class Operators(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.name() == "aten::cos":
+                events.append("work")
+            return func(*args, **(kwargs or {}))
+
+    scan = lasp.ops.scan
+
+    def noted_scan(*args, **kwargs):
+        events.append("scan")
+        return scan(*args, **kwargs)
+
+    exchange.start, exchange.Pending.finish, lasp.ops.scan = start, finish, noted_scan
+    try:
+        q, k, v, log_decay, _ = cases.make_inputs(8, state=False)
+        with Operators():
+            started = lasp.start_state(k.requires_grad_(), v, log_decay, group=group)
+            q = q.cos()
+            o = lasp.attend(q, started)
+        forward, events[:] = list(events), []
+        o.sum().backward()
+    finally:
+        exchange.start, exchange.Pending.finish = calls["start"], calls["finish"]
+        lasp.ops.scan = scan
+    return forward, events
+
+
+def test_work_runs_while_states_travel(pool):
+    for forward, backward in pool.run(overlapping, size=2):
+        assert forward == ["start", "work", "finish", "scan"]
+        # dq needs nothing remote, dv and dk do.
+        assert backward == ["start", "scan", "finish", "scan", "scan"]
+
+
+@pytest.mark.parametrize("layout", shard.LAYOUTS)
+def test_ranks_of_a_line(pool, layout):
+    lines = pool.run(describe_line, layout, size=3)
+    for rank, (forward, backward) in enumerate(lines):
+        size = 6 if layout == "zigzag" else 3
+        held = shard.places(rank, 3, layout)
+        assert forward == held
+        assert backward == tuple(size - 1 - place for place in held[::-1])
+
+
+def describe_line(group, layout):
+    lines = [Line(group, layout, reverse) for reverse in (False, True)]
+    rank = dist.get_rank(group)
+    for line in lines:
+        assert all(line.group_rank(place) == rank for place in line.here)
+        assert all(line.places_of(line.group_rank(p)).count(p) == 1 for p in range(line.size))
+    return tuple(line.here for line in lines)
