@@ -9,6 +9,7 @@ from lasp.attention import (
 )
 from lasp.ops import reference
 from lasp.shard import SequenceShard
+from lasp.softmax import softmax_attention
 
 __all__ = [
     "SequenceShard",
@@ -17,5 +18,6 @@ __all__ = [
     "lightning_attention",
     "lightning_attention_step",
     "reference",
+    "softmax_attention",
     "start_state",
 ]

@@ -108,6 +108,8 @@ class SequenceShard:
         group: the ranks that hold the sequence, in order; None: the whole of it is here.
         exchange: how states cross ranks, as in `lasp.lightning_attention`.
         layout: "contiguous" or "zigzag", likewise.
+        lengths: tokens of every rank, in group order; `split` knows them. None: a softmax layer
+            asks the other ranks for theirs, in every call.
     """
 
     start: int
@@ -116,6 +118,7 @@ class SequenceShard:
     group: ProcessGroup | None = None
     exchange: str = "ring"
     layout: str = "contiguous"
+    lengths: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_layout(self.layout)
@@ -128,6 +131,11 @@ class SequenceShard:
             raise ValueError(
                 f"a zigzag shard's start..stop are in the first half of the sequence, the second "
                 f"place is their mirror image; got {self.start}..{self.stop} of {self.total}."
+            )
+        if self.lengths is not None and sum(self.lengths) != self.total:
+            raise ValueError(
+                f"the ranks' lengths {list(self.lengths)} sum up to {sum(self.lengths)}, not to "
+                f"the total of {self.total} tokens."
             )
         if self.group is None and self.length != self.total:
             raise ValueError(
@@ -155,7 +163,8 @@ class SequenceShard:
         if rank < 0:
             raise ValueError("this process is not a member of `group`.")
         start, stop = token_ranges(total, size, rank, layout)[0]
-        return cls(start, stop, total, group, exchange, layout)
+        lengths = split_lengths(total, size, layout)
+        return cls(start, stop, total, group, exchange, layout, lengths)
 
     @property
     def rank(self) -> int:

@@ -61,6 +61,11 @@ class Model:
     num_layers: int | None = None
     num_heads: int | None = None
     glu_dim: int | None = None
+    layer_types: str | None = None
+    """L: linear attention, S: softmax attention, from the first layer on; repeated until there are
+    num_layers. LLLLLLLS is a hybrid, S a transformer of the same shape."""
+    num_key_value_heads: int | None = None
+    """Heads of keys and values in softmax layers."""
 
 
 @dataclass(kw_only=True)

@@ -2,7 +2,7 @@
 
 All numbers are of the whole job, but for memory, which is that of rank 0. Loss is the sum over all
 valid tokens divided by their number, tokens are counted once whatever the layout, mfu counts the
-linear-attention FLOPs of the model.
+FLOPs of the model: linear attention's, and the quadratic ones of softmax layers where it has them.
 """
 
 from __future__ import annotations

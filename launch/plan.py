@@ -24,6 +24,16 @@ __all__ = ["Batching", "autocast_dtype", "batching", "describe", "model_config"]
 
 # The vocabulary is padded to whole tiles of the head's matmul.
 _VOCAB_MULTIPLE = 64
+# Fields of a TNLConfig that are flags.
+_MODEL_FIELDS = (
+    "vocab_size",
+    "dim",
+    "num_layers",
+    "num_heads",
+    "glu_dim",
+    "layer_types",
+    "num_key_value_heads",
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,7 @@ def model_config(config: Config, tokenizer: Tokenizer | None) -> TNLConfig:
         overrides["vocab_size"] = -(-tokenizer.vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
     if wanted.config is not None:
         overrides |= _model_file(Path(wanted.config))
-    for name in ("vocab_size", "dim", "num_layers", "num_heads", "glu_dim"):
+    for name in _MODEL_FIELDS:
         value = getattr(wanted, name)
         if value is not None:
             overrides[name] = value
@@ -132,6 +142,8 @@ def describe(config: Config, place: Place, model: TNLConfig, batch: Batching) ->
     shape = ", ".join(
         f"{field.name} {getattr(model, field.name)}" for field in dataclasses.fields(model)[:5]
     )
+    if model.num_softmax_layers:
+        shape += f", {model.num_softmax_layers} of the layers softmax"
     lines = {
         "model": f"{config.model.preset}: {parameters:,} parameters ({shape})",
         "mesh": f"{dims.equation} ({place.backend}, {place.device.type}, {dtype})",

@@ -262,7 +262,10 @@ def take_steps(run: Run, log: MetricsLog | None, stop_requested: list[int]) -> i
     steps = config.training.steps
     speed = Speedometer(
         run.batching.tokens_per_step,
-        run.model.config.flops_per_token(training=True),
+        # Documents are of many lengths: what softmax layers spend on them is left out.
+        run.model.config.flops_per_token(
+            training=True, seq_len=None if config.training.varlen else config.training.seq_len
+        ),
         world.dims.world_size,
         peak_flops(world.device),
     )

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["checkpointed"]
 
-# By name and not by object, so that this module needs no import of the operator.
-_KEPT = ("lasp::enter", "lasp::finish", "lasp::start")
+# By name and not by object, so that this module needs no import of the operator. A softmax layer
+# keeps its output: that spares a second gathering, and the quadratic work.
+_KEPT = ("lasp::enter", "lasp::finish", "lasp::softmax_attend", "lasp::start")
 
 
 def checkpointed(block: nn.Module) -> nn.Module:

@@ -1,4 +1,5 @@
-"""The definition of lightning attention, twice, in plain torch: the oracle of every test.
+"""The definition of lightning attention, twice, in plain torch: the oracle of every test. And of
+softmax attention, for the layers of a hybrid.
 
     o_t = scale * q_t . S_t,   S_t = lambda * S_{t-1} + k_t v_t^T,   S_0 = initial_state
 
@@ -11,7 +12,7 @@ Legend: B batch, T tokens, H heads, D key size, E value size, N documents.
 
 import torch
 
-__all__ = ["quadratic", "recurrent"]
+__all__ = ["quadratic", "recurrent", "softmax"]
 
 
 def recurrent(
@@ -81,6 +82,34 @@ def quadratic(
         states.append(state)
     B, T, H, E = v_BTHE.shape
     return torch.cat(outputs).reshape(B, T, H, E), torch.stack(states)
+
+
+def softmax(
+    q_BTHD: torch.Tensor,
+    k_BSGD: torch.Tensor,
+    v_BSGD: torch.Tensor,
+    *,
+    scale: float | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal softmax attention, o [B, T, H, D]: what `lasp.softmax_attention` computes.
+
+    Shapes: q [B, T, H, D], k and v [B, S, G, D], H a multiple of G, S >= T (the last T keys are the
+    queries' own). With cu_seqlens [N + 1] (B = 1, S = T) tokens see their own document only.
+    """
+    T, S, repeats = q_BTHD.shape[1], k_BSGD.shape[1], q_BTHD.shape[2] // k_BSGD.shape[2]
+    k_BSHD, v_BSHD = (x.repeat_interleave(repeats, dim=2) for x in (k_BSGD, v_BSGD))
+    scale = q_BTHD.shape[3] ** -0.5 if scale is None else scale
+    key = torch.arange(S, device=q_BTHD.device)
+    query = key[S - T :, None]
+    seen = key <= query
+    if cu_seqlens is not None:
+        starts = cu_seqlens.to(key)[1:-1]
+        document = (key[:, None] >= starts).sum(1)
+        seen = seen & (document == document[S - T :, None])
+    scores = scale * torch.einsum("bthd,bshd->bhts", q_BTHD, k_BSHD)
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    return torch.einsum("bhts,bshd->bthd", weights, v_BSHD)
 
 
 def _documents(q, cu_seqlens):

@@ -20,7 +20,13 @@ class TNLConfig:
         num_heads: heads H of the token mixer; dim / num_heads is the head dimension D.
         glu_dim: inner width of the channel mixer.
         activation: "silu" or "none", on queries and keys only.
-        lrpe_layers: the layers (from 0) whose queries and keys carry positions; released: (0,).
+        lrpe_layers: the layers (from 0) whose queries and keys carry positions; released: (0,). It
+            says nothing about softmax layers, which have RoPE.
+        layer_types: "L" for a linear, "S" for a softmax layer, from the first layer on; repeated
+            until there are num_layers. The released models are "L"; "LLLLLLLS" is a hybrid.
+        num_key_value_heads: heads of the keys and values in softmax layers, a divisor of num_heads;
+            None: num_heads.
+        rope_base: of the softmax layers' RoPE.
         scale_embedding: multiply embeddings by sqrt(dim).
         norm_eps: added to the mean square in every norm.
         init_std: standard deviation of the initial weights.
@@ -39,6 +45,9 @@ class TNLConfig:
     norm_eps: float = 1e-6
     init_std: float = 0.02
     pad_token_id: int | None = None
+    layer_types: str = "L"
+    num_key_value_heads: int | None = None
+    rope_base: float = 10000.0
 
     def __post_init__(self) -> None:
         # A config read from TOML or JSON brings a list.
@@ -52,6 +61,7 @@ class TNLConfig:
                 f"dim {self.dim} does not divide into {self.num_heads} heads: choose num_heads "
                 "among the divisors of dim (released models have dim / 128 heads)."
             )
+        self._check_softmax_layers()
         if self.activation not in ("silu", "none"):
             raise ValueError(f'activation is {self.activation!r}: it must be "silu" or "none".')
         outside = [layer for layer in self.lrpe_layers if not 0 <= layer < self.num_layers]
@@ -66,13 +76,34 @@ class TNLConfig:
                 f"a head has {self.head_dim} values: the limit is 256, and 128 in layers with LRPE "
                 "(it doubles them). Use more heads."
             )
-        for name in ("norm_eps", "init_std"):
+        for name in ("norm_eps", "init_std", "rope_base"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be positive.")
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
                 f"pad_token_id is {self.pad_token_id}: give a token below vocab_size "
                 f"{self.vocab_size}, or None."
+            )
+
+    def _check_softmax_layers(self) -> None:
+        kinds = self.layer_types
+        known = isinstance(kinds, str) and kinds and not kinds.strip("LS")
+        if not known or self.num_layers % len(kinds):
+            raise ValueError(
+                f"layer_types is {kinds!r}: it must be letters L (linear) and S (softmax), as many "
+                f"as there are layers or a divisor of that ({self.num_layers})."
+            )
+        heads = self.num_key_value_heads
+        fits = heads is None or (type(heads) is int and heads > 0 and not self.num_heads % heads)
+        if not fits:
+            raise ValueError(
+                f"num_key_value_heads is {heads!r}: it must be a divisor of num_heads "
+                f"{self.num_heads}, or None for as many."
+            )
+        if self.num_softmax_layers and self.head_dim % 2:
+            raise ValueError(
+                f"a head has {self.head_dim} values: RoPE in softmax layers turns pairs of them, "
+                "so it must be an even number."
             )
 
     @classmethod
@@ -95,31 +126,62 @@ class TNLConfig:
         """D: values per head of one query, key or value."""
         return self.dim // self.num_heads
 
+    @property
+    def kv_dim(self) -> int:
+        """Values of all heads together of one key in a softmax layer."""
+        return (self.num_key_value_heads or self.num_heads) * self.head_dim
+
+    def is_softmax(self, layer: int) -> bool:
+        """Whether a layer's token mixer is softmax attention."""
+        return self.layer_types[layer % len(self.layer_types)] == "S"
+
+    @property
+    def num_softmax_layers(self) -> int:
+        return sum(self.is_softmax(layer) for layer in range(self.num_layers))
+
+    def uses_lrpe(self, layer: int) -> bool:
+        """Whether a layer is linear and its queries and keys carry positions."""
+        return layer in self.lrpe_layers and not self.is_softmax(layer)
+
     def key_dim(self, layer: int) -> int:
         """Values per head of the queries and keys as attended to: 2D where LRPE doubles them."""
-        return self.head_dim * (2 if layer in self.lrpe_layers else 1)
+        return self.head_dim * (2 if self.uses_lrpe(layer) else 1)
 
     def num_parameters(self) -> int:
         """Parameters of the model, the tied embedding counted once."""
-        positions = self.dim * len(self.lrpe_layers)
-        return self.vocab_size * self.dim + self.num_layers * self._block_matrices() + positions
+        positions = self.dim * sum(self.uses_lrpe(layer) for layer in range(self.num_layers))
+        return self.vocab_size * self.dim + self._block_matrices() + positions
 
-    def flops_per_token(self, training: bool = True) -> int:
-        """Model FLOPs of one token (a multiply-add is 2), whatever the length of the sequence.
+    def flops_per_token(self, training: bool = True, seq_len: int | None = None) -> int:
+        """Model FLOPs of one token (a multiply-add is 2), whatever the implementation.
 
         Forward = 2 * (entries of all weight matrices, the head included, the embedding look-up not)
-                + sum over layers and heads of 4 * K * D,
+                + sum over linear layers and heads of 4 * K * D
+                + sum over softmax layers and heads of 4 * D * (seq_len + 1) / 2,
         where K is the layer's key dimension: 2KD to add k v^T to the state and 2KD to read q S.
-        That is the recurrent form; the extra work of a chunked kernel is not counted, so that the
-        number does not depend on the implementation. Training is 3 times the forward.
+        That is the recurrent form; the extra work of a chunked kernel is not counted. In a softmax
+        layer a token meets on average (seq_len + 1) / 2 keys, 2D for each score and 2D for each
+        value; a kernel's recomputation in the backward is not counted. Training is 3 times the
+        forward.
+
+        Args:
+            seq_len: tokens of a sequence, for the softmax layers. None leaves out what grows with
+                it (packed documents of unknown lengths).
         """
-        matrices = self.vocab_size * self.dim + self.num_layers * self._block_matrices()
-        keys = sum(self.key_dim(layer) for layer in range(self.num_layers))
-        forward = 2 * matrices + 4 * self.num_heads * keys * self.head_dim
+        linear = [layer for layer in range(self.num_layers) if not self.is_softmax(layer)]
+        keys = sum(self.key_dim(layer) for layer in linear)
+        forward = 2 * (self.vocab_size * self.dim + self._block_matrices())
+        forward += 4 * self.num_heads * keys * self.head_dim
+        if seq_len is not None:
+            forward += 2 * self.num_softmax_layers * self.dim * (seq_len + 1)
         return 3 * forward if training else forward
 
     def _block_matrices(self) -> int:
-        return 5 * self.dim * self.dim + 3 * self.dim * self.glu_dim
+        """Entries of the weight matrices of all blocks."""
+        softmax = self.num_softmax_layers
+        grouped = 2 * self.kv_dim
+        mixers = (self.num_layers - softmax) * 5 * self.dim + softmax * (2 * self.dim + grouped)
+        return self.dim * (mixers + 3 * self.num_layers * self.glu_dim)
 
 
 _PRESETS: dict[str, dict[str, int]] = {

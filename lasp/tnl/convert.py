@@ -75,8 +75,8 @@ def from_released(
     LRPE rates become float32.
 
     Raises:
-        ValueError: keys missing, unexpected or of the wrong shape (all are named), or a head that
-            differs from the embedding.
+        ValueError: keys missing, unexpected or of the wrong shape (all are named), a head that
+            differs from the embedding, or softmax layers in the config.
     """
     shapes = _released_shapes(config)
     missing = sorted(shapes.keys() - state_dict.keys() - {_HEAD})
@@ -146,6 +146,11 @@ def _swap_blocks(weight: torch.Tensor, outer: int, inner: int) -> torch.Tensor:
 
 def _names(config: TNLConfig) -> dict[str, str]:
     """This model's parameter names -> the released ones."""
+    if config.num_softmax_layers:
+        raise ValueError(
+            f"layer_types is {config.layer_types!r}, but the released models have no softmax "
+            'layers: only a model of "L" converts.'
+        )
     names = {"embedding.weight": _EMBEDDING}
     for i in range(config.num_layers):
         mine, theirs = f"blocks.{i}.", f"model.layers.{i}."

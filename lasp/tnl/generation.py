@@ -1,5 +1,7 @@
 """Decoding with a state of constant size: no cache that grows, no limit on the length.
 
+(In a hybrid each softmax layer's part of the state is its keys and values, which do grow.)
+
 Shapes: B batch, T tokens, V vocabulary.
 """
 
@@ -40,7 +42,7 @@ def generate(
         eos_token_id: a sequence that has produced it is filled up with it, and generation ends when
             every sequence has.
         padding_mask: bool [B, T], False where a prompt is padded. Pad on the *left*: padding before
-            the first token leaves no trace at all.
+            the first token leaves no trace at all. Not for models with softmax layers.
         generator: for the samples, on the model's device; None: torch's global one.
         prefill_chunk: tokens of the prompt read at a time; bounds memory, does not change results.
 

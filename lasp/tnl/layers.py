@@ -17,6 +17,7 @@ from lasp.shard import SequenceShard
 from lasp.tnl.config import TNLConfig
 from lasp.tnl.lrpe import LRPE
 from lasp.tnl.norm import SRMSNorm
+from lasp.tnl.softmax import SoftmaxAttention
 
 __all__ = ["SGLU", "GatedLinearAttention", "TNLBlock"]
 
@@ -42,7 +43,7 @@ class GatedLinearAttention(nn.Module):
         self.head_dim = config.head_dim
         self.heads = slice(0, config.num_heads)
         self.qkvu_proj = nn.Linear(config.dim, 4 * config.dim, bias=False)
-        uses_lrpe = layer in config.lrpe_layers
+        uses_lrpe = config.uses_lrpe(layer)
         self.lrpe = LRPE(config.num_heads, config.head_dim) if uses_lrpe else None
         self.norm = SRMSNorm(config.dim, config.norm_eps)
         self.out_proj = nn.Linear(config.dim, config.dim, bias=False)
@@ -74,12 +75,23 @@ class GatedLinearAttention(nn.Module):
         if self.config.activation == "silu":
             q, k = F.silu(q), F.silu(k)
         if self.lrpe is not None:
-            q, k = self.lrpe(q, k, position)
+            q, k = self._with_positions(q, k, shard, position)
         if padding_mask is not None:
             v = v.masked_fill(~padding_mask[:, :, None, None], 0)
         o, state = self._attend(q, k, v, shard, state, return_state, cu_seqlens)
         o = self.norm(o.flatten(-2)).unflatten(-1, (-1, self.head_dim))
         return self.out_proj((u * o).flatten(-2)), state
+
+    def _with_positions(self, q, k, shard, position):
+        """LRPE of the shard's tokens, which in zigzag are two ranges of the sequence."""
+        if shard.layout == "contiguous":
+            return self.lrpe(q, k, position)
+        past, half = position - shard.start, q.shape[1] // 2
+        parts = [
+            self.lrpe(q.narrow(1, row, half), k.narrow(1, row, half), past + start)
+            for row, (start, _) in zip((0, half), shard.ranges, strict=True)
+        ]
+        return tuple(torch.cat(each, dim=1) for each in zip(*parts, strict=True))
 
     def _attend(self, q, k, v, shard, state, return_state, cu_seqlens):
         """One recurrent step where there is one token and a state, else the parallel operator."""
@@ -99,6 +111,9 @@ class GatedLinearAttention(nn.Module):
             cu_seqlens=cu_seqlens,
             group=shard.group,
             exchange=shard.exchange,
+            layout=shard.layout,
+            # They matter to packed documents only.
+            shard_lengths=None if cu_seqlens is None else shard.lengths,
         )
         return result if return_state else (result, None)
 
@@ -143,12 +158,17 @@ class SGLU(nn.Module):
 
 
 class TNLBlock(nn.Module):
-    """x + GLA(norm(x)), then x + SGLU(norm(x)). Arguments and results are the token mixer's."""
+    """x + mixer(norm(x)), then x + SGLU(norm(x)). Arguments and results are the token mixer's:
+    linear attention, or softmax attention in a hybrid's softmax layers."""
 
     def __init__(self, config: TNLConfig, layer: int) -> None:
         super().__init__()
         self.token_norm = SRMSNorm(config.dim, config.norm_eps)
-        self.token_mixer = GatedLinearAttention(config, layer)
+        self.token_mixer = (
+            SoftmaxAttention(config)
+            if config.is_softmax(layer)
+            else GatedLinearAttention(config, layer)
+        )
         self.channel_norm = SRMSNorm(config.dim, config.norm_eps)
         self.channel_mixer = SGLU(config)
 

@@ -24,10 +24,12 @@ __all__ = ["TNL", "TNLState"]
 
 @dataclass
 class TNLState:
-    """All a TNL remembers of the tokens it has read: constant in size, whatever their number.
+    """All a TNL remembers of the tokens it has read: constant in size, whatever their number, but
+    for a hybrid's softmax layers.
 
     Attributes:
-        layers: one [N, H, K, D] float32 per layer.
+        layers: one per layer: [N, H, K, D] float32 of a linear one, keys and values [2, B, tokens,
+            heads of keys, D] of a softmax one.
         position: tokens read; where the next one's LRPE angle continues.
     """
 
@@ -100,6 +102,9 @@ class TNL(nn.Module):
             ValueError: shapes that do not fit each other, the shard or the config.
         """
         shard = self._check(tokens, shard, states, padding_mask)
+        if self.config.num_softmax_layers:
+            with_states = states is not None or return_states
+            _refuse_in_hybrid(padding_mask is not None, cu_seqlens is not None and with_states)
         position = shard.start + (0 if states is None else states.position)
         entering = [None] * len(self.blocks)
         if states is not None and shard.is_first:
@@ -116,7 +121,8 @@ class TNL(nn.Module):
             leaving.append(state)
         x = self.final_norm(x)
         out = x if return_hidden else F.linear(x, self.head_weight)
-        return (out, TNLState(leaving, position + shard.length)) if return_states else out
+        read = position - shard.start + shard.ranges[-1][1]
+        return (out, TNLState(leaving, read)) if return_states else out
 
     @torch.no_grad()
     def generate(self, prompt_tokens: torch.Tensor, max_new_tokens: int, **options) -> torch.Tensor:
@@ -133,7 +139,7 @@ class TNL(nn.Module):
         if shard.length != tokens.shape[1]:
             raise ValueError(
                 f"{tokens.shape[1]} tokens were given, but the shard owns tokens "
-                f"{shard.start}..{shard.stop} of {shard.total}: pass tokens[:, shard.token_slice]."
+                f"{shard.ranges} of {shard.total}: pass shard.take(tokens)."
             )
         if padding_mask is not None and padding_mask.shape != tokens.shape:
             raise ValueError(
@@ -145,4 +151,26 @@ class TNL(nn.Module):
                 f"states has {len(states.layers)} layers and this model {len(self.blocks)}: "
                 "pass the states that this model returned."
             )
+        # Over ranks the operator compares lengths, and raises on all of them.
+        if states is not None and shard.group is None:
+            for layer, state in enumerate(states.layers):
+                if self.config.is_softmax(layer) and state.shape[2] != states.position:
+                    raise ValueError(
+                        f"states.position is {states.position}, but layer {layer} remembers "
+                        f"{state.shape[2]} tokens: pass the states that this model returned."
+                    )
         return shard
+
+
+def _refuse_in_hybrid(padding: bool, packed_with_states: bool) -> None:
+    if padding:
+        raise ValueError(
+            "padding_mask is given, but softmax layers know no padding: pass sequences of one "
+            "length (generate from prompts of different lengths one by one), or pack them with "
+            "cu_seqlens."
+        )
+    if packed_with_states:
+        raise ValueError(
+            "cu_seqlens together with states, but softmax layers keep the past of a whole row, not "
+            "of each document: pass documents as rows."
+        )

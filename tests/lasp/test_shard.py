@@ -114,3 +114,13 @@ def test_what_zigzag_cannot_cut():
         SequenceShard(0, 4, 8, layout="zigzag").token_slice  # noqa: B018
     with pytest.raises(ValueError, match="x has 5 entries along dimension 1, the sequence 8"):
         SequenceShard.whole(8).take(torch.zeros(1, 5))
+
+
+def lengths(group):
+    return SequenceShard.split(23, group).lengths
+
+
+def test_an_even_cut_knows_all_lengths(pool):
+    assert pool.run(lengths, size=3) == [(8, 8, 7)] * 3
+    with pytest.raises(ValueError, match=r"\[3, 4\] sum up to 7, not to the total of 8"):
+        SequenceShard(0, 8, 8, lengths=(3, 4))

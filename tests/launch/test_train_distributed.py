@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from launch.checkpoint import CheckpointStore, verify
-from tests.launch.runs import flags, losses, records, start, watch, worker
+from tests.launch.runs import flags, losses, records, run_here, start, watch, worker
 
 STEPS = 40
 CP2 = dict(parallelism__context_parallel_degree=2)
@@ -109,6 +109,22 @@ def test_losses_do_not_depend_on_the_layout(undisturbed, data, tmp_path):
             assert {step: got[step] for step in early} == pytest.approx(early, rel=bound)
         held_out = [records(folder)[-1]["val_loss"] for folder in (tmp_path / name, reference)]
         assert held_out[0] == pytest.approx(held_out[1], rel=1e-3)
+
+
+def test_a_hybrid_trains_on_two_ranks_as_on_one(data, tmp_path):
+    """Softmax layers see all ranks' tokens, uneven shards, recomputed blocks, and generate."""
+    hybrid = dict(
+        model__layer_types="LS",
+        model__num_key_value_heads=1,
+        training__steps=10,
+        activation_checkpoint__mode="full",
+    )
+    output = run(tmp_path / "two", data, 2, **CP2, **hybrid)
+    assert "1 of the layers softmax" in output and output.count("sample of step") == 1
+    assert run_here(tmp_path / "one", data, **hybrid) == 0
+    expected = losses(tmp_path / "one")
+    assert losses(tmp_path / "two") == pytest.approx(expected, rel=1e-5)
+    assert expected[10] < 0.9 * expected[1]
 
 
 def test_resume_on_another_number_of_ranks(undisturbed, data, tmp_path):
