@@ -21,7 +21,7 @@ from parallel.megatron.layout import (
     split_batch,
 )
 from parallel.megatron.norm import HeadsNorm, MegatronSRMSNorm
-from parallel.megatron.softmax import ShardedSoftmaxAttention
+from parallel.megatron.softmax import LaspSoftmaxAttention
 from parallel.megatron.specs import (
     get_lasp_gpt_layer_spec,
     get_tnl_block_spec,
@@ -36,8 +36,8 @@ __all__ = [
     "ContiguousRotaryEmbedding",
     "HeadsNorm",
     "LaspCoreAttention",
+    "LaspSoftmaxAttention",
     "MegatronSRMSNorm",
-    "ShardedSoftmaxAttention",
     "TNLSelfAttention",
     "TNLTransformerLayer",
     "from_megatron",

@@ -19,11 +19,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 import lasp
 from lasp.exchange import METHODS
+from parallel.megatron.calls import check_build, document_borders, process_groups
 from parallel.megatron.layout import sequence_layout
 from parallel.megatron.norm import HeadsNorm
 from parallel.megatron.recompute import KeptExchanges
 
-__all__ = ["FEATURE_MAPS", "LaspCoreAttention", "process_groups"]
+__all__ = ["FEATURE_MAPS", "LaspCoreAttention"]
 
 # What becomes of (q, k, v) before attention. "silu_qkv" is MiniMax-01's.
 FEATURE_MAPS: dict[str, Callable] = {
@@ -93,9 +94,7 @@ class LaspCoreAttention(MegatronModule):
         **unused,
     ) -> None:
         super().__init__(config=config)
-        if attention_dropout is None:
-            attention_dropout = config.attention_dropout
-        _check_build(config, attn_mask_type, attention_type, attention_dropout)
+        check_build(config, attn_mask_type, attention_type, attention_dropout)
         self.pg_collection = process_groups(pg_collection)
         self.tp_group, self.cp_group = self.pg_collection.tp, self.pg_collection.cp
         self.sequence_layout = sequence_layout(config, layout)
@@ -143,7 +142,14 @@ class LaspCoreAttention(MegatronModule):
         Raises:
             ValueError: a call that linear attention cannot serve.
         """
-        cu_seqlens = self._check_call(query, key, attn_mask_type, attention_bias, packed_seq_params)
+        cu_seqlens = document_borders(
+            self, query, key, attn_mask_type, attention_bias, packed_seq_params
+        )
+        if query.shape[-2] != self.num_heads_per_tp:
+            raise ValueError(
+                f"query has {query.shape[-2]} heads: this rank was built for "
+                f"{self.num_heads_per_tp} (config.num_attention_heads / tensor-parallel size)."
+            )
         is_packed = query.dim() == 3
         if is_packed:
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
@@ -175,80 +181,6 @@ class LaspCoreAttention(MegatronModule):
                 options["layout"] = self.sequence_layout
         return lasp.lightning_attention(
             q, k, v, self.log_decay(q.device), scale=self.scale, cu_seqlens=cu_seqlens, **options
-        )
-
-    def _check_call(self, query, key, attn_mask_type, attention_bias, packed_seq_params):
-        """The document boundaries of a packed call, or None."""
-        if attention_bias is not None:
-            raise ValueError(
-                "attention_bias is given: linear attention has no scores to add it to."
-            )
-        _check_mask(attn_mask_type)
-        if query.shape[0] != key.shape[0]:
-            raise ValueError(
-                f"{query.shape[0]} queries meet {key.shape[0]} keys: Megatron's inference with a "
-                "key-value cache is not served, since linear attention keeps a state instead. "
-                "Generate with the native model (parallel.megatron.from_megatron)."
-            )
-        if query.shape[-2] != self.num_heads_per_tp:
-            raise ValueError(
-                f"query has {query.shape[-2]} heads: this rank was built for "
-                f"{self.num_heads_per_tp} (config.num_attention_heads / tensor-parallel size)."
-            )
-        size = self.cp_group.size()
-        if self.sequence_layout == "contiguous" and size > 1 and not self.layout_agreed:
-            raise ValueError(
-                f"layout='contiguous' over {size} context-parallel ranks, but the batches may be "
-                "Megatron's zigzag ones, which would train on scrambled sequences: build "
-                "parallel.megatron.BatchSplitter(model) and cut batches with it."
-            )
-        if packed_seq_params is None:
-            return None
-        if packed_seq_params.qkv_format != "thd":
-            raise ValueError(
-                f"packed_seq_params.qkv_format is {packed_seq_params.qkv_format!r}: only 'thd' is "
-                "served."
-            )
-        if size > 1 and self.sequence_layout != "contiguous":
-            raise ValueError(
-                f"packed_seq_params (thd) over {size} context-parallel ranks in zigzag: Megatron "
-                "cuts each document over the ranks by itself, which is not served. Use "
-                "layout='contiguous' (the packed sequence is cut as a whole)."
-            )
-        padded = packed_seq_params.cu_seqlens_q_padded
-        return packed_seq_params.cu_seqlens_q if padded is None else padded
-
-
-def process_groups(given: ProcessGroupCollection | None) -> ProcessGroupCollection:
-    """The groups that Megatron passed, or its global ones. No group is ever created here."""
-    if given is not None:
-        return given
-    return ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
-
-
-def _check_build(config, attn_mask_type, attention_type, attention_dropout):
-    if attention_type != "self":
-        raise ValueError(
-            f"attention_type is {attention_type!r}: linear attention is self attention."
-        )
-    _check_mask(attn_mask_type)
-    if attention_dropout:
-        raise ValueError(
-            f"attention_dropout is {attention_dropout}: linear attention has no scores to drop. "
-            "Set it to 0 (--attention-dropout 0.0)."
-        )
-    if getattr(config, "window_size", None) is not None:
-        raise ValueError(
-            f"config.window_size is {config.window_size}: linear attention has no window; its "
-            "decay does that. Leave it at None."
-        )
-
-
-def _check_mask(mask_type):
-    if mask_type not in (None, AttnMaskType.causal, AttnMaskType.padding_causal):
-        raise ValueError(
-            f"attn_mask_type is {mask_type.name}: linear attention is causal. Build the layer with "
-            "AttnMaskType.causal."
         )
 
 

@@ -24,7 +24,7 @@ except ImportError:
     LINEAR, _LINEAR_SLOT = "M", "mamba_layer"
 
 from parallel.megatron.norm import MegatronSRMSNorm
-from parallel.megatron.softmax import ShardedSoftmaxAttention
+from parallel.megatron.softmax import LaspSoftmaxAttention
 from parallel.megatron.specs import mlp_spec, softmax_spec, tnl_mixer_spec, tnl_style_layer
 from parallel.megatron.tnl import TNLTransformerLayer
 
@@ -90,7 +90,7 @@ def get_tnl_hybrid_stack_spec(
     backend = backend or LocalSpecProvider()
     if softmax_core is None:
         softmax_core = ModuleSpec(
-            module=ShardedSoftmaxAttention, params=dict(layout=core_params.get("layout"))
+            module=LaspSoftmaxAttention, params=dict(layout=core_params.get("layout"))
         )
     index = {place: i for i, place in enumerate(places)}
     core_params |= dict(

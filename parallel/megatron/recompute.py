@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["KeptExchanges"]
 
-_EXCHANGES = ("lasp::enter", "lasp::start", "lasp::finish")
+# As in parallel.recompute: of a softmax layer the output is kept, which spares the quadratic work.
+_EXCHANGES = ("lasp::enter", "lasp::start", "lasp::finish", "lasp::softmax_attend")
 
 
 class KeptExchanges:

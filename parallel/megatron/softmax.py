@@ -4,26 +4,30 @@ Transformer Engine is not at hand: Megatron's own DotProductAttention refuses co
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
-import torch.nn.functional as F
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
-from lasp.shard import token_order
-from parallel.megatron.attention import process_groups
+import lasp
+from parallel.megatron.calls import check_build, document_borders, process_groups
 from parallel.megatron.layout import sequence_layout
+from parallel.megatron.recompute import KeptExchanges
 
-__all__ = ["ShardedSoftmaxAttention"]
+__all__ = ["LaspSoftmaxAttention"]
 
 
-class ShardedSoftmaxAttention(MegatronModule):
-    """Causal softmax attention of this rank's queries to the keys and values of all ranks.
+class LaspSoftmaxAttention(MegatronModule):
+    """`lasp.softmax_attention` in Megatron's core-attention slot: causal, grouped queries or not.
 
-    Each rank gathers all keys and values, so memory and traffic grow with the whole sequence: for
-    tests, CPUs and moderate lengths. On GPUs with Transformer Engine take its attention.
+    Each rank gathers the keys and values of all (LASP-2H, arXiv 2502.07563). It has no parameters.
 
     Args:
         layout: "zigzag" or "contiguous", as in `LaspCoreAttention`. The rest is Megatron's.
+
+    Raises:
+        ValueError: dropout, a window or a mask other than causal.
     """
 
     def __init__(
@@ -41,16 +45,13 @@ class ShardedSoftmaxAttention(MegatronModule):
         **unused,
     ) -> None:
         super().__init__(config=config)
-        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        if dropout:
-            raise ValueError(
-                f"attention_dropout is {dropout}: ShardedSoftmaxAttention has none. Set it to 0."
-            )
+        check_build(config, attn_mask_type, attention_type, attention_dropout)
         self.pg_collection = process_groups(pg_collection)
         self.tp_group, self.cp_group = self.pg_collection.tp, self.pg_collection.cp
         self.sequence_layout = sequence_layout(config, layout)
         self.layout_agreed = False
-        self.scale = softmax_scale or config.kv_channels**-0.5
+        self.scale = softmax_scale
+        self.kept = KeptExchanges()
 
     def forward(
         self,
@@ -59,24 +60,27 @@ class ShardedSoftmaxAttention(MegatronModule):
         value: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
         packed_seq_params=None,
         **unused,
     ) -> torch.Tensor:
-        """query [s, b, H, D], key and value [s, b, G, D] -> [s, b, H * D]; causal."""
-        if packed_seq_params is not None:
-            raise ValueError("packed_seq_params is given: ShardedSoftmaxAttention serves none.")
-        rank, size = self.cp_group.rank(), self.cp_group.size()
-        mask = None
-        if size > 1:
-            key, value = (
-                gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)
-                for x in (key, value)
-            )
-            # Masked by position, keys may stay in the order in which the ranks hold them.
-            order = token_order(key.shape[0], size, self.sequence_layout).to(key.device)
-            mask = order.chunk(size)[rank][:, None] >= order[None, :]
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        o = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
+        """query [s, b, H, D], key and value [s, b, G, D] -> [s, b, H * D]; packed as in
+        `LaspCoreAttention.forward`, and with its errors."""
+        cu_seqlens = document_borders(
+            self, query, key, attn_mask_type, attention_bias, packed_seq_params
         )
-        return o.permute(2, 0, 1, 3).flatten(2)
+        is_packed = query.dim() == 3
+        if is_packed:
+            query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+        q, k, v = (x.transpose(0, 1) for x in (query, key, value))
+        options, keeping = {}, contextlib.nullcontext()
+        if self.cp_group.size() > 1:
+            # Megatron cuts evenly, so the ranks need not ask each other.
+            lengths = [q.shape[1]] * self.cp_group.size()
+            options = dict(group=self.cp_group, layout=self.sequence_layout, shard_lengths=lengths)
+            keeping = self.kept.around(k)
+        with keeping:
+            o = lasp.softmax_attention(q, k, v, scale=self.scale, cu_seqlens=cu_seqlens, **options)
+        o = o.transpose(0, 1).flatten(2)
+        return o.squeeze(1) if is_packed else o

@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_layer import (
 from lasp.tnl import TNLConfig
 from parallel.megatron.attention import LaspCoreAttention
 from parallel.megatron.norm import MegatronSRMSNorm
-from parallel.megatron.softmax import ShardedSoftmaxAttention
+from parallel.megatron.softmax import LaspSoftmaxAttention
 from parallel.megatron.tnl import (
     TNLSelfAttention,
     TNLSelfAttentionSubmodules,
@@ -109,7 +109,7 @@ def get_tnl_block_spec(
         softmax_every: make every n-th layer (n, 2n, ...) a softmax layer. It sets
             config.hetereogenous_dist_checkpoint, without which Megatron's checkpoints take all
             layers for alike.
-        softmax_core: core attention of those; None: `ShardedSoftmaxAttention`. On GPUs with
+        softmax_core: core attention of those; None: `LaspSoftmaxAttention`. On GPUs with
             Transformer Engine take TEDotProductAttention.
         vp_stage, pp_rank: as in Megatron's own block specs.
         layer_params: options of `get_tnl_layer_spec`.
@@ -127,7 +127,7 @@ def get_tnl_block_spec(
             )
         if softmax_core is None:
             softmax_core = ModuleSpec(
-                module=ShardedSoftmaxAttention, params=dict(layout=layer_params.get("layout"))
+                module=LaspSoftmaxAttention, params=dict(layout=layer_params.get("layout"))
             )
         provider = backend or LocalSpecProvider()
         softmax = tnl_style_layer(

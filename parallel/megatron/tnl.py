@@ -30,7 +30,8 @@ from megatron.core.transformer.utils import (
 )
 
 from lasp.tnl.lrpe import LRPE
-from parallel.megatron.attention import FEATURE_MAPS, process_groups
+from parallel.megatron.attention import FEATURE_MAPS
+from parallel.megatron.calls import process_groups
 from parallel.megatron.layout import segments
 
 __all__ = [

@@ -7,7 +7,7 @@ import torch
 
 SENTENCES = {
     "dropout": "attention_dropout is 0.1",
-    "mask": "attn_mask_type is padding: linear attention is causal",
+    "mask": "attn_mask_type is padding: attention is causal",
     "cross attention": "attention_type is 'cross'",
     "window": r"config.window_size is \(8, 0\)",
     "layout": "layout is 'striped': choose one of contiguous, zigzag",
