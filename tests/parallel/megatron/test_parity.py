@@ -8,6 +8,7 @@ from lasp.tnl import TNL, TNLConfig
 
 TINY = dict(vocab_size=64, dim=32, num_layers=3, num_heads=4, glu_dim=48, init_std=0.2)
 
+slow = pytest.mark.slow
 SIZES = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)]  # tensor x context parallel; the rest is data
 
 
@@ -34,7 +35,7 @@ def check(outcomes, loss, grads, bound=1e-5):
             assert error < bound, (name, error.item())
 
 
-@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("layout", ["zigzag", pytest.param("contiguous", marks=slow)])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_loss_and_gradients_are_those_of_the_native_model(megatron, reference, sizes, layout):
     weights, tokens, loss, grads = reference
@@ -42,7 +43,7 @@ def test_loss_and_gradients_are_those_of_the_native_model(megatron, reference, s
     check(megatron.run("native_gradients", sizes, TINY, weights, tokens, options), loss, grads)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [pytest.param((1, 1), marks=slow), (2, 2)], ids=str)
 def test_the_hybrid_stack_hosts_the_same_model(megatron, reference, sizes):
     """Its pattern counts MLPs as layers; decays must not."""
     pytest.importorskip("triton", reason="Megatron's hybrid stack imports triton")
@@ -50,7 +51,7 @@ def test_the_hybrid_stack_hosts_the_same_model(megatron, reference, sizes):
     check(megatron.run("hybrid_model_gradients", sizes, TINY, weights, tokens), loss, grads)
 
 
-@pytest.mark.parametrize("exchange", ["all_gather", "doubling"])
+@pytest.mark.parametrize("exchange", ["all_gather", pytest.param("doubling", marks=slow)])
 def test_sequence_parallel_activations(megatron, reference, exchange):
     weights, tokens, loss, grads = reference
     options = dict(exchange=exchange, megatron=dict(sequence_parallel=True))
@@ -67,7 +68,7 @@ def hybrid(megatron):
 
 
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
-@pytest.mark.parametrize("sizes", SIZES[2:], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 2), *(pytest.param(x, marks=slow) for x in SIZES[3:])])
 def test_a_hybrid_with_softmax_layers(megatron, hybrid, sizes, layout):
     options, tokens, (loss, grads, _) = hybrid
     options = options | dict(layout=layout)
@@ -87,7 +88,9 @@ GPT = dict(
 )
 
 
-@pytest.mark.parametrize("decay", ["tnl", "minimax", "ling", "none"])
+@pytest.mark.parametrize(
+    "decay", ["tnl", *(pytest.param(x, marks=slow) for x in ("minimax", "ling", "none"))]
+)
 def test_a_gpt_with_grouped_queries_and_rotary_positions(megatron, decay):
     tokens = torch.randint(64, (4, 33), generator=torch.Generator().manual_seed(1))
     options = dict(decay=decay, feature_map="silu_qkv")

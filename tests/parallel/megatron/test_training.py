@@ -7,6 +7,8 @@ TINY = dict(vocab_size=64, dim=32, num_layers=4, num_heads=4, glu_dim=48, init_s
 TINY |= dict(lrpe_layers=(0, 2))
 GPT = dict(num_layers=4, hidden_size=32, num_attention_heads=4, attention_dropout=0.0)
 GPT |= dict(normalization="RMSNorm", hidden_dropout=0.0)
+slow = pytest.mark.slow
+PAIRS = [(1, 2), (2, 1)]
 TOKENS = torch.randint(64, (4, 33), generator=torch.Generator().manual_seed(3))
 
 
@@ -26,7 +28,7 @@ def check(outcomes, alone, bound=1e-4):
 
 
 @pytest.mark.parametrize("distributed", [False, True], ids=["ddp", "distributed optimizer"])
-@pytest.mark.parametrize("sizes", [(1, 2), (2, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 2), *(pytest.param(x, marks=slow) for x in PAIRS)])
 def test_training_is_that_of_one_rank(megatron, alone, sizes, distributed):
     ddp = dict(use_distributed_optimizer=distributed, overlap_grad_reduce=distributed)
     check(megatron.run("train", sizes, TINY, TOKENS, {}, ddp=ddp), alone)
@@ -39,10 +41,18 @@ def test_pipeline_stages_and_micro_batches(megatron, alone):
 
 
 FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=2)
+SELECTIVE = dict(recompute_granularity="selective")
 
 
-@pytest.mark.parametrize("recompute", [FULL, dict(recompute_granularity="selective")], ids=str)
-@pytest.mark.parametrize("kind, fields", [("tnl", TINY), ("gpt", GPT)])
+@pytest.mark.parametrize(
+    "kind, fields, recompute",
+    [
+        ("tnl", TINY, FULL),
+        ("gpt", GPT, SELECTIVE),
+        pytest.param("gpt", GPT, FULL, marks=slow),
+    ],
+    ids=["tnl, full", "gpt, selective", "gpt, full"],
+)
 def test_recomputation_repeats_no_exchange(megatron, kind, fields, recompute):
     run = ("gradients", (1, 2), kind, fields, TOKENS)
     plain = megatron.run(*run, {})
@@ -67,7 +77,9 @@ def test_a_forward_without_its_backward_is_noticed_by_the_next_recomputation(meg
         assert "met the exchange of other tokens" in outcome
 
 
-@pytest.mark.parametrize("hybrid", [False, True], ids=["linear", "hybrid"])
+@pytest.mark.parametrize(
+    "hybrid", [False, pytest.param(True, marks=slow)], ids=["linear", "hybrid"]
+)
 def test_a_checkpoint_reshards(megatron, tmp_path, hybrid):
     options = dict(softmax_every=2) if hybrid else {}
     run = ("train", (1, 2), TINY, TOKENS, options)
