@@ -31,6 +31,7 @@ from lasp import SequenceShard
 from lasp.tnl import TNLConfig
 from launch.data import DataFolder, RandomSource, read_batch, sample_order, step_samples
 from parallel.megatron import BatchSplitter, get_tnl_block_spec, tnl_transformer_config
+from parallel.megatron.apex import require_apex
 
 
 def parse_arguments(argv=None):
@@ -54,6 +55,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--recompute", action="store_true", help="all layers, without exchanges")
     parser.add_argument("--use-distributed-optimizer", action="store_true")
+    parser.add_argument("--norm", choices=["torch", "apex"], default="torch")
     parser.add_argument("--gradient-accumulation-fusion", action="store_true", help="needs apex")
     parser.add_argument("--save", type=Path, help="folder of checkpoints, also to resume from")
     parser.add_argument("--save-interval", type=int, default=50)
@@ -152,8 +154,11 @@ def build_model(args, vocab_size):
         calculate_per_token_loss=True,
         **(recompute | dict(recompute_num_layers=1) if args.recompute else {}),
     )
+    if args.gradient_accumulation_fusion:
+        require_apex("gradient accumulation fusion")
     spec = get_tnl_block_spec(
         config,
+        norm=args.norm,
         softmax_every=args.softmax_every,
         layout=args.linear_cp_layout,
         exchange=args.cp_exchange,

@@ -14,8 +14,9 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import nn
 
 from lasp.tnl.norm import SRMSNorm
+from parallel.megatron.apex import require_apex
 
-__all__ = ["HeadsNorm", "MegatronSRMSNorm"]
+__all__ = ["ApexSRMSNorm", "HeadsNorm", "MegatronSRMSNorm"]
 
 
 class MegatronSRMSNorm(SRMSNorm):
@@ -23,6 +24,20 @@ class MegatronSRMSNorm(SRMSNorm):
 
     def __init__(self, config=None, hidden_size: int = 0, eps: float = 1e-6, **unused) -> None:
         super().__init__(hidden_size, eps)
+
+
+class ApexSRMSNorm:
+    """SRMSNorm by apex's FusedRMSNorm without a weight; built as `MegatronSRMSNorm` is.
+
+    Raises:
+        ValueError: apex is not installed.
+    """
+
+    def __new__(cls, config=None, hidden_size: int = 0, eps: float = 1e-6, **unused) -> nn.Module:
+        require_apex("FusedRMSNorm")
+        from apex.normalization import FusedRMSNorm
+
+        return FusedRMSNorm(hidden_size, eps=eps, elementwise_affine=False)
 
 
 class HeadsNorm(nn.Module):

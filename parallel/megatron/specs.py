@@ -25,7 +25,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from lasp.tnl import TNLConfig
 from parallel.megatron.attention import LaspCoreAttention
-from parallel.megatron.norm import MegatronSRMSNorm
+from parallel.megatron.norm import ApexSRMSNorm, MegatronSRMSNorm
 from parallel.megatron.softmax import LaspSoftmaxAttention
 from parallel.megatron.tnl import (
     TNLSelfAttention,
@@ -40,11 +40,14 @@ __all__ = [
     "get_tnl_layer_spec",
     "mlp_spec",
     "softmax_spec",
+    "srms_norm",
     "tnl_layer_spec",
     "tnl_mixer_spec",
     "tnl_style_layer",
     "tnl_transformer_config",
 ]
+
+_NORMS = {"torch": MegatronSRMSNorm, "apex": ApexSRMSNorm}
 
 
 def get_lasp_gpt_layer_spec(base: ModuleSpec, **core_params: Any) -> ModuleSpec:
@@ -75,6 +78,7 @@ def get_tnl_layer_spec(
     lrpe_layers: tuple[int, ...] = (0,),
     feature_map: str = "silu",
     scale_embedding: bool = True,
+    norm: str = "torch",
     **core_params: Any,
 ) -> ModuleSpec:
     """The spec of a TNL layer: SRMSNorm, gated linear attention, SGLU.
@@ -84,11 +88,12 @@ def get_tnl_layer_spec(
             default) or TESpecProvider().
         lrpe_layers, feature_map: of `TNLSelfAttention`.
         scale_embedding: of `TNLTransformerLayer`.
+        norm: "torch", or "apex" for its FusedRMSNorm.
         core_params: options of `LaspCoreAttention` (layout, exchange, decay, ...).
     """
     backend = backend or LocalSpecProvider()
     mixer = tnl_mixer_spec(backend, lrpe_layers, feature_map, core_params)
-    return tnl_style_layer(mixer, mlp_spec(backend), scale_embedding=scale_embedding)
+    return tnl_style_layer(mixer, mlp_spec(backend), norm=norm, scale_embedding=scale_embedding)
 
 
 def get_tnl_block_spec(
@@ -100,6 +105,7 @@ def get_tnl_block_spec(
     pp_rank: int | None = None,
     backend: Any = None,
     scale_embedding: bool = True,
+    norm: str = "torch",
     **layer_params: Any,
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage and TNL's own final norm.
@@ -117,7 +123,8 @@ def get_tnl_block_spec(
     Raises:
         ValueError: softmax_every below 2.
     """
-    linear = get_tnl_layer_spec(backend=backend, scale_embedding=scale_embedding, **layer_params)
+    style = dict(norm=norm, scale_embedding=scale_embedding)
+    linear = get_tnl_layer_spec(backend=backend, **style, **layer_params)
     specs = [linear] * config.num_layers
     if softmax_every is not None:
         if softmax_every < 2:
@@ -130,18 +137,15 @@ def get_tnl_block_spec(
                 module=LaspSoftmaxAttention, params=dict(layout=layer_params.get("layout"))
             )
         provider = backend or LocalSpecProvider()
-        softmax = tnl_style_layer(
-            softmax_spec(softmax_core, provider),
-            mlp_spec(provider),
-            scale_embedding=scale_embedding,
-        )
+        attention = softmax_spec(softmax_core, provider)
+        softmax = tnl_style_layer(attention, mlp_spec(provider), **style)
         for i in range(softmax_every - 1, config.num_layers, softmax_every):
             specs[i] = softmax
         config.hetereogenous_dist_checkpoint = True
     first = get_transformer_layer_offset(config, vp_stage, pp_rank)
     count = get_num_layers_to_build(config, vp_stage, pp_rank)
     return TransformerBlockSubmodules(
-        layer_specs=specs[first : first + count], layer_norm=MegatronSRMSNorm
+        layer_specs=specs[first : first + count], layer_norm=srms_norm(norm)
     )
 
 
@@ -204,6 +208,13 @@ def softmax_spec(core, backend) -> ModuleSpec:
     )
 
 
+def srms_norm(norm: str) -> type:
+    """The class that fills Megatron's norm slots; ValueError for an unknown name."""
+    if norm not in _NORMS:
+        raise ValueError(f"norm is {norm!r}: choose one of {', '.join(_NORMS)}.")
+    return _NORMS[norm]
+
+
 def mlp_spec(backend) -> ModuleSpec:
     """The spec of the channel mixer (SGLU by `TNLTransformerLayer`'s config)."""
     return ModuleSpec(
@@ -220,16 +231,17 @@ def tnl_style_layer(
     mlp: ModuleSpec | None,
     *,
     module: type = TNLTransformerLayer,
+    norm: str = "torch",
     scale_embedding: bool = True,
 ) -> ModuleSpec:
     """A pre-norm layer with TNL's norm and either mixer, or both."""
     submodules = TransformerLayerSubmodules()
     if attention is not None:
-        submodules.input_layernorm = MegatronSRMSNorm
+        submodules.input_layernorm = srms_norm(norm)
         submodules.self_attention = attention
         submodules.self_attn_bda = get_bias_dropout_add
     if mlp is not None:
-        submodules.pre_mlp_layernorm = MegatronSRMSNorm
+        submodules.pre_mlp_layernorm = srms_norm(norm)
         submodules.mlp = mlp
         submodules.mlp_bda = get_bias_dropout_add
     return ModuleSpec(

@@ -394,3 +394,21 @@ def hybrid_host():
         from megatron.core.models.mamba import MambaModel
 
         return MambaModel, "hybrid_override_pattern"
+
+
+def logits_and_weights(sizes, tnl, weights, tokens, padded):
+    """(logits, weights by native names) of the Megatron TNL, its vocabulary padded."""
+    lay_out(*sizes)
+    config = tnl_transformer_config(TNLConfig(**tnl), **sizes_here())
+    model = gpt_model(config, get_tnl_block_spec(config), padded, "none")
+    place = dict(
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+    )
+    part = to_megatron(weights, TNLConfig(**tnl), **place, padded_vocab_size=padded)
+    model.load_state_dict(part, strict=False)
+    split = BatchSplitter(model)
+    batch = split(dict(tokens=tokens, position_ids=torch.zeros_like(tokens)))
+    with torch.no_grad():
+        logits = model(*batch.values(), None, runtime_gather_output=True)
+    return logits, whole_tnl(dict(model.named_parameters()), tnl)

@@ -43,6 +43,20 @@ def test_loss_and_gradients_are_those_of_the_native_model(megatron, reference, s
     check(megatron.run("native_gradients", sizes, TINY, weights, tokens, options), loss, grads)
 
 
+def test_logits_are_those_of_the_native_model_and_weights_come_back(megatron):
+    tnl = TINY | dict(vocab_size=63)
+    model = TNL(TNLConfig(**tnl))
+    weights = {name: x.clone() for name, x in model.state_dict().items()}
+    tokens = torch.randint(63, (2, 24))
+    with torch.no_grad():
+        expected = model(tokens)
+    for logits, back in megatron.run("logits_and_weights", (2, 1), tnl, weights, tokens, 64):
+        torch.testing.assert_close(logits[..., :63], expected, rtol=1e-5, atol=1e-5)
+        assert logits.shape[-1] == 64 and not logits[..., 63].any()
+        assert back.keys() == weights.keys()
+        assert all(torch.equal(back[name], x) for name, x in weights.items())
+
+
 @pytest.mark.parametrize("sizes", [pytest.param((1, 1), marks=slow), (2, 2)], ids=str)
 def test_the_hybrid_stack_hosts_the_same_model(megatron, reference, sizes):
     """Its pattern counts MLPs as layers; decays must not."""

@@ -31,6 +31,9 @@ SENTENCES = {
     "grouped queries": "num_query_groups is 2 for 4 heads",
     "softmax everywhere": "softmax_every is 1: at least 2",
     "base spec": "it needs submodules.self_attention.submodules.core_attention",
+    "norm": "norm is 'fused': choose one of torch, apex",
+    "apex norm": "apex's FusedRMSNorm is asked for.*fused_layer_norm_cuda.*PyPI is another program",
+    "apex fusion": "gradient accumulation fusion is asked for.*fused_weight_gradient_mlp_cuda",
     "vocabulary": "'vocabulary rows': 63.* do not fit tensor-parallel size 2",
 }
 
@@ -61,6 +64,14 @@ def test_the_block_spec_brings_its_final_norm(megatron):
     for ours, bare in megatron.run("traps.final_norm_where_megatron_has_none"):
         assert ours == "MegatronSRMSNorm"
         assert bare.startswith("(RMSNorm) is not supported")
+
+
+def test_apex_norms_where_they_are_asked_for(megatron):
+    """With a stand-in for apex, which only a GPU machine can have."""
+    for ours, apexs, calls in megatron.run("traps.loss_with_apex_norm"):
+        assert apexs == pytest.approx(ours, rel=1e-6)
+        # Two norms per layer and the final one.
+        assert calls == 2 * 3 + 1
 
 
 def test_a_list_of_comm_types_goes_to_its_layers(megatron):

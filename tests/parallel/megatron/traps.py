@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import sys
+import types
 
 import torch
 from megatron.core import parallel_state
@@ -24,7 +26,8 @@ from parallel.megatron import (
     tnl_transformer_config,
     to_megatron,
 )
-from tests.parallel.megatron.cases import build_tnl, lay_out, sizes_here
+from parallel.megatron.apex import require_apex
+from tests.parallel.megatron.cases import build_tnl, lay_out, sizes_here, step
 
 TINY = dict(vocab_size=64, dim=32, num_layers=3, num_heads=4, glu_dim=48)
 
@@ -109,6 +112,9 @@ WRONG = {
     "grouped queries": two_kinds_of_heads,
     "softmax everywhere": lambda: get_tnl_block_spec(config(), softmax_every=1),
     "base spec": base_without_slot,
+    "norm": lambda: get_tnl_block_spec(config(), norm="fused"),
+    "apex norm": lambda: TransformerBlock(config(), get_tnl_block_spec(config(), norm="apex")),
+    "apex fusion": lambda: require_apex("gradient accumulation fusion"),
     "vocabulary": odd_vocabulary,
 }
 
@@ -213,3 +219,26 @@ def packed_documents(cp):
     cu_seqlens = torch.tensor([0, 5, 12], dtype=torch.int32)
     params = PackedSeqParams("thd", cu_seqlens, cu_seqlens)
     return attention(*here["qkv"], packed_seq_params=params), here["apart"][0]
+
+
+def loss_with_apex_norm():
+    """(loss with torch's norms, with apex's, how many of apex's were built)."""
+    built = []
+
+    class FusedRMSNorm(torch.nn.RMSNorm):
+        def __init__(self, *args, **keywords):
+            super().__init__(*args, **keywords)
+            assert self.weight is None
+            built.append(self)
+
+    lay_out(1, 1)
+    tokens = torch.randint(64, (4, 9), generator=torch.Generator().manual_seed(0))
+    names = ("fused_layer_norm_cuda", "apex", "apex.normalization")
+    sys.modules.update({name: types.ModuleType(name) for name in names})
+    sys.modules["apex.normalization"].FusedRMSNorm = FusedRMSNorm
+    try:
+        losses = [step(build_tnl(TINY, norm=norm), tokens)[0] for norm in ("torch", "apex")]
+    finally:
+        for name in names:
+            del sys.modules[name]
+    return *losses, len(built)
