@@ -3,7 +3,8 @@
 A checkpoint is a folder `step-00000100` that appears by one rename of a staging folder, after
 every byte and the manifest with its hashes are on disk. It is never written to again. Tensors are
 safetensors, the rest JSON; nothing on the way back in can execute code. What is read must match the
-manifest before a single tensor is copied.
+manifest before a single tensor is copied. Ranks that hold pieces of the weights write a file each,
+model-00001-of-00002.safetensors and so on; see launch/pieces.py.
 
     step-00000100/
         model.safetensors       weights by name
@@ -23,16 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file, save_file
-
 from launch.errors import CheckpointError
+from launch.pieces import TensorFiles, piece_of, write_pieces
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Checkpoint", "CheckpointStore", "verify"]
+__all__ = ["Checkpoint", "CheckpointStore", "seal_file", "tensor_file", "verify"]
 
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
+_TENSOR_FILE = re.compile(r"(model|optimizer)(?:-\d{5}-of-(\d{5}))?\.safetensors")
 # What a process leaves behind that is killed while it saves or removes; the number is its own.
 _LEFTOVER = re.compile(r"\.(?:staging|removed)-step-\d{8}-(\d+)")
 _FORMAT = 1
@@ -47,9 +48,15 @@ class Checkpoint:
     path: Path
     step: int
 
-    def tensors(self, name: str, device: str = "cpu") -> dict[str, Tensor]:
-        """The tensors of `name`.safetensors."""
-        return load_file(self.path / f"{name}.safetensors", device=device)
+    def open(self, group: str) -> TensorFiles:
+        """The stored tensors of "model" or "optimizer", to read parts of. Raises ValueError."""
+        manifest = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+        names = [each["name"] for each in manifest["files"]]
+        return TensorFiles(self.path / name for name in names if _group(name) == group)
+
+    def tensors(self, group: str) -> dict[str, Tensor]:
+        """All tensors of "model" or "optimizer", whole, on the CPU. Raises ValueError."""
+        return {name: stored[()] for name, stored in self.open(group).items()}
 
     def state(self) -> dict[str, Any]:
         """What state.json says."""
@@ -83,9 +90,7 @@ def verify(path: Path) -> Checkpoint:
         raise CheckpointError(f"{manifest_path} has format {version}, this code reads {_FORMAT}.")
     if path.name != _folder_name(step):
         raise CheckpointError(f"{manifest_path} is of step {step}, its folder is {path.name}.")
-    if {"model.safetensors", "optimizer.safetensors", "state.json"} - {
-        name for name, _, _ in files
-    }:
+    if not _is_complete([name for name, _, _ in files]):
         raise CheckpointError(f"{manifest_path} does not list all files of a checkpoint.")
     for name, size, sha256 in files:
         if Path(name).name != name or name.startswith("."):
@@ -118,10 +123,7 @@ class CheckpointStore:
         self._cleaned = False
 
     def save(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
-        """Write a checkpoint and, once it is there, remove the oldest beyond keep_latest_k.
-
-        An invalid folder of the same step is moved aside, a valid one is never replaced. The first
-        save clears what a killed process left half done.
+        """Write a checkpoint of one process: `begin`, the files, `commit`.
 
         Args:
             step: steps taken.
@@ -132,6 +134,28 @@ class CheckpointStore:
             CheckpointError: a valid checkpoint of this step exists.
             OSError: the disk refused; nothing is committed, the staging folder is removed.
         """
+        staging = self.begin(step)
+        try:
+            for group, each in tensors.items():
+                pieces = {name: piece_of(value, is_first=True) for name, value in each.items()}
+                write_pieces(staging / tensor_file(group), pieces)
+            (staging / "state.json").write_text(json.dumps(state), encoding="utf-8")
+            files = [seal_file(path) for path in sorted(staging.iterdir())]
+        except BaseException:
+            self.discard(staging)
+            raise
+        return self.commit(step, staging, files)
+
+    def begin(self, step: int) -> Path:
+        """A staging folder to write files to.
+
+        An invalid folder of the same step is moved aside, a valid one is never replaced. The first
+        call clears what a killed process left half done.
+
+        Raises:
+            CheckpointError: a valid checkpoint of this step exists.
+            OSError: the disk refused.
+        """
         if not self._cleaned:
             self._remove_leftovers()
             self._cleaned = True
@@ -141,25 +165,35 @@ class CheckpointStore:
                 raise CheckpointError(f"{final} exists already; checkpoints are never overwritten.")
             _move_aside(final)
         staging = self.folder / f".staging-{final.name}-{os.getpid()}"
-        shutil.rmtree(staging, ignore_errors=True)
+        self.discard(staging)
         staging.mkdir(parents=True)
+        return staging
+
+    def commit(self, step: int, staging: Path, files: list[dict[str, Any]]) -> Path:
+        """Make a staging folder the checkpoint of `step`; the oldest beyond keep_latest_k go.
+
+        Args:
+            files: `seal_file` of every file in the folder.
+
+        Raises:
+            OSError: the disk refused; nothing is committed, the staging folder is removed.
+        """
+        final = self.folder / _folder_name(step)
         try:
-            for name, group in tensors.items():
-                save_file(
-                    {key: value.detach().cpu().contiguous() for key, value in group.items()},
-                    staging / f"{name}.safetensors",
-                )
-            (staging / "state.json").write_text(json.dumps(state), encoding="utf-8")
-            _write_manifest(staging, step)
+            _write_manifest(staging, step, files)
             _sync(staging)
             os.rename(staging, final)
         except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
+            self.discard(staging)
             raise
         _sync(self.folder)
         self._verified[final] = _signature(final)
         self._remove_old()
         return final
+
+    def discard(self, staging: Path) -> None:
+        """Remove a staging folder, if it is there."""
+        shutil.rmtree(staging, ignore_errors=True)
 
     def steps(self) -> list[int]:
         """Steps that have a folder, valid or not, ascending."""
@@ -274,12 +308,36 @@ def _move_aside(path: Path) -> None:
     raise CheckpointError(f"{path.parent} holds 1000 refused checkpoints of one step: clean it.")
 
 
-def _write_manifest(folder: Path, step: int) -> None:
-    """Hash and sync every file, then write and sync the manifest: the last file of a checkpoint."""
-    files = []
-    for path in sorted(folder.iterdir()):
-        _sync(path)
-        files.append({"name": path.name, "size": path.stat().st_size, "sha256": _sha256(path)})
+def tensor_file(group: str, number: int = 1, count: int = 1) -> str:
+    """The name of file `number`, from 1, of the `count` that a group's tensors are cut over."""
+    return f"{group}{f'-{number:05}-of-{count:05}' if count > 1 else ''}.safetensors"
+
+
+def _group(name: str) -> str | None:
+    match = _TENSOR_FILE.fullmatch(name)
+    return match and match[1]
+
+
+def _is_complete(names: list[str]) -> bool:
+    """Whether files of these names are all that a checkpoint needs."""
+    counts = {match[1]: int(match[2] or 1) for match in map(_TENSOR_FILE.fullmatch, names) if match}
+    wanted = {
+        tensor_file(group, number, counts.get(group, 1))
+        for group in ("model", "optimizer")
+        for number in range(1, counts.get(group, 1) + 1)
+    }
+    return not (wanted | {"state.json"}) - set(names)
+
+
+def seal_file(path: Path) -> dict[str, Any]:
+    """Bring a file to the disk; its entry in the manifest."""
+    _sync(path)
+    return {"name": path.name, "size": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _write_manifest(folder: Path, step: int, files: list[dict[str, Any]]) -> None:
+    """Write and sync the manifest: the last file of a checkpoint."""
+    files = sorted(files, key=lambda each: each["name"])
     manifest = {"format": _FORMAT, "step": step, "files": files}
     manifest["sha256"] = _seal(manifest)
     path = folder / "manifest.json"

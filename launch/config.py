@@ -45,7 +45,11 @@ class Job:
     dump_folder: str = "outputs"
     """Everything the run writes goes below this folder."""
     dry_run: bool = False
-    """Print the resolved config, the mesh, tokens per step and memory; take no step."""
+    """Print the resolved config, the mesh, tokens per step, shards and memory; take no step."""
+    dry_run_gpus: int = 0
+    """Plan for a job of so many GPUs, on any machine. 0: for this job as it was started."""
+    dry_run_gpu_memory: float = 80.0
+    """GiB of each of them."""
 
 
 @dataclass(kw_only=True)
@@ -93,10 +97,11 @@ class Training:
     seed: int = 0
     """Of the initial weights and the sample order."""
     mixed_precision_param: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Dtype of the matmuls; weights stay float32. auto: bfloat16 on a GPU, float32 on a CPU."""
+    """Dtype of matmuls and activations; weights stay float32. auto: bfloat16 on a GPU, float32 on
+    a CPU."""
     mixed_precision_reduce: Literal["float32", "bfloat16"] = "float32"
     """Dtype of gradients on the wire."""
-    loss_chunk_size: int = 2048
+    loss_chunk_size: int = 8192
     """Tokens whose logits exist at the same time."""
     max_nonfinite_steps: int = 3
     """Stop when this many tries of a step in a row give NaN or infinite loss or gradients."""
@@ -107,13 +112,28 @@ class Parallelism:
     data_parallel_replicate_degree: int = -1
     """Replicas of the model. -1: what the other degrees leave."""
     data_parallel_shard_degree: int = -1
-    """Ranks that share one copy of the weights (not yet above 1). -1: what is left."""
+    """Ranks that share one copy of the weights, cut over them. -1: what is left."""
+    data_parallel_method: Literal["auto", "ddp", "fsdp"] = "auto"
+    """ddp: every rank holds all weights. fsdp: weights, gradients and moments are cut over
+    data_parallel_shard_degree x context_parallel_degree ranks, and ranks that -1 leaves go there.
+    auto: fsdp where data_parallel_shard_degree is above 1."""
+    fsdp_reshard_after_forward: Literal["always", "never"] = "always"
+    """always (ZeRO-3): a block's weights are gathered for its forward and again for its backward.
+    never (ZeRO-2): once for both, and kept in between."""
+    fsdp_reduce_every_micro_batch: bool = False
+    """Keep the sum of gradients cut during accumulation too: less memory, more traffic."""
     context_parallel_degree: Annotated[int, tyro.conf.arg(aliases=["--sp-size", "--cp-size"])] = 1
     """Ranks over which one sequence is cut. -1: all that the other degrees leave."""
     context_parallel_method: Literal["ring", "all_gather", "doubling"] = "ring"
     """How the d x d states cross ranks."""
+    context_parallel_layout: Literal["contiguous", "zigzag"] = "contiguous"
+    """zigzag: each rank holds a part of the sequence and its mirror image, so that all have equal
+    work in softmax layers."""
     tensor_parallel_degree: int = 1
-    """Ranks over which one layer is cut (not yet above 1)."""
+    """Ranks over which each layer is cut, by heads and channels."""
+    tensor_parallel_shard_sequence: bool = False
+    """Between the mixers, a tensor-parallel rank keeps its part of the tokens and not all (what
+    Megatron calls sequence parallelism): less memory for the same bytes on the wire."""
 
 
 @dataclass(kw_only=True)
@@ -149,6 +169,7 @@ class Checkpoint:
     keep_latest_k: int = 3
     """Valid checkpoints to keep; 0: all."""
     async_mode: Literal["disabled", "async"] = "disabled"
+    """async: copy to host memory, and write the files while training goes on."""
     resume: str = "auto"
     """auto: the newest valid checkpoint, else from scratch. never. must: fail if there is none.
     PATH: that step folder."""
@@ -156,8 +177,18 @@ class Checkpoint:
 
 @dataclass(kw_only=True)
 class ActivationCheckpoint:
-    mode: Literal["none", "full"] = "none"
-    """full: recompute each block in the backward (its state exchange is never repeated)."""
+    mode: Literal["none", "selective", "full"] = "none"
+    """full: recompute each block in the backward (its state exchange is never repeated).
+    selective: keep the results of its products and of its attention, recompute the rest."""
+    offload: bool = False
+    """Keep the blocks' inputs in host memory between forward and backward."""
+
+
+@dataclass(kw_only=True)
+class Compile:
+    enable: bool | None = None
+    """Compile blocks and loss with torch.compile, which takes 10 to 60 seconds at the first step.
+    None: on a GPU."""
 
 
 @dataclass(kw_only=True)
@@ -221,6 +252,7 @@ class Config:
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    compile: Compile = field(default_factory=Compile)
     metrics: Metrics = field(default_factory=Metrics)
     validation: Validation = field(default_factory=Validation)
     sample: Sample = field(default_factory=Sample)
@@ -388,8 +420,9 @@ def _check(config: Config) -> None:
             "validation.freq validation.steps comm.init_timeout_seconds comm.train_timeout_seconds"
         ),
         0: (
-            "training.max_norm training.seed optimizer.lr optimizer.weight_decay optimizer.eps "
-            "lr_scheduler.warmup_steps lr_scheduler.min_lr_factor checkpoint.keep_latest_k"
+            "job.dry_run_gpus job.dry_run_gpu_memory training.max_norm training.seed optimizer.lr "
+            "optimizer.weight_decay optimizer.eps lr_scheduler.warmup_steps "
+            "lr_scheduler.min_lr_factor checkpoint.keep_latest_k"
         ),
     }
     for bound, names in at_least.items():
@@ -416,9 +449,22 @@ def _check(config: Config) -> None:
     ratio = config.lr_scheduler.decay_ratio
     if ratio is not None and not 0 <= ratio <= 1:
         raise ConfigError(f"lr_scheduler.decay_ratio is {ratio}: it must be in 0..1.")
+    if config.parallelism.context_parallel_layout == "zigzag" and config.training.seq_len % 2:
+        raise ConfigError(
+            f"training.seq_len is {config.training.seq_len}: it must be even for "
+            "parallelism.context_parallel_layout zigzag, where a rank holds two equal parts."
+        )
     if config.data.source == "folder" and config.data.folder is None:
         raise ConfigError("data.source is folder: say which one with --data.folder.")
-    _refuse_what_is_not_there_yet(config)
+    _check_recomputation(config)
+
+
+def _check_recomputation(config: Config) -> None:
+    if config.activation_checkpoint.offload and config.activation_checkpoint.mode == "none":
+        raise ConfigError(
+            "activation_checkpoint.offload moves the inputs of recomputed blocks, and mode is "
+            "none: use --activation_checkpoint.mode full or selective."
+        )
 
 
 def _check_values(config: Config) -> None:
@@ -454,20 +500,3 @@ def check_sampling(prefix: str, max_new_tokens: int, temperature: float, top_k: 
             f"{prefix}temperature is {temperature}: it must be 0 (the likeliest token every time), "
             "or a number of at least 1e-6."
         )
-
-
-def _refuse_what_is_not_there_yet(config: Config) -> None:
-    layout = config.parallelism
-    if layout.tensor_parallel_degree > 1:
-        raise ConfigError(
-            f"parallelism.tensor_parallel_degree is {layout.tensor_parallel_degree}: tensor "
-            "parallelism is not there yet; use 1."
-        )
-    if layout.data_parallel_shard_degree > 1:
-        raise ConfigError(
-            f"parallelism.data_parallel_shard_degree is {layout.data_parallel_shard_degree}: "
-            "sharded data parallelism is not there yet; use "
-            f"--parallelism.data_parallel_replicate_degree {layout.data_parallel_shard_degree}."
-        )
-    if config.checkpoint.async_mode != "disabled":
-        raise ConfigError("checkpoint.async_mode is async: not there yet; use disabled.")

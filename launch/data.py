@@ -211,9 +211,13 @@ def read_batch(
     varlen: bool = False,
 ) -> Batch:
     """The shard's tokens of some samples. Labels equal to `pad_id` are IGNOREd."""
-    rows = np.stack([source.sample(index, shard.start, shard.stop) for index in indices])
-    inputs = torch.from_numpy(rows[:, :-1].copy())
-    labels = torch.from_numpy(rows[:, 1:].copy())
+    parts = [
+        np.stack([source.sample(index, start, stop) for index in indices])
+        for start, stop in shard.ranges
+    ]
+    # Shifted part by part: in zigzag another token follows than the one that is next here.
+    inputs = torch.from_numpy(np.concatenate([part[:, :-1] for part in parts], axis=1))
+    labels = torch.from_numpy(np.concatenate([part[:, 1:] for part in parts], axis=1))
     if pad_id is not None:
         labels[labels == pad_id] = IGNORE
     boundaries = None

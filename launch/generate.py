@@ -52,7 +52,7 @@ def load_model(path: Path, device: torch.device) -> tuple[TNL, Tokenizer]:
         raise CheckpointError(f"{found.path} was trained on tokens without a tokenizer.")
     with device:
         model = TNL(TNLConfig(**state["model"]))
-    load_model_tensors(model, found.tensors("model"))
+    load_model_tensors(model, found.open("model"))
     return model.eval(), tokenizer_from_spec(state["tokenizer"])
 
 

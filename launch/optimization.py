@@ -9,11 +9,17 @@ import torch
 from torch import nn
 
 from launch.errors import CheckpointError
+from launch.pieces import piece_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from launch.config import Config
+    from launch.pieces import StoredTensor
+
+    Stored = Mapping[str, Tensor] | Mapping[str, StoredTensor]
 
 __all__ = [
     "build_optimizer",
@@ -22,6 +28,8 @@ __all__ = [
     "load_optimizer_tensors",
     "optimizer_tensors",
 ]
+
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -81,23 +89,31 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def load_optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Stored
 ) -> None:
     """Put `optimizer_tensors` back. Raises CheckpointError where a parameter has none."""
     for name, parameter in model.named_parameters():
-        state = {}
-        for moment in ("step", "exp_avg", "exp_avg_sq"):
+        for moment in _MOMENTS:
             key = f"{moment}/{name}"
             wanted = () if moment == "step" else parameter.shape
             if key not in tensors or tensors[key].shape != wanted:
                 raise CheckpointError(f"the checkpoint's optimizer has no {key} of that shape.")
-            # A copy: the loaded tensor may be a view of the file.
-            state[moment] = tensors[key].to(parameter.device, copy=True)
+    for name, parameter in model.named_parameters():
+        state = {}
+        for moment in _MOMENTS:
+            stored = tensors[f"{moment}/{name}"]
+            if moment == "step":
+                state[moment] = stored[()].to(parameter.device, copy=True)
+                continue
+            # Cut as the weight is, whoever wrote it.
+            state[moment] = torch.empty_like(parameter, dtype=stored.dtype)
+            _fill(state[moment], stored)
         optimizer.state[parameter] = state
 
 
-def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy weights in, all or none.
+@torch.no_grad()
+def load_model_tensors(model: nn.Module, tensors: Stored) -> None:
+    """Copy weights in, all or none: of each the part that this rank holds.
 
     Raises:
         CheckpointError: names, shapes or dtypes that are not this model's, each named.
@@ -117,4 +133,11 @@ def load_model_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             f"the checkpoint is of another model: {shown}. Use its config, or another "
             "job.dump_folder."
         )
-    model.load_state_dict(tensors)
+    for name, value in own.items():
+        _fill(value, tensors[name])
+
+
+@torch.no_grad()
+def _fill(tensor: Tensor, stored: Tensor | StoredTensor) -> None:
+    piece = piece_of(tensor, is_first=True)
+    piece.local.copy_(stored[piece.region])

@@ -7,20 +7,32 @@ import json
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from lasp.tnl import TNLConfig
 from launch.config import typed
 from launch.errors import ConfigError
+from parallel.tensor import CUT_SIZES, check_divides
 
 if TYPE_CHECKING:
     from launch.config import Config
     from launch.tokenizer import Tokenizer
     from launch.world import Place
+    from parallel.mesh import ParallelDims
 
-__all__ = ["Batching", "autocast_dtype", "batching", "describe", "model_config"]
+__all__ = [
+    "Batching",
+    "autocast_dtype",
+    "batching",
+    "check_layout",
+    "check_tensor_parallel",
+    "cut_over",
+    "data_parallel_engine",
+    "describe",
+    "model_config",
+]
 
 # The vocabulary is padded to whole tiles of the head's matmul.
 _VOCAB_MULTIPLE = 64
@@ -75,6 +87,33 @@ def batching(config: Config, place: Place) -> Batching:
             f"1 (and global_batch_size {wanted} for the same step)."
         )
     return Batching(wanted, accumulation, wanted * config.training.seq_len)
+
+
+def check_layout(config: Config, place: Place) -> None:
+    """Refuse a model or a sequence that the mesh cannot cut. Raises ConfigError with the numbers.
+
+    The vocabulary comes with the data, and is looked at when that is open.
+    """
+    tp, cp = place.dims.tp, place.dims.cp
+    data_parallel_engine(config, place.dims)
+    if tp == 1:
+        return
+    check_tensor_parallel(model_config(config, None), tp, ("num_heads", "glu_dim"))
+    length = config.training.seq_len
+    if config.parallelism.tensor_parallel_shard_sequence and length % (cp * tp):
+        raise ConfigError(
+            f"training.seq_len {length} is not a multiple of cp {cp} x tp {tp} = {cp * tp}, as "
+            "parallelism.tensor_parallel_shard_sequence needs: use "
+            f"{-(-length // (cp * tp)) * cp * tp}, or switch it off."
+        )
+
+
+def check_tensor_parallel(model: TNLConfig, tp: int, sizes: tuple[str, ...] = CUT_SIZES) -> None:
+    """Raise ConfigError, with the numbers, where tp ranks cannot cut the model."""
+    try:
+        check_divides(model, tp, sizes)
+    except ValueError as error:
+        raise ConfigError(f"parallelism.tensor_parallel_degree is {tp}: {error}") from None
 
 
 def model_config(config: Config, tokenizer: Tokenizer | None) -> TNLConfig:
@@ -133,11 +172,34 @@ def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
     return None if wanted == "float32" else torch.bfloat16
 
 
+def data_parallel_engine(config: Config, dims: ParallelDims) -> Literal["none", "ddp", "fsdp"]:
+    """What sums gradients over ranks: nothing, where no other rank has the same weights; DDP, where
+    each holds its weights whole; else FSDP, which alone can hold weights that tp has cut."""
+    method = config.parallelism.data_parallel_method
+    if dims.dp * dims.cp == 1:
+        return "none"
+    if method == "ddp" and dims.tp > 1:
+        raise ConfigError(
+            f"parallelism.data_parallel_method is ddp with tensor_parallel_degree {dims.tp}: DDP "
+            "cannot hold weights that are cut; use auto or fsdp."
+        )
+    if dims.tp > 1 or (method == "auto" and dims.dp_shard > 1):
+        return "fsdp"
+    return "fsdp" if method == "fsdp" and dims.dp_shard * dims.cp > 1 else "ddp"
+
+
+def cut_over(config: Config, dims: ParallelDims) -> int:
+    """Ranks over which data parallelism cuts the weights; 1: each holds them whole."""
+    return dims.dp_shard * dims.cp if data_parallel_engine(config, dims) == "fsdp" else 1
+
+
 def describe(config: Config, place: Place, model: TNLConfig, batch: Batching) -> str:
     """What a user should know before the first step."""
     training, dims = config.training, place.dims
     parameters = model.num_parameters()
-    shards = f"{dims.cp} ranks ({config.parallelism.context_parallel_method})"
+    pieces = cut_over(config, dims)
+    layout = config.parallelism
+    shards = f"{dims.cp} ranks ({layout.context_parallel_method}, {layout.context_parallel_layout})"
     dtype = autocast_dtype(config, place.device) or torch.float32
     shape = ", ".join(
         f"{field.name} {getattr(model, field.name)}" for field in dataclasses.fields(model)[:5]
@@ -155,7 +217,8 @@ def describe(config: Config, place: Place, model: TNLConfig, batch: Batching) ->
         ),
         # float32 weights, gradients and two moments.
         "memory": (
-            f"{16 * parameters / 2**30:.2f} GiB per rank for weights, gradients and moments, "
+            f"{16 * parameters / pieces / 2**30:.2f} GiB per rank for weights, gradients and "
+            f"moments{f' cut over {pieces} ranks' if pieces > 1 else ''}, "
             f"{4 * min(training.loss_chunk_size, training.seq_len) * model.vocab_size / 2**30:.2f} "
             "GiB for a chunk of logits; activations come on top"
         ),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,13 @@ from launch.data import IGNORE, Batch, TokenSource, read_batch, sample_order, st
 from launch.errors import DataError, UserError
 from launch.optimization import learning_rate
 from launch.plan import Batching
+from launch.saving import PendingSave
 from launch.tokenizer import Tokenizer
 from launch.world import World
-from parallel.data import accumulate
+from parallel.compile import eagerly
+from parallel.data import accumulate, reshard
 from parallel.loss import chunked_cross_entropy
+from parallel.mesh import whole
 
 __all__ = ["LossModel", "Outcome", "Run", "step_indices", "take_step", "validate"]
 
@@ -26,17 +30,27 @@ __all__ = ["LossModel", "Outcome", "Run", "step_indices", "take_step", "validate
 class LossModel(nn.Module):
     """The model with its loss, so that data parallelism sees one forward."""
 
-    def __init__(self, model: TNL, chunk_size: int, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, model: TNL, chunk_size: int, dtype: torch.dtype | None, compiled: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self._chunk_size = chunk_size
         self._dtype = dtype
+        self._compiled = compiled
 
     def forward(
-        self, inputs: Tensor, labels: Tensor, shard: SequenceShard, cu_seqlens: Tensor | None
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        shard: SequenceShard,
+        boundaries: tuple[int, ...] | None,
     ) -> Tensor:
         """Sum of the loss over this rank's tokens, a float32 scalar."""
         enabled = self._dtype is not None
+        # Numbers until here: FSDP brings every tensor that it is given to the GPU, and the operator
+        # wants these on the host.
+        cu_seqlens = None if boundaries is None else torch.tensor(boundaries, dtype=torch.int32)
         with torch.autocast(inputs.device.type, self._dtype, enabled=enabled):
             hidden = self.model(inputs, shard=shard, return_hidden=True, cu_seqlens=cu_seqlens)
             return chunked_cross_entropy(
@@ -45,6 +59,7 @@ class LossModel(nn.Module):
                 labels,
                 ignore_index=IGNORE,
                 chunk_size=self._chunk_size,
+                compiled=self._compiled,
             )
 
 
@@ -70,15 +85,26 @@ class Run:
     # The step that is on disk, None before the first checkpoint.
     saved_step: int | None = None
     failed_saves: int = 0
+    # A checkpoint that is being written, and the host memory that its tensors were copied to.
+    pending: PendingSave | None = None
+    host_copies: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What all ranks agree on after a step: its loss and norm, None if the step was not taken."""
+    """What all ranks agree on after a step.
+
+    Attributes:
+        loss: None if the step was not taken.
+        grad_norm: of the whole job, before clipping.
+        stop_requested: of any rank.
+        save_is_through: every rank has written its part of the pending checkpoint.
+    """
 
     loss: float | None
     grad_norm: float
     stop_requested: bool
+    save_is_through: bool = False
 
 
 def take_step(run: Run, stop_requested: bool) -> Outcome:
@@ -93,29 +119,42 @@ def take_step(run: Run, stop_requested: bool) -> Outcome:
     run.optimizer.zero_grad()
     # Loss, norm and flags stay on the device until the step's one look at it, below.
     loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+    layout = config.parallelism
     for number, batch in enumerate(batches, 1):
-        with accumulate(run.trained, last=number == len(batches)):
+        with accumulate(
+            run.trained,
+            last=number == len(batches),
+            every=layout.fsdp_reduce_every_micro_batch,
+            keep_gathered=layout.fsdp_reshard_after_forward == "never",
+        ):
             loss = run.trained(*on_device(run, batch))
             # Divided by the tokens of the whole job: gradients are then summed over ranks.
             (loss / valid).backward()
         loss_sum += loss.detach()
+    # Of gradients that are cut over ranks this is the norm of the whole.
     gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = whole(torch.nn.utils.get_total_norm(gradients))
     nonfinite = ~(loss_sum.isfinite() & norm.isfinite())
-    mine = [loss_sum, nonfinite.double(), torch.full_like(loss_sum, stop_requested)]
+    writing = run.pending is not None and not run.pending.is_through
+    flags = [torch.full_like(loss_sum, flag) for flag in (stop_requested, writing)]
+    mine = [loss_sum * world.counts, nonfinite.double(), *flags]
     # A NaN in the sum of losses leaves the sums of flags beside it alone.
     sums = world.summed(torch.stack(mine))
-    loss_total, nonfinite, stop, grad_norm = torch.cat([sums, norm.double().view(1)]).tolist()
+    loss_total, nonfinite, stop, writing, grad_norm = torch.cat(
+        [sums, norm.double().view(1)]
+    ).tolist()
+    through = run.pending is not None and not writing
     if nonfinite:
-        return Outcome(None, grad_norm, bool(stop))
-    if config.training.max_norm > 0:
+        return Outcome(None, grad_norm, bool(stop), through)
+    # (A norm below the limit would be multiplied by one.)
+    if 0 < config.training.max_norm < grad_norm:
         torch.nn.utils.clip_grads_with_norm_(run.model.parameters(), config.training.max_norm, norm)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(run.step, config)
     run.optimizer.step()
     run.step += 1
     run.consumed += run.batching.global_batch_size
-    return Outcome(loss_total / valid, grad_norm, bool(stop))
+    return Outcome(loss_total / valid, grad_norm, bool(stop), through)
 
 
 def read_step(run: Run) -> list[Batch] | DataError:
@@ -153,7 +192,7 @@ def count_labels(run: Run, batches: list[Batch] | DataError) -> int:
     """Labels that count, over all ranks: what the loss is divided by."""
     problem = batches if isinstance(batches, DataError) else None
     valid = 0 if problem else sum(int((each.labels != IGNORE).sum()) for each in batches)
-    valid, bad = run.world.total(valid, problem is not None, dtype=torch.int64)
+    valid, bad = run.world.total(valid * run.world.counts, problem is not None, dtype=torch.int64)
     if bad:
         run.world.agree(lambda: _raise(problem))
     if not valid:
@@ -167,18 +206,23 @@ def _raise(problem: UserError | None) -> None:
         raise problem
 
 
-def on_device(run: Run, batch: Batch) -> tuple[Tensor, Tensor, SequenceShard, Tensor | None]:
+def on_device(
+    run: Run, batch: Batch
+) -> tuple[Tensor, Tensor, SequenceShard, tuple[int, ...] | None]:
     """The arguments of `LossModel` for a batch."""
     device = run.world.device
-    # Document boundaries stay on the host, which is where the operator wants them.
-    boundaries = batch.boundaries
-    cu_seqlens = None if boundaries is None else torch.tensor(boundaries, dtype=torch.int32)
     return (
         batch.inputs.to(device, non_blocking=True),
         batch.labels.to(device, non_blocking=True),
         run.shard,
-        cu_seqlens,
+        batch.boundaries,
     )
+
+
+def nothing_to_predict(run: Run, source: TokenSource) -> Batch:
+    """A batch without labels."""
+    batch = read(run, source, [0])
+    return dataclasses.replace(batch, labels=torch.full_like(batch.labels, IGNORE))
 
 
 @torch.no_grad()
@@ -195,9 +239,15 @@ def validate(run: Run) -> float:
     batches = world.agree(
         lambda: [read(run, source, mine[i : i + local]) for i in range(0, len(mine), local)]
     )
-    loss_sum = sum(run.loss_model(*on_device(run, batch)).item() for batch in batches)
+    # Where weights are gathered for a forward, every rank must come to every forward.
+    for _ in range(len(batches), -(-count // (local * dp))):
+        batches.append(nothing_to_predict(run, source))
+    with eagerly(run.model.blocks):
+        loss_sum = sum(run.loss_model(*on_device(run, batch)).item() for batch in batches)
+    reshard(run.loss_model)
     valid = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
-    loss_sum, valid = world.total(loss_sum, valid, dtype=torch.float64)
+    counted = loss_sum * world.counts, valid * world.counts
+    loss_sum, valid = world.total(*counted, dtype=torch.float64)
     if not valid:
         world.fail(DataError("validation: every label is ignored; use other validation data."))
     return loss_sum / valid

@@ -13,21 +13,21 @@ before it.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lasp import SequenceShard
 from lasp.tnl import TNL
-from launch import random_state
-from launch.checkpoint import Checkpoint, CheckpointStore
+from launch.build import build_model, over_ranks
+from launch.checkpoint import CheckpointStore
 from launch.config import Config, load_config, to_toml
 from launch.data import (
     DataFolder,
@@ -36,12 +36,12 @@ from launch.data import (
 from launch.errors import (
     REQUEUE,
     TERMINATED,
-    CheckpointError,
     ConfigError,
     EchoError,
     NonFiniteError,
     UserError,
 )
+from launch.estimate import fake_ranks, format_estimate
 from launch.generate import sample_text
 from launch.metrics import (
     MetricsLog,
@@ -53,20 +53,23 @@ from launch.metrics import (
     peak_memory,
     plot_loss,
 )
-from launch.optimization import (
-    build_optimizer,
-    load_model_tensors,
-    load_optimizer_tensors,
-    optimizer_tensors,
+from launch.optimization import build_optimizer
+from launch.plan import (
+    Batching,
+    batching,
+    check_layout,
+    check_tensor_parallel,
+    describe,
+    model_config,
 )
-from launch.plan import Batching, autocast_dtype, batching, describe, model_config
 from launch.prepare_data import prepare
 from launch.profiling import profiled
-from launch.step import LossModel, Outcome, Run, step_indices, take_step, validate
+from launch.saving import find_checkpoint, finish_save, resume, start_save
+from launch.step import Outcome, Run, step_indices, take_step, validate
 from launch.tokenizer import ByteTokenizer, Tokenizer
 from launch.world import Place, World, find_place, open_world
-from parallel.data import replicate
-from parallel.recompute import checkpointed
+from parallel.compile import eagerly
+from parallel.mesh import whole
 
 _DISK_FAILED = 74
 
@@ -78,6 +81,7 @@ def main(argv: list[str]) -> int:
         config = load_config(argv)
         place = find_place(config)
         batch = batching(config, place)
+        check_layout(config, place)
         if config.job.dry_run:
             if is_first:
                 print(dry_run(config, place, batch))
@@ -105,7 +109,17 @@ def dry_run(config: Config, place: Place, batch: Batching) -> str:
         tokenizer = DataFolder(config.data_folder).tokenizer
     elif config.data.source == "stdlib":
         tokenizer = ByteTokenizer()
-    return f"{to_toml(config)}\n{describe(config, place, model_config(config, tokenizer), batch)}"
+    shape = model_config(config, tokenizer)
+    check_tensor_parallel(shape, place.dims.tp)
+    memory = None
+    if config.job.dry_run_gpus:
+        memory = config.job.dry_run_gpu_memory
+    elif place.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(place.device).total_memory / 2**30
+    plan = describe(config, place, shape, batch)
+    with fake_ranks() if place.dims.world_size > 1 or memory else nullcontext():
+        holds = format_estimate(config, place, shape, memory)
+    return f"{to_toml(config)}\n{plan}\n{holds}"
 
 
 def train(config: Config, world: World, batch: Batching) -> int:
@@ -121,13 +135,18 @@ def train(config: Config, world: World, batch: Batching) -> int:
         print(f"resume:      {found.path if found else 'from scratch'}", flush=True)
     log = world.agree(lambda: open_records(run) if world.is_first else None)
     stop_requested = catch_sigterm()
-    code = take_steps(run, log, stop_requested)
+    try:
+        code = take_steps(run, log, stop_requested)
+    except UserError:
+        # All ranks are here together: what was complete at its step is kept.
+        finish_save(run)
+        raise
     if log is not None:
         log.close()
         picture = plot_loss(log.path)
         print(f"metrics: {log.path}  loss curve: {picture}", flush=True)
-        if code == 0 and config.sample.enable and run.tokenizer is not None:
-            print_sample(run)
+    if code == 0 and config.sample.enable and run.tokenizer is not None:
+        print_sample(run)
     return code
 
 
@@ -138,22 +157,11 @@ def set_up(config: Config, world: World, batch: Batching) -> Run:
     if config.data.source == "stdlib":
         world.first_decides(lambda: prepare_library(config))
     tokenizer, model_shape, train_source, val_source = world.agree(lambda: open_data(config))
+    world.agree(lambda: check_tensor_parallel(model_shape, world.dims.tp))
     world.first_decides(lambda: make_folder(config))
 
     torch.manual_seed(training.seed)
-    with world.device:
-        model = TNL(model_shape)
-    if config.activation_checkpoint.mode == "full":
-        for block in model.blocks:
-            checkpointed(block)
-    loss_model = LossModel(model, training.loss_chunk_size, autocast_dtype(config, world.device))
-    trained: nn.Module = loss_model
-    if world.gradient_group is not None:
-        trained = replicate(
-            loss_model,
-            world.gradient_group,
-            reduce_dtype=getattr(torch, training.mixed_precision_reduce),
-        )
+    loss_model = build_model(config, world, model_shape)
     return Run(
         config=config,
         world=world,
@@ -162,12 +170,15 @@ def set_up(config: Config, world: World, batch: Batching) -> Run:
         train_source=train_source,
         val_source=val_source,
         shard=SequenceShard.split(
-            training.seq_len, world.cp_group, config.parallelism.context_parallel_method
+            training.seq_len,
+            world.cp_group,
+            config.parallelism.context_parallel_method,
+            config.parallelism.context_parallel_layout,
         ),
-        model=model,
+        model=loss_model.model,
         loss_model=loss_model,
-        trained=trained,
-        optimizer=build_optimizer(model, config),
+        trained=over_ranks(loss_model, config, world),
+        optimizer=build_optimizer(loss_model.model, config),
         store=CheckpointStore(config.checkpoint_folder, config.checkpoint.keep_latest_k),
     )
 
@@ -220,42 +231,6 @@ def open_data(config: Config):
     return folder.tokenizer, shape, source, held_out
 
 
-def find_checkpoint(run: Run) -> tuple[Checkpoint | None, list[str]]:
-    """What to resume from, as rank 0 sees it, and why newer checkpoints were refused."""
-    checkpoint = run.config.checkpoint
-    if not checkpoint.enable:
-        return None, []
-
-    def find() -> list[Any]:
-        found, refused = run.store.find(checkpoint.resume)
-        return [None if found is None else [str(found.path), found.step], refused]
-
-    found, refused = run.world.first_decides(find)
-    return (None if found is None else Checkpoint(Path(found[0]), found[1])), refused
-
-
-def resume(run: Run, found: Checkpoint) -> None:
-    """Continue from a verified checkpoint, on any number of ranks.
-
-    Raises:
-        CheckpointError: it is of another model, or this rank cannot read it.
-    """
-    try:
-        state = found.state()
-        weights, moments = found.tensors("model"), found.tensors("optimizer")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{found.path} cannot be read on every rank: {error}.") from None
-    load_model_tensors(run.model, weights)
-    load_optimizer_tensors(run.model, run.optimizer, moments)
-    run.step, run.consumed = state["step"], state["consumed_samples"]
-    run.saved_step = run.step if found.path.parent == run.store.folder else None
-    world = run.world
-    random_state.restore(state["random"], world.rank, world.dims.world_size, world.device)
-    order = sample_identity(run)
-    if order != state["sample_identity"] and world.is_first:
-        print(f"warning: samples were {state['sample_identity']}, are {order}: another order")
-
-
 def take_steps(run: Run, log: MetricsLog | None, stop_requested: list[int]) -> int:
     """Train to the last step, or to the step at which a rank was asked to stop."""
     config, world = run.config, run.world
@@ -287,11 +262,14 @@ def take_steps(run: Run, log: MetricsLog | None, stop_requested: list[int]) -> i
                 report_step(run, log, outcome, speed)
             done = run.step == steps or outcome.stop_requested
             due = outcome.loss is not None and run.step % config.checkpoint.interval == 0
+            if done or due or outcome.save_is_through:
+                finish_save(run)
             # Before the first step there is no optimizer state to save, and nothing to lose.
             unsaved = run.step not in (0, run.saved_step)
             if (done or due) and config.checkpoint.enable and unsaved:
-                saved = save(run)
-                if done and not saved:
+                in_background = config.checkpoint.async_mode == "async" and not done
+                start_save(run, background=in_background)
+                if not in_background and not finish_save(run) and done:
                     return _DISK_FAILED
             if outcome.stop_requested and run.step < steps:
                 lost = unsaved and not config.checkpoint.enable
@@ -343,47 +321,6 @@ def report_nonfinite(run: Run, tries: int, outcome: Outcome) -> None:
         print(f"warning: {text}", flush=True)
 
 
-def save(run: Run) -> bool:
-    """Write a checkpoint on rank 0; False (on every rank) if the disk refused."""
-    world = run.world
-    states = world.gather(random_state.capture(world.device))
-
-    def write() -> str | None:
-        state = {
-            "step": run.step,
-            "consumed_samples": run.consumed,
-            "sample_identity": sample_identity(run),
-            "random": states,
-            "model": dataclasses.asdict(run.model.config),
-            "tokenizer": None if run.tokenizer is None else run.tokenizer.spec(),
-            "config": to_toml(run.config),
-        }
-        tensors = {
-            "model": dict(run.model.state_dict()),
-            "optimizer": optimizer_tensors(run.model, run.optimizer),
-        }
-        try:
-            path = run.store.save(run.step, tensors, state)
-        except OSError as error:
-            run.failed_saves += 1
-            print(f"warning: checkpoint {run.failed_saves} not written: {error}", flush=True)
-            return None
-        print(f"checkpoint: {path}", flush=True)
-        return str(path)
-
-    with world.patience(run.config):
-        written = world.first_decides(write) is not None
-    if written:
-        run.saved_step = run.step
-    return written
-
-
-def sample_identity(run: Run) -> list[int]:
-    """What the order of samples depends on besides the position."""
-    training = run.config.training
-    return [training.seed, training.seq_len, run.train_source.num_samples]
-
-
 def catch_sigterm() -> list[int]:
     """Fills up with the signals that asked this process to stop.
 
@@ -394,19 +331,60 @@ def catch_sigterm() -> list[int]:
     return received
 
 
+def model_alone(run: Run) -> TNL | None:
+    """The model on rank 0 as one device has it, None on the others; all ranks call together."""
+    weights = run.model.state_dict()
+    if not any(isinstance(value, DTensor) for value in weights.values()):
+        return run.model if run.world.is_first else None
+    model = None
+    if run.world.is_first:
+        with torch.device("meta"):
+            model = TNL(run.model.config)
+        model = model.to_empty(device=run.world.device)
+    for name, value in weights.items():
+        # One at a time: more than a rank's own part never exists but on the first.
+        value = whole(value)
+        if model is not None:
+            model.get_parameter(name).detach().copy_(value)
+    return model
+
+
 def print_sample(run: Run) -> None:
     """Continue the sample prompt, to see what was learnt."""
     wanted = run.config.sample
-    text = sample_text(
-        run.model,
-        run.tokenizer,
-        wanted.prompt,
-        max_new_tokens=wanted.max_new_tokens,
-        temperature=wanted.temperature,
-        top_k=wanted.top_k,
-        seed=run.config.training.seed,
-    )
+    model = whole_model(run)
+    if model is None:
+        return
+    with eagerly(model.blocks):
+        text = sample_text(
+            model,
+            run.tokenizer,
+            wanted.prompt,
+            max_new_tokens=wanted.max_new_tokens,
+            temperature=wanted.temperature,
+            top_k=wanted.top_k,
+            seed=run.config.training.seed,
+        )
     print(f"sample of step {run.step}:\n{text}", flush=True)
+
+
+def whole_model(run: Run) -> TNL | None:
+    """On the first rank, a model with all weights, whatever they are cut over; all ranks call."""
+    state = run.model.state_dict()
+    if not any(isinstance(value, DTensor) for value in state.values()):
+        return run.model if run.world.is_first else None
+    weights = {}
+    for name, value in state.items():
+        # One at a time: only the first rank ever holds more than its part and one whole matrix.
+        value = whole(value)
+        if run.world.is_first:
+            weights[name] = value.cpu()
+    if not run.world.is_first:
+        return None
+    with run.world.device:
+        model = TNL(run.model.config)
+    model.load_state_dict(weights)
+    return model
 
 
 if __name__ == "__main__":

@@ -46,33 +46,41 @@ class Place:
 
 
 def find_place(config: Config) -> Place:
-    """This rank's place, from torchrun's variables and the config.
+    """This rank's place, from torchrun's variables and the config; that of the first GPU of a job
+    that is only planned, where job.dry_run_gpus says so.
 
     Raises:
         ConfigError: degrees that do not multiply to the number of processes, a backend that this
             machine cannot run, or variables that are no numbers.
     """
-    size = _from_environment("WORLD_SIZE", 1, at_least=1)
+    planned = config.job.dry_run_gpus if config.job.dry_run else 0
+    size = planned or _from_environment("WORLD_SIZE", 1, at_least=1)
     rank = _from_environment("RANK", 0)
     local_rank = _from_environment("LOCAL_RANK", 0)
     local_size = _from_environment("LOCAL_WORLD_SIZE", 1, at_least=1)
     layout = config.parallelism
+    replicate = layout.data_parallel_replicate_degree
+    if layout.data_parallel_method == "fsdp" and layout.data_parallel_shard_degree == -1:
+        # What is left goes to the axis that cuts weights.
+        replicate = 1 if replicate == -1 else replicate
     try:
         dims = ParallelDims.resolve(
             size,
-            dp_replicate=layout.data_parallel_replicate_degree,
+            dp_replicate=replicate,
             dp_shard=layout.data_parallel_shard_degree,
             cp=layout.context_parallel_degree,
             tp=layout.tensor_parallel_degree,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if dims.dp_shard > 1:
+    if dims.dp_shard > 1 and layout.data_parallel_method == "ddp":
         raise ConfigError(
-            f"parallelism.data_parallel_shard_degree -1 leaves {dims.dp_shard} ranks, and sharded "
-            "data parallelism is not there yet: leave data_parallel_replicate_degree at -1."
+            f"parallelism.data_parallel_shard_degree is {dims.dp_shard} ({dims.equation}), but "
+            "data_parallel_method ddp cuts no weights: use fsdp, or leave "
+            "data_parallel_replicate_degree at -1."
         )
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = max(gpus, planned)
     backend = config.comm.backend
     if backend == "nccl" and gpus < local_size:
         raise ConfigError(
@@ -104,8 +112,11 @@ class World:
         self.device = place.device
         self.dims = place.dims
         self.is_first = place.rank == 0
+        # Ranks of one tensor-parallel group hold the same tokens: one of them counts.
+        self.counts = place.rank % place.dims.tp == 0
         self.cp_group: ProcessGroup | None = None
         self.gradient_group: ProcessGroup | None = None
+        self.mesh = mesh
         if mesh is not None:
             self.gradient_group = gradient_group(mesh)
             if place.dims.cp > 1:
@@ -113,7 +124,9 @@ class World:
 
     def total(self, *values: float, dtype: torch.dtype) -> list[float]:
         """The sums of `values` over all ranks, one small reduction."""
-        return self.summed(torch.tensor(values, dtype=dtype, device=self.device)).tolist()
+        # One process asks nobody, and so does not wait for its GPU either.
+        device = "cpu" if self.gradient_group is None else self.device
+        return self.summed(torch.tensor(values, dtype=dtype, device=device)).tolist()
 
     def summed(self, vector: Tensor) -> Tensor:
         """`vector` with its sum over all ranks in place; on its device, without waiting for it."""
@@ -171,6 +184,8 @@ class World:
             return
         limit = timedelta(seconds=seconds)
         groups = {None, self.gradient_group, self.cp_group}
+        if self.mesh is not None:
+            groups.update(self.mesh.get_all_groups())
         for group in groups:
             dist.distributed_c10d._set_pg_timeout(limit, group)
 

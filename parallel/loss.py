@@ -5,13 +5,22 @@ computed, turned into the loss and, where gradients are wanted, at once into the
 hidden states and of the head; then they are dropped. The backward only scales what is there, so
 the head's matmul is not repeated.
 
-Shapes: B batch, T tokens of this rank, D width, V vocabulary, C tokens of a chunk.
+Under tensor parallelism each rank has the logits of its own words, and they are never joined: two
+numbers per token and rank (log-sum-exp, the label's logit) give every rank the loss.
+
+Shapes: B batch, T tokens of this rank, D width, V vocabulary (this rank's part of it inside the
+autograd function), C tokens of a chunk.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor, Shard
 
 __all__ = ["chunked_cross_entropy"]
 
@@ -23,6 +32,7 @@ def chunked_cross_entropy(
     *,
     ignore_index: int = -100,
     chunk_size: int = 2048,
+    compiled: bool = False,
 ) -> Tensor:
     """Sum over tokens of -log softmax(hidden @ weight^T)[label], a float32 scalar.
 
@@ -31,14 +41,19 @@ def chunked_cross_entropy(
 
     Args:
         hidden_BTD: final hidden states [B, T, D], any floating dtype.
-        weight_VD: the output head [V, D].
+        weight_VD: the output head [V, D]. A DTensor that is cut by words over one mesh axis makes
+            the loss vocabulary-parallel: hidden states and labels must be the same on those ranks,
+            the result is too, and the gradient of the hidden states is complete on each.
         labels_BT: int64 [B, T], in 0..V-1 or `ignore_index`. Already shifted: label t belongs to
             hidden state t.
         ignore_index: labels that count for nothing.
         chunk_size: tokens whose logits exist at the same time.
+        compiled: pass over the logits with kernels made by torch.compile: two passes, and no copy
+            of them in float32.
 
     Raises:
-        ValueError: shapes that do not fit together, or chunk_size below 1.
+        ValueError: shapes that do not fit together, a head that is cut in another way, or
+            chunk_size below 1.
     """
     if hidden_BTD.shape[:-1] != labels_BT.shape or hidden_BTD.shape[-1] != weight_VD.shape[-1]:
         raise ValueError(
@@ -54,6 +69,9 @@ def chunked_cross_entropy(
     with_gradients = torch.is_grad_enabled() and (
         hidden_BTD.requires_grad or weight_VD.requires_grad
     )
+    group = None
+    if isinstance(weight_VD, DTensor):
+        weight_VD, group = _own_words(weight_VD)
     return _ChunkedCrossEntropy.apply(
         hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
         weight_VD,
@@ -62,38 +80,72 @@ def chunked_cross_entropy(
         chunk_size,
         dtype,
         with_gradients,
+        group,
+        compiled,
     )
+
+
+def _own_words(weight: DTensor) -> tuple[Tensor, ProcessGroup]:
+    """This rank's rows of the head, and the ranks that have the others."""
+    mesh, placements = weight.device_mesh, tuple(weight.placements)
+    if mesh.ndim != 1 or placements != (Shard(0),) or weight.shape[0] % mesh.size():
+        raise ValueError(
+            f"the head {tuple(weight.shape)} is placed as {placements} on {mesh}: a head that is "
+            "cut must be cut evenly by words, (Shard(dim=0),) on a mesh of one axis."
+        )
+    return weight.to_local(), mesh.get_group()
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden_ND, weight_VD, labels_N, ignore_index, chunk_size, dtype, with_gradients
+        ctx,
+        hidden_ND,
+        weight_VD,
+        labels_N,
+        ignore_index,
+        chunk_size,
+        dtype,
+        with_gradients,
+        group,
+        compiled,
     ):
+        first_word = 0 if group is None else group.rank() * weight_VD.shape[0]
+        log_norm_and_label, softmax_minus_one_hot = _passes(compiled)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             weight = weight_VD.to(dtype)
             wide = torch.promote_types(dtype, torch.float32)
             total = hidden_ND.new_zeros((), dtype=wide)
             grad_hidden = torch.zeros_like(hidden_ND) if with_gradients else None
             grad_weight = torch.zeros_like(weight_VD, dtype=wide) if with_gradients else None
+            sums = []
             for start in range(0, hidden_ND.shape[0], chunk_size):
                 chunk = slice(start, start + chunk_size)
                 hidden_CD = hidden_ND[chunk].to(dtype)
                 valid_C1 = (labels_N[chunk] != ignore_index).unsqueeze(1)
-                labels_C1 = labels_N[chunk].unsqueeze(1).masked_fill(~valid_C1, 0)
-                logits_CV = (hidden_CD @ weight.T).to(wide)
-                log_norm_C1 = torch.logsumexp(logits_CV, 1, keepdim=True)
-                loss_C1 = log_norm_C1 - logits_CV.gather(1, labels_C1)
-                total += loss_C1.masked_fill(~valid_C1, 0).sum()
+                labels_C1 = labels_N[chunk].unsqueeze(1) - first_word
+                here_C1 = valid_C1
+                if group is not None:
+                    here_C1 = valid_C1 & (labels_C1 >= 0) & (labels_C1 < weight.shape[0])
+                # -1 is no word: it matches none.
+                labels_C1 = labels_C1.masked_fill(~here_C1, -1)
+                logits_CV = hidden_CD @ weight.T
+                log_norm_C1, label_C1 = log_norm_and_label(logits_CV, labels_C1)
+                if group is not None:
+                    # A label that is no rank's stays at -inf: its loss is infinite, not wrong.
+                    label_C1 = label_C1.masked_fill(~here_C1, -torch.inf)
+                    log_norm_C1, label_C1 = _over_ranks(log_norm_C1, label_C1, group)
+                total += (log_norm_C1 - label_C1).masked_fill(~valid_C1, 0).sum()
                 if not with_gradients:
                     continue
-                # In place: the logits become softmax - one_hot, zero where the label is ignored.
-                # (masked_fill, not a product: an ignored token may hold inf, and inf * 0 is NaN.)
-                grad_CV = logits_CV.sub_(log_norm_C1).exp_()
-                grad_CV.scatter_add_(1, labels_C1, grad_CV.new_full(labels_C1.shape, -1.0))
-                grad_CV = grad_CV.masked_fill_(~valid_C1, 0).to(dtype)
+                grad_CV = softmax_minus_one_hot(logits_CV, log_norm_C1, labels_C1, valid_C1)
                 grad_hidden[chunk] = grad_CV @ weight
+                if group is not None:
+                    # Summed over the words of all ranks, under the next chunk's matmuls.
+                    sums.append(dist.all_reduce(grad_hidden[chunk], group=group, async_op=True))
                 grad_weight += grad_CV.T @ hidden_CD
+            for pending in sums:
+                pending.wait()
         if with_gradients:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VD.dtype))
         return total.to(torch.float32) if wide != torch.float64 else total
@@ -105,4 +157,39 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wanted_hidden, wanted_weight = ctx.needs_input_grad[:2]
         scaled_hidden = grad_hidden * grad_total.to(grad_hidden.dtype) if wanted_hidden else None
         scaled_weight = grad_weight * grad_total.to(grad_weight.dtype) if wanted_weight else None
-        return scaled_hidden, scaled_weight, None, None, None, None, None
+        return scaled_hidden, scaled_weight, None, None, None, None, None, None, None
+
+
+def _over_ranks(
+    log_norm_C1: Tensor, label_C1: Tensor, group: ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and the label's logit over the words of all ranks, the same bits on each."""
+    mine_C2 = torch.cat([log_norm_C1, label_C1], 1)
+    everyone = [torch.empty_like(mine_C2) for _ in range(group.size())]
+    dist.all_gather(everyone, mine_C2, group=group)
+    norms_RC1, labels_RC1 = torch.stack(everyone).split(1, dim=2)
+    return torch.logsumexp(norms_RC1, 0), labels_RC1.amax(0)
+
+
+def _log_norm_and_label(logits_CV: Tensor, labels_C1: Tensor) -> tuple[Tensor, Tensor]:
+    """log(sum(exp(logits))) and the label's logit, [C, 1] in float32 at least."""
+    wide = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+    return torch.logsumexp(wide, 1, keepdim=True), wide.gather(1, labels_C1.clamp_min(0))
+
+
+def _softmax_minus_one_hot(
+    logits_CV: Tensor, log_norm_C1: Tensor, labels_C1: Tensor, valid_C1: Tensor
+) -> Tensor:
+    """The gradient of a chunk's loss in its logits, which it may overwrite; zero where a label is
+    ignored, whatever the logits are (inf * 0 would be NaN)."""
+    grad_CV = logits_CV.to(log_norm_C1.dtype).sub_(log_norm_C1).exp_()
+    # A comparison and not a scatter, which would stand between two fused kernels.
+    words_V = torch.arange(logits_CV.shape[1], device=logits_CV.device)
+    grad_CV.add_(words_V == labels_C1, alpha=-1)
+    return grad_CV.masked_fill_(~valid_C1, 0).to(logits_CV.dtype)
+
+
+@functools.cache
+def _passes(compiled: bool):
+    passes = _log_norm_and_label, _softmax_minus_one_hot
+    return tuple(map(torch.compile, passes)) if compiled else passes

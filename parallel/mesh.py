@@ -8,15 +8,25 @@ data parallelism takes the outer axes. `ParallelDims` is numbers alone and opens
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.distributed import DeviceMesh, ProcessGroup
 
-__all__ = ["MESH_AXES", "ParallelDims", "build_mesh", "gradient_group"]
+__all__ = [
+    "MESH_AXES",
+    "ParallelDims",
+    "build_mesh",
+    "gradient_group",
+    "sharding_mesh",
+    "whole",
+]
 
 MESH_AXES = ("dp_replicate", "dp_shard", "cp", "tp")
 
@@ -121,3 +131,23 @@ def gradient_group(mesh: DeviceMesh) -> ProcessGroup:
     rank as far as gradients are concerned.
     """
     return mesh["dp_replicate", "dp_shard", "cp"]._flatten("dp_cp").get_group()
+
+
+def sharding_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """What weights are cut over: dp_shard x cp as one axis; before it dp_replicate, if above 1.
+
+    Without cp in it, every rank of a sequence would hold the same weights once more.
+    """
+    sharded = mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
+    if mesh["dp_replicate"].size() == 1:
+        return sharded
+    with warnings.catch_warnings():
+        # torch 2.11 to 2.13 serve it and advise against it, without another public way.
+        warnings.filterwarnings("ignore", "Slicing a flattened dim")
+        return mesh["dp_replicate", "dp_shard_cp"]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that is cut or partial over ranks, gathered or summed, on all of them; others as
+    they are. All ranks of its mesh must call together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -16,8 +16,8 @@ from torch import nn
 
 __all__ = ["LRPE"]
 
-# Tokens per table of cosines. One float64 table of this many tokens, and one row per block, are all
-# that is ever held in float64.
+# Tokens per table of cosines on the CPU. One float64 table of this many tokens, and one row per
+# block, are all that is ever held in float64; the GPU's kernels hold none.
 _BLOCK = 2048
 
 
@@ -50,7 +50,10 @@ class LRPE(nn.Module):
         # On the CPU, so that every device starts from the same bits.
         index = torch.arange(channels, dtype=torch.float64, device="cpu")
         exponent = -2.0 / channels * index
-        ladder = (10000.0**exponent).view(self.num_heads, 1, self.head_dim)[self.heads]
+        ladder = (10000.0**exponent).view(self.num_heads, 1, self.head_dim)
+        if self.theta.shape[0] != self.num_heads:
+            # (A DTensor that is cut by heads has the shape of the whole.)
+            ladder = ladder[self.heads]
         value = ladder.to(self.theta.device, torch.float32)
         if hasattr(self.theta, "device_mesh"):
             from torch.distributed.tensor import distribute_tensor
@@ -81,7 +84,12 @@ class LRPE(nn.Module):
                 f"LRPE.theta is {self.theta.dtype}, and positions need float32. Under FSDP2 mixed "
                 "precision, wrap each `LRPE` module by itself with param_dtype=torch.float32."
             )
-        return _Modulate.apply(q, k, self.theta, position)
+        theta = self.theta
+        # (torch.compile does not see the attribute of a parameter.)
+        if theta.shape[0] != q.shape[2] or hasattr(theta, "to_local"):
+            # Cut by heads (tensor parallelism), as q and k are.
+            theta = theta.to_local()
+        return _Modulate.apply(q, k, theta, position)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LRPE:
         def move_only(tensor: torch.Tensor) -> torch.Tensor:
@@ -99,41 +107,82 @@ class LRPE(nn.Module):
 
 
 class _Modulate(torch.autograd.Function):
-    """Both tensors at once, block by block of tokens: the cosines of all T tokens never exist
-    together, and the backward computes them again instead of keeping them."""
+    """Two operators, opaque to torch.compile: the one for the backward forms the angles again."""
 
     @staticmethod
     def forward(ctx, q, k, theta, position):
         ctx.save_for_backward(q, k, theta)
         ctx.position = position
-        out_q, out_k = (x.new_empty(*x.shape[:-1], 2 * x.shape[-1]) for x in (q, k))
-        for tokens, cos, sin in _tables(theta, position, q.shape[1], q.dtype):
-            for x, out in ((q, out_q), (k, out_k)):
-                x_block = x[:, tokens]
-                out_cos, out_sin = out[:, tokens].chunk(2, dim=-1)
-                out_cos.copy_(x_block * cos)
-                out_sin.copy_(x_block * sin)
-        return out_q, out_k
+        return torch.ops.lasp.lrpe(q, k, theta, position)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_q, grad_k):
         q, k, theta = ctx.saved_tensors
-        length = q.shape[1]
-        in_q, in_k = torch.empty_like(q), torch.empty_like(k)
-        # A rate's gradient weighs token p by p: sums over a million of them are kept in float64.
-        grad_theta = theta.new_zeros(theta.shape[0], theta.shape[2], dtype=torch.float64)
-        for tokens, cos, sin in _tables(theta, ctx.position, length, q.dtype):
-            angle_grad = 0
-            for x, grad, into in ((q, grad_q, in_q), (k, grad_k, in_k)):
-                grad_cos, grad_sin = grad[:, tokens].chunk(2, dim=-1)
-                into[:, tokens].copy_(grad_cos * cos + grad_sin * sin)
-                angle_grad = angle_grad + (x[:, tokens] * (grad_sin * cos - grad_cos * sin)).sum(0)
-            count = angle_grad.shape[0]
-            steps = torch.arange(count, device=theta.device, dtype=angle_grad.dtype)
-            grad_theta += torch.einsum("t,thd->hd", steps, angle_grad)
-            grad_theta += angle_grad.sum(0).double() * (ctx.position + tokens.start)
-        return in_q, in_k, grad_theta.unsqueeze(1).to(theta.dtype), None
+        in_q, in_k, grad_theta = torch.ops.lasp.lrpe_backward(
+            grad_q, grad_k, q, k, theta, ctx.position
+        )
+        return in_q, in_k, grad_theta, None
+
+
+torch.library.define(
+    "lasp::lrpe", "(Tensor q, Tensor k, Tensor theta, SymInt position) -> (Tensor, Tensor)"
+)
+torch.library.define(
+    "lasp::lrpe_backward",
+    "(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor theta, SymInt position) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("lasp::lrpe", "CompositeExplicitAutograd")
+def _lrpe(q, k, theta, position):
+    if q.is_cuda:
+        from lasp.ops.triton.lrpe import lrpe
+
+        return lrpe(q, k, theta.squeeze(1), position)
+    out_q, out_k = (x.new_empty(*x.shape[:-1], 2 * x.shape[-1]) for x in (q, k))
+    for tokens, cos, sin in _tables(theta, position, q.shape[1], q.dtype):
+        for x, out in ((q, out_q), (k, out_k)):
+            x_block = x[:, tokens]
+            out_cos, out_sin = out[:, tokens].chunk(2, dim=-1)
+            out_cos.copy_(x_block * cos)
+            out_sin.copy_(x_block * sin)
+    return out_q, out_k
+
+
+@torch.library.impl("lasp::lrpe_backward", "CompositeExplicitAutograd")
+def _lrpe_backward(grad_q, grad_k, q, k, theta, position):
+    if q.is_cuda:
+        from lasp.ops.triton.lrpe import lrpe_backward
+
+        grads = lrpe_backward(grad_q, grad_k, q, k, theta.squeeze(1), position)
+        return *grads[:2], grads[2].unsqueeze(1).to(theta.dtype)
+    in_q, in_k = q.new_empty(q.shape), k.new_empty(k.shape)
+    # A rate's gradient weighs token p by p: sums over a million of them are kept in float64.
+    grad_theta = theta.new_zeros(theta.shape[0], theta.shape[2], dtype=torch.float64)
+    for tokens, cos, sin in _tables(theta, position, q.shape[1], q.dtype):
+        angle_grad = 0
+        for x, grad, into in ((q, grad_q, in_q), (k, grad_k, in_k)):
+            grad_cos, grad_sin = grad[:, tokens].chunk(2, dim=-1)
+            into[:, tokens].copy_(grad_cos * cos + grad_sin * sin)
+            angle_grad = angle_grad + (x[:, tokens] * (grad_sin * cos - grad_cos * sin)).sum(0)
+        count = angle_grad.shape[0]
+        steps = torch.arange(count, device=theta.device, dtype=angle_grad.dtype)
+        grad_theta += torch.einsum("t,thd->hd", steps, angle_grad)
+        grad_theta += angle_grad.sum(0).double() * (position + tokens.start)
+    return in_q, in_k, grad_theta.unsqueeze(1).to(theta.dtype)
+
+
+@torch.library.register_fake("lasp::lrpe")
+def _lrpe_fake(q, k, theta, position):
+    shape = (*q.shape[:-1], 2 * q.shape[-1])
+    return q.new_empty(shape), k.new_empty(shape)
+
+
+@torch.library.register_fake("lasp::lrpe_backward")
+def _lrpe_backward_fake(grad_q, grad_k, q, k, theta, position):
+    return q.new_empty(q.shape), k.new_empty(k.shape), theta.new_empty(theta.shape)
 
 
 def _tables(

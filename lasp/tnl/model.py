@@ -115,6 +115,10 @@ class TNL(nn.Module):
         x = self.embedding(tokens)
         if self.config.scale_embedding:
             x = x * math.sqrt(self.config.dim)
+        if torch.is_autocast_enabled(x.device.type):
+            # The residual stream in the dtype of the products, as it is in a model of that dtype:
+            # every norm and every saved input of a block moves half the bytes.
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         leaving = []
         for block, state in zip(self.blocks, entering, strict=True):
             x, state = block(x, shard, position, state, return_states, padding_mask, cu_seqlens)

@@ -10,6 +10,8 @@ from lasp import SequenceShard
 from lasp.tnl import TNL, TNLConfig
 from lasp.tnl.lrpe import LRPE
 from lasp.tnl.norm import SRMSNorm
+from parallel.compile import compile_blocks
+from parallel.recompute import checkpointed
 
 # The released head sizes: D = 128, and K = 256 in layer 0.
 CONFIG = TNLConfig(vocab_size=200, dim=256, num_layers=3, num_heads=2, glu_dim=384, init_std=0.06)
@@ -64,6 +66,16 @@ def test_bfloat16(length):
 def test_autocast(length):
     with torch.autocast("cuda", torch.bfloat16):
         compare(make(), length, 0.03, 0.05)
+
+
+def test_compiled_and_recomputed_under_autocast():
+    """As the launcher trains."""
+    model = make()
+    for block in model.blocks:
+        checkpointed(block)
+    compile_blocks(model.blocks, fullgraph=True)
+    with torch.autocast("cuda", torch.bfloat16):
+        compare(model, 1000, 0.03, 0.05)
 
 
 @pytest.mark.parametrize("length", [1, 63, 100])

@@ -16,7 +16,6 @@ import numpy as np
 from launch import train
 from launch.indexed import IndexedWriter
 from launch.prepare_data import prepare
-from launch.step import take_step
 from launch.tokenizer import ByteTokenizer
 
 # Of a run in this process.
@@ -83,13 +82,13 @@ def run_here(folder: Path, data: Path, *more: str, **changes) -> int:
 
 def at_step(monkeypatch, number: int, action: Callable) -> list:
     """Run `action(run)` before the step that follows `number` finished ones, the first time."""
-    done = []
+    done, step = [], train.take_step
 
     def wrapped(run, stop_requested):
         if run.step == number and not done:
             done.append(1)
             action(run)
-        return take_step(run, stop_requested)
+        return step(run, stop_requested)
 
     monkeypatch.setattr(train, "take_step", wrapped)
     return done

@@ -147,7 +147,9 @@ def test_retention_counts_valid_ones_and_leaves_foreign_folders(tmp_path):
     assert all((tmp_path / name).is_dir() for name in foreign)
 
 
-@pytest.mark.parametrize("point", ["save_file", "_write_manifest", "_sync", "rename"])
+@pytest.mark.parametrize(
+    "point", ["write_pieces", "seal_file", "_write_manifest", "_sync", "rename"]
+)
 def test_a_failed_save_commits_nothing(store, monkeypatch, point):
     fill(store, 1)
 

@@ -42,6 +42,7 @@ def test_command_line_beats_file_beats_default(toml):
         (["--sp_size", "4"], "parallelism", "context_parallel_degree", 4),
         (["--validation.no-enable"], "validation", "enable", False),
         (["--job.dry_run"], "job", "dry_run", True),
+        (["--compile.enable", "False"], "compile", "enable", False),
         (["--lr_scheduler.decay_ratio", "0.5"], "lr_scheduler", "decay_ratio", 0.5),
     ],
 )
@@ -86,9 +87,11 @@ def test_mistakes_in_the_file(toml, text, sentence):
         (["--training.global_batch_size", "0"], "global_batch_size is 0"),
         (["--lr_scheduler.decay_ratio", "2"], "decay_ratio is 2"),
         (["--data.source", "folder"], "--data.folder"),
-        (["--parallelism.tensor_parallel_degree", "2"], "not there yet"),
-        (["--parallelism.data_parallel_shard_degree", "2"], "replicate_degree 2"),
-        (["--checkpoint.async_mode", "async"], "not there yet"),
+        (
+            ["--parallelism.context_parallel_layout", "zigzag", "--training.seq_len", "9"],
+            "training.seq_len is 9: it must be even",
+        ),
+        (["--activation_checkpoint.offload"], "mode is none"),
         (["stray"], "stray"),
     ],
 )

@@ -126,18 +126,25 @@ def test_labels_are_shifted_before_the_cut(prefix, ranks):
     assert torch.equal(whole.labels, whole.inputs + 1)
     borders = [13 * rank // ranks for rank in range(ranks + 1)]
     parts = [
-        read_batch(source, [1, 2], FakeShard(start, stop))
+        read_batch(source, [1, 2], FakeShard((start, stop)))
         for start, stop in zip(borders, borders[1:], strict=False)
     ]
     assert torch.equal(torch.cat([part.inputs for part in parts], 1), whole.inputs)
     assert torch.equal(torch.cat([part.labels for part in parts], 1), whole.labels)
 
 
-class FakeShard:
-    """Start and stop, without the process group that a real shard of several needs."""
+def test_both_parts_of_a_zigzag_shard_are_shifted(prefix):
+    source = IndexedSource(prefix, 13, vocab_size=40)
+    part = read_batch(source, [1], FakeShard((2, 4), (9, 11)))
+    assert part.inputs.tolist() == [[15, 16, 22, 23]]
+    assert part.labels.tolist() == [[16, 17, 23, 24]]
 
-    def __init__(self, start, stop):
-        self.start, self.stop = start, stop
+
+class FakeShard:
+    """Ranges, without the process group that a real shard of several needs."""
+
+    def __init__(self, *ranges):
+        self.ranges = ranges
 
 
 def test_padding_is_ignored_as_a_label(prefix):

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import lasp
-from launch import random_state, step, train
+from launch import build, random_state, step, train
 from launch.config import load_config
 from launch.data import IGNORE
 from launch.plan import batching
@@ -70,18 +70,34 @@ def test_mixed_precision_is_what_the_model_sees(tmp_path, data, wanted):
     assert {p.dtype for p in run.model.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize(("enable", "wanted"), [(None, False), (False, False), (True, True)])
+def test_compile_enable_compiles_blocks_and_loss(tmp_path, data, enable, wanted):
+    flag = {} if enable is None else {"compile__enable": enable}
+    run = make_run(tmp_path, data, **flag)
+    assert all((block._compiled_call_impl is not None) == wanted for block in run.model.blocks)
+    assert run.loss_model._compiled == wanted
+
+
+def test_a_norm_below_the_limit_leaves_gradients_alone(tmp_path, data, monkeypatch):
+    calls = record_calls(monkeypatch, torch.nn.utils, "clip_grads_with_norm_")
+    take_step(make_run(tmp_path, data, training__max_norm=1e6), False)
+    assert not calls
+    take_step(make_run(tmp_path / "other", data, training__max_norm=1e-3), False)
+    assert len(calls) == 1
+
+
 def test_the_loss_gets_its_chunk_size_and_what_to_ignore(tmp_path, data, monkeypatch):
     calls = record_calls(monkeypatch, step, "chunked_cross_entropy")
     take_step(make_run(tmp_path, data, training__loss_chunk_size=17), False)
-    assert calls == [{"ignore_index": IGNORE, "chunk_size": 17}] * 4
+    assert calls == [{"ignore_index": IGNORE, "chunk_size": 17, "compiled": False}] * 4
 
 
-@pytest.mark.parametrize(("mode", "blocks"), [("none", 0), ("full", 2)])
-def test_full_recomputation_wraps_every_block(tmp_path, data, monkeypatch, mode, blocks):
-    wrapped, original = [], train.checkpointed
-    monkeypatch.setattr(train, "checkpointed", lambda block: wrapped.append(original(block)))
-    run = make_run(tmp_path, data, activation_checkpoint__mode=mode)
-    assert wrapped == list(run.model.blocks)[:blocks]
+def test_recomputation_is_asked_for_as_configured(tmp_path, data, monkeypatch):
+    asked = []
+    monkeypatch.setattr(build, "recompute", lambda *args, **kwargs: asked.append((args, kwargs)))
+    wanted = dict(activation_checkpoint__mode="selective")
+    run = make_run(tmp_path, data, "--activation_checkpoint.offload", **wanted)
+    assert asked == [((run.model.blocks, "selective"), {"offload": True})]
 
 
 def documents_by_hand(run, documents, samples):

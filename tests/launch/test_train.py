@@ -6,11 +6,12 @@ import os
 import random
 import signal
 import sys
+import time
 
 import pytest
 import torch
 
-from launch import generate, random_state, train
+from launch import generate, random_state, saving, train
 from launch.checkpoint import CheckpointStore, verify
 from launch.errors import REQUEUE, TERMINATED
 from launch.tokenizer import ByteTokenizer
@@ -81,9 +82,12 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, data, capsys, monk
         (["--training.seqlen", "3"], "1", "did you mean --training.seq_len?"),
         (["--cp-size", "3"], "2", "cp 3 x tp 1 = 3 does not divide the 2 processes"),
         (
-            ["--parallelism.data_parallel_replicate_degree", "1"],
+            [
+                *("--parallelism.data_parallel_shard_degree", "2"),
+                *("--parallelism.data_parallel_method", "ddp"),
+            ],
             "2",
-            "sharded data parallelism is not there yet",
+            "data_parallel_method ddp cuts no weights",
         ),
         (["--training.global_batch_size", "3"], "2", "local_batch_size 1 x data-parallel ranks 2"),
         (["--comm.backend", "nccl"], "1", "0 GPUs"),
@@ -327,17 +331,46 @@ def test_one_bad_try_leaves_no_trace(undisturbed, tmp_path, data, monkeypatch):
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, data, monkeypatch, capsys):
-    original = CheckpointStore.save
+    original = CheckpointStore.commit
 
-    def save(self, step, *args):
+    def commit(self, step, *args):
         if step == 3:
             raise OSError(28, "No space left on device")
         return original(self, step, *args)
 
-    monkeypatch.setattr(CheckpointStore, "save", save)
+    monkeypatch.setattr(CheckpointStore, "commit", commit)
     assert run_here(tmp_path / "out", data, checkpoint__interval=3) == 0
     assert "checkpoint 1 not written" in capsys.readouterr().out
     assert CheckpointStore(tmp_path / "out" / "checkpoint").steps() == [6, STEPS]
+
+
+def test_checkpoints_in_the_background_change_nothing(undisturbed, tmp_path, data, capsys):
+    folder = tmp_path / "out"
+    wanted = dict(checkpoint__async_mode="async", checkpoint__interval=2)
+    assert run_here(folder, data, **wanted) == 0
+    output = capsys.readouterr().out
+    assert losses(folder) == losses(undisturbed)
+    assert CheckpointStore(folder / "checkpoint", 9).steps() == [4, 6, STEPS]
+    # The last one is waited for; each of the others is written while training goes on.
+    assert output.count("s, writing") == STEPS // 2 - 1
+    assert output.count("checkpoint: ") == STEPS // 2
+    assert same(weights(folder, STEPS), weights(undisturbed, STEPS))
+
+
+def test_a_run_that_fails_keeps_the_checkpoint_that_was_being_written(tmp_path, data, monkeypatch):
+    def slow_disk(run):
+        write = saving.write_pieces
+        monkeypatch.setattr(saving, "write_pieces", lambda *a: time.sleep(0.3) or write(*a))
+
+    def poison(run):
+        forward = run.trained.forward
+        run.trained.forward = lambda *args: forward(*args) * float("nan")
+
+    at_step(monkeypatch, 1, slow_disk)
+    at_step(monkeypatch, 2, poison)
+    wanted = dict(checkpoint__async_mode="async", checkpoint__interval=2)
+    assert run_here(tmp_path, data, training__max_nonfinite_steps=1, **wanted) == 72
+    assert CheckpointStore(tmp_path / "checkpoint").find("must")[0].step == 2
 
 
 def test_only_the_latest_checkpoints_are_kept(tmp_path, data):

@@ -112,14 +112,17 @@ def test_losses_do_not_depend_on_the_layout(undisturbed, data, tmp_path):
 
 
 def test_a_hybrid_trains_on_two_ranks_as_on_one(data, tmp_path):
-    """Softmax layers see all ranks' tokens, uneven shards, recomputed blocks, and generate."""
+    """Softmax layers see all ranks' tokens: zigzag, uneven, recomputed; and they generate."""
     hybrid = dict(
         model__layer_types="LS",
         model__num_key_value_heads=1,
         training__steps=10,
+        training__seq_len=102,
         activation_checkpoint__mode="full",
     )
-    output = run(tmp_path / "two", data, 2, **CP2, **hybrid)
+    zigzag = dict(parallelism__context_parallel_layout="zigzag")
+    output = run(tmp_path / "two", data, 2, **CP2, **hybrid, **zigzag)
+    assert "2 ranks (ring, zigzag)" in output
     assert "1 of the layers softmax" in output and output.count("sample of step") == 1
     assert run_here(tmp_path / "one", data, **hybrid) == 0
     expected = losses(tmp_path / "one")
@@ -135,6 +138,29 @@ def test_resume_on_another_number_of_ranks(undisturbed, data, tmp_path):
     assert f"resume:      {middle}" in output
     expected = {step: loss for step, loss in losses(reference).items() if step > STEPS - 5}
     assert losses(tmp_path / "out") == pytest.approx(expected, rel=1e-5)
+
+
+def test_killed_while_cut_weights_are_written_in_the_background(undisturbed, data, tmp_path):
+    """Two ranks with half of the weights each; one is killed with a checkpoint half written."""
+    folder = tmp_path / "out"
+    cut = dict(parallelism__data_parallel_method="fsdp", checkpoint__async_mode="async", **CP2)
+    process = start(arguments(folder, data, **cut), 2)
+
+    def on_line(line):
+        if line.startswith("checkpoint of step 15: copied"):
+            os.kill(worker(process, 1), signal.SIGKILL)
+
+    assert "step 15: copied" in watch(process, on_line) and process.returncode != 0
+    found = CheckpointStore(folder / "checkpoint").find("must")[0].step
+    assert found in (10, 15)
+    output = run(folder, data, 2, **cut)
+    assert f"resume:      {folder}/checkpoint/step-{found:08d}" in output
+    assert output.count("sample of step") == 1
+    reference, _ = undisturbed
+    assert losses(folder) == pytest.approx(losses(reference), rel=1e-3)
+    assert records(folder)[-1]["val_loss"] == pytest.approx(
+        records(reference)[-1]["val_loss"], rel=1e-3
+    )
 
 
 # Closing the group waits for the other ranks here, as NCCL's may; a second process of the same

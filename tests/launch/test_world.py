@@ -41,6 +41,12 @@ def test_every_rank_learns_the_same(pool):
         assert result["agree"] == rank * 10
 
 
+def test_one_process_counts_without_its_device():
+    # A tensor on "meta" has no values: looking at one would raise, as it would wait on a GPU.
+    place = Place(0, 0, "nccl", torch.device("meta"), ParallelDims.resolve(1))
+    assert World(place, None).total(2, True, dtype=torch.int64) == [2, 1]
+
+
 def failing(group, bad_ranks):
     world = make_world(group)
 

@@ -3,9 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel.loss import chunked_cross_entropy
+from tests.compiler import needs_compiler
 
 B, T, D, V = 2, 37, 16, 101
 
@@ -49,6 +52,25 @@ def test_loss_and_gradients_are_those_of_whole_logits(chunk_size, dtype, bound):
         chunked_cross_entropy(hidden, weight, labels, chunk_size=chunk_size), hidden, weight
     )
     assert worst(got, with_gradients(plain(hidden, weight, labels), hidden, weight)) < bound
+
+
+@needs_compiler
+@pytest.mark.parametrize("chunk_size", [1000, 5])
+def test_compiled_passes_give_the_same(chunk_size):
+    hidden, weight, labels = make(torch.float32)
+    with torch.no_grad():
+        # Its label is to be ignored, and its logits are not numbers.
+        hidden[0, 3] = torch.inf
+    labels[0, 3] = -100
+    got, expected = (
+        with_gradients(
+            chunked_cross_entropy(hidden, weight, labels, chunk_size=chunk_size, compiled=compiled),
+            hidden,
+            weight,
+        )
+        for compiled in (True, False)
+    )
+    assert worst(got, expected) < 2e-6
 
 
 def test_under_autocast_no_worse_than_whole_logits():
@@ -109,6 +131,61 @@ def test_logits_exist_for_one_chunk_only(grad):
             loss.backward()
     assert largest.elements == chunk_size * V
     assert loss.requires_grad == grad
+
+
+# Divides by two and by three.
+WORDS = 96
+
+
+def make_words(dtype):
+    hidden, weight, labels = make(dtype)
+    labels = torch.where(labels < WORDS, labels, 0)
+    return hidden, weight.detach()[:WORDS].requires_grad_(), labels
+
+
+def over_ranks(group, dtype, chunk_size):
+    """Loss, both gradients, and the most elements of an operation, with the words cut."""
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tp",))
+    hidden, weight, labels = make_words(dtype)
+    weight = distribute_tensor(weight.detach(), mesh, [Shard(0)]).requires_grad_()
+    with Largest() as largest:
+        loss = chunked_cross_entropy(hidden, weight, labels, chunk_size=chunk_size)
+    loss, grad_hidden, grad_weight = with_gradients(loss, hidden, weight)
+    with torch.no_grad():
+        no_grad = chunked_cross_entropy(hidden, weight, labels, chunk_size=chunk_size)
+        wrong = chunked_cross_entropy(hidden, weight, torch.full_like(labels, WORDS))
+    assert grad_weight.placements == (Shard(0),)
+    return (loss, grad_hidden, grad_weight.full_tensor()), no_grad, wrong, largest.elements
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+def test_words_cut_over_ranks_give_the_loss_of_all_words(pool, size, dtype, bound):
+    hidden, weight, labels = make_words(dtype)
+    truth = with_gradients(plain(hidden, weight, labels), hidden, weight)
+    outcomes = pool.run(over_ranks, dtype, 60, size=size)
+    for got, no_grad, wrong, elements in outcomes:
+        assert worst(got, truth) < bound
+        # To the bit the same on all ranks, with a gradient or without.
+        assert got[0] == no_grad == outcomes[0][0][0]
+        # A label that no rank has is not passed over.
+        assert wrong == torch.inf
+        # Nobody had the logits of all words.
+        assert elements == 60 * WORDS // size
+
+
+def test_a_head_cut_by_columns_is_refused(pool):
+    for sentence in pool.run(cut_by_columns, size=2):
+        assert "must be cut evenly by words" in sentence
+
+
+def cut_by_columns(group):
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tp",))
+    hidden, weight, labels = make()
+    weight = distribute_tensor(weight.detach(), mesh, [Shard(1)])
+    with pytest.raises(ValueError) as caught:
+        chunked_cross_entropy(hidden, weight, labels)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,12 @@ import torch
 
 from lasp.ops.triton.tiles import DTYPES, MAX_CHUNK, MAX_HEAD_DIM
 
-# How many programs of the scan, of 64 value columns each (the Hopper kernel's count twice), run at
-# once on 132 multiprocessors, by the larger head dim rounded up. A sequence is cut into as many
+# How many programs of the scan, of 64 value columns each (the Hopper kernel's count twice, those of
+# 256 columns four times), run at once on 132 multiprocessors. A sequence is cut into as many
 # segments as fill these: more only add states to write and borders to cross. On an H200 the Hopper
-# scan of 131,072 tokens, 16 heads of 128, takes 0.512 ms in 8 segments, 0.516 in 16, 0.549 in 64.
-SLOTS = {64: 264, 128: 264, 256: 264}
+# scan of 131,072 tokens, 16 heads of 128, takes 0.512 ms in 8 segments, 0.516 in 16, 0.549 in 64;
+# with 256 keys 0.779 in 8, 0.776 in 16, 0.789 in 32.
+SLOTS = 264
 MULTIPROCESSORS = 132
 # From so many rows (tokens times heads) on, a launch more costs less than a launch that does more:
 # one kernel combines the states of segments, and the Hopper scan is worth its slower launch.
@@ -161,7 +162,10 @@ def choose_segment_length(
     """
     # Value blocks of the scan with the fewer of them: both directions then have enough programs.
     programs = num_heads * -(-min(key_dim, value_dim) // 64) * (1 if packed else num_documents)
-    segments = max(1, SLOTS[_dim_class(max(key_dim, value_dim))] // max(programs, 1))
+    rows = seq_len * num_heads * (1 if packed else num_documents)
+    # The Triton scan of such wide heads, which has the small inputs, runs alone on its processor.
+    alone = max(key_dim, value_dim) > 128 and rows < LARGE_ROWS
+    segments = max(1, SLOTS // (2 if alone else 1) // max(programs, 1))
     if packed:
         segments *= PACKED_SPLIT
     length = -(-seq_len // segments)

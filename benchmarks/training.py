@@ -1,0 +1,379 @@
+"""Training speed of the launcher's own step: tokens/s, MFU, peak memory by layout and length.
+
+    python benchmarks/training.py --suite lengths recompute          # one GPU
+    torchrun --nproc_per_node 2 benchmarks/training.py               # what fits two GPUs too
+    torchrun --nproc_per_node 2 benchmarks/training.py --preset tiny --tokens 2048   # a try on CPUs
+
+A row is one config: model and optimizer are made by `launch.train.set_up`, steps are taken by
+`launch.step.take_step`, on random tokens. Time is the median over steps after warm-up, from
+synchronised device to synchronised device. MFU counts the model's FLOPs (linear attention in its
+recurrent form, softmax layers their causal half, recomputation not at all) against the dense
+bfloat16 peak. Memory is the largest of all ranks, as reserved by the allocator.
+
+Suites: lengths (tokens per step fixed, with a softmax twin), recompute (none, selective, full, full
+with block inputs on the host), layouts (one GPU, then all: the sequence cut with DDP and FSDP,
+tensor parallelism). Writes a JSON file, a Markdown table and a plot after every row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import gc
+import importlib.metadata
+import json
+import os
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import DeviceMesh
+
+from launch.config import load_config
+from launch.metrics import peak_flops, peak_memory
+from launch.plan import batching
+from launch.step import take_step
+from launch.train import set_up
+from launch.world import World, find_place
+from parallel.mesh import ParallelDims, build_mesh
+
+RESULTS = Path(__file__).parent / "results"
+SUITES = ("layouts", "recompute", "lengths")
+# Of one sequence; what exceeds the tokens of a step is left out.
+LENGTHS = (2048, 8192, 32768, 131072, 524288)
+RECOMPUTE = "activation_checkpoint.mode"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: `sequences` of `seq_len` tokens per step on `processes` ranks.
+
+    Attributes:
+        suite, name: what it belongs to and is called.
+        model: "TNL", or "softmax": the same model with softmax attention in every layer.
+        flags: of the launcher, by name.
+    """
+
+    suite: str
+    name: str
+    processes: int
+    seq_len: int
+    sequences: int = 1
+    model: str = "TNL"
+    flags: tuple[tuple[str, Any], ...] = ()
+
+
+def cases(suites: list[str], world_size: int, tokens: int | None) -> Iterator[Case]:
+    """The rows of some suites; `tokens` are those of one GPU in a step, None: each suite's own."""
+    full = (RECOMPUTE, "full")
+    for suite in suites:
+        if suite == "recompute":
+            base = dict(suite=suite, processes=1, seq_len=tokens or 32768)
+            yield Case(name="none", **base)
+            yield Case(name="selective", **base, flags=((RECOMPUTE, "selective"),))
+            yield Case(name="full", **base, flags=(full,))
+            offload = ("activation_checkpoint.offload", True)
+            yield Case(name="full, inputs on host", **base, flags=(full, offload))
+        elif suite == "lengths":
+            most = tokens or 524288
+            for model in ("TNL", "softmax"):
+                for length in LENGTHS:
+                    if length <= most:
+                        base = dict(model=model, flags=(full,))
+                        yield Case(suite, "full", 1, length, most // length, **base)
+        elif suite == "layouts":
+            yield from layouts(suite, world_size, tokens or 131072)
+
+
+def layouts(suite: str, ranks: int, tokens: int) -> Iterator[Case]:
+    """One GPU, then the same number of tokens on each of all, then what one could not hold."""
+    full, fsdp = (RECOMPUTE, "full"), ("parallelism.data_parallel_method", "fsdp")
+    cut = ("parallelism.context_parallel_degree", ranks)
+    yield Case(suite, "one GPU, full", 1, tokens, flags=(full,))
+    if ranks == 1:
+        return
+    yield Case(suite, f"cp {ranks}, FSDP, full", ranks, ranks * tokens, flags=(full, fsdp, cut))
+    longer = 2 * ranks * tokens
+    yield Case(suite, f"cp {ranks}, FSDP, full", ranks, longer, flags=(full, fsdp, cut))
+    tensor = ("parallelism.tensor_parallel_degree", ranks)
+    yield Case(suite, f"tp {ranks}, none", ranks, tokens // 4, flags=(tensor,))
+    yield Case(suite, "one GPU, none", 1, tokens // 4)
+    by_tokens = ("parallelism.tensor_parallel_shard_sequence", True)
+    norms = f"tp {ranks}, norms cut by tokens, none"
+    yield Case(suite, norms, ranks, tokens // 4, flags=(tensor, by_tokens))
+    yield Case(suite, f"cp {ranks}, DDP, full", ranks, ranks * tokens, flags=(full, cut))
+    never = ("parallelism.fsdp_reshard_after_forward", "never")
+    zero2 = f"cp {ranks}, FSDP (weights kept), full"
+    yield Case(suite, zero2, ranks, ranks * tokens, flags=(full, fsdp, never, cut))
+
+
+def run_case(case: Case, arguments: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
+    """Measure one case on its ranks; the row on the first rank, None on others."""
+    if (dist.get_rank() if dist.is_initialized() else 0) >= case.processes:
+        return None
+    torch._dynamo.reset()
+    config = load_config(command_line(case, arguments, folder))
+    place = place_among(config, case.processes)
+    if place.device.type == "cuda":
+        torch.cuda.set_device(place.device)
+        torch.cuda.reset_peak_memory_stats()
+    mesh = mesh_of(place.dims, place.device.type) if case.processes > 1 else None
+    batch = batching(config, place)
+    world = World(place, mesh)
+    run = set_up(config, world, batch)
+    began, seconds = time.perf_counter(), []
+    for _ in range(arguments.warmup + arguments.steps):
+        synchronize(place.device)
+        start = time.perf_counter()
+        take_step(run, False)
+        synchronize(place.device)
+        seconds.append(time.perf_counter() - start)
+    measured = statistics.median(seconds[arguments.warmup :])
+    shape = run.model.config
+    flops = shape.flops_per_token(training=True, seq_len=case.seq_len)
+    rate, peak = batch.tokens_per_step / measured, peak_flops(place.device)
+    memory = max(world.gather(peak_memory(place.device)))
+    return {
+        "suite": case.suite,
+        "name": case.name,
+        "model": f"{case.model} {arguments.preset}",
+        "parameters": shape.num_parameters(),
+        "gpus": case.processes,
+        "mesh": place.dims.degrees,
+        "seq_len": case.seq_len,
+        "tokens_per_step": batch.tokens_per_step,
+        "step_seconds": measured,
+        "steps": seconds,
+        "first_step_seconds": seconds[0],
+        "seconds_in_all": time.perf_counter() - began,
+        "tokens_per_second": rate,
+        "tokens_per_second_per_gpu": rate / case.processes,
+        "mfu": rate * flops / (peak * case.processes) if peak else None,
+        "memory_gib": memory,
+    }
+
+
+@functools.cache
+def mesh_of(dims: ParallelDims, device_type: str) -> DeviceMesh:
+    """One mesh for all rows of a layout: its communicators hold memory."""
+    return build_mesh(dims, device_type)
+
+
+def command_line(case: Case, arguments: argparse.Namespace, folder: Path) -> list[str]:
+    """The launcher's flags of a case."""
+    values = {
+        "model.preset": arguments.preset,
+        "data.source": "random",
+        "training.seq_len": case.seq_len,
+        "training.local_batch_size": case.sequences,
+        "training.steps": 1000,
+        "job.dump_folder": folder,
+        **dict(case.flags),
+    }
+    if case.model == "softmax":
+        path = folder / "softmax.json"
+        path.write_text(json.dumps({"layer_types": "S", "lrpe_layers": []}))
+        values["model.config"] = path
+    line = ["--checkpoint.no-enable", "--validation.no-enable", *arguments.launcher_flags]
+    for name, value in values.items():
+        line += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return line
+
+
+def place_among(config: Any, processes: int) -> Any:
+    """`find_place` for a job of the first `processes` ranks."""
+    before = dict(os.environ)
+    try:
+        if processes == 1:
+            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+                os.environ.pop(name, None)
+        return find_place(config)
+    finally:
+        os.environ.update(before)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for package in ("torch", "triton"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def table(report: dict) -> str:
+    """The report as Markdown."""
+    lines = [
+        f"{report['device']}, "
+        + ", ".join(f"{k} {v}" for k, v in report["versions"].items() if v)
+        + f", {report['date']}. bfloat16 products, float32 weights, AdamW; MFU of 989 TFLOP/s per "
+        "GPU, memory per GPU.",
+        "",
+        "| model | GPUs | layout, recomputation | sequence | tokens per step | tokens/s | "
+        "per GPU | MFU | memory, GiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        head = f"| {row['model']} | {row['gpus']} | {row['name']} | {row['seq_len']:,} "
+        if row.get("note"):
+            lines.append(f"{head}| {row['note']} | | | | |")
+            continue
+        mfu = f"{row['mfu']:.1%}" if row["mfu"] else ""
+        lines.append(
+            f"{head}| {row['tokens_per_step']:,} | {row['tokens_per_second']:,.0f} "
+            f"| {row['tokens_per_second_per_gpu']:,.0f} | {mfu} | {row['memory_gib']:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(report: dict, path: Path) -> None:
+    """Tokens/s and memory over the sequence's length, a line for every layout."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
+    rows = [row for row in report["rows"] if not row.get("note")]
+    lines: dict[str, list[dict]] = {}
+    for row in sorted(rows, key=lambda row: row["seq_len"]):
+        step = f", {row['tokens_per_step']:,} per step" if row["suite"] == "lengths" else ""
+        lines.setdefault(f"{row['model']}, {row['name']}{step}", []).append(row)
+    for label, mine in lines.items():
+        lengths = [row["seq_len"] for row in mine]
+        rates = [row["tokens_per_second_per_gpu"] for row in mine]
+        axes[0].plot(lengths, rates, marker="o", label=label)
+        axes[1].plot(lengths, [row["memory_gib"] for row in mine], marker="o", label=label)
+    lengths = sorted({row["seq_len"] for row in rows})
+    for axis, label in zip(axes, ("tokens per second and GPU", "peak memory, GiB"), strict=True):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [f"{length / 1024:g}K" for length in lengths])
+        axis.set(xlabel="tokens of one sequence", ylabel=label, ylim=(0, 1.2 * axis.get_ylim()[1]))
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.suptitle(report["device"])
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def write(report: dict, folder: Path) -> None:
+    """The report as JSON, as a table and as a plot."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "training.json").write_text(json.dumps(report, indent=1) + "\n")
+    (folder / "training.md").write_text(table(report))
+    plot(report, folder / "training.png")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--suite", nargs="*", choices=SUITES, default=list(SUITES))
+    parser.add_argument("--preset", default="1b", help="of the model")
+    parser.add_argument("--tokens", type=int, help="of one GPU in a step; default: each suite's")
+    parser.add_argument("--steps", type=int, default=3, help="that are measured")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before them")
+    parser.add_argument("--only", help="rows whose name, length match this pattern")
+    parser.add_argument("--seconds", type=float, default=3600, help="start no row after so many")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    parser.add_argument(
+        "--keep", action="store_true", help="add to the rows that the folder holds, or renew them"
+    )
+    parser.add_argument("--launcher_flags", nargs=argparse.REMAINDER, default=[])
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments, began = parse_arguments(), time.perf_counter()
+    size, is_first = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("RANK", "0") == "0"
+    waiting = None
+    if size > 1:
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if gpus:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if gpus >= size else "gloo")
+        # Ranks that a row leaves out wait here, on the host, for as long as it takes.
+        waiting = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=2))
+    report = begin(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        for case in cases(arguments.suite, size, arguments.tokens):
+            wanted = f"{case.name}, {case.seq_len}"
+            if arguments.only and not re.search(arguments.only, wanted):
+                continue
+            if not all_agree(time.perf_counter() - began < arguments.seconds, waiting):
+                break
+            try:
+                row = run_case(case, arguments, Path(folder))
+            except torch.cuda.OutOfMemoryError:
+                if case.processes > 1:
+                    # The other ranks may be waiting for this one.
+                    raise
+                row = skipped(case, arguments, "out of memory")
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if is_first:
+                report["rows"] = [r for r in report["rows"] if key(r) != key(row)] + [row]
+                print(json.dumps(row), flush=True)
+                # After every row: a run that is cut off keeps what it has measured.
+                write(report, arguments.out)
+    if is_first:
+        print(table(report), flush=True)
+    if size > 1:
+        dist.barrier(waiting)
+        dist.destroy_process_group()
+
+
+def begin(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A report without rows, or with those that are kept."""
+    path, rows = arguments.out / "training.json", []
+    if arguments.keep and path.exists():
+        rows = json.loads(path.read_text())["rows"]
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "versions": versions(),
+        "date": datetime.date.today().isoformat(),
+        "rows": rows,
+    }
+
+
+def key(row: dict[str, Any]) -> tuple:
+    return row["suite"], row["model"], row["gpus"], row["name"], row["seq_len"]
+
+
+def skipped(case: Case, arguments: argparse.Namespace, why: str) -> dict[str, Any]:
+    """A row without figures."""
+    return {
+        "suite": case.suite,
+        "name": case.name,
+        "model": f"{case.model} {arguments.preset}",
+        "gpus": case.processes,
+        "seq_len": case.seq_len,
+        "note": why,
+    }
+
+
+def all_agree(yes: bool, group: dist.ProcessGroup | None) -> bool:
+    """Whether every rank says yes."""
+    if group is None:
+        return yes
+    votes = torch.tensor([int(yes)])
+    dist.all_reduce(votes, dist.ReduceOp.MIN, group=group)
+    return bool(votes.item())
+
+
+if __name__ == "__main__":
+    main()

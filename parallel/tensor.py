@@ -1,0 +1,191 @@
+"""Tensor parallelism: each layer of a TNL cut over the ranks of the mesh's tp axis.
+
+Applied from outside to a model that knows nothing of it, in the manner of Megatron-LM (arXiv
+1909.08053): the inputs of a mixer are cut by columns (whole heads of q, k, v, u; halves of the
+SGLU's width), its output by rows, so that each mixer costs one sum over the ranks. Embedding and
+head are cut by vocabulary, and `parallel.loss` never joins their logits.
+
+What is particular to TransNormerLLM: the norm of the token mixer runs over all heads, so its mean
+square is taken over all ranks; decays and LRPE rates belong to global heads.
+
+Shapes: B batch, T tokens, d width of all heads together, D of a head.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed import DeviceMesh, ProcessGroup
+
+    from lasp.tnl import TNL, TNLConfig
+
+__all__ = ["CUT_SIZES", "NormOverRanks", "check_divides", "tensor_parallel"]
+
+# What of a TNLConfig is cut.
+CUT_SIZES = ("num_heads", "glu_dim", "vocab_size")
+
+
+def tensor_parallel(model: TNL, mesh: DeviceMesh, *, shard_sequence: bool = False) -> TNL:
+    """Cut `model` over `mesh`, in place; its forward takes and gives what it did before.
+
+    All ranks must hold equal weights; each keeps its part. Every parameter becomes a DTensor on
+    `mesh`: cut by rows (Shard(0)) the embedding, qkvu_proj, w1, w2 and theta, by columns (Shard(1))
+    out_proj and w3. States that the model takes or gives hold this rank's heads.
+
+    Apply it before recomputation, compilation and data parallelism.
+
+    Args:
+        model: on its device.
+        mesh: one axis, the ranks that share each layer.
+        shard_sequence: between the mixers each rank keeps 1/tp of its tokens and not a copy of all
+            (sequence parallelism in Megatron's sense, arXiv 2205.05198): the residual stream and
+            its norms take 1/tp of the memory, for the same bytes on the wire. The tokens of a
+            rank must then divide by tp.
+
+    Raises:
+        ValueError: heads, channels or words that do not divide by the ranks.
+    """
+    ranks = mesh.size()
+    check_divides(model.config, ranks)
+    between = Shard(1) if shard_sequence else Replicate()
+    plan = {
+        "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=between),
+        **{
+            f"blocks.{layer}.token_mixer.{name}": ColwiseParallel(input_layouts=between)
+            for layer in range(model.config.num_layers)
+            for name in (
+                ("q_proj", "kv_proj") if model.config.is_softmax(layer) else ("qkvu_proj",)
+            )
+        },
+        "blocks.*.token_mixer.out_proj": RowwiseParallel(output_layouts=between),
+        # At the mixer's door and not at w1's and w2's: one gather for both, and one sum of their
+        # gradients.
+        "blocks.*.channel_mixer": PrepareModuleInput(
+            input_layouts=between, desired_input_layouts=Replicate()
+        ),
+        "blocks.*.channel_mixer.w1": ColwiseParallel(),
+        "blocks.*.channel_mixer.w2": ColwiseParallel(),
+        "blocks.*.channel_mixer.w3": RowwiseParallel(output_layouts=between),
+        # A DTensor, so that `hidden @ head_weight.T` works on a head that is cut.
+        "final_norm": PrepareModuleOutput(
+            output_layouts=between, desired_output_layouts=Replicate(), use_local_output=False
+        ),
+    }
+    # src_data_rank=None: every rank has the weights, nothing need be sent.
+    parallelize_module(model, mesh, plan, src_data_rank=None)
+    for layer, block in enumerate(model.blocks):
+        # A softmax layer has nothing besides its projections.
+        if not model.config.is_softmax(layer):
+            _cut_heads(block.token_mixer, mesh)
+    if shard_sequence:
+        model.register_forward_pre_hook(_check_tokens(ranks))
+    model.register_forward_hook(_to_whole)
+    return model
+
+
+def check_divides(config: TNLConfig, ranks: int, sizes: tuple[str, ...] = CUT_SIZES) -> None:
+    """Raise ValueError, with the numbers, where one of `sizes` cannot be cut over `ranks`."""
+    grouped = config.num_softmax_layers and config.num_key_value_heads is not None
+    if grouped and "num_heads" in sizes:
+        sizes = (*sizes, "num_key_value_heads")
+    for name in sizes:
+        size = getattr(config, name)
+        if size % ranks:
+            divisors = [n for n in range(1, ranks) if not size % n]
+            raise ValueError(
+                f"{name} {size} does not divide by {ranks} tensor-parallel ranks "
+                f"({size} = {size // ranks} x {ranks} + {size % ranks}): use "
+                f"{' or '.join(map(str, divisors))} of them, or change {name}."
+            )
+
+
+class NormOverRanks(nn.Module):
+    """SRMSNorm of a vector that is cut over ranks: the mean square is that of the whole vector.
+
+    x [..., dim / ranks] -> the same shape and dtype; sums and statistics are float32 (float64 for
+    float64). One float per token crosses the ranks in the forward, and one in the backward.
+
+    Args:
+        dim: of the whole vector.
+        eps: added to the mean square.
+        group: the ranks that hold the vector.
+    """
+
+    def __init__(self, dim: int, eps: float, group: ProcessGroup) -> None:
+        super().__init__()
+        self.dim = dim
+        self.eps = eps
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _NormOverRanks.apply(x, self.dim, self.eps, self.group)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, eps={self.eps}, ranks={self.group.size()}"
+
+
+class _NormOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, eps: float, group: ProcessGroup) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        squares = wide.square().sum(-1, keepdim=True)
+        dist.all_reduce(squares, group=group)
+        scale = torch.rsqrt(squares / dim + eps)
+        ctx.save_for_backward(x, scale)
+        ctx.dim, ctx.group = dim, group
+        return (wide * scale).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        # y = x s with s = (|x|^2 / dim + eps)^(-1/2): dx = s (dy - x s^2 (x . dy) / dim), where the
+        # product x . dy is over the whole vector as |x|^2 is.
+        x, scale = ctx.saved_tensors
+        wide, grad = x.to(scale.dtype), grad.to(scale.dtype)
+        product = (wide * grad).sum(-1, keepdim=True)
+        dist.all_reduce(product, group=ctx.group)
+        grad_x = scale * (grad - wide * (scale.square() * product / ctx.dim))
+        return grad_x.to(x.dtype), None, None, None
+
+
+def _cut_heads(mixer: nn.Module, mesh: DeviceMesh) -> None:
+    """Keep this rank's heads of what the token mixer has besides its projections."""
+    heads = mixer.config.num_heads // mesh.size()
+    first = mesh.get_local_rank() * heads
+    mixer.keep_heads(slice(first, first + heads))
+    mixer.norm = NormOverRanks(mixer.norm.dim, mixer.norm.eps, mesh.get_group())
+    if mixer.lrpe is not None:
+        theta = DTensor.from_local(mixer.lrpe.theta.detach(), mesh, [Shard(0)], run_check=False)
+        mixer.lrpe.theta = nn.Parameter(theta, requires_grad=mixer.lrpe.theta.requires_grad)
+
+
+def _check_tokens(ranks: int):
+    def check(model: nn.Module, args: tuple[Any, ...]) -> None:
+        length = args[0].shape[1]
+        if length % ranks:
+            raise ValueError(
+                f"{length} tokens of this rank do not divide by {ranks} tensor-parallel ranks, as "
+                f"shard_sequence needs: use a multiple of {ranks}, or shard_sequence=False."
+            )
+
+    return check
+
+
+def _to_whole(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """Logits or hidden states as plain tensors, whole on every rank."""
+    if isinstance(output, tuple):
+        return (_to_whole(model, args, output[0]), *output[1:])
+    return output.full_tensor()
