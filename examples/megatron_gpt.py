@@ -37,7 +37,7 @@ from parallel.megatron.apex import require_apex
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description="Train a TNL with megatron-core.")
     parser.add_argument("--preset", default="tiny", help="shape of the model: tiny, 385m, 1b, 7b")
-    parser.add_argument("--softmax-every", type=int, help="make every n-th layer a softmax layer")
+    parser.add_argument("--layer-types", default="L", help="such as LLLS: S is a softmax layer")
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
     parser.add_argument("--context-parallel-size", type=int, default=1)
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
@@ -137,7 +137,7 @@ def open_data(args):
 
 def build_model(args, vocab_size):
     """(the model in Megatron's wrappers, the GPTModel inside)."""
-    tnl = TNLConfig.preset(args.preset, vocab_size=vocab_size)
+    tnl = TNLConfig.preset(args.preset, vocab_size=vocab_size, layer_types=args.layer_types)
     recompute = dict(recompute_granularity="full", recompute_method="uniform")
     config = tnl_transformer_config(
         tnl,
@@ -158,8 +158,8 @@ def build_model(args, vocab_size):
         require_apex("gradient accumulation fusion")
     spec = get_tnl_block_spec(
         config,
+        tnl,
         norm=args.norm,
-        softmax_every=args.softmax_every,
         layout=args.linear_cp_layout,
         exchange=args.cp_exchange,
     )
@@ -170,7 +170,8 @@ def build_model(args, vocab_size):
         args.seq_length,
         share_embeddings_and_output_weights=True,
         # TNL's positions are its decay and LRPE; softmax layers need rotary ones.
-        position_embedding_type="rope" if args.softmax_every else "none",
+        position_embedding_type="rope" if tnl.num_softmax_layers else "none",
+        rotary_base=tnl.rope_base,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
     )

@@ -38,6 +38,7 @@ __all__ = [
     "get_lasp_gpt_layer_spec",
     "get_tnl_block_spec",
     "get_tnl_layer_spec",
+    "layer_params_of",
     "mlp_spec",
     "softmax_spec",
     "srms_norm",
@@ -98,54 +99,70 @@ def get_tnl_layer_spec(
 
 def get_tnl_block_spec(
     config: TransformerConfig,
+    tnl: TNLConfig | None = None,
     *,
-    softmax_every: int | None = None,
+    layer_types: str | None = None,
     softmax_core: ModuleSpec | type | None = None,
     vp_stage: int | None = None,
     pp_rank: int | None = None,
     backend: Any = None,
-    scale_embedding: bool = True,
     norm: str = "torch",
     **layer_params: Any,
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage and TNL's own final norm.
 
     Args:
-        config: the model's.
-        softmax_every: make every n-th layer (n, 2n, ...) a softmax layer. It sets
-            config.hetereogenous_dist_checkpoint, without which Megatron's checkpoints take all
-            layers for alike.
-        softmax_core: core attention of those; None: `LaspSoftmaxAttention`. On GPUs with
-            Transformer Engine take TEDotProductAttention.
+        config: Megatron's, such as `tnl_transformer_config` gives.
+        tnl: the model: its layer types, LRPE layers, activation and embedding scale are the
+            defaults of the options below; None: those of a released TNL.
+        layer_types: "L" for a linear, "S" for a softmax layer, repeated until there are
+            config.num_layers. With softmax layers it sets config.hetereogenous_dist_checkpoint,
+            without which Megatron's checkpoints take all layers for alike.
+        softmax_core: core attention of softmax layers; None: `LaspSoftmaxAttention`.
         vp_stage, pp_rank: as in Megatron's own block specs.
         layer_params: options of `get_tnl_layer_spec`.
 
     Raises:
-        ValueError: softmax_every below 2.
+        ValueError: layer types of other letters, or that do not come out even.
     """
-    style = dict(norm=norm, scale_embedding=scale_embedding)
-    linear = get_tnl_layer_spec(backend=backend, **style, **layer_params)
-    specs = [linear] * config.num_layers
-    if softmax_every is not None:
-        if softmax_every < 2:
-            raise ValueError(
-                f"softmax_every is {softmax_every}: at least 2 (every second layer), or None for "
-                "linear attention throughout."
-            )
+    if tnl is not None:
+        layer_params = layer_params_of(tnl) | layer_params
+        layer_types = layer_types or tnl.layer_types
+    layer_types = layer_types or "L"
+    if layer_types.strip("LS") or config.num_layers % len(layer_types):
+        raise ValueError(
+            f"layer_types is {layer_types!r}: it must be letters L (linear) and S (softmax), as "
+            f"many as there are layers or a divisor of that ({config.num_layers})."
+        )
+    layers = {"L": get_tnl_layer_spec(backend=backend, norm=norm, **layer_params)}
+    if "S" in layer_types:
         if softmax_core is None:
             softmax_core = ModuleSpec(
                 module=LaspSoftmaxAttention, params=dict(layout=layer_params.get("layout"))
             )
         provider = backend or LocalSpecProvider()
-        attention = softmax_spec(softmax_core, provider)
-        softmax = tnl_style_layer(attention, mlp_spec(provider), **style)
-        for i in range(softmax_every - 1, config.num_layers, softmax_every):
-            specs[i] = softmax
+        layers["S"] = tnl_style_layer(
+            softmax_spec(softmax_core, provider),
+            mlp_spec(provider),
+            norm=norm,
+            scale_embedding=layer_params.get("scale_embedding", True),
+        )
         config.hetereogenous_dist_checkpoint = True
     first = get_transformer_layer_offset(config, vp_stage, pp_rank)
     count = get_num_layers_to_build(config, vp_stage, pp_rank)
+    here = range(first, first + count)
     return TransformerBlockSubmodules(
-        layer_specs=specs[first : first + count], layer_norm=srms_norm(norm)
+        layer_specs=[layers[layer_types[i % len(layer_types)]] for i in here],
+        layer_norm=srms_norm(norm),
+    )
+
+
+def layer_params_of(tnl: TNLConfig) -> dict[str, Any]:
+    """What `tnl` says about options of `get_tnl_layer_spec`."""
+    return dict(
+        lrpe_layers=tnl.lrpe_layers,
+        feature_map=tnl.activation,
+        scale_embedding=tnl.scale_embedding,
     )
 
 
@@ -156,12 +173,15 @@ def tnl_transformer_config(
 
     Args:
         megatron: fields of TransformerConfig that `tnl` does not know (parallel sizes, dtypes,
-            recomputation, ...), and overrides.
+            recomputation, ...), and overrides. With softmax layers the GPTModel needs
+            position_embedding_type="rope" and rotary_base=tnl.rope_base.
     """
     fields = dict(
         num_layers=tnl.num_layers,
         hidden_size=tnl.dim,
         num_attention_heads=tnl.num_heads,
+        # Of the softmax layers: a linear layer has a key and a value per head.
+        num_query_groups=tnl.num_key_value_heads,
         kv_channels=tnl.head_dim,
         ffn_hidden_size=tnl.glu_dim,
         layernorm_epsilon=tnl.norm_eps,

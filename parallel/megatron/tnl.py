@@ -77,11 +77,6 @@ class TNLSelfAttention(MegatronModule):
         **unused,
     ) -> None:
         super().__init__(config=config)
-        if config.num_query_groups != config.num_attention_heads:
-            raise ValueError(
-                f"num_query_groups is {config.num_query_groups} for {config.num_attention_heads} "
-                "heads: a TNL layer has a key and a value per head. Leave num_query_groups unset."
-            )
         self.layer_number = layer_number
         self.pg_collection = process_groups(pg_collection)
         self.tp_group, self.cp_group = self.pg_collection.tp, self.pg_collection.cp

@@ -81,33 +81,32 @@ def sizes_here():
     )
 
 
-def build_tnl(tnl, weights=None, *, megatron=None, rope=False, **spec):
+def build_tnl(tnl, weights=None, *, megatron=None, **spec):
     """A GPTModel of TNL layers, with the given native weights or those of a seed."""
     tnl = TNLConfig(**tnl)
     config = tnl_transformer_config(tnl, **sizes_here(), **(megatron or {}))
     torch.manual_seed(1)
     model = gpt_model(
         config,
-        get_tnl_block_spec(config, lrpe_layers=tnl.lrpe_layers, **spec),
+        get_tnl_block_spec(config, tnl, **spec),
         tnl.vocab_size,
-        "rope" if rope else "none",
+        "rope" if tnl.num_softmax_layers else "none",
     )
-    if weights is None and "softmax_every" not in spec:
-        # Pipeline stages would draw differently.
+    if weights is None:
+        # Megatron's own would depend on the layout: pipeline stages draw differently.
         torch.manual_seed(1)
         weights = TNL(tnl).state_dict()
-    if weights is not None:
-        first = model.decoder.layers[0].layer_number - 1
-        part = to_megatron(
-            weights,
-            tnl,
-            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-            tp_size=parallel_state.get_tensor_model_parallel_world_size(),
-            layers=range(first, first + len(model.decoder.layers)),
-        )
-        model.load_state_dict(part, strict=False)
-        missing = [name for name, _ in model.named_parameters() if name not in part]
-        assert not missing, missing
+    first = model.decoder.layers[0].layer_number - 1
+    part = to_megatron(
+        weights,
+        tnl,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        layers=range(first, first + len(model.decoder.layers)),
+    )
+    model.load_state_dict(part, strict=False)
+    missing = [name for name, _ in model.named_parameters() if name not in part]
+    assert not missing, missing
     return model
 
 
@@ -221,10 +220,10 @@ def native_gradients(sizes, tnl, weights, tokens, options):
     return loss, whole_tnl(grads, tnl), exchanges
 
 
-def gradients(sizes, builder, fields, tokens, options):
+def gradients(sizes, kind, fields, tokens, options):
     """(loss, gradients by Megatron's names, exchanges) of a model with a seed's weights."""
     lay_out(*sizes)
-    model = {"tnl": build_tnl, "gpt": build_gpt}[builder](fields, **options)
+    model = {"tnl": build_tnl, "gpt": build_gpt}[kind](fields, **options)
     loss, grads, exchanges = step(model, tokens)
     return loss, whole(model, grads), exchanges
 
@@ -400,7 +399,7 @@ def logits_and_weights(sizes, tnl, weights, tokens, padded):
     """(logits, weights by native names) of the Megatron TNL, its vocabulary padded."""
     lay_out(*sizes)
     config = tnl_transformer_config(TNLConfig(**tnl), **sizes_here())
-    model = gpt_model(config, get_tnl_block_spec(config), padded, "none")
+    model = gpt_model(config, get_tnl_block_spec(config, TNLConfig(**tnl)), padded, "none")
     place = dict(
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),

@@ -15,6 +15,6 @@ def test_it_resumes_on_another_layout(megatron, tmp_path):
 
 
 def test_it_takes_bfloat16_pipelines_recomputation_and_softmax_layers(megatron):
-    options = ["--bf16", "--recompute", "--softmax-every=2", "--use-distributed-optimizer"]
+    options = ["--bf16", "--recompute", "--layer-types=LS", "--use-distributed-optimizer"]
     for losses in megatron.run("example", (1, 2, 2), [*options, "--train-iters=4"]):
         assert losses[3] < losses[0]

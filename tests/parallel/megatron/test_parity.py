@@ -12,11 +12,10 @@ slow = pytest.mark.slow
 SIZES = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)]  # tensor x context parallel; the rest is data
 
 
-@pytest.fixture(scope="module")
-def reference():
-    """Native TNL in float64: (its fields, float32 weights, tokens, loss, gradients)."""
+def native(fields):
+    """(float32 weights, tokens, loss, gradients) of the native TNL in float64."""
     torch.manual_seed(0)
-    model = TNL(TNLConfig(**TINY))
+    model = TNL(TNLConfig(**fields))
     weights = {name: x.clone() for name, x in model.state_dict().items()}
     tokens = torch.randint(64, (4, 49))
     model.double()
@@ -24,6 +23,11 @@ def reference():
     loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     loss.backward()
     return weights, tokens, loss.item(), {n: p.grad for n, p in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return native(TINY)
 
 
 def check(outcomes, loss, grads, bound=1e-5):
@@ -72,21 +76,23 @@ def test_sequence_parallel_activations(megatron, reference, exchange):
     check(megatron.run("native_gradients", (2, 2), TINY, weights, tokens, options), loss, grads)
 
 
+HYBRID = TINY | dict(layer_types="LSL", num_key_value_heads=2)
+
+
 @pytest.fixture(scope="module")
-def hybrid(megatron):
-    """Layer 2 of 3 is softmax with rotary positions: options, tokens, the outcome on one rank."""
-    options = dict(softmax_every=2, rope=True)
-    tokens = torch.randint(64, (4, 49), generator=torch.Generator().manual_seed(1))
-    alone = megatron.run("gradients", (1, 1), "tnl", TINY, tokens, options)[0]
-    return options, tokens, alone
+def hybrid():
+    """The second of three layers is softmax, with rotary positions and grouped queries."""
+    return native(HYBRID)
 
 
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
-@pytest.mark.parametrize("sizes", [(1, 2), *(pytest.param(x, marks=slow) for x in SIZES[3:])])
+@pytest.mark.parametrize(
+    "sizes", [*(pytest.param(x, marks=slow) for x in (*SIZES[:3], SIZES[4])), (2, 2)]
+)
 def test_a_hybrid_with_softmax_layers(megatron, hybrid, sizes, layout):
-    options, tokens, (loss, grads, _) = hybrid
-    options = options | dict(layout=layout)
-    check(megatron.run("gradients", sizes, "tnl", TINY, tokens, options), loss, grads)
+    weights, tokens, loss, grads = hybrid
+    options = dict(layout=layout)
+    check(megatron.run("native_gradients", sizes, HYBRID, weights, tokens, options), loss, grads)
 
 
 GPT = dict(

@@ -81,13 +81,13 @@ def test_a_forward_without_its_backward_is_noticed_by_the_next_recomputation(meg
     "hybrid", [False, pytest.param(True, marks=slow)], ids=["linear", "hybrid"]
 )
 def test_a_checkpoint_reshards(megatron, tmp_path, hybrid):
-    options = dict(softmax_every=2) if hybrid else {}
-    run = ("train", (1, 2), TINY, TOKENS, options)
+    fields = TINY | dict(layer_types="LS") if hybrid else TINY
+    run = ("train", (1, 2), fields, TOKENS, {})
     six_losses, weights = megatron.run(*run, steps=6)[0]
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     megatron.run(*run, save=folder)
-    outcomes = megatron.run("train", (2, 1), TINY, TOKENS, options, load=folder)
+    outcomes = megatron.run("train", (2, 1), fields, TOKENS, {}, load=folder)
     check(outcomes, (six_losses[3:], weights))
 
 

@@ -67,11 +67,6 @@ def inference_in_a_tnl_layer():
     layer(torch.ones(4, 1, 32), inference_context=object())
 
 
-def two_kinds_of_heads():
-    fields = config(num_query_groups=2)
-    TransformerBlock(fields, get_tnl_block_spec(fields))
-
-
 def base_without_slot():
     base = copy.deepcopy(get_gpt_layer_local_spec())
     base.submodules.self_attention = torch.nn.Identity
@@ -109,8 +104,7 @@ WRONG = {
         dict(tokens=torch.ones(1, 6)), "zigzag", parallel_state.get_context_parallel_group()
     ),
     "inference": inference_in_a_tnl_layer,
-    "grouped queries": two_kinds_of_heads,
-    "softmax everywhere": lambda: get_tnl_block_spec(config(), softmax_every=1),
+    "layer types": lambda: get_tnl_block_spec(config(), layer_types="LLLS"),
     "base spec": base_without_slot,
     "norm": lambda: get_tnl_block_spec(config(), norm="fused"),
     "apex norm": lambda: TransformerBlock(config(), get_tnl_block_spec(config(), norm="apex")),
