@@ -44,8 +44,7 @@ def to_megatron(
     a GPTModel with get_tnl_block_spec and tied embeddings.
 
     Args:
-        layers: those of a pipeline stage; None: all. (A stage has no use for some of the entries:
-            load with strict=False.)
+        layers: those of a pipeline stage, from 0 over the model; None: all.
         padded_vocab_size: rows of Megatron's embedding; those beyond the vocabulary become zero.
 
     Raises:
@@ -60,9 +59,14 @@ def to_megatron(
     embedding = state_dict["embedding.weight"]
     padding = embedding.new_zeros(rows - config.vocab_size, config.dim)
     embedding = part(torch.cat([embedding, padding]), 0)
-    # The last stage of a pipeline holds its own copy of the tied matrix.
-    converted = {_EMBEDDING: embedding, "output_layer.weight": embedding}
-    for place, i in enumerate(range(config.num_layers) if layers is None else layers):
+    layers = range(config.num_layers) if layers is None else layers
+    converted = {}
+    if layers.start == 0:
+        converted[_EMBEDDING] = embedding
+    elif layers.stop == config.num_layers:
+        # The last stage of a pipeline holds its own copy of the tied matrix.
+        converted["output_layer.weight"] = embedding
+    for place, i in enumerate(layers):
         native, theirs = f"blocks.{i}.", f"decoder.layers.{place}."
         for name, megatron_name, dim in _entries(config, i):
             converted[theirs + megatron_name] = part(state_dict[native + name], dim)
