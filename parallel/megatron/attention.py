@@ -176,9 +176,7 @@ class LaspCoreAttention(MegatronModule):
     def _attend(self, q, k, v, cu_seqlens):
         options = {}
         if self.cp_group.size() > 1:
-            options = dict(group=self.cp_group, exchange=self.exchange)
-            if self.sequence_layout != "contiguous":
-                options["layout"] = self.sequence_layout
+            options = dict(group=self.cp_group, exchange=self.exchange, layout=self.sequence_layout)
         return lasp.lightning_attention(
             q, k, v, self.log_decay(q.device), scale=self.scale, cu_seqlens=cu_seqlens, **options
         )

@@ -99,7 +99,6 @@ GPT = dict(
     num_layers=2,
     hidden_size=32,
     num_attention_heads=4,
-    num_query_groups=2,
     ffn_hidden_size=48,
     normalization="RMSNorm",
     attention_dropout=0.0,
@@ -111,8 +110,11 @@ GPT = dict(
 @pytest.mark.parametrize(
     "decay", ["tnl", *(pytest.param(x, marks=slow) for x in ("minimax", "ling", "none"))]
 )
-def test_a_gpt_with_grouped_queries_and_rotary_positions(megatron, decay):
+@pytest.mark.parametrize("groups", [2, pytest.param(1, marks=slow)])
+def test_a_gpt_with_grouped_queries_and_rotary_positions(megatron, decay, groups):
+    """One group of keys is less than the tensor-parallel ranks: Megatron then shares it."""
     tokens = torch.randint(64, (4, 33), generator=torch.Generator().manual_seed(1))
     options = dict(decay=decay, feature_map="silu_qkv")
-    loss, grads, _ = megatron.run("gradients", (1, 1), "gpt", GPT, tokens, options)[0]
-    check(megatron.run("gradients", (2, 2), "gpt", GPT, tokens, options), loss, grads)
+    fields = GPT | dict(num_query_groups=groups)
+    loss, grads, _ = megatron.run("gradients", (1, 1), "gpt", fields, tokens, options)[0]
+    check(megatron.run("gradients", (2, 2), "gpt", fields, tokens, options), loss, grads)
