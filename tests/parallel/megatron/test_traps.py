@@ -5,6 +5,8 @@ import re
 import pytest
 import torch
 
+from lasp import decay
+
 SENTENCES = {
     "dropout": "attention_dropout is 0.1",
     "mask": "attn_mask_type is padding: attention is causal",
@@ -33,6 +35,7 @@ SENTENCES = {
     "norm": "norm is 'fused': choose one of torch, apex",
     "apex norm": "apex's FusedRMSNorm is asked for.*fused_layer_norm_cuda.*PyPI is another program",
     "apex fusion": "gradient accumulation fusion is asked for.*fused_weight_gradient_mlp_cuda",
+    "pattern": r"pattern is '\*-\*-': it needs a [GM] \(linear attention\)",
     "vocabulary": "'vocabulary rows': 63.* do not fit tensor-parallel size 2",
 }
 
@@ -83,6 +86,16 @@ def test_a_list_of_comm_types_goes_to_its_layers(megatron):
 def test_the_decay_counts_what_it_is_told_to_count(megatron):
     for said, expected in megatron.run("traps.decays_in_a_stack_that_counts_mlps"):
         assert torch.equal(said, expected)
+
+
+@pytest.mark.slow
+def test_pipeline_stages_of_the_hybrid_stack_count_on(megatron):
+    pytest.importorskip("triton", reason="Megatron's hybrid stack imports triton")
+    stages = megatron.run("traps.decay_on_a_stage_of_the_hybrid_stack")
+    assert {stage for stage, *_ in stages} == {0, 1}
+    for stage, seen, layer_number, with_lrpe in stages:
+        assert torch.equal(seen, decay.tnl(4, stage, 2))
+        assert (layer_number, with_lrpe) == (1 + 2 * stage, stage == 0)
 
 
 def test_megatrons_spec_objects_are_left_alone(megatron):

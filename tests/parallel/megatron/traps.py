@@ -27,7 +27,7 @@ from parallel.megatron import (
     to_megatron,
 )
 from parallel.megatron.apex import require_apex
-from tests.parallel.megatron.cases import build_tnl, lay_out, sizes_here, step
+from tests.parallel.megatron.cases import build_tnl, hybrid_host, lay_out, sizes_here, step
 
 TINY = dict(vocab_size=64, dim=32, num_layers=3, num_heads=4, glu_dim=48)
 
@@ -73,6 +73,12 @@ def base_without_slot():
     get_lasp_gpt_layer_spec(base)
 
 
+def pattern_without_linear_layers():
+    from parallel.megatron.hybrid import get_tnl_hybrid_stack_spec
+
+    get_tnl_hybrid_stack_spec("*-*-")
+
+
 def odd_vocabulary():
     tnl = TNLConfig(**(TINY | dict(vocab_size=63)))
     to_megatron(lasp.tnl.TNL(tnl).state_dict(), tnl, tp_size=2)
@@ -109,6 +115,7 @@ WRONG = {
     "norm": lambda: get_tnl_block_spec(config(), norm="fused"),
     "apex norm": lambda: TransformerBlock(config(), get_tnl_block_spec(config(), norm="apex")),
     "apex fusion": lambda: require_apex("gradient accumulation fusion"),
+    "pattern": pattern_without_linear_layers,
     "vocabulary": odd_vocabulary,
 }
 
@@ -236,3 +243,27 @@ def loss_with_apex_norm():
         for name in names:
             del sys.modules[name]
     return *losses, len(built)
+
+
+def decay_on_a_stage_of_the_hybrid_stack():
+    """(stage, decay of its linear layer, number of that layer, whether it has LRPE)."""
+    from parallel.megatron.hybrid import LINEAR, get_tnl_hybrid_stack_spec
+
+    lay_out(1, 1, 2)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    build, pattern_name = hybrid_host()
+    border = "|" if LINEAR == "G" else ""
+    pattern = f"{LINEAR}-{border}{LINEAR}-"
+    fields = config(num_layers=4)
+    model = build(
+        fields,
+        get_tnl_hybrid_stack_spec(pattern),
+        64,
+        256,
+        pre_process=stage == 0,
+        post_process=stage == 1,
+        **{pattern_name: pattern},
+    )
+    mixer = model.decoder.layers[0].self_attention
+    decay = mixer.core_attention.log_decay(torch.device("cpu"))
+    return stage, decay, mixer.layer_number, mixer.lrpe is not None
