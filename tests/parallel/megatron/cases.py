@@ -13,6 +13,7 @@ import re
 import runpy
 import warnings
 from pathlib import Path
+from unittest import mock
 
 warnings.filterwarnings("ignore")
 logging.disable(logging.WARNING)
@@ -39,6 +40,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 import lasp
 import lasp.exchange
+from lasp.exchange import tokens as token_exchange
 from lasp.tnl import TNL, TNLConfig
 from parallel.megatron import (
     BatchSplitter,
@@ -187,18 +189,21 @@ def global_name(name, first_layer):
 
 @contextlib.contextmanager
 def counted_exchanges():
-    """A list that grows by one for each exchange of states of this rank."""
-    seen, start = [], lasp.exchange.start
+    """A list that grows by one for each exchange of states, or gathering of keys and values."""
+    seen = []
 
-    def counting(*args, **kwargs):
-        seen.append(1)
-        return start(*args, **kwargs)
+    def counting(function):
+        def call(*args, **kwargs):
+            seen.append(function)
+            return function(*args, **kwargs)
 
-    lasp.exchange.start = counting
-    try:
+        return call
+
+    with (
+        mock.patch.object(lasp.exchange, "start", counting(lasp.exchange.start)),
+        mock.patch.object(token_exchange, "gather_rows", counting(token_exchange.gather_rows)),
+    ):
         yield seen
-    finally:
-        lasp.exchange.start = start
 
 
 def step(model, tokens):

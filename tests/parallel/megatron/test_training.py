@@ -49,16 +49,17 @@ SELECTIVE = dict(recompute_granularity="selective")
     [
         ("tnl", TINY, FULL),
         ("gpt", GPT, SELECTIVE),
+        ("tnl", TINY | dict(layer_types="LS"), FULL),
         pytest.param("gpt", GPT, FULL, marks=slow),
     ],
-    ids=["tnl, full", "gpt, selective", "gpt, full"],
+    ids=["tnl, full", "gpt, selective", "hybrid, full", "gpt, full"],
 )
 def test_recomputation_repeats_no_exchange(megatron, kind, fields, recompute):
     run = ("gradients", (1, 2), kind, fields, TOKENS)
     plain = megatron.run(*run, {})
     again = megatron.run(*run, dict(megatron=recompute))
     for (loss, grads, count), (seen_loss, seen, seen_count) in zip(plain, again, strict=True):
-        # One exchange per layer in the forward, one in the backward.
+        # One per layer in the forward, one in the backward.
         assert seen_count == count == 2 * fields["num_layers"]
         assert seen_loss == loss
         for name, x in seen.items():
