@@ -7,7 +7,7 @@ P ranks, a state of S bytes, a link that takes `latency` seconds for an empty me
     |------------|-------------------------------------|-----------------------------------------|
     | ring       | (P-1) (latency + S/bandwidth)       | (2P-2) (latency + S/bandwidth)          |
     | all_gather | latency + (P-1) S/bandwidth         | latency + (P-1) 2S/bandwidth            |
-    | doubling   | ceil(log2 P) (latency + S/bandwidth)| ceil(log2 2P) (latency + S/bandwidth)   |
+    | doubling   | ceil(log2 P) (latency + S/bandwidth)| 2 ceil(log2 2P) (latency + S/bandwidth) |
 
 That is the time until the last rank has its state. What a model pays is less, and for the ring much
 less: a rank goes on as soon as its own state is there, so that over many layers the ranks stand
@@ -50,7 +50,8 @@ def steps_and_bytes(method: str, size: int, state_bytes: int, layout: str) -> tu
         return min(1, size - 1), (size - 1) * places * state_bytes
     steps = places * (size - 1)
     if method == "doubling":
-        steps = math.ceil(math.log2(size * places)) if size > 1 else 0
+        # In zigzag a rank has two messages in a round, one after the other.
+        steps = places * math.ceil(math.log2(size * places)) if size > 1 else 0
     return steps, steps * state_bytes
 
 
@@ -67,7 +68,7 @@ def seconds(method: str, size: int, state_bytes: int, link: Link, layout: str = 
         return near + far.seconds(crossings, crossings * state_bytes)
     if method == "doubling":
         # Rounds of a distance of GPUS_PER_HOST and more leave the host.
-        near_steps = min(steps, int(math.log2(GPUS_PER_HOST)))
+        near_steps = min(steps, (2 if layout == "zigzag" else 1) * int(math.log2(GPUS_PER_HOST)))
         near = link.seconds(near_steps, near_steps * state_bytes)
         return near + far.seconds(steps - near_steps, (steps - near_steps) * state_bytes)
     # What comes from other hosts comes in over all their cards, then goes round inside.

@@ -104,12 +104,11 @@ class _Entering:
         if self.pending is not None:
             received = self.pending.finish()
             entering = self.pieces.entering(self.given, received, False)
-            compact = entering
             if isinstance(self.pieces, Packed):
                 compact = _stacked(received, self.total)
-            elif entering is None or entering is self.given:
+            elif entering is not None:
                 # An operator may not return its own input.
-                compact = torch.zeros_like(self.total) if entering is None else entering.clone()
+                compact = entering.clone() if entering is self.given else entering
         if self.with_final:
             rows = self.total
             if entering is not None:
@@ -123,10 +122,10 @@ class _Entering:
 def _enter(*arguments):
     """(entering state, states at the borders of segments, state after the last token).
 
-    What is not there is an empty tensor: the entering state without a group, the segment states
-    where one pass needs none, the final state where it is not asked for. The entering state is one
-    row per sequence and piece, initial states included; or, of packed documents, what each piece
-    received.
+    What is not there is an empty tensor: the entering state without a group, or where nothing ever
+    enters a batch of sequences; the segment states where one pass needs none; the final state where
+    it is not asked for. The entering state is one row per sequence and piece, initial states
+    included; or, of packed documents, what each piece received.
     """
     state = _Entering(*arguments)
     entering, final_state = state.finish()
@@ -231,7 +230,7 @@ def _attend_backward(
 
 @torch.library.register_fake("lasp::enter")
 def _enter_fake(k, v, log_decay, initial_state, cu_seqlens, scale, with_final, needs_grad, *where):
-    entering, final_state = _fake_states(k, v, cu_seqlens, with_final, where)
+    entering, final_state = _fake_states(k, v, initial_state, cu_seqlens, with_final, where)
     return entering, _fake_segment_states(k, v, cu_seqlens, where), final_state
 
 
@@ -243,7 +242,7 @@ def _start_fake(k, v, log_decay, initial_state, cu_seqlens, scale, with_final, n
 
 @torch.library.register_fake("lasp::finish")
 def _finish_fake(ticket, k, v, initial_state, cu_seqlens, with_final, *where):
-    return _fake_states(k, v, cu_seqlens, with_final, where)
+    return _fake_states(k, v, initial_state, cu_seqlens, with_final, where)
 
 
 @torch.library.register_fake("lasp::attend")
@@ -276,12 +275,14 @@ def _attend_backward_fake(
     return q.new_empty(q.shape), dk, dv, dinitial
 
 
-def _fake_states(k, v, cu_seqlens, with_final, where):
-    group_name, _, layout, _ = where
+def _fake_states(k, v, initial_state, cu_seqlens, with_final, where):
+    group, _, layout, _ = _resolve(where)
     pieces = 2 if layout == "zigzag" else 1
     shape = (k.shape[2], k.shape[3], v.shape[3])
     entering, final_state = _empty(k), _empty(k)
-    if group_name is not None:
+    starts = group is not None and group.rank() == 0 and layout == "contiguous"
+    nothing_enters = starts and cu_seqlens is None and initial_state is None
+    if group is not None and not nothing_enters:
         rows = pieces * (1 if cu_seqlens is not None else k.shape[0])
         entering = entering.new_empty(rows, *shape)
     if with_final:

@@ -50,7 +50,8 @@ class Batch:
     Attributes:
         inputs: [B, T] int64, T tokens of this rank's shard.
         labels: [B, T] int64, the token after each input, or IGNORE.
-        boundaries: starts of documents within the sequence, for varlen: (0, ..., T); None: off.
+        boundaries: starts of documents within the whole sequence, for varlen: (0, ..., its tokens);
+            None: off.
     """
 
     inputs: Tensor
@@ -223,9 +224,9 @@ def read_batch(
     boundaries = None
     if varlen:
         assert len(indices) == 1
-        length = inputs.shape[1]
         starts = source.document_starts(indices[0])
         # What follows a document is another one: its first token cannot be predicted.
-        labels[0, [start - 1 for start in starts]] = IGNORE
-        boundaries = (0, *(start for start in starts if start < length), length)
+        positions = np.concatenate([np.arange(*each) for each in shard.ranges])
+        labels[0, np.isin(positions + 1, starts)] = IGNORE
+        boundaries = (0, *(start for start in starts if start < shard.total), shard.total)
     return Batch(inputs, labels, boundaries)

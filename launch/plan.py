@@ -76,11 +76,6 @@ def batching(config: Config, place: Place) -> Batching:
             f"data-parallel ranks {dp} = {local * dp}: use "
             f"{max(1, round(wanted / (local * dp))) * local * dp}."
         )
-    if config.training.varlen and place.dims.cp > 1:
-        raise ConfigError(
-            f"training.varlen with a sequence cut over {place.dims.cp} ranks is not there yet: use "
-            "--parallelism.context_parallel_degree 1, or --training.no-varlen."
-        )
     if config.training.varlen and local != 1:
         raise ConfigError(
             f"training.varlen packs documents into one sequence: local_batch_size is {local}, use "
@@ -98,7 +93,7 @@ def check_layout(config: Config, place: Place) -> None:
     data_parallel_engine(config, place.dims)
     if tp == 1:
         return
-    check_tensor_parallel(model_config(config, None), tp, ("num_heads", "glu_dim"))
+    check_tensor_parallel(model_config(config, None), tp, CUT_SIZES[:-1])
     length = config.training.seq_len
     if config.parallelism.tensor_parallel_shard_sequence and length % (cp * tp):
         raise ConfigError(
@@ -197,7 +192,8 @@ def describe(config: Config, place: Place, model: TNLConfig, batch: Batching) ->
     """What a user should know before the first step."""
     training, dims = config.training, place.dims
     parameters = model.num_parameters()
-    pieces = cut_over(config, dims)
+    pieces = cut_over(config, dims) * dims.tp
+    logits = min(training.loss_chunk_size, training.seq_len) * model.vocab_size // dims.tp
     layout = config.parallelism
     shards = f"{dims.cp} ranks ({layout.context_parallel_method}, {layout.context_parallel_layout})"
     dtype = autocast_dtype(config, place.device) or torch.float32
@@ -219,8 +215,7 @@ def describe(config: Config, place: Place, model: TNLConfig, batch: Batching) ->
         "memory": (
             f"{16 * parameters / pieces / 2**30:.2f} GiB per rank for weights, gradients and "
             f"moments{f' cut over {pieces} ranks' if pieces > 1 else ''}, "
-            f"{4 * min(training.loss_chunk_size, training.seq_len) * model.vocab_size / 2**30:.2f} "
-            "GiB for a chunk of logits; activations come on top"
+            f"{4 * logits / 2**30:.2f} GiB for a chunk of logits; activations come on top"
         ),
         "data": "random tokens" if config.data.source == "random" else str(config.data_folder),
         "checkpoints": str(config.checkpoint_folder) if config.checkpoint.enable else "none",

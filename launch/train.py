@@ -41,7 +41,6 @@ from launch.errors import (
     NonFiniteError,
     UserError,
 )
-from launch.estimate import fake_ranks, format_estimate
 from launch.generate import sample_text
 from launch.metrics import (
     MetricsLog,
@@ -103,6 +102,9 @@ def main(argv: list[str]) -> int:
 
 def dry_run(config: Config, place: Place, batch: Batching) -> str:
     """The resolved config and the plan; nothing is written, no socket opened."""
+    # Not at the top: it brings machinery that no run needs.
+    from launch.estimate import fake_ranks, format_estimate
+
     check_packages(config)
     tokenizer: Tokenizer | None = None
     if config.data.source == "folder":

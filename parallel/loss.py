@@ -9,7 +9,7 @@ Under tensor parallelism each rank has the logits of its own words, and they are
 numbers per token and rank (log-sum-exp, the label's logit) give every rank the loss.
 
 Shapes: B batch, T tokens of this rank, D width, V vocabulary (this rank's part of it inside the
-autograd function), C tokens of a chunk.
+autograd function), C tokens of a chunk, R ranks.
 """
 
 from __future__ import annotations
@@ -165,9 +165,9 @@ def _over_ranks(
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exp and the label's logit over the words of all ranks, the same bits on each."""
     mine_C2 = torch.cat([log_norm_C1, label_C1], 1)
-    everyone = [torch.empty_like(mine_C2) for _ in range(group.size())]
-    dist.all_gather(everyone, mine_C2, group=group)
-    norms_RC1, labels_RC1 = torch.stack(everyone).split(1, dim=2)
+    everyone_RC2 = mine_C2.new_empty(group.size(), *mine_C2.shape)
+    dist.all_gather_into_tensor(everyone_RC2.flatten(0, 1), mine_C2, group=group)
+    norms_RC1, labels_RC1 = everyone_RC2.split(1, dim=2)
     return torch.logsumexp(norms_RC1, 0), labels_RC1.amax(0)
 
 

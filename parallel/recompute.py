@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -21,13 +22,14 @@ from torch.utils.checkpoint import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor, nn
 
-__all__ = ["HostMemory", "checkpointed", "recompute"]
+__all__ = ["HostMemory", "checkpointed", "keeping_exchanges", "recompute"]
 
-# By name and not by object, so that this module needs no import of the operators.
+# By name and not by object, so that this module needs no import of the operators. A softmax layer
+# keeps its output: that spares a second gathering, and the quadratic work.
 _EXCHANGES = ("lasp::enter", "lasp::start", "lasp::finish", "lasp::softmax_attend")
 # What takes long to compute for its size: products and attention. The rest of a block, norms, gates
 # and activations, is as large again and cheap.
@@ -85,6 +87,45 @@ def checkpointed(
 
     block.forward = types.MethodType(recomputing if host is None else hosted, block)
     return block
+
+
+def keeping_exchanges(function: Callable) -> Callable:
+    """`function` for one call of `torch.utils.checkpoint.checkpoint`, reentrant or not.
+
+        y = checkpoint(keeping_exchanges(block), x, use_reentrant=True)
+
+    Its first run notes what exchanges return, every later one takes that and communicates nothing.
+    `checkpointed` needs none of it; this is for checkpoints that take no policy.
+    """
+    noted: list[Any] | None = None
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        nonlocal noted
+        mode = _Exchanges(noted)
+        with mode:
+            result = function(*args, **kwargs)
+        noted = mode.noted
+        return result
+
+    return run
+
+
+class _Exchanges(TorchDispatchMode):
+    """Notes what exchanges return, or returns in the same order what was noted."""
+
+    def __init__(self, noted: list[Any] | None) -> None:
+        super().__init__()
+        self.noted = [] if noted is None else noted
+        self._again = None if noted is None else iter(noted)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_exchange = func.name().split(".")[0] in _EXCHANGES
+        if is_exchange and self._again is not None:
+            return next(self._again)
+        result = func(*args, **(kwargs or {}))
+        if is_exchange:
+            self.noted.append(result)
+        return result
 
 
 def _keep_exchanges(context: Any, op: Any, *args: Any, **kw: Any) -> CheckpointPolicy:

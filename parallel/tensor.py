@@ -1,7 +1,7 @@
 """Tensor parallelism: each layer of a TNL cut over the ranks of the mesh's tp axis.
 
 Applied from outside to a model that knows nothing of it, in the manner of Megatron-LM (arXiv
-1909.08053): the inputs of a mixer are cut by columns (whole heads of q, k, v, u; halves of the
+1909.08053): the inputs of a mixer are cut by columns (whole heads of q, k, v, u; parts of the
 SGLU's width), its output by rows, so that each mixer costs one sum over the ranks. Embedding and
 head are cut by vocabulary, and `parallel.loss` never joins their logits.
 
@@ -13,37 +13,45 @@ Shapes: B batch, T tokens, d width of all heads together, D of a head.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
-    PrepareModuleInput,
+    ParallelStyle,
     PrepareModuleOutput,
     RowwiseParallel,
     parallelize_module,
 )
 
+from lasp.tnl.layers import GatedLinearAttention
+
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh, ProcessGroup
+    from torch.distributed.tensor.placement_types import Placement
 
     from lasp.tnl import TNL, TNLConfig
 
 __all__ = ["CUT_SIZES", "NormOverRanks", "check_divides", "tensor_parallel"]
 
 # What of a TNLConfig is cut.
-CUT_SIZES = ("num_heads", "glu_dim", "vocab_size")
+CUT_SIZES = ("num_heads", "num_key_value_heads", "glu_dim", "vocab_size")
+_BY_COLUMNS = ("qkvu_proj", "q_proj", "kv_proj", "w1", "w2")
+_BY_ROWS = ("out_proj", "w3")
 
 
 def tensor_parallel(model: TNL, mesh: DeviceMesh, *, shard_sequence: bool = False) -> TNL:
     """Cut `model` over `mesh`, in place; its forward takes and gives what it did before.
 
     All ranks must hold equal weights; each keeps its part. Every parameter becomes a DTensor on
-    `mesh`: cut by rows (Shard(0)) the embedding, qkvu_proj, w1, w2 and theta, by columns (Shard(1))
-    out_proj and w3. States that the model takes or gives hold this rank's heads.
+    `mesh`: cut by rows (Shard(0)) the embedding, the projections into the mixers, w1, w2 and theta,
+    by columns (Shard(1)) out_proj and w3. States that the model takes or gives hold this rank's
+    heads. (`generate` wants a model that is whole again.)
 
     Apply it before recomputation, compilation and data parallelism.
 
@@ -61,34 +69,23 @@ def tensor_parallel(model: TNL, mesh: DeviceMesh, *, shard_sequence: bool = Fals
     ranks = mesh.size()
     check_divides(model.config, ranks)
     between = Shard(1) if shard_sequence else Replicate()
-    plan = {
-        "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=between),
-        **{
-            f"blocks.{layer}.token_mixer.{name}": ColwiseParallel(input_layouts=between)
-            for layer in range(model.config.num_layers)
-            for name in (
-                ("q_proj", "kv_proj") if model.config.is_softmax(layer) else ("qkvu_proj",)
-            )
-        },
-        "blocks.*.token_mixer.out_proj": RowwiseParallel(output_layouts=between),
-        # At the mixer's door and not at w1's and w2's: one gather for both, and one sum of their
-        # gradients.
-        "blocks.*.channel_mixer": PrepareModuleInput(
-            input_layouts=between, desired_input_layouts=Replicate()
-        ),
-        "blocks.*.channel_mixer.w1": ColwiseParallel(),
-        "blocks.*.channel_mixer.w2": ColwiseParallel(),
-        "blocks.*.channel_mixer.w3": RowwiseParallel(output_layouts=between),
-        # A DTensor, so that `hidden @ head_weight.T` works on a head that is cut.
-        "final_norm": PrepareModuleOutput(
-            output_layouts=between, desired_output_layouts=Replicate(), use_local_output=False
-        ),
-    }
+    # The norms give DTensors: one gather for all products that read them, and one sum of their
+    # gradients; and `hidden @ head_weight.T` works on a head that is cut.
+    norm = PrepareModuleOutput(
+        output_layouts=between, desired_output_layouts=Replicate(), use_local_output=False
+    )
+    styles = {name: ColwiseParallel() for name in _BY_COLUMNS}
+    styles |= {name: RowwiseParallel(output_layouts=between) for name in _BY_ROWS}
+    plan: dict[str, Any] = {"embedding": _ByWords(between), "final_norm": norm}
+    for number, block in enumerate(model.blocks):
+        plan |= {f"blocks.{number}.{name}": norm for name in ("token_norm", "channel_norm")}
+        for name, module in block.named_modules():
+            if isinstance(module, nn.Linear):
+                plan[f"blocks.{number}.{name}"] = styles[name.rpartition(".")[2]]
     # src_data_rank=None: every rank has the weights, nothing need be sent.
     parallelize_module(model, mesh, plan, src_data_rank=None)
-    for layer, block in enumerate(model.blocks):
-        # A softmax layer has nothing besides its projections.
-        if not model.config.is_softmax(layer):
+    for block in model.blocks:
+        if isinstance(block.token_mixer, GatedLinearAttention):
             _cut_heads(block.token_mixer, mesh)
     if shard_sequence:
         model.register_forward_pre_hook(_check_tokens(ranks))
@@ -96,14 +93,50 @@ def tensor_parallel(model: TNL, mesh: DeviceMesh, *, shard_sequence: bool = Fals
     return model
 
 
+class _ByWords(ParallelStyle):
+    """An embedding cut by words: every rank looks up its own, and the sum over ranks has all.
+
+    (RowwiseParallel does that too, but its backward makes the gradient of all words on every rank,
+    and sends it.)
+    """
+
+    def __init__(self, output: Placement) -> None:
+        super().__init__()
+        self._output = output
+
+    def _apply(self, module: nn.Embedding, mesh: DeviceMesh) -> nn.Embedding:
+        weight = distribute_tensor(
+            module.weight.detach(), mesh, [Shard(0)], src_data_rank=self.src_data_rank
+        )
+        module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
+        module.forward = functools.partial(_look_up, module, mesh, self._output)
+        return module
+
+
+def _look_up(module: nn.Embedding, mesh: DeviceMesh, output: Placement, tokens: Tensor) -> Tensor:
+    # Now and not before: FSDP puts another tensor in its place for each forward.
+    weight = module.weight.to_local()
+    rows, padding = weight.shape[0], module.padding_idx
+    first = mesh.get_local_rank() * rows
+    if padding is not None:
+        padding = padding - first if first <= padding < first + rows else None
+    place = tokens - first
+    elsewhere = (place < 0) | (place >= rows)
+    found = F.embedding(place.masked_fill(elsewhere, 0), weight, padding)
+    found = found.masked_fill(elsewhere.unsqueeze(-1), 0)
+    return (
+        DTensor.from_local(found, mesh, [Partial()], run_check=False)
+        .redistribute(placements=[output])
+        .to_local()
+    )
+
+
 def check_divides(config: TNLConfig, ranks: int, sizes: tuple[str, ...] = CUT_SIZES) -> None:
     """Raise ValueError, with the numbers, where one of `sizes` cannot be cut over `ranks`."""
-    grouped = config.num_softmax_layers and config.num_key_value_heads is not None
-    if grouped and "num_heads" in sizes:
-        sizes = (*sizes, "num_key_value_heads")
     for name in sizes:
         size = getattr(config, name)
-        if size % ranks:
+        # None: as many as num_heads. (In softmax layers; without any it plays no part.)
+        if size is not None and size % ranks:
             divisors = [n for n in range(1, ranks) if not size % n]
             raise ValueError(
                 f"{name} {size} does not divide by {ranks} tensor-parallel ranks "

@@ -17,6 +17,11 @@ order. Every exchange is started, lets other work run, and is finished:
 Shards may be uneven or empty: an empty one has factor 1 and local 0. States travel in float32.
 Where documents are packed, a state crosses a border only inside a document that does.
 
+Which one: the ring, unless something else holds the ranks level between layers. A rank goes on as
+soon as its own state is there, so the ranks of a ring stand staggered and its P - 1 hops are paid
+once per pass. `doubling` has its last state sooner on many ranks, `all_gather` is one collective;
+both make every layer wait for the slowest rank. benchmarks/cost_model.py counts it.
+
 A method is a generator: it begins what it can, yields where it would first wait, and returns what
 enters each place of this rank.
 """

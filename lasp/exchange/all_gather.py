@@ -21,7 +21,7 @@ def all_gather(
     """See `lasp.exchange.start`."""
     if not any(line.linked(place, place + 1) for place in range(line.size)):
         return [None] * len(maps)
-    message = torch.cat([pack(each.local, each.factor) for each in maps])
+    message = pack(*(x for each in maps for x in (each.local, each.factor)))
     gathered, work = all_gather_flat(message, line.group)
     yield
     work.wait()

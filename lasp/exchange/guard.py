@@ -11,6 +11,9 @@ differ all of them raise a ValueError that says what differs:
 A fingerprint is computed once per kind of call. It goes from host to host over connections of its
 own, whatever the group sends with: no GPU waits, and the work launched in between hides the way.
 What may differ between ranks (the local length) is no part of it.
+
+The connections are gloo's, so hosts must reach each other by name, or by the interface that
+GLOO_SOCKET_IFNAME names.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ __all__ = ["Comparison", "compare", "gather_numbers"]
 
 # A comparison of texts has one size, whatever is wrong: so many texts of so many bytes.
 _TEXTS, _TEXT_BYTES = 10, 256
+# From so many ranks on, rounds of messages cost less than one from everybody to everybody.
+_FEW_RANKS = 16
 # The connections over which a group compares; gone with the group.
 _hosts: WeakKeyDictionary[ProcessGroup, dist.ProcessGroupGloo] = WeakKeyDictionary()
 
@@ -59,13 +64,12 @@ class Comparison:
     def __init__(self, group, call, problem):
         self._hosts, self._call, self._problem = _hosts_of(group), call, problem
         fingerprint = _fingerprint(problem, *call.items())
-        message = torch.tensor([fingerprint], dtype=torch.int64)
-        self._gathered, self._work = _all_gather(message, self._hosts)
+        asked = _AllAtOnce if self._hosts.size() <= _FEW_RANKS else _InRounds
+        self._asked = asked(fingerprint, self._hosts)
 
     def confirm(self) -> None:
         """Raise ValueError on every rank unless all passed the same call and none has a problem."""
-        self._work.wait()
-        if len(set(self._gathered.tolist())) > 1:
+        if not self._asked.all_equal():
             self._explain()
         if self._problem is not None:
             raise ValueError(self._problem)
@@ -96,6 +100,48 @@ def _brief(value) -> str:
     if len(text) <= 100:
         return text
     return f"{text[:80]}... (digest {hashlib.sha256(text.encode()).hexdigest()[:8]})"
+
+
+class _AllAtOnce:
+    """Whether a number is equal on all ranks: P - 1 messages, all under way by themselves."""
+
+    def __init__(self, number, hosts):
+        self._gathered, self._work = _all_gather(torch.tensor([number]), hosts)
+
+    def all_equal(self) -> bool:
+        self._work.wait()
+        return len(set(self._gathered.tolist())) == 1
+
+
+class _InRounds:
+    """The same for many ranks: in round i a rank tells the one 2^i places on the greatest and the
+    least number of the 2^i ranks up to itself. Only the first round is under way by itself."""
+
+    def __init__(self, number, hosts):
+        self._hosts, self._distance = hosts, 1
+        # The greatest of ~x is ~ the least of x.
+        self._greatest = torch.tensor([number, ~number])
+        self._begin_round()
+
+    def all_equal(self) -> bool:
+        while self._distance < self._hosts.size():
+            for work in self._works:
+                work.wait()
+            self._greatest = torch.maximum(self._greatest, self._received)
+            self._distance *= 2
+            self._begin_round()
+        greatest, complement = self._greatest.tolist()
+        return greatest == ~complement
+
+    def _begin_round(self):
+        rank, size = self._hosts.rank(), self._hosts.size()
+        if self._distance >= size:
+            return
+        self._received = torch.empty_like(self._greatest)
+        self._works = (
+            self._hosts.send([self._greatest], (rank + self._distance) % size, 0),
+            self._hosts.recv([self._received], (rank - self._distance) % size, 0),
+        )
 
 
 @lru_cache(maxsize=1024)

@@ -58,9 +58,12 @@ class AffineMap:
         return torch.addcmul(self.local, self.factor, entering)
 
 
-def pack(local: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """A map as one flat message: the ranks' lengths, and so their factors, may differ."""
-    return torch.cat([local.flatten(), factor.flatten()])
+def pack(*parts: torch.Tensor) -> torch.Tensor:
+    """A map, its local and its factor, or several, as one flat message.
+
+    Factors travel because the ranks' lengths, which they depend on, may differ.
+    """
+    return torch.cat([part.flatten() for part in parts])
 
 
 def unpack(message: torch.Tensor, like: AffineMap) -> tuple[torch.Tensor, torch.Tensor]:

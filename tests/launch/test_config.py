@@ -87,11 +87,13 @@ def test_mistakes_in_the_file(toml, text, sentence):
         (["--training.global_batch_size", "0"], "global_batch_size is 0"),
         (["--lr_scheduler.decay_ratio", "2"], "decay_ratio is 2"),
         (["--data.source", "folder"], "--data.folder"),
+        (["--parallelism.tensor_parallel_degree", "0"], "tensor_parallel_degree is 0"),
+        (["--job.dry_run_gpus", "-1"], "job.dry_run_gpus is -1"),
+        (["--activation_checkpoint.offload"], "mode is none"),
         (
             ["--parallelism.context_parallel_layout", "zigzag", "--training.seq_len", "9"],
             "training.seq_len is 9: it must be even",
         ),
-        (["--activation_checkpoint.offload"], "mode is none"),
         (["stray"], "stray"),
     ],
 )

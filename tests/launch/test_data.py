@@ -143,8 +143,8 @@ def test_both_parts_of_a_zigzag_shard_are_shifted(prefix):
 class FakeShard:
     """Ranges, without the process group that a real shard of several needs."""
 
-    def __init__(self, *ranges):
-        self.ranges = ranges
+    def __init__(self, *ranges, total=None):
+        self.ranges, self.total = ranges, total
 
 
 def test_padding_is_ignored_as_a_label(prefix):
@@ -161,6 +161,20 @@ def test_documents_of_a_packed_sequence(prefix):
     # The last token of a document does not predict the next document.
     assert [i for i, label in enumerate(batch.labels[0].tolist()) if label == IGNORE] == [9, 12]
     assert source.document_starts(1) == ()
+
+
+def test_documents_of_a_packed_sequence_cut_over_ranks(prefix):
+    source = IndexedSource(prefix, 15, vocab_size=40)
+    whole = read_batch(source, [0], SequenceShard.whole(15), varlen=True)
+    # A shard ends with a document, another begins inside one.
+    parts = [
+        read_batch(source, [0], FakeShard(*cut, total=15), varlen=True)
+        for cut in (((0, 10),), ((10, 11),), ((11, 15),), ((0, 10), (12, 15)))
+    ]
+    assert [part.boundaries for part in parts] == [(0, 10, 13, 15)] * 4
+    assert torch.equal(torch.cat([part.labels for part in parts[:3]], dim=1), whole.labels)
+    there = [*range(10), *range(12, 15)]
+    assert torch.equal(parts[3].labels, whole.labels[:, there])
 
 
 def test_a_document_that_starts_at_a_samples_end_is_no_label_of_it(prefix):

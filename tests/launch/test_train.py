@@ -76,6 +76,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, data, capsys, monk
     assert list(tmp_path.iterdir()) == []
 
 
+TP = "--parallelism.tensor_parallel_degree"
+
+
 @pytest.mark.parametrize(
     ("argv", "world", "sentence"),
     [
@@ -91,7 +94,20 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, data, capsys, monk
         ),
         (["--training.global_batch_size", "3"], "2", "local_batch_size 1 x data-parallel ranks 2"),
         (["--comm.backend", "nccl"], "1", "0 GPUs"),
-        (["--training.varlen", "--sp-size", "2"], "2", "--training.no-varlen"),
+        ([TP, "3"], "3", "num_heads 4 does not divide by 3 tensor-parallel ranks (4 = 1 x 3 + 1)"),
+        ([TP, "2", "--model.glu_dim", "47"], "2", "glu_dim 47 does not divide by 2"),
+        ([TP, "2", "--model.num_layers", "0"], "2", "num_layers is 0"),
+        ([TP, "3", "--cp-size", "2"], "4", "cp 2 x tp 3 = 6 does not divide the 4 processes"),
+        (
+            [TP, "2", "--parallelism.tensor_parallel_shard_sequence", "--training.seq_len=101"],
+            "2",
+            "training.seq_len 101 is not a multiple of cp 1 x tp 2 = 2",
+        ),
+        (
+            [TP, "2", "--cp-size", "2", "--parallelism.data_parallel_method", "ddp"],
+            "4",
+            "DDP cannot hold weights that are cut; use auto or fsdp",
+        ),
         (["--training.varlen", "--training.local_batch_size", "2"], "1", "local_batch_size is 2"),
         (["--model.preset", "9b", "--job.dry_run"], "1", "9b"),
         (["--model.vocab_size", "9", "--job.dry_run"], "1", "the tokenizer has 258"),
@@ -357,16 +373,33 @@ def test_checkpoints_in_the_background_change_nothing(undisturbed, tmp_path, dat
     assert same(weights(folder, STEPS), weights(undisturbed, STEPS))
 
 
-def test_a_run_that_fails_keeps_the_checkpoint_that_was_being_written(tmp_path, data, monkeypatch):
-    def slow_disk(run):
-        write = saving.write_pieces
-        monkeypatch.setattr(saving, "write_pieces", lambda *a: time.sleep(0.3) or write(*a))
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """Every file of tensors takes longer than some steps."""
+    write = saving.write_pieces
+    monkeypatch.setattr(saving, "write_pieces", lambda *args: time.sleep(0.3) or write(*args))
 
+
+def test_sigterm_waits_for_the_checkpoint_that_is_being_written(
+    undisturbed, tmp_path, data, monkeypatch, slow_disk
+):
+    wanted = dict(checkpoint__async_mode="async", checkpoint__interval=2)
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda run: os.kill(os.getpid(), signal.SIGTERM))
+        assert run_here(tmp_path, data, **wanted) == REQUEUE
+    earlier, stopped_at = CheckpointStore(tmp_path / "checkpoint").steps()
+    assert earlier == 2 < stopped_at
+    assert run_here(tmp_path, data, **wanted) == 0
+    assert losses(tmp_path) == losses(undisturbed)
+
+
+def test_a_run_that_fails_keeps_the_checkpoint_that_was_being_written(
+    tmp_path, data, monkeypatch, slow_disk
+):
     def poison(run):
         forward = run.trained.forward
         run.trained.forward = lambda *args: forward(*args) * float("nan")
 
-    at_step(monkeypatch, 1, slow_disk)
     at_step(monkeypatch, 2, poison)
     wanted = dict(checkpoint__async_mode="async", checkpoint__interval=2)
     assert run_here(tmp_path, data, training__max_nonfinite_steps=1, **wanted) == 72

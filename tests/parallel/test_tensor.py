@@ -50,9 +50,9 @@ def cut(group, model, **options):
     return tensor_parallel(model, mesh, **options)
 
 
-def on_one_rank(group, total, dtype, shard_sequence, recompute, options):
-    model = cut(group, make(dtype), shard_sequence=shard_sequence)
-    plain = make(dtype).state_dict()
+def on_one_rank(group, total, dtype, shard_sequence, recompute, options, changes):
+    model = cut(group, make(dtype, **changes), shard_sequence=shard_sequence)
+    plain = make(dtype, **changes).state_dict()
     weights_equal = all(
         torch.equal(whole(value), plain[name]) for name, value in model.state_dict().items()
     )
@@ -63,16 +63,27 @@ def on_one_rank(group, total, dtype, shard_sequence, recompute, options):
         if recompute:
             checkpointed(block)
     results = results_of(model, total, **options)
-    mixer = model.blocks[1].token_mixer
+    mixer = model.blocks[0].token_mixer
     return weights_equal, cut_evenly, lengths, mixer.log_decay.tolist(), results
 
 
-def check(pool, size, total, dtype, bound, shard_sequence=False, recompute=False, options=None):
-    model = make(dtype)
-    decays = model.blocks[1].token_mixer.log_decay.tolist()
-    logits, loss, states, gradients = results_of(model, total, **(options or {}))
+def check(
+    pool,
+    size,
+    total,
+    dtype,
+    bound,
+    shard_sequence=False,
+    recompute=False,
+    options=None,
+    changes=None,
+):
+    options, changes = options or {}, changes or {}
+    model = make(dtype, **changes)
+    decays = model.blocks[0].token_mixer.log_decay.tolist()
+    logits, loss, states, gradients = results_of(model, total, **options)
     outcomes = pool.run(
-        on_one_rank, total, dtype, shard_sequence, recompute, options or {}, size=size
+        on_one_rank, total, dtype, shard_sequence, recompute, options, changes, size=size
     )
     assert sum((decay for _, _, _, decay, _ in outcomes), []) == decays
     for weights_equal, cut_evenly, lengths, _, got in outcomes:
@@ -85,7 +96,8 @@ def check(pool, size, total, dtype, bound, shard_sequence=False, recompute=False
             assert error(got[3][name], expected) < max(bound, 1e-5 * name.endswith("theta")), name
     # A rank's states are those of its heads.
     for layer, state in enumerate(states):
-        heads = torch.cat([got[2][layer] for *_, got in outcomes], 1)
+        # (Of a softmax layer: keys and values [2, B, S, G, D].)
+        heads = torch.cat([got[2][layer] for *_, got in outcomes], 1 if state.ndim == 4 else 3)
         assert error(heads, state) < bound
 
 
@@ -122,15 +134,22 @@ def test_with_sequence_sharded_norms(pool, recompute):
     check(pool, 3, 66, torch.float64, 1e-12, shard_sequence=True, recompute=recompute)
 
 
+@pytest.mark.parametrize("shard_sequence", [False, True])
+def test_hybrid_with_grouped_heads(pool, shard_sequence):
+    changes = dict(layer_types="LSS", num_key_value_heads=3)
+    check(pool, 3, 66, torch.float64, 1e-12, shard_sequence=shard_sequence, changes=changes)
+
+
 def test_with_padding(pool):
     mask = torch.ones(2, 63, dtype=torch.bool)
     mask[0, :9] = False
     check(pool, 2, 63, torch.float64, 1e-12, options=dict(padding_mask=mask))
 
 
-def padded_embedding(group):
-    whole_model, model = make(pad_token_id=30), cut(group, make(pad_token_id=30))
-    tokens, _ = batch_of(63)
+def padded_embedding(group, shard_sequence):
+    whole_model, model = make(pad_token_id=30), make(pad_token_id=30)
+    cut(group, model, shard_sequence=shard_sequence)
+    tokens, _ = batch_of(64)
     # The padding token, and the one in its place on the first rank.
     tokens[0, :20:2], tokens[0, 1:20:2] = 30, 3
     gradients = []
@@ -140,8 +159,9 @@ def padded_embedding(group):
     return gradients
 
 
-def test_padding_token_learns_nothing_from_look_ups(pool):
-    for expected, got in pool.run(padded_embedding, size=2):
+@pytest.mark.parametrize("shard_sequence", [False, True])
+def test_padding_token_learns_nothing_from_look_ups(pool, shard_sequence):
+    for expected, got in pool.run(padded_embedding, shard_sequence, size=2):
         assert (got[30] == 0).all() and (got[3] != 0).any()
         assert error(got, expected) < 1e-12
 
@@ -182,7 +202,12 @@ def test_norm_over_all_heads_is_no_norm_per_rank(pool, dtype):
 
 def refusals(group):
     sentences = []
-    for changes in (dict(num_heads=4), dict(glu_dim=65), dict(vocab_size=55)):
+    for changes in (
+        dict(num_heads=4),
+        dict(glu_dim=65),
+        dict(vocab_size=55),
+        dict(num_key_value_heads=2, layer_types="S"),
+    ):
         try:
             cut(group, make(**changes))
         except ValueError as problem:
@@ -196,8 +221,9 @@ def refusals(group):
 
 
 def test_what_does_not_divide_is_refused_with_its_numbers(pool):
-    for heads, glu, vocabulary, tokens in pool.run(refusals, size=3):
+    for heads, glu, vocabulary, kv_heads, tokens in pool.run(refusals, size=3):
         assert "num_heads 4 does not divide by 3 tensor-parallel ranks (4 = 1 x 3 + 1)" in heads
         assert "use 1 or 2 of them" in heads
         assert "glu_dim 65 does not divide" in glu and "vocab_size 55 does not" in vocabulary
+        assert "num_key_value_heads 2 does not divide by 3" in kv_heads
         assert "64 tokens of this rank do not divide by 3" in tokens

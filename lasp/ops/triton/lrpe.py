@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lasp.ops.triton.tiles import check_operands, on_device_of, strides
+from lasp.ops.triton.tiles import check_operands, layout, on_device_of, strides
 
 # Tokens per tile: 16 x 128 values over 4 warps leave room for two tensors and their tables.
 TOKENS = 16
@@ -203,7 +203,7 @@ def _turns(theta: torch.Tensor) -> torch.Tensor:
 def _arguments(q: torch.Tensor, k: torch.Tensor, position: int) -> tuple[int, ...]:
     batch, length, num_heads, _ = q.shape
     sizes = (position, batch * length, length, num_heads)
-    return (*strides(q, (0, 1, 2)), *strides(k, (0, 1, 2)), *sizes)
+    return (*strides(layout(q), (0, 1, 2)), *strides(layout(k), (0, 1, 2)), *sizes)
 
 
 def _constants(dim: int) -> dict[str, int]:

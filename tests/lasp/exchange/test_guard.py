@@ -109,6 +109,26 @@ def test_calls_that_were_right_before_are_compared_again(pool, field):
     check_disagreement(pool, field, known=True)
 
 
+def in_rounds(group, odd):
+    """As with many ranks; the rank `odd` passes something else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guard, "_FEW_RANKS", 0)
+        for _ in range(3):
+            guard.compare(group, {"a": 1}).confirm()
+        try:
+            guard.compare(group, {"a": 2 if dist.get_rank(group) == odd else 1}).confirm()
+        except ValueError as error:
+            guard.compare(group, {"a": 1}).confirm()
+            return str(error)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_many_ranks_compare_in_rounds(pool, size):
+    for odd in range(size):
+        for text in pool.run(in_rounds, odd, size=size, timeout=20):
+            assert f"rank {odd}: 2" in text
+
+
 def order(group, out_of_step):
     """Two kinds of call; one rank makes them in the other order."""
     scales = (1.0, 0.5) if out_of_step and dist.get_rank(group) == 0 else (0.5, 1.0)

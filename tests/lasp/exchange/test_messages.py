@@ -47,15 +47,18 @@ class Sent:
 
 def delayed_bits(group, problems, trials):
     """The same problems again and again, each message sent after a random delay."""
-    with Sent(delay=0.002, seed=dist.get_rank(group)):
+    with Sent(delay=0.001, seed=dist.get_rank(group)):
         return [sharded.run_all(group, problems) for _ in range(trials)]
 
 
 def test_random_delays_change_no_bit(pool):
+    documents = (0, 7, 20, 40)
     problems = [
-        Problem(40, method, layout, documents=documents, dtype=torch.float32)
-        for method in METHODS
-        for layout, documents in (("contiguous", None), ("zigzag", (0, 7, 20, 40)))
+        Problem(40, "ring", dtype=torch.float32),
+        Problem(40, "ring", "zigzag", documents=documents, dtype=torch.float32),
+        Problem(40, "all_gather", "zigzag", dtype=torch.float32),
+        Problem(40, "doubling", documents=documents, dtype=torch.float32),
+        Problem(40, "doubling", "zigzag", dtype=torch.float32),
     ]
     for trials in pool.run(delayed_bits, problems, 200, size=4, timeout=100):
         for trial in trials[1:]:
@@ -171,9 +174,38 @@ def kept_tensors(group, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_state_is_kept_for_the_backward(pool, method):
-    for kept in pool.run(kept_tensors, method, size=3):
+    first, *others = pool.run(kept_tensors, method, size=3)
+    assert first == 0
+    for kept in others:
         # A factor per head may come with it.
         assert STATE <= kept <= STATE + 3 * 4
+
+
+def new_states(group, method):
+    """Tensors as large as a state that an exchange makes, forward and backward."""
+    rank = dist.get_rank(group)
+    made = []
+
+    class Operators(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result._base is None:
+                made.append(result.numel() // state.numel())
+            return result
+
+    state = torch.full((1, 2, 16, 16), float(rank))
+    for reverse in (False, True):
+        each = AffineMap(state, lambda: torch.ones(2, 1, 1))
+        with Operators():
+            exchange.start([each], Line(group, reverse=reverse), method=method).finish()
+    return sum(made)
+
+
+def test_memory_of_the_ring_does_not_grow_with_the_ranks(pool):
+    # What comes and what goes on, in each direction; at an end only what comes, in one of them.
+    for size, states in ((2, 1), (3, 4), (4, 4)):
+        assert max(pool.run(new_states, "ring", size=size)) == states
+    assert max(pool.run(new_states, "all_gather", size=4)) > 8
 
 
 class Layer(torch.nn.Module):
@@ -196,6 +228,11 @@ class Layer(torch.nn.Module):
         return lasp.lightning_attention(q * x, k * x, v, log_decay, group=self.group)
 
 
+def keeping(layer, use_reentrant, x):
+    once = recompute.keeping_exchanges(layer)
+    return torch.utils.checkpoint.checkpoint(once, x, use_reentrant=use_reentrant)
+
+
 def checkpointed(group, how, split):
     """(gradients as without checkpointing?, states this rank sent with it)."""
     x = torch.ones(1, 50, 3, 16, device=sharded.device_of(group), requires_grad=True)
@@ -206,7 +243,9 @@ def checkpointed(group, how, split):
         grad, x.grad = x.grad, None
         return grad, len(sent.bytes)
 
-    if "kept" in how:
+    if "by hand" in how:
+        layer = functools.partial(keeping, Layer(group, split), "non-reentrant" not in how)
+    elif "kept" in how:
         layer = recompute.checkpointed(Layer(group, split))
     else:
         layer = functools.partial(
@@ -230,11 +269,13 @@ def checkpointed(group, how, split):
         ("non-reentrant", [2, 3, 1]),
         ("kept", [1, 2, 1]),
         ("kept compiled", [1, 2, 1]),
+        ("kept by hand, reentrant", [1, 2, 1]),
+        ("kept by hand, non-reentrant", [1, 2, 1]),
     ],
 )
 def test_checkpointing(pool, how, sends, split):
-    # Plain checkpointing repeats the forward's exchange, on every rank alike; with the policy of
-    # parallel.recompute the entering state is kept and nothing is sent twice.
+    # Plain checkpointing repeats the forward's exchange, on every rank alike; with what
+    # parallel.recompute has for it the entering state is kept and nothing is sent twice.
     results = pool.run(checkpointed, how, split, size=3, timeout=110)
     assert all(equal for equal, _ in results)
     assert [count for _, count in results] == sends
@@ -243,15 +284,13 @@ def test_checkpointing(pool, how, sends, split):
 def overlapping(group):
     """Events of a call in two, and of a backward, in the order this rank's host reaches them."""
     events = []
-    calls = {"start": exchange.start, "finish": exchange.Pending.finish}
 
-    def start(*args, **kwargs):
-        events.append("start")
-        return calls["start"](*args, **kwargs)
+    def noting(event, call):
+        def noted(*args, **kwargs):
+            events.append(event)
+            return call(*args, **kwargs)
 
-    def finish(self):
-        events.append("finish")
-        return calls["finish"](self)
+        return noted
 
     class Operators(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -259,14 +298,14 @@ def overlapping(group):
                 events.append("work")
             return func(*args, **(kwargs or {}))
 
-    scan = lasp.ops.scan
-
-    def noted_scan(*args, **kwargs):
-        events.append("scan")
-        return scan(*args, **kwargs)
-
-    exchange.start, exchange.Pending.finish, lasp.ops.scan = start, finish, noted_scan
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in (
+            (exchange, "start"),
+            (exchange.Pending, "finish"),
+            (lasp.ops, "scan"),
+            (lasp.ops, "scan_pair"),
+        ):
+            patch.setattr(owner, name, noting(name, getattr(owner, name)))
         q, k, v, log_decay, _ = cases.make_inputs(8, state=False)
         with Operators():
             started = lasp.start_state(k.requires_grad_(), v, log_decay, group=group)
@@ -274,9 +313,6 @@ def overlapping(group):
             o = lasp.attend(q, started)
         forward, events[:] = list(events), []
         o.sum().backward()
-    finally:
-        exchange.start, exchange.Pending.finish = calls["start"], calls["finish"]
-        lasp.ops.scan = scan
     return forward, events
 
 
@@ -284,7 +320,21 @@ def test_work_runs_while_states_travel(pool):
     for forward, backward in pool.run(overlapping, size=2):
         assert forward == ["start", "work", "finish", "scan"]
         # dq needs nothing remote, dv and dk do.
-        assert backward == ["start", "scan", "finish", "scan", "scan"]
+        assert backward == ["start", "scan", "finish", "scan_pair"]
+
+
+def profiled_ranges(group):
+    q, k, v, log_decay, _ = cases.make_inputs(8, state=False)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        o = lasp.lightning_attention(q, k.requires_grad_(), v, log_decay, group=group)
+        o.sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    return sorted(name for name in names if name.startswith("lasp::exchange"))
+
+
+def test_exchanges_are_ranges_of_a_profile(pool):
+    for names in pool.run(profiled_ranges, size=2):
+        assert names == ["lasp::exchange.backward", "lasp::exchange.forward"]
 
 
 @pytest.mark.parametrize("layout", shard.LAYOUTS)

@@ -1,0 +1,156 @@
+"""The dry run's numbers against what a run has: shards of real ranks, bytes of a real allocator."""
+
+import math
+import multiprocessing
+import re
+import socket
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from lasp import SequenceShard
+from launch import train
+from launch.build import build_model, over_ranks
+from launch.config import load_config
+from launch.estimate import advice, estimate, fake_ranks, format_estimate
+from launch.plan import model_config
+from launch.world import Place, World
+from parallel.mesh import MESH_AXES, ParallelDims, build_mesh
+from tests.launch.runs import flags
+
+SHAPE = dict(
+    data__source="random",
+    model__vocab_size=512,
+    model__dim=64,
+    model__num_layers=3,
+    model__num_heads=4,
+    model__glu_dim=256,
+    training__seq_len=1024,
+    training__global_batch_size=-1,
+    training__loss_chunk_size=128,
+)
+GIB, RESERVE = 2**30, 7.0
+# (dp_replicate, dp_shard, cp, tp)
+LARGE = (1, 1, 2, 2)
+MESHES = [(1, 2, 1, 2), (1, 1, 2, 2), (1, 2, 2, 1), (2, 2, 1, 1), (1, 1, 1, 4)]
+
+
+def job(degrees=(1, 1, 1, 1), device="cpu", **changes):
+    """Config, the first rank's place and the model's shape of a job on a mesh."""
+    config = load_config(flags(**(SHAPE | changes)))
+    dims = ParallelDims(**dict(zip(MESH_AXES, degrees, strict=True)), world_size=math.prod(degrees))
+    return config, Place(0, 0, "gloo", torch.device(device), dims), model_config(config, None)
+
+
+class NoSocket(socket.socket):
+    def __init__(self, *args, **kwargs):
+        raise AssertionError("a dry run opened a socket")
+
+
+def plans():
+    """Estimates of jobs whose other ranks are not there, in a process of its own."""
+    socket.socket = NoSocket
+    with fake_ranks():
+        meshes = {degrees: estimate(*job(degrees)) for degrees in MESHES}
+        by_mode = {
+            mode: estimate(*job(LARGE, activation_checkpoint__mode=mode))
+            for mode in ("none", "selective", "full")
+        }
+        advised = []
+        full = by_mode["full"].total / GIB
+        # Full recomputation is enough; it is not.
+        for memory in (RESERVE + 1.01 * full, RESERVE + 0.7 * full):
+            text = advice(*job(LARGE), memory, by_mode)
+            degrees = tuple(int(n) for n in re.findall(r"(?:dp_\w+|cp|tp) (\d+)", text))
+            after = job(degrees, activation_checkpoint__mode="full") if degrees else None
+            advised.append((text, degrees, after and estimate(*after).fits(memory)))
+        text = format_estimate(*job(LARGE), RESERVE + 1.01 * full)
+    return meshes, by_mode, advised, text
+
+
+@pytest.fixture(scope="module")
+def planned():
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as executor:
+        return executor.submit(plans).result(timeout=100)
+
+
+def real_parts(group, degrees):
+    config, place, shape = job(degrees)
+    rank = dist.get_rank()
+    place = Place(rank, rank, "gloo", torch.device("cpu"), place.dims)
+    world = World(place, build_mesh(place.dims, "cpu"))
+    loss_model = build_model(config, world, shape)
+    over_ranks(loss_model, config, world)
+    parts = {}
+    for name, p in loss_model.model.named_parameters():
+        part = p.to_local() if hasattr(p, "to_local") else p
+        parts[name] = tuple(p.shape), tuple(part.shape)
+    return parts
+
+
+@pytest.mark.parametrize("degrees", MESHES, ids=str)
+def test_shards_are_those_of_real_ranks(pool, planned, degrees):
+    found = planned[0][degrees]
+    parts = pool.run(real_parts, degrees, size=4)[0]
+    assert found.shards == parts
+    held = sum(math.prod(part) for _, part in parts.values())
+    assert found.weights == found.gradients == 4 * held
+    assert found.moments == 8 * held
+
+
+def test_advice_names_a_change_that_is_enough(planned):
+    _, _, (free, larger), text = planned
+    assert free[0].startswith("change activation_checkpoint.mode to full: ")
+    assert free[1] == LARGE and free[2] is True
+    assert re.match("change activation_checkpoint.mode to full, .*degree to ", larger[0])
+    assert math.prod(larger[1]) > 4 and larger[2] is True
+    assert f"= {math.prod(larger[1])} processes" in larger[0]
+    assert "does not fit in 7." in text and text.endswith(free[0])
+    assert re.search(r"3 x blocks.\*.channel_mixer.w3.weight +64 x 256 -> 32 x 128\n", text)
+
+
+def test_a_longer_sequence_per_rank_holds_more(planned):
+    meshes, by_mode, _, _ = planned
+    none, selective, full = (by_mode[mode].activations for mode in ("none", "selective", "full"))
+    assert full < selective < none
+    # The same tokens over twice the ranks, by sequence or by heads and channels.
+    assert meshes[(1, 2, 2, 1)].activations < 0.6 * meshes[(2, 2, 1, 1)].activations
+    assert meshes[(1, 1, 1, 4)].activations < meshes[(1, 2, 1, 2)].activations
+    # One d x d state per head held here and layer, the first with twice the key size.
+    assert meshes[(1, 1, 2, 2)].states == 4 * 2 * (3 + 1) * 16 * 16
+    assert meshes[(1, 2, 1, 2)].states == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype"), [("none", "bfloat16"), ("selective", "float32"), ("full", "bfloat16")]
+)
+def test_activations_are_what_the_allocator_saw(mode, dtype):
+    config, place, shape = job(
+        activation_checkpoint__mode=mode, training__mixed_precision_param=dtype
+    )
+    expected = estimate(config, place, shape).activations
+    model = build_model(config, World(place, None), shape)
+    tokens = torch.zeros(1, 1024, dtype=torch.long)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        model(tokens, tokens, SequenceShard.whole(1024), None).backward()
+    events = [each for each in seen.profiler.kineto_results.events() if each.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda each: each.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    assert expected == pytest.approx(peak, rel=0.01)
+
+
+def test_the_command_plans_for_gpus_that_are_not_there(capsys, one_process):
+    more = ["--job.dry_run", "--job.dry_run_gpus", "1", "--job.dry_run_gpu_memory", "3"]
+    assert train.main([*flags(**SHAPE), *more]) == 0
+    output = capsys.readouterr().out
+    assert "(nccl, cuda, torch.bfloat16)" in output
+    assert "does not fit in 3 GiB" in output
+    assert re.search("even activation_checkpoint.mode to .* use a smaller model", output)
