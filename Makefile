@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # One thread per process: the launcher and the tests run several processes on few cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup train test lint clean
+.PHONY: setup train test test-all lint clean
 
 setup: $(VENV)/.installed
 
@@ -22,6 +22,9 @@ train: setup
 	  --job.config_file launch/configs/quickstart.toml
 
 test: setup lint
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: setup lint
 	$(BIN)/python -m pytest
 
 lint: setup

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-__all__ = ["alibi_slopes", "minimax", "retention", "tnl"]
+__all__ = ["alibi_slopes", "ling", "minimax", "retention", "tnl"]
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
@@ -48,6 +48,16 @@ def minimax(num_heads: int, layer: int, num_layers: int) -> torch.Tensor:
     factor = 1.0 - layer / (num_layers - 1 + 1e-5) + 1e-5
     slopes = [2.0 ** (-8.0 * (h + 1) / num_heads) for h in range(num_heads)]
     return -torch.tensor(slopes, dtype=torch.float32) * factor
+
+
+def ling(num_heads: int, layer: int, num_layers: int) -> torch.Tensor:
+    """Log decay of Ling and Ring linear (Bailing) as in their transformers code, [H].
+
+    `tnl` of the layer before, also for the first: the weights were trained with that.
+    """
+    _check_layer(layer, num_layers)
+    factor = 1.0 - (layer - 1) / max(num_layers - 1, 1) + 1e-5
+    return -torch.tensor(alibi_slopes(num_heads), dtype=torch.float32) * factor
 
 
 def retention(num_heads: int) -> torch.Tensor:

@@ -54,3 +54,8 @@ def test_no_heads():
     with pytest.raises(ValueError, match="num_heads is 0"):
         decay.alibi_slopes(0)
     assert math.isclose(decay.alibi_slopes(1)[0], 2**-8)
+
+
+def test_ling_takes_the_factor_of_the_layer_before():
+    torch.testing.assert_close(decay.ling(8, 1, 24), decay.tnl(8, 0, 24))
+    torch.testing.assert_close(decay.ling(8, 0, 24)[:2], -torch.tensor([0.52174, 0.26087]))

@@ -1,0 +1,255 @@
+"""Train a TNL with megatron-core: its layers, groups, DDP, optimizer, schedules and checkpoints.
+
+    python launch/prepare_data.py                # once: data/stdlib
+    torchrun --nproc_per_node 4 examples/megatron_gpt.py \
+        --tensor-model-parallel-size 2 --context-parallel-size 2 --save checkpoints/megatron
+
+Options have the names of Megatron-LM's. Started again, it goes on from its newest checkpoint, also
+with other parallel sizes. examples/megatron.md tells how to do the same in Megatron-LM itself.
+"""
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.module import Float16Module
+
+from lasp import SequenceShard
+from lasp.tnl import TNLConfig
+from launch.data import DataFolder, RandomSource, read_batch, sample_order, step_samples
+from parallel.megatron import BatchSplitter, get_tnl_block_spec, tnl_transformer_config
+from parallel.megatron.apex import require_apex
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(description="Train a TNL with megatron-core.")
+    parser.add_argument("--preset", default="tiny", help="shape of the model: tiny, 385m, 1b, 7b")
+    parser.add_argument("--layer-types", default="L", help="such as LLLS: S is a softmax layer")
+    parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
+    parser.add_argument("--context-parallel-size", type=int, default=1)
+    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
+    parser.add_argument("--sequence-parallel", action="store_true")
+    parser.add_argument("--linear-cp-layout", choices=["zigzag", "contiguous"], default="zigzag")
+    parser.add_argument("--cp-exchange", default="ring", help="ring, all_gather or doubling")
+    parser.add_argument("--data-path", default="data/stdlib", help="a prepared folder, or: random")
+    parser.add_argument("--seq-length", type=int, default=2048, help="before the cut over ranks")
+    parser.add_argument("--micro-batch-size", type=int, default=1)
+    parser.add_argument("--global-batch-size", type=int, default=4)
+    parser.add_argument("--train-iters", type=int, default=100)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--clip-grad", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--recompute", action="store_true", help="all layers, without exchanges")
+    parser.add_argument("--use-distributed-optimizer", action="store_true")
+    parser.add_argument("--norm", choices=["torch", "apex"], default="torch")
+    parser.add_argument("--gradient-accumulation-fusion", action="store_true", help="needs apex")
+    parser.add_argument("--save", type=Path, help="folder of checkpoints, also to resume from")
+    parser.add_argument("--save-interval", type=int, default=50)
+    parser.add_argument("--device", default="cuda", help="cpu: where CUDA's calls are redirected")
+    return parser.parse_args(argv)
+
+
+def main():
+    args = parse_arguments()
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    parallel_state.initialize_model_parallel(
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
+    )
+    train(args)
+    dist.destroy_process_group()
+
+
+def train(args):
+    """Train within Megatron's groups; the losses of this start."""
+    torch.manual_seed(args.seed)
+    model_parallel_cuda_manual_seed(args.seed)
+    source, vocab_size = open_data(args)
+    model, bare = build_model(args, vocab_size)
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            lr=args.lr,
+            adam_beta2=0.95,
+            weight_decay=0.1,
+            clip_grad=args.clip_grad,
+            bf16=args.bf16,
+            params_dtype=torch.bfloat16 if args.bf16 else torch.float32,
+            use_distributed_optimizer=args.use_distributed_optimizer,
+        ),
+        [model],
+    )
+    bare.config.finalize_model_grads_func = finalize_model_grads
+    bare.config.grad_scale_func = optimizer.scale_loss
+    # Cuts batches the way the model's layers read them; see parallel/megatron/layout.py.
+    split = BatchSplitter(model)
+
+    losses = []
+    done = load_checkpoint(args, bare, optimizer)
+    for iteration in range(done + 1, args.train_iters + 1):
+        started = time.perf_counter()
+        model.zero_grad_buffer()
+        optimizer.zero_grad()
+        loss = forward_backward(args, model, split, source, iteration)
+        updated, grad_norm, _ = optimizer.step()
+        seconds = time.perf_counter() - started
+        losses.append(loss)
+        if dist.get_rank() == 0:
+            tokens_per_second = args.global_batch_size * args.seq_length / seconds
+            print(
+                f"iteration {iteration} | loss {loss:.6f} | grad norm {grad_norm:.3f} | "
+                f"{tokens_per_second:,.0f} tokens/s" + ("" if updated else " | skipped"),
+                flush=True,
+            )
+        if args.save and (iteration % args.save_interval == 0 or iteration == args.train_iters):
+            save_checkpoint(args, bare, optimizer, iteration)
+    if args.device == "cuda" and dist.get_rank() == 0:
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    return losses
+
+
+def open_data(args):
+    """(samples of seq_length + 1 tokens, vocabulary padded so that tensor parallelism cuts it)."""
+    if args.data_path == "random":
+        vocab_size = TNLConfig.preset(args.preset).vocab_size
+        return RandomSource(args.seq_length, vocab_size, args.seed), vocab_size
+    folder = DataFolder(Path(args.data_path))
+    multiple = 128 * args.tensor_model_parallel_size
+    vocab_size = -(-folder.tokenizer.vocab_size // multiple) * multiple
+    return folder.source("train", args.seq_length, vocab_size), vocab_size
+
+
+def build_model(args, vocab_size):
+    """(the model in Megatron's wrappers, the GPTModel inside)."""
+    tnl = TNLConfig.preset(args.preset, vocab_size=vocab_size, layer_types=args.layer_types)
+    recompute = dict(recompute_granularity="full", recompute_method="uniform")
+    config = tnl_transformer_config(
+        tnl,
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        sequence_parallel=args.sequence_parallel,
+        pipeline_dtype=torch.bfloat16 if args.bf16 else torch.float32,
+        bf16=args.bf16,
+        params_dtype=torch.bfloat16 if args.bf16 else torch.float32,
+        gradient_accumulation_fusion=args.gradient_accumulation_fusion,
+        use_cpu_initialization=args.device == "cpu",
+        # The loss function below returns sums: Megatron divides by the tokens of all ranks.
+        calculate_per_token_loss=True,
+        **(recompute | dict(recompute_num_layers=1) if args.recompute else {}),
+    )
+    if args.gradient_accumulation_fusion:
+        require_apex("gradient accumulation fusion")
+    spec = get_tnl_block_spec(
+        config,
+        tnl,
+        norm=args.norm,
+        layout=args.linear_cp_layout,
+        exchange=args.cp_exchange,
+    )
+    bare = GPTModel(
+        config,
+        spec,
+        vocab_size,
+        args.seq_length,
+        share_embeddings_and_output_weights=True,
+        # TNL's positions are its decay and LRPE; softmax layers need rotary ones.
+        position_embedding_type="rope" if tnl.num_softmax_layers else "none",
+        rotary_base=tnl.rope_base,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    )
+    model = bare.to(args.device)
+    if args.bf16:
+        model = Float16Module(config, model)
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=args.use_distributed_optimizer,
+    )
+    return DistributedDataParallel(config, ddp, model), bare
+
+
+def forward_backward(args, model, split, source, iteration):
+    """One global batch by Megatron's schedule; its mean loss."""
+    first = (iteration - 1) * args.global_batch_size
+    micro_batches = step_samples(
+        sample_order(first, args.global_batch_size, source.num_samples, args.seed),
+        local_batch_size=args.micro_batch_size,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp=parallel_state.get_data_parallel_world_size(),
+    )
+
+    def forward_step(samples, model):
+        # Whole sequences, labels already shifted; then this rank's part.
+        batch = read_batch(source, next(samples), SequenceShard.whole(args.seq_length))
+        positions = torch.arange(args.seq_length).expand_as(batch.inputs)
+        batch = split(dict(tokens=batch.inputs, labels=batch.labels, position_ids=positions))
+        batch = {name: x.to(args.device) for name, x in batch.items()}
+        losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+        return losses, sum_of_losses
+
+    def sum_of_losses(losses):
+        total, count = losses.float().sum(), losses.numel()
+        report = torch.stack([total.detach(), total.new_tensor(count)])
+        return total, torch.tensor(count, dtype=torch.int, device=losses.device), {"loss": report}
+
+    reports = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(micro_batches),
+        model=[model],
+        num_microbatches=len(micro_batches),
+        seq_length=args.seq_length,
+        micro_batch_size=args.micro_batch_size,
+        forward_only=False,
+    )
+    # Losses come out of the last pipeline stage alone; the others add nothing.
+    total = sum((report["loss"] for report in reports), torch.zeros(2, device=args.device))
+    dist.all_reduce(total)
+    return (total[0] / total[1]).item()
+
+
+def save_checkpoint(args, model, optimizer, iteration):
+    """One folder per checkpoint; which is the newest is said last, when it is whole."""
+    folder = args.save / f"iter_{iteration:07d}"
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    weights = model.sharded_state_dict()
+    state = {"model": weights, "optimizer": optimizer.sharded_state_dict(weights)}
+    dist_checkpointing.save(state, folder)
+    if dist.get_rank() == 0:
+        (args.save / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+
+
+def load_checkpoint(args, model, optimizer):
+    """The iteration that the newest checkpoint was saved after, or 0."""
+    latest = args.save and args.save / "latest_checkpointed_iteration.txt"
+    if not latest or not latest.is_file():
+        return 0
+    iteration = int(latest.read_text())
+    weights = model.sharded_state_dict()
+    state = {"model": weights, "optimizer": optimizer.sharded_state_dict(weights, is_loading=True)}
+    state = dist_checkpointing.load(state, args.save / f"iter_{iteration:07d}")
+    model.load_state_dict(state["model"], strict=False)
+    optimizer.load_state_dict(state["optimizer"])
+    return iteration
+
+
+if __name__ == "__main__":
+    main()

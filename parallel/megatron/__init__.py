@@ -1,0 +1,52 @@
+"""Lightning attention and TNL as parts of a megatron-core model: change the spec, keep the rest.
+
+Needs megatron-core (`pip install -e '.[megatron]'`). Process groups, sharded linear layers, DDP,
+optimizer, checkpoints and pipeline schedules stay Megatron's own.
+"""
+
+try:
+    import megatron.core  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "parallel.megatron needs megatron-core >= 0.16.1: pip install 'lasp[megatron]' "
+        "(or pip install megatron-core psutil)."
+    ) from error
+
+from parallel.megatron.attention import LaspCoreAttention
+from parallel.megatron.convert import from_megatron, to_megatron
+from parallel.megatron.layout import (
+    BatchSplitter,
+    ContiguousRotaryEmbedding,
+    segments,
+    split_batch,
+)
+from parallel.megatron.norm import HeadsNorm, MegatronSRMSNorm
+from parallel.megatron.softmax import LaspSoftmaxAttention
+from parallel.megatron.specs import (
+    get_lasp_gpt_layer_spec,
+    get_tnl_block_spec,
+    get_tnl_layer_spec,
+    tnl_layer_spec,
+    tnl_transformer_config,
+)
+from parallel.megatron.tnl import TNLSelfAttention, TNLTransformerLayer
+
+__all__ = [
+    "BatchSplitter",
+    "ContiguousRotaryEmbedding",
+    "HeadsNorm",
+    "LaspCoreAttention",
+    "LaspSoftmaxAttention",
+    "MegatronSRMSNorm",
+    "TNLSelfAttention",
+    "TNLTransformerLayer",
+    "from_megatron",
+    "get_lasp_gpt_layer_spec",
+    "get_tnl_block_spec",
+    "get_tnl_layer_spec",
+    "segments",
+    "split_batch",
+    "tnl_layer_spec",
+    "tnl_transformer_config",
+    "to_megatron",
+]

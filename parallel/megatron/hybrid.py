@@ -1,0 +1,107 @@
+"""TNL in Megatron's hybrid stack, where a pattern says which layer is what.
+
+One symbol is one mixer: "M" (MambaModel, megatron-core 0.16 and 0.17) or "G" (HybridModel, from
+0.18) a linear attention, "*" a softmax attention, "-" a channel mixer: a TNL is "M-M-M-". Importing
+this module imports Megatron's hybrid stack, which needs triton.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+try:
+    from megatron.core.models.hybrid.hybrid_block import HybridStack as _Stack
+    from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules as _Submodules
+
+    LINEAR, _LINEAR_SLOT = "G", "gdn_layer"
+except ImportError:
+    from megatron.core.ssm.mamba_block import MambaStack as _Stack
+    from megatron.core.ssm.mamba_block import MambaStackSubmodules as _Submodules
+
+    LINEAR, _LINEAR_SLOT = "M", "mamba_layer"
+
+from parallel.megatron.norm import MegatronSRMSNorm
+from parallel.megatron.softmax import LaspSoftmaxAttention
+from parallel.megatron.specs import mlp_spec, softmax_spec, tnl_mixer_spec, tnl_style_layer
+from parallel.megatron.tnl import TNLTransformerLayer
+
+__all__ = ["LINEAR", "TNLHybridStack", "get_tnl_hybrid_stack_spec"]
+
+
+class TNLHybridStack(_Stack):
+    """Megatron's hybrid stack with TNL's final norm in place of Transformer Engine's."""
+
+    def __init__(self, config, submodules, *args, post_layer_norm: bool = True, **kwargs) -> None:
+        super().__init__(config, submodules, *args, post_layer_norm=False, **kwargs)
+        self.post_layer_norm = post_layer_norm
+        if self.post_process and post_layer_norm:
+            self.final_norm = MegatronSRMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+
+class TNLMixerLayer(TNLTransformerLayer):
+    """A token mixer in the linear slot, which gives it more arguments than a TransformerLayer's."""
+
+    def __init__(
+        self,
+        config,
+        submodules,
+        layer_number: int = 1,
+        *args: Any,
+        residual_in_fp32: bool = False,
+        pp_layer_offset: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        # MambaStack has added the pipeline stage's offset, TransformerLayer adds it again.
+        super().__init__(config, submodules, layer_number - pp_layer_offset, *args, **kwargs)
+
+
+def get_tnl_hybrid_stack_spec(
+    pattern: str,
+    *,
+    backend: Any = None,
+    softmax_core: ModuleSpec | type | None = None,
+    lrpe_layers: tuple[int, ...] = (0,),
+    feature_map: str = "silu",
+    scale_embedding: bool = True,
+    **core_params: Any,
+) -> ModuleSpec:
+    """The stack spec of a model whose layers follow `pattern`; give the model the same pattern.
+
+    Args:
+        pattern: of the whole model; "|" between pipeline stages where Megatron knows it.
+        lrpe_layers: linear layers with LRPE, counted from 0 among the linear layers alone, as their
+            decays are.
+        softmax_core, backend, feature_map, scale_embedding, core_params: as in
+            `get_tnl_block_spec` and `get_tnl_layer_spec`.
+
+    Raises:
+        ValueError: a pattern with other symbols, or without a linear layer.
+    """
+    symbols = pattern.replace("|", "")
+    places = [place for place, symbol in enumerate(symbols) if symbol == LINEAR]
+    if set(symbols) - {LINEAR, "*", "-"} or not places:
+        raise ValueError(
+            f"pattern is {pattern!r}: it needs a {LINEAR} (linear attention); with it may stand "
+            "* (softmax attention), - (channel mixer) and | (stage border)."
+        )
+    backend = backend or LocalSpecProvider()
+    if softmax_core is None:
+        softmax_core = ModuleSpec(
+            module=LaspSoftmaxAttention, params=dict(layout=core_params.get("layout"))
+        )
+    index = {place: i for i, place in enumerate(places)}
+    core_params |= dict(
+        decay_index=[index.get(place) for place in range(len(symbols))],
+        num_decay_layers=len(places),
+    )
+    mixer = tnl_mixer_spec(backend, [places[i] for i in lrpe_layers], feature_map, core_params)
+    common = dict(scale_embedding=scale_embedding)
+    layers = {
+        _LINEAR_SLOT: tnl_style_layer(mixer, None, module=TNLMixerLayer, **common),
+        "attention_layer": tnl_style_layer(softmax_spec(softmax_core, backend), None, **common),
+        "mlp_layer": tnl_style_layer(None, mlp_spec(backend), **common),
+    }
+    return ModuleSpec(module=TNLHybridStack, submodules=_Submodules(**layers))

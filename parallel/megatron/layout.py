@@ -1,0 +1,160 @@
+"""How a sequence lies over the context-parallel ranks: zigzag (Megatron's own) or contiguous.
+
+With P ranks, "contiguous" gives rank r the r-th of P parts. "zigzag" cuts 2P blocks and gives rank
+r the blocks r and 2P - 1 - r, which balances causal softmax attention. A batch cut one way and a
+model built for the other give a plausible loss and wrong gradients. So the layout is declared once,
+in the spec; `BatchSplitter` reads it from the model, and a contiguous core refuses to run without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from lasp.shard import LAYOUTS, places, token_ranges
+
+__all__ = [
+    "BatchSplitter",
+    "ContiguousRotaryEmbedding",
+    "segments",
+    "sequence_layout",
+    "split_batch",
+]
+
+
+_NOT_OF_TOKENS = frozenset(
+    ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hybrid_cp_group")
+)
+
+
+def segments(total: int, layout: str, rank: int, size: int) -> tuple[tuple[int, int], ...]:
+    """(start, stop) of the tokens that a rank of `size` holds, in local order.
+
+    Raises:
+        ValueError: an unknown layout, or a length that it does not cut evenly, as Megatron needs.
+    """
+    count = size * len(places(rank, size, layout))
+    if size == 1:
+        return ((0, total),)
+    if total % count:
+        raise ValueError(
+            f"a sequence of {total} tokens does not cut into {count} equal parts ({layout} over "
+            f"{size} context-parallel ranks): choose a multiple of {count}."
+        )
+    return token_ranges(total, size, rank, layout)
+
+
+def sequence_layout(config: TransformerConfig, layout: str | None) -> str:
+    """`layout`, or where it is None what Megatron's config says; ValueError if there is no such."""
+    layout = layout or getattr(config, "linear_cp_layout", None) or "zigzag"
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is {layout!r}: choose one of {', '.join(LAYOUTS)}.")
+    return layout
+
+
+def split_batch(
+    batch: dict[str, torch.Tensor | None], layout: str, cp_group: ProcessGroup
+) -> dict[str, torch.Tensor | None]:
+    """This rank's part of every tensor of a batch, in Megatron's local order.
+
+    Args:
+        batch: tensors [b, s, ...] (tokens, labels, loss_mask, position_ids), "attention_mask"
+            [b, 1, s, s]; None stays None, and so does what Megatron says about packed documents
+            (cu_seqlens, max_seqlen, ...). The sequence is whole, labels already shifted.
+
+    Raises:
+        ValueError: an unknown layout, or a length that it cannot cut evenly.
+    """
+    rank, size = cp_group.rank(), cp_group.size()
+    split = {}
+    for name, x in batch.items():
+        if x is not None and size > 1 and name not in _NOT_OF_TOKENS:
+            dim = 2 if name == "attention_mask" else 1
+            here = segments(x.shape[dim], layout, rank, size)
+            x = torch.cat([x.narrow(dim, start, stop - start) for start, stop in here], dim)
+        split[name] = x
+    return split
+
+
+class BatchSplitter:
+    """Cuts batches the way a model was built to read them.
+
+        split = BatchSplitter(model)          # once, after building the model
+        batch = split(batch)                  # in place of Megatron's get_batch_on_this_cp_rank
+
+    Reads the layout from the model's lasp attention layers. For "contiguous" it also gives the
+    model a rotary embedding that counts contiguously, since Megatron's own always counts zigzag.
+
+    Args:
+        model: a model or a list of model chunks, wrapped in DDP and the like or not.
+        layout: needed only where no layer says it (a pipeline stage of softmax layers alone).
+
+    Raises:
+        ValueError: layers that disagree, or that cannot read the layout.
+    """
+
+    def __init__(self, model: nn.Module | Iterable[nn.Module], layout: str | None = None) -> None:
+        chunks = [model] if isinstance(model, nn.Module) else list(model)
+        modules = [module for chunk in chunks for module in chunk.modules()]
+        readers = [module for module in modules if hasattr(module, "sequence_layout")]
+        layouts = {module.sequence_layout for module in readers} | ({layout} - {None})
+        if len(layouts) != 1:
+            raise ValueError(
+                f"the model's attention layers (and the argument) name the layouts {layouts}: "
+                "there must be exactly one. Give every layer spec the same layout=."
+            )
+        self.layout = layouts.pop()
+        zigzag_only = {type(m).__name__ for m in modules} & {"TEDotProductAttention"}
+        groups = [module.cp_group for module in readers]
+        self.cp_group = groups[0] if groups else _default_cp_group()
+        if self.layout == "contiguous" and self.cp_group.size() > 1:
+            if zigzag_only:
+                raise ValueError(
+                    f"the model holds {', '.join(zigzag_only)}, which reads zigzag only, beside "
+                    "layers with layout='contiguous': use layout='zigzag'."
+                )
+            for module in modules:
+                if isinstance(getattr(module, "rotary_pos_emb", None), RotaryEmbedding):
+                    module.rotary_pos_emb = ContiguousRotaryEmbedding(module.rotary_pos_emb)
+        for module in readers:
+            module.layout_agreed = True
+
+    def __call__(self, batch: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
+        """As `split_batch`."""
+        return split_batch(batch, self.layout, self.cp_group)
+
+
+class ContiguousRotaryEmbedding(nn.Module):
+    """Megatron's RotaryEmbedding, cut contiguously over the context-parallel ranks."""
+
+    def __init__(self, stock: RotaryEmbedding) -> None:
+        super().__init__()
+        self.stock = stock
+
+    def forward(
+        self,
+        max_seq_len: int,
+        offset: int = 0,
+        packed_seq: bool = False,
+        cp_group: ProcessGroup | None = None,
+    ) -> torch.Tensor:
+        """Angles [s / cp, 1, 1, dim] of this rank's tokens of a sequence of max_seq_len."""
+        group = cp_group or self.stock.cp_group
+        if group is None or group.size() == 1 or packed_seq:
+            return self.stock.get_emb(max_seq_len, offset)
+        ((start, stop),) = segments(max_seq_len, "contiguous", group.rank(), group.size())
+        return self.stock.get_emb(stop - start, offset + start)
+
+    def get_rotary_seq_len(self, *args, **kwargs) -> int:
+        return self.stock.get_rotary_seq_len(*args, **kwargs)
+
+
+def _default_cp_group():
+    from megatron.core import parallel_state
+
+    return parallel_state.get_context_parallel_group()

@@ -1,0 +1,274 @@
+"""Specs: which modules Megatron builds a model from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from lasp.tnl import TNLConfig
+from parallel.megatron.attention import LaspCoreAttention
+from parallel.megatron.norm import ApexSRMSNorm, MegatronSRMSNorm
+from parallel.megatron.softmax import LaspSoftmaxAttention
+from parallel.megatron.tnl import (
+    TNLSelfAttention,
+    TNLSelfAttentionSubmodules,
+    TNLTransformerLayer,
+    identity,
+)
+
+__all__ = [
+    "get_lasp_gpt_layer_spec",
+    "get_tnl_block_spec",
+    "get_tnl_layer_spec",
+    "layer_params_of",
+    "mlp_spec",
+    "softmax_spec",
+    "srms_norm",
+    "tnl_layer_spec",
+    "tnl_mixer_spec",
+    "tnl_style_layer",
+    "tnl_transformer_config",
+]
+
+_NORMS = {"torch": MegatronSRMSNorm, "apex": ApexSRMSNorm}
+
+
+def get_lasp_gpt_layer_spec(base: ModuleSpec, **core_params: Any) -> ModuleSpec:
+    """A copy of a GPT layer spec, its core attention replaced by `LaspCoreAttention`.
+
+    Args:
+        base: such as get_gpt_layer_local_spec() or get_gpt_layer_with_transformer_engine_spec().
+            Left as it is: Megatron shares spec objects.
+        core_params: options of `LaspCoreAttention`.
+
+    Raises:
+        ValueError: a spec without that slot.
+    """
+    spec = copy.deepcopy(base)
+    attention = getattr(getattr(spec.submodules, "self_attention", None), "submodules", None)
+    if not hasattr(attention, "core_attention"):
+        raise ValueError(
+            f"base is {base!r}: it needs submodules.self_attention.submodules.core_attention, as "
+            "Megatron's GPT layer specs have."
+        )
+    attention.core_attention = ModuleSpec(module=LaspCoreAttention, params=core_params)
+    return spec
+
+
+def get_tnl_layer_spec(
+    *,
+    backend: Any = None,
+    lrpe_layers: tuple[int, ...] = (0,),
+    feature_map: str = "silu",
+    scale_embedding: bool = True,
+    norm: str = "torch",
+    **core_params: Any,
+) -> ModuleSpec:
+    """The spec of a TNL layer: SRMSNorm, gated linear attention, SGLU.
+
+    Args:
+        backend: Megatron's provider of sharded linear layers, such as LocalSpecProvider() (the
+            default) or TESpecProvider().
+        lrpe_layers, feature_map: of `TNLSelfAttention`.
+        scale_embedding: of `TNLTransformerLayer`.
+        norm: "torch", or "apex" for its FusedRMSNorm.
+        core_params: options of `LaspCoreAttention` (layout, exchange, decay, ...).
+    """
+    backend = backend or LocalSpecProvider()
+    mixer = tnl_mixer_spec(backend, lrpe_layers, feature_map, core_params)
+    return tnl_style_layer(mixer, mlp_spec(backend), norm=norm, scale_embedding=scale_embedding)
+
+
+def get_tnl_block_spec(
+    config: TransformerConfig,
+    tnl: TNLConfig | None = None,
+    *,
+    layer_types: str | None = None,
+    softmax_core: ModuleSpec | type | None = None,
+    vp_stage: int | None = None,
+    pp_rank: int | None = None,
+    backend: Any = None,
+    norm: str = "torch",
+    **layer_params: Any,
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage and TNL's own final norm.
+
+    Args:
+        config: Megatron's, such as `tnl_transformer_config` gives.
+        tnl: the model: its layer types, LRPE layers, activation and embedding scale are the
+            defaults of the options below; None: those of a released TNL.
+        layer_types: "L" for a linear, "S" for a softmax layer, repeated until there are
+            config.num_layers. With softmax layers it sets config.hetereogenous_dist_checkpoint,
+            without which Megatron's checkpoints take all layers for alike.
+        softmax_core: core attention of softmax layers; None: `LaspSoftmaxAttention`.
+        vp_stage, pp_rank: as in Megatron's own block specs.
+        layer_params: options of `get_tnl_layer_spec`.
+
+    Raises:
+        ValueError: layer types of other letters, or that do not come out even.
+    """
+    if tnl is not None:
+        layer_params = layer_params_of(tnl) | layer_params
+        layer_types = layer_types or tnl.layer_types
+    layer_types = layer_types or "L"
+    if layer_types.strip("LS") or config.num_layers % len(layer_types):
+        raise ValueError(
+            f"layer_types is {layer_types!r}: it must be letters L (linear) and S (softmax), as "
+            f"many as there are layers or a divisor of that ({config.num_layers})."
+        )
+    layers = {"L": get_tnl_layer_spec(backend=backend, norm=norm, **layer_params)}
+    if "S" in layer_types:
+        if softmax_core is None:
+            softmax_core = ModuleSpec(
+                module=LaspSoftmaxAttention, params=dict(layout=layer_params.get("layout"))
+            )
+        provider = backend or LocalSpecProvider()
+        layers["S"] = tnl_style_layer(
+            softmax_spec(softmax_core, provider),
+            mlp_spec(provider),
+            norm=norm,
+            scale_embedding=layer_params.get("scale_embedding", True),
+        )
+        config.hetereogenous_dist_checkpoint = True
+    first = get_transformer_layer_offset(config, vp_stage, pp_rank)
+    count = get_num_layers_to_build(config, vp_stage, pp_rank)
+    here = range(first, first + count)
+    return TransformerBlockSubmodules(
+        layer_specs=[layers[layer_types[i % len(layer_types)]] for i in here],
+        layer_norm=srms_norm(norm),
+    )
+
+
+def layer_params_of(tnl: TNLConfig) -> dict[str, Any]:
+    """What `tnl` says about options of `get_tnl_layer_spec`."""
+    return dict(
+        lrpe_layers=tnl.lrpe_layers,
+        feature_map=tnl.activation,
+        scale_embedding=tnl.scale_embedding,
+    )
+
+
+def tnl_transformer_config(
+    tnl: TNLConfig, make: Callable[..., TransformerConfig] = TransformerConfig, **megatron: Any
+) -> TransformerConfig:
+    """Megatron's config of the TNL that `tnl` describes.
+
+    Args:
+        megatron: fields of TransformerConfig that `tnl` does not know (parallel sizes, dtypes,
+            recomputation, ...), and overrides. With softmax layers the GPTModel needs
+            position_embedding_type="rope" and rotary_base=tnl.rope_base.
+    """
+    fields = dict(
+        num_layers=tnl.num_layers,
+        hidden_size=tnl.dim,
+        num_attention_heads=tnl.num_heads,
+        # Of the softmax layers: a linear layer has a key and a value per head.
+        num_query_groups=tnl.num_key_value_heads,
+        kv_channels=tnl.head_dim,
+        ffn_hidden_size=tnl.glu_dim,
+        layernorm_epsilon=tnl.norm_eps,
+        init_method_std=tnl.init_std,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=identity,
+        bias_activation_fusion=False,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+    )
+    return make(**(fields | megatron))
+
+
+def tnl_mixer_spec(backend, lrpe_layers, feature_map, core_params) -> ModuleSpec:
+    """The spec of TNL's token mixer."""
+    return ModuleSpec(
+        module=TNLSelfAttention,
+        params=dict(feature_map=feature_map, lrpe_layers=tuple(lrpe_layers)),
+        submodules=TNLSelfAttentionSubmodules(
+            linear_qkvu=backend.column_parallel_linear(),
+            # The feature map comes before LRPE, so the mixer applies it.
+            core_attention=ModuleSpec(
+                module=LaspCoreAttention, params=dict(core_params, feature_map="none")
+            ),
+            linear_proj=backend.row_parallel_linear(),
+        ),
+    )
+
+
+def softmax_spec(core, backend) -> ModuleSpec:
+    """The spec of Megatron's softmax attention around a core attention."""
+    return ModuleSpec(
+        module=SelfAttention,
+        params=dict(attn_mask_type=AttnMaskType.causal),
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=backend.column_parallel_linear(),
+            core_attention=core,
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=IdentityOp,
+            k_layernorm=IdentityOp,
+        ),
+    )
+
+
+def srms_norm(norm: str) -> type:
+    """The class that fills Megatron's norm slots; ValueError for an unknown name."""
+    if norm not in _NORMS:
+        raise ValueError(f"norm is {norm!r}: choose one of {', '.join(_NORMS)}.")
+    return _NORMS[norm]
+
+
+def mlp_spec(backend) -> ModuleSpec:
+    """The spec of the channel mixer (SGLU by `TNLTransformerLayer`'s config)."""
+    return ModuleSpec(
+        module=MLP,
+        submodules=MLPSubmodules(
+            linear_fc1=backend.column_parallel_linear(),
+            linear_fc2=backend.row_parallel_linear(),
+        ),
+    )
+
+
+def tnl_style_layer(
+    attention: ModuleSpec | None,
+    mlp: ModuleSpec | None,
+    *,
+    module: type = TNLTransformerLayer,
+    norm: str = "torch",
+    scale_embedding: bool = True,
+) -> ModuleSpec:
+    """A pre-norm layer with TNL's norm and either mixer, or both."""
+    submodules = TransformerLayerSubmodules()
+    if attention is not None:
+        submodules.input_layernorm = srms_norm(norm)
+        submodules.self_attention = attention
+        submodules.self_attn_bda = get_bias_dropout_add
+    if mlp is not None:
+        submodules.pre_mlp_layernorm = srms_norm(norm)
+        submodules.mlp = mlp
+        submodules.mlp_bda = get_bias_dropout_add
+    return ModuleSpec(
+        module=module, params=dict(scale_embedding=scale_embedding), submodules=submodules
+    )
+
+
+# For Megatron-LM's `--spec parallel.megatron.specs tnl_layer_spec`, which takes an object and calls
+# nothing. Megatron then adds a final norm of its own (RMSNorm with a weight).
+tnl_layer_spec = get_tnl_layer_spec()

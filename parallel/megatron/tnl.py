@@ -1,0 +1,261 @@
+"""TransNormerLLM's layer made of Megatron's parts.
+
+Shapes, Megatron's order: s tokens of this context-parallel rank, b batch, d model width, H heads of
+this tensor-parallel rank, D head dim.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+)
+
+from lasp.tnl.lrpe import LRPE
+from parallel.megatron.attention import FEATURE_MAPS
+from parallel.megatron.calls import process_groups
+from parallel.megatron.layout import segments
+
+__all__ = [
+    "TNLSelfAttention",
+    "TNLSelfAttentionSubmodules",
+    "TNLTransformerLayer",
+    "identity",
+    "tnl_layer_config",
+]
+
+
+@dataclass
+class TNLSelfAttentionSubmodules:
+    """What a `TNLSelfAttention` is made of."""
+
+    linear_qkvu: ModuleSpec | type | None = None
+    core_attention: ModuleSpec | type | None = None
+    linear_proj: ModuleSpec | type | None = None
+
+
+class TNLSelfAttention(MegatronModule):
+    """TNL's token mixer in Megatron's self-attention slot: y = W_o(u * core(phi(q), phi(k), v)).
+
+    arXiv 2405.17381 eq. 11 and 13. The rows of linear_qkvu go head by head, and q, k, v, u within a
+    head, as in `lasp.tnl`: any tensor-parallel size is a plain chunking of one checkpoint.
+
+    Args:
+        feature_map: on queries and keys, before the positions ("silu" or "none").
+        lrpe_layers: layers, from 0, whose queries and keys carry LRPE positions.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: TNLSelfAttentionSubmodules,
+        layer_number: int,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        feature_map: str = "silu",
+        lrpe_layers: tuple[int, ...] = (0,),
+        **unused,
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.pg_collection = process_groups(pg_collection)
+        self.tp_group, self.cp_group = self.pg_collection.tp, self.pg_collection.cp
+        self.head_dim = config.kv_channels
+        self.feature_map = FEATURE_MAPS[feature_map]
+        width = config.kv_channels * config.num_attention_heads
+        common = dict(config=config, bias=False, is_expert=False, tp_group=self.tp_group)
+        self.linear_qkvu = build_module(
+            submodules.linear_qkvu,
+            config.hidden_size,
+            4 * width,
+            init_method=config.init_method,
+            gather_output=False,
+            skip_bias_add=False,
+            tp_comm_buffer_name="qkv",
+            **common,
+        )
+        self.core_attention = build_module(
+            submodules.core_attention,
+            config=config,
+            layer_number=layer_number,
+            attn_mask_type=attn_mask_type,
+            attention_type="self",
+            cp_comm_type=cp_comm_type,
+            pg_collection=self.pg_collection,
+        )
+        self.linear_proj = build_module(
+            submodules.linear_proj,
+            width,
+            config.hidden_size,
+            init_method=config.output_layer_init_method,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_comm_buffer_name="proj",
+            **common,
+        )
+        self.lrpe = self._build_lrpe() if layer_number - 1 in lrpe_layers else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        packed_seq_params=None,
+        inference_context=None,
+        inference_params=None,
+        **unused,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[s, b, d] -> ([s, b, d], None); with sequence_parallel s is cut by tp at both ends.
+
+        Rotary embeddings are not looked at: TNL's positions are its decay and LRPE.
+        """
+        if inference_context is not None or inference_params is not None:
+            raise ValueError(
+                "an inference context is given: a TNL layer does not serve Megatron's inference. "
+                "Generate with the native model (parallel.megatron.from_megatron)."
+            )
+        qkvu, _ = self.linear_qkvu(hidden_states)
+        q, k, v, u = qkvu.unflatten(-1, (-1, 4, self.head_dim)).unbind(dim=-2)
+        q, k, v = self.feature_map(q, k, v)
+        if self.lrpe is not None:
+            if packed_seq_params is not None:
+                raise ValueError(
+                    "packed_seq_params is given: LRPE counts positions from the start of the "
+                    "sequence. Use lrpe_layers=() or one document per sequence."
+                )
+            q, k = self._with_positions(q, k)
+        if packed_seq_params is not None:
+            q, k, v = (x.squeeze(1) for x in (q, k, v))
+        o = self.core_attention(
+            q,
+            k,
+            v,
+            attention_mask,
+            attn_mask_type=AttnMaskType.causal,
+            attention_bias=None,
+            packed_seq_params=packed_seq_params,
+        )
+        return self.linear_proj(u.flatten(-2) * o.view(*u.shape[:2], -1))
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple = (),
+        metadata: dict | None = None,
+    ) -> ShardedStateDict:
+        """Megatron's checkpoint entries; the LRPE rates reshard by heads."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        state = {}
+        for name in ("linear_qkvu", "linear_proj"):
+            module = getattr(self, name)
+            state |= module.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata)
+        if self.lrpe is not None:
+            theta = make_sharded_tensors_for_checkpoint(
+                {"theta": self.lrpe.theta},
+                f"{prefix}lrpe.",
+                {"theta": 0},
+                # Not stacked over layers, as Megatron does where all layers are alike: only some
+                # layers have rates. Hence a name with the layer's number instead.
+                (),
+                tp_group=self.tp_group,
+                dp_cp_group=metadata["dp_cp_group"],
+            )
+            (entry,) = theta.values()
+            entry.key = f"{prefix}lrpe.layer_{self.layer_number - 1}.theta"
+            state |= theta
+        return state
+
+    def _build_lrpe(self) -> LRPE:
+        lrpe = LRPE(self.config.num_attention_heads, self.head_dim)
+        heads_here = self.config.num_attention_heads // self.tp_group.size()
+        first = self.tp_group.rank() * heads_here
+        lrpe.keep_heads(slice(first, first + heads_here))
+        if not self.config.use_cpu_initialization:
+            lrpe.to(torch.cuda.current_device())
+        set_tensor_model_parallel_attributes(lrpe.theta, True, 0, 1)
+        return lrpe
+
+    def _with_positions(self, q, k):
+        """q, k [s, b, H, D] -> [s, b, H, 2D], by the global positions of this rank's tokens."""
+        rank, size = self.cp_group.rank(), self.cp_group.size()
+        layout = self.core_attention.sequence_layout
+        q, k = (x.transpose(0, 1) for x in (q, k))
+        parts = segments(q.shape[1] * size, layout, rank, size)
+        lengths = [stop - start for start, stop in parts]
+        blocks = zip(q.split(lengths, 1), k.split(lengths, 1), parts, strict=True)
+        pieces = [self.lrpe(q_part, k_part, start) for q_part, k_part, (start, _) in blocks]
+        q, k = (torch.cat(x, dim=1) if len(x) > 1 else x[0] for x in zip(*pieces, strict=True))
+        return q.transpose(0, 1), k.transpose(0, 1)
+
+
+class TNLTransformerLayer(TransformerLayer):
+    """Megatron's layer with TNL's channel mixer (SGLU) and its scaled embeddings.
+
+    Args:
+        scale_embedding: multiply what enters the first layer of the model by sqrt(d), which makes
+            it the embedding's scale. Here because a spec reaches layers only.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: TransformerLayerSubmodules,
+        layer_number: int = 1,
+        *args: Any,
+        scale_embedding: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        config = tnl_layer_config(config)
+        if isinstance(config.cp_comm_type, list | tuple):
+            # Megatron 0.16 looks up this list by the number that counts from 1.
+            offset = 0
+            if kwargs.get("add_layer_offset", True):
+                groups = kwargs.get("pg_collection")
+                pp_rank = None if groups is None else groups.pp.rank()
+                offset = get_transformer_layer_offset(config, kwargs.get("vp_stage"), pp_rank)
+            config.cp_comm_type = config.cp_comm_type[layer_number - 1 + offset]
+        super().__init__(config, submodules, layer_number, *args, **kwargs)
+        is_first = self.layer_number == 1
+        self.input_scale = math.sqrt(config.hidden_size) if is_first and scale_embedding else None
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any):
+        """As TransformerLayer.forward: [s, b, d] -> ([s, b, d], context)."""
+        if self.input_scale is not None:
+            hidden_states = hidden_states * self.input_scale
+        return super().forward(hidden_states, *args, **kwargs)
+
+
+def tnl_layer_config(config: TransformerConfig) -> TransformerConfig:
+    """A copy in which Megatron's MLP is SGLU: gated, without activation or bias."""
+    config = copy.copy(config)
+    config.gated_linear_unit = True
+    config.activation_func = identity
+    config.bias_activation_fusion = False
+    config.use_te_activation_func = False
+    config.add_bias_linear = False
+    return config
+
+
+def identity(x: torch.Tensor) -> torch.Tensor:
+    """SGLU's activation."""
+    return x

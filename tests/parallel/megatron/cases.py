@@ -1,0 +1,416 @@
+"""What the ranks run: models built by megatron-core, compared with the native TNL.
+
+Imported on the ranks only, where it makes Megatron run on the CPU.
+"""
+
+# ruff: noqa: E402 (Megatron is imported after the shim)
+
+import contextlib
+import io
+import logging
+import multiprocessing
+import re
+import runpy
+import warnings
+from pathlib import Path
+from unittest import mock
+
+warnings.filterwarnings("ignore")
+logging.disable(logging.WARNING)
+
+from tests.parallel.megatron import cpu_shim
+
+cpu_shim.install()
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+import lasp
+import lasp.exchange
+from lasp.exchange import tokens as token_exchange
+from lasp.tnl import TNL, TNLConfig
+from parallel.megatron import (
+    BatchSplitter,
+    from_megatron,
+    get_lasp_gpt_layer_spec,
+    get_tnl_block_spec,
+    tnl_transformer_config,
+    to_megatron,
+)
+
+ROOT = Path(__file__).parents[3]
+_kept_groups = []
+
+
+def lay_out(tp, cp, pp=1):
+    """Megatron's groups over the four ranks; the rest is data parallel."""
+    if parallel_state.model_parallel_is_initialized():
+        dist.barrier()
+        # Megatron only forgets its groups: their threads would pile up.
+        ours = {id(group) for group in _kept_groups}
+        for group in list(dist.distributed_c10d._world.pg_map):
+            if id(group) not in ours:
+                dist.destroy_process_group(group)
+        parallel_state.destroy_model_parallel()
+        dist.barrier()
+    else:
+        _kept_groups.extend(dist.distributed_c10d._world.pg_map)
+    parallel_state.initialize_model_parallel(tp, pp, context_parallel_size=cp)
+    model_parallel_cuda_manual_seed(0)
+
+
+def sizes_here():
+    """TransformerConfig fields that follow from the groups."""
+    return dict(
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        context_parallel_size=parallel_state.get_context_parallel_world_size(),
+        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        pipeline_dtype=torch.float32,
+        use_cpu_initialization=True,
+    )
+
+
+def build_tnl(tnl, weights=None, *, megatron=None, **spec):
+    """A GPTModel of TNL layers, with the given native weights or those of a seed."""
+    tnl = TNLConfig(**tnl)
+    config = tnl_transformer_config(tnl, **sizes_here(), **(megatron or {}))
+    torch.manual_seed(1)
+    model = gpt_model(
+        config,
+        get_tnl_block_spec(config, tnl, **spec),
+        tnl.vocab_size,
+        "rope" if tnl.num_softmax_layers else "none",
+    )
+    if weights is None:
+        # Megatron's own would depend on the layout: pipeline stages draw differently.
+        torch.manual_seed(1)
+        weights = TNL(tnl).state_dict()
+    first = model.decoder.layers[0].layer_number - 1
+    part = to_megatron(
+        weights,
+        tnl,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        layers=range(first, first + len(model.decoder.layers)),
+    )
+    model.load_state_dict(part)
+    return model
+
+
+def build_gpt(fields, *, positions="rope", megatron=None, **core):
+    """A GPTModel whose layers are Megatron's but for the core attention."""
+    config = TransformerConfig(**sizes_here(), **fields, **(megatron or {}))
+    torch.manual_seed(1)
+    spec = get_lasp_gpt_layer_spec(get_gpt_layer_local_spec(normalization="RMSNorm"), **core)
+    return gpt_model(config, spec, 64, positions)
+
+
+def gpt_model(config, spec, vocab_size, positions):
+    return GPTModel(
+        config,
+        spec,
+        vocab_size,
+        max_sequence_length=256,
+        share_embeddings_and_output_weights=True,
+        position_embedding_type=positions,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    )
+
+
+def batch_of(tokens):
+    """This data-parallel rank's rows of tokens [B, T + 1], whole sequences."""
+    rank = parallel_state.get_data_parallel_rank()
+    rows = tokens.chunk(parallel_state.get_data_parallel_world_size())[rank]
+    positions = torch.arange(rows.shape[1] - 1).expand(rows.shape[0], -1)
+    return dict(tokens=rows[:, :-1], labels=rows[:, 1:], position_ids=positions)
+
+
+def global_loss(model, split, tokens):
+    """This rank's token losses over the number of all tokens of the batch."""
+    batch = split(batch_of(tokens))
+    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return losses.sum() / (tokens.shape[0] * (tokens.shape[1] - 1))
+
+
+def summed(x):
+    """Over the ranks that hold the same weights."""
+    dist.all_reduce(x, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    return x
+
+
+def whole_tnl(parts, tnl):
+    """Native names and shapes from what this rank's tensor-parallel group holds."""
+    gathered = [None] * parallel_state.get_tensor_model_parallel_world_size()
+    group = parallel_state.get_tensor_model_parallel_group()
+    dist.all_gather_object(gathered, parts, group=group)
+    return from_megatron(gathered, TNLConfig(**tnl))
+
+
+def whole(model, tensors):
+    """Megatron names, layers numbered over all pipeline stages; the parts of all tensor-parallel
+    ranks put together."""
+    first = model.decoder.layers[0].layer_number - 1
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    group = parallel_state.get_tensor_model_parallel_group()
+    gathered = [None] * size
+    dist.all_gather_object(gathered, tensors, group=group)
+    joined = {}
+    for name, p in model.named_parameters():
+        parts = [of_rank[name] for of_rank in gathered]
+        if not getattr(p, "tensor_model_parallel", False):
+            joined[global_name(name, first)] = parts[0]
+            continue
+        # A stride of 2 is two matrices, one above the other, in each rank's part.
+        chunks = [part.chunk(p.partition_stride, p.partition_dim) for part in parts]
+        pieces = [piece for of_matrix in zip(*chunks, strict=True) for piece in of_matrix]
+        joined[global_name(name, first)] = torch.cat(pieces, p.partition_dim)
+    return joined
+
+
+def global_name(name, first_layer):
+    if name == "output_layer.weight":
+        return "embedding.word_embeddings.weight"
+    return re.sub(r"layers\.(\d+)", lambda m: f"layers.{int(m[1]) + first_layer}", name)
+
+
+@contextlib.contextmanager
+def counted_exchanges():
+    """A list that grows by one for each exchange of states, or gathering of keys and values."""
+    seen = []
+
+    def counting(function):
+        def call(*args, **kwargs):
+            seen.append(function)
+            return function(*args, **kwargs)
+
+        return call
+
+    with (
+        mock.patch.object(lasp.exchange, "start", counting(lasp.exchange.start)),
+        mock.patch.object(token_exchange, "gather_rows", counting(token_exchange.gather_rows)),
+    ):
+        yield seen
+
+
+def step(model, tokens):
+    """(loss, this rank's gradients by name, exchanges) of one step without Megatron's DDP."""
+    split = BatchSplitter(model)
+    with counted_exchanges() as exchanges:
+        loss = global_loss(model, split, tokens)
+        loss.backward()
+    grads = {name: summed(p.grad) for name, p in model.named_parameters()}
+    return summed(loss.detach()).item(), grads, len(exchanges)
+
+
+def native_gradients(sizes, tnl, weights, tokens, options):
+    """(loss, gradients by native names, exchanges) of the Megatron TNL with native weights."""
+    lay_out(*sizes)
+    loss, grads, exchanges = step(build_tnl(tnl, weights, **options), tokens)
+    return loss, whole_tnl(grads, tnl), exchanges
+
+
+def gradients(sizes, kind, fields, tokens, options):
+    """(loss, gradients by Megatron's names, exchanges) of a model with a seed's weights."""
+    lay_out(*sizes)
+    model = {"tnl": build_tnl, "gpt": build_gpt}[kind](fields, **options)
+    loss, grads, exchanges = step(model, tokens)
+    return loss, whole(model, grads), exchanges
+
+
+def train(sizes, tnl, tokens, options, *, steps=3, ddp=None, save=None, load=None, micro=1):
+    """(losses, weights by Megatron's names) of training with Megatron's DDP, optimizer, schedule.
+
+    Args:
+        ddp: fields of DistributedDataParallelConfig.
+        save, load: checkpoint folders.
+    """
+    lay_out(*sizes)
+    megatron = dict(calculate_per_token_loss=True) | options.pop("megatron", {})
+    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, **(ddp or {}))
+    inner = build_tnl(tnl, megatron=megatron, **options)
+    model = DistributedDataParallel(inner.config, ddp, inner)
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            lr=2e-3,
+            clip_grad=1.0,
+            use_distributed_optimizer=ddp.use_distributed_optimizer,
+        ),
+        [model],
+    )
+    inner.config.finalize_model_grads_func = finalize_model_grads
+    split = BatchSplitter(model)
+    if load is not None:
+        restore(load, inner, optimizer)
+    losses = []
+    for _ in range(steps):
+        model.zero_grad_buffer()
+        optimizer.zero_grad()
+        losses.append(megatron_step(model, split, tokens, micro))
+        assert optimizer.step()[0]
+    if save is not None:
+        parts = inner.sharded_state_dict()
+        state = {"model": parts, "optimizer": optimizer.sharded_state_dict(parts)}
+        # Megatron's writers are processes, which the pool's may not start.
+        multiprocessing.current_process()._config["daemon"] = False
+        dist_checkpointing.save(state, save)
+    return losses, whole(inner, {n: p.detach() for n, p in inner.named_parameters()})
+
+
+def restore(folder, model, optimizer):
+    parts = model.sharded_state_dict()
+    state = {"model": parts, "optimizer": optimizer.sharded_state_dict(parts, is_loading=True)}
+    state = dist_checkpointing.load(state, folder)
+    model.load_state_dict(state["model"], strict=False)
+    optimizer.load_state_dict(state["optimizer"])
+
+
+def megatron_step(model, split, tokens, micro):
+    """One forward and backward by Megatron's schedule; the loss over all tokens."""
+    rows = batch_of(tokens)
+    batches = iter(
+        [
+            dict(zip(rows, x, strict=True))
+            for x in zip(*(v.chunk(micro) for v in rows.values()), strict=True)
+        ]
+    )
+
+    def forward_step(batches, model):
+        batch = split(next(batches))
+        losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+        return losses, loss_and_count
+
+    def loss_and_count(losses):
+        total, count = losses.sum(), torch.tensor(losses.numel(), dtype=torch.int)
+        return total, count, {"loss": torch.stack([total.detach(), count.float()])}
+
+    reports = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=batches,
+        model=[model],
+        num_microbatches=micro,
+        seq_length=tokens.shape[1] - 1,
+        micro_batch_size=rows["tokens"].shape[0] // micro,
+        forward_only=False,
+    )
+    total = sum((report["loss"] for report in reports), torch.zeros(2))
+    dist.all_reduce(total)
+    return (total[0] / total[1]).item()
+
+
+def recompute_after_a_lost_forward(tnl, tokens):
+    """What the backward says after a forward in training mode that had none."""
+    lay_out(1, 2)
+    recompute = dict(recompute_granularity="full", recompute_method="uniform")
+    model = build_tnl(tnl, megatron=recompute | dict(recompute_num_layers=1))
+    split = BatchSplitter(model)
+    global_loss(model, split, tokens)
+    try:
+        global_loss(model, split, tokens.flip(1)).backward()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def half_precision(tnl, tokens):
+    """(decay used by the first layer, its exact value, LRPE rates, loss) under Float16Module."""
+    lay_out(1, 2)
+    inner = build_tnl(tnl | dict(init_std=0.02), megatron=dict(bf16=True))
+    model = Float16Module(inner.config, inner)
+    attention = inner.decoder.layers[0].self_attention
+    loss = summed(global_loss(model, BatchSplitter(model), tokens).detach())
+    decay = attention.core_attention.log_decay(torch.device("cpu"))
+    expected = lasp.decay.tnl(tnl["num_heads"], 0, tnl["num_layers"])
+    return decay, expected, attention.lrpe.theta.detach(), loss.item()
+
+
+def example(sizes, argv):
+    """Losses of examples/megatron_gpt.py with these options."""
+    lay_out(*sizes)
+    tp, cp, *pp = sizes
+    argv = [*argv, "--device=cpu", "--data-path=random", "--seq-length=64", "--lr=2e-3"]
+    argv += [f"--tensor-model-parallel-size={tp}", f"--context-parallel-size={cp}"]
+    argv += [f"--pipeline-model-parallel-size={pp[0] if pp else 1}"]
+    # Megatron's writers are processes, which the pool's may not start.
+    multiprocessing.current_process()._config["daemon"] = False
+    script = runpy.run_path(str(ROOT / "examples" / "megatron_gpt.py"))
+    with contextlib.redirect_stdout(io.StringIO()):
+        return script["train"](script["parse_arguments"](argv))
+
+
+def hybrid_model_gradients(sizes, tnl, weights, tokens):
+    """As native_gradients, of the model in Megatron's hybrid stack."""
+    from parallel.megatron.hybrid import LINEAR, get_tnl_hybrid_stack_spec
+
+    lay_out(*sizes)
+    native = TNLConfig(**tnl)
+    pattern = f"{LINEAR}-" * native.num_layers
+    config = tnl_transformer_config(native, **sizes_here())
+    config.num_layers = len(pattern)
+    build, pattern_name = hybrid_host()
+    model = build(
+        config,
+        get_tnl_hybrid_stack_spec(pattern, lrpe_layers=native.lrpe_layers),
+        native.vocab_size,
+        256,
+        share_embeddings_and_output_weights=True,
+        **{pattern_name: pattern},
+    )
+    place = dict(
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+    )
+    part = to_megatron(weights, native, **place)
+    model.load_state_dict({in_stack(name): x for name, x in part.items()})
+    loss, grads, exchanges = step(model, tokens)
+    names = {in_stack(name): name for name in part}
+    return loss, whole_tnl({names[name]: x for name, x in grads.items()}, tnl), exchanges
+
+
+def in_stack(name):
+    """A block's two mixers are two layers of the stack."""
+    offset = 1 if ".mlp." in name else 0
+    return re.sub(r"layers\.(\d+)", lambda m: f"layers.{2 * int(m[1]) + offset}", name)
+
+
+def hybrid_host():
+    """(Megatron's model class, what it calls the pattern)."""
+    try:
+        from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+        return HybridModel, "hybrid_layer_pattern"
+    except ImportError:
+        from megatron.core.models.mamba import MambaModel
+
+        return MambaModel, "hybrid_override_pattern"
+
+
+def logits_and_weights(sizes, tnl, weights, tokens, padded):
+    """(logits, weights by native names) of the Megatron TNL, its vocabulary padded."""
+    lay_out(*sizes)
+    config = tnl_transformer_config(TNLConfig(**tnl), **sizes_here())
+    model = gpt_model(config, get_tnl_block_spec(config, TNLConfig(**tnl)), padded, "none")
+    place = dict(
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+    )
+    part = to_megatron(weights, TNLConfig(**tnl), **place, padded_vocab_size=padded)
+    model.load_state_dict(part)
+    split = BatchSplitter(model)
+    batch = split(dict(tokens=tokens, position_ids=torch.zeros_like(tokens)))
+    with torch.no_grad():
+        logits = model(*batch.values(), None, runtime_gather_output=True)
+    return logits, whole_tnl(dict(model.named_parameters()), tnl)

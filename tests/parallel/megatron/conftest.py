@@ -1,0 +1,44 @@
+"""Megatron on CPU processes of its own: they are made to look like GPUs, which no other test must
+see (tests/parallel/megatron/cpu_shim.py)."""
+
+import importlib
+import importlib.util
+
+import pytest
+
+from tests.distributed import Pool
+
+
+def pytest_collection_modifyitems(items):
+    if importlib.util.find_spec("megatron") and importlib.util.find_spec("megatron.core"):
+        return
+    skip = pytest.mark.skip(reason="needs megatron-core: pip install -e '.[megatron]'")
+    for item in items:
+        if "tests/parallel/megatron" in item.path.as_posix():
+            item.add_marker(skip)
+
+
+def call(group, name, args, keywords):
+    """On a rank: "function" of `cases`, or "module.function"; those modules import Megatron."""
+    module, _, name = f"cases.{name}".rpartition(".")
+    module = module.rpartition(".")[2]
+    function = getattr(importlib.import_module(f"tests.parallel.megatron.{module}"), name)
+    return function(*args, **keywords)
+
+
+class MegatronPool:
+    """Four processes that run functions of `cases` and `traps` by name."""
+
+    def __init__(self, pool):
+        self.pool = pool
+
+    def run(self, name, *args, **keywords):
+        """Results by rank."""
+        return self.pool.run(call, name, args, keywords, size=4, timeout=100)
+
+
+@pytest.fixture(scope="session")
+def megatron():
+    pool = Pool({4: (0, 1, 2, 3)})
+    yield MegatronPool(pool)
+    pool.stop()

@@ -1,0 +1,51 @@
+"""Let megatron-core run on gloo: what it takes for granted of a GPU is redirected to the CPU.
+
+For test processes alone, installed before Megatron builds anything.
+"""
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class _Stream:
+    def wait_stream(self, other):
+        pass
+
+
+def _is_cuda(value):
+    return isinstance(value, str | torch.device) and str(value).startswith("cuda")
+
+
+class _CudaToCpu(TorchFunctionMode):
+    """device="cuda" means the CPU; dtypes' names are those of CUDA tensors."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if func is torch.Tensor.to:
+            args = tuple("cpu" if _is_cuda(arg) else arg for arg in args)
+        return func(*args, **kwargs)
+
+
+def install():
+    """For this process, for good."""
+    import megatron.core.jit
+
+    megatron.core.jit.disable_jit_fuser()
+    import megatron.core.tensor_parallel.random as random
+
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
+    torch.cuda.manual_seed = torch.manual_seed
+    torch.cuda.synchronize = lambda *args, **kwargs: None
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda *args, **kwargs: _Stream()
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    _CudaToCpu().__enter__()

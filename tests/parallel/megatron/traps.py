@@ -1,0 +1,269 @@
+"""Wrong configurations and calls, run on the ranks: each returns what was said about it."""
+
+import copy
+import inspect
+import sys
+import types
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import transformer_block
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.utils import get_batch_on_this_cp_rank
+
+import lasp
+from lasp.tnl import TNLConfig
+from parallel.megatron import (
+    BatchSplitter,
+    LaspCoreAttention,
+    get_lasp_gpt_layer_spec,
+    get_tnl_block_spec,
+    split_batch,
+    tnl_layer_spec,
+    tnl_transformer_config,
+    to_megatron,
+)
+from parallel.megatron.apex import require_apex
+from tests.parallel.megatron.cases import build_tnl, hybrid_host, lay_out, sizes_here, step
+
+TINY = dict(vocab_size=64, dim=32, num_layers=3, num_heads=4, glu_dim=48)
+
+
+def config(**fields):
+    return tnl_transformer_config(TNLConfig(**TINY), **sizes_here(), **fields)
+
+
+def core(fields=None, **options):
+    return LaspCoreAttention(config(**(fields or {})), 1, AttnMaskType.causal, **options)
+
+
+def called(core, s=4, keys=None, heads=4, **keywords):
+    q = torch.ones(s, 1, heads, 8)
+    k = torch.ones(keys or s, 1, heads, 8)
+    core(q, k, k, **keywords)
+
+
+def packed(core, qkv_format="thd"):
+    cu_seqlens = torch.tensor([0, 4], dtype=torch.int32)
+    x = torch.ones(4, 4, 8)
+    core(x, x, x, packed_seq_params=PackedSeqParams(qkv_format, cu_seqlens, cu_seqlens))
+
+
+def stack_of_two_layouts():
+    one, other = core(layout="zigzag"), core(layout="contiguous")
+    BatchSplitter([one, other])
+
+
+def stack_with_zigzag_only_attention():
+    named_as_te = type("TEDotProductAttention", (torch.nn.Module,), {})
+    BatchSplitter([core(layout="contiguous"), named_as_te()])
+
+
+def inference_in_a_tnl_layer():
+    layer = build_tnl(TINY).decoder.layers[0].self_attention
+    layer(torch.ones(4, 1, 32), inference_context=object())
+
+
+def base_without_slot():
+    base = copy.deepcopy(get_gpt_layer_local_spec())
+    base.submodules.self_attention = torch.nn.Identity
+    get_lasp_gpt_layer_spec(base)
+
+
+def pattern_without_linear_layers():
+    from parallel.megatron.hybrid import get_tnl_hybrid_stack_spec
+
+    get_tnl_hybrid_stack_spec("*-*-")
+
+
+def odd_vocabulary():
+    tnl = TNLConfig(**(TINY | dict(vocab_size=63)))
+    to_megatron(lasp.tnl.TNL(tnl).state_dict(), tnl, tp_size=2)
+
+
+# Name -> what is wrong. All run at context parallel size 2.
+WRONG = {
+    "dropout": lambda: core(dict(attention_dropout=0.1)),
+    "mask": lambda: LaspCoreAttention(config(), 1, AttnMaskType.padding),
+    "cross attention": lambda: core(attention_type="cross"),
+    "window": lambda: core(dict(window_size=(8, 0))),
+    "layout": lambda: core(layout="striped"),
+    "exchange": lambda: core(exchange="p2p"),
+    "comm type": lambda: core(cp_comm_type="a2a"),
+    "decay": lambda: core(decay="alibi"),
+    "decay index": lambda: core(decay_index=3),
+    "feature map": lambda: core(feature_map="relu"),
+    "unagreed layout": lambda: called(core(layout="contiguous")),
+    "key-value cache": lambda: called(core(), keys=8),
+    "heads": lambda: called(core(), heads=2),
+    "bias": lambda: called(core(), attention_bias=torch.zeros(1)),
+    "mask in the call": lambda: called(core(), attn_mask_type=AttnMaskType.no_mask),
+    "packed over ranks": lambda: packed(core()),
+    "packed otherwise": lambda: packed(core(), "sbhd"),
+    "two layouts": stack_of_two_layouts,
+    "no layout": lambda: BatchSplitter(torch.nn.Identity()),
+    "zigzag only": stack_with_zigzag_only_attention,
+    "length": lambda: split_batch(
+        dict(tokens=torch.ones(1, 6)), "zigzag", parallel_state.get_context_parallel_group()
+    ),
+    "inference": inference_in_a_tnl_layer,
+    "layer types": lambda: get_tnl_block_spec(config(), layer_types="LLLS"),
+    "base spec": base_without_slot,
+    "norm": lambda: get_tnl_block_spec(config(), norm="fused"),
+    "apex norm": lambda: TransformerBlock(config(), get_tnl_block_spec(config(), norm="apex")),
+    "apex fusion": lambda: require_apex("gradient accumulation fusion"),
+    "pattern": pattern_without_linear_layers,
+    "vocabulary": odd_vocabulary,
+}
+
+
+def complaints():
+    """Name -> the ValueError's text, or what happened instead."""
+    lay_out(1, 2)
+    said = {}
+    for name, wrong in WRONG.items():
+        try:
+            wrong()
+            said[name] = "accepted"
+        except ValueError as error:
+            said[name] = str(error)
+        except Exception as error:
+            said[name] = repr(error)
+    return said
+
+
+def splits():
+    """For 1, 2 and 4 context-parallel ranks: (our zigzag batch, Megatron's own)."""
+    pairs = []
+    for cp in (1, 2, 4):
+        lay_out(1, cp)
+        whole = torch.arange(2 * 24).view(2, 24)
+        batch = dict(
+            tokens=whole,
+            loss_mask=whole.float(),
+            labels=None,
+            attention_mask=torch.arange(24)[:, None].expand(1, 1, 24, 24),
+        )
+        group = parallel_state.get_context_parallel_group()
+        ours = split_batch(dict(batch), "zigzag", group)
+        # From 0.18 on Megatron asks for one more argument.
+        asks = "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters
+        more = dict(is_hybrid_cp=False) if asks else {}
+        pairs.append((ours, get_batch_on_this_cp_rank(dict(batch), cp_group=group, **more)))
+    return pairs
+
+
+def final_norm_where_megatron_has_none():
+    """(name of the final norm of the block spec, what a bare layer spec says) when Megatron's
+    choice of a final norm refuses RMSNorm, as it does once a package named apex can be imported."""
+
+    class Refuses:
+        def __init__(self, **keywords):
+            raise AssertionError("(RMSNorm) is not supported in FusedLayerNorm")
+
+    lay_out(1, 1)
+    fields = config()
+    stock, transformer_block.LayerNormImpl = transformer_block.LayerNormImpl, Refuses
+    try:
+        block = TransformerBlock(fields, get_tnl_block_spec(fields))
+        try:
+            TransformerBlock(fields, tnl_layer_spec)
+            bare = "built"
+        except AssertionError as error:
+            bare = str(error)
+    finally:
+        transformer_block.LayerNormImpl = stock
+    return type(block.final_layernorm).__name__, bare
+
+
+def exchanges_by_layer(comm_types):
+    """The exchange of each layer under a list of cp_comm_type."""
+    lay_out(1, 2)
+    fields = config(cp_comm_type=comm_types)
+    block = TransformerBlock(fields, get_tnl_block_spec(fields))
+    return [layer.self_attention.core_attention.exchange for layer in block.layers]
+
+
+def decays_in_a_stack_that_counts_mlps():
+    """(decay said by index, that of the layer by itself) of the second of two linear layers, which
+    stands third among three layers."""
+    lay_out(1, 1)
+    said = LaspCoreAttention(config(), 3, decay_index=1, num_decay_layers=2)
+    return said.log_decay(torch.device("cpu")), lasp.decay.tnl(4, 1, 2)
+
+
+def spec_is_left_alone():
+    """Whether Megatron's shared spec still has its own core attention, and ours has ours."""
+    base = get_gpt_layer_local_spec()
+    before = base.submodules.self_attention.submodules.core_attention
+    ours = get_lasp_gpt_layer_spec(base, decay="none")
+    after = base.submodules.self_attention.submodules.core_attention
+    changed = ours.submodules.self_attention.submodules.core_attention
+    return before is after, changed.module is LaspCoreAttention, changed.params
+
+
+def packed_documents(cp):
+    """(output of packed documents, of each by itself) of the core, for this rank's tokens."""
+    lay_out(1, 1)
+    alone = core()
+    torch.manual_seed(0)
+    whole = torch.randn(3, 12, 4, 8)
+    documents = [whole[:, :5], whole[:, 5:]]
+    apart = torch.cat([alone(*document.unsqueeze(2)).squeeze(1) for document in documents])
+
+    lay_out(1, cp)
+    attention = core(layout="contiguous")
+    here = BatchSplitter(attention)(dict(qkv=whole, apart=apart[None]))
+    cu_seqlens = torch.tensor([0, 5, 12], dtype=torch.int32)
+    params = PackedSeqParams("thd", cu_seqlens, cu_seqlens)
+    return attention(*here["qkv"], packed_seq_params=params), here["apart"][0]
+
+
+def loss_with_apex_norm():
+    """(loss with torch's norms, with apex's, how many of apex's were built)."""
+    built = []
+
+    class FusedRMSNorm(torch.nn.RMSNorm):
+        def __init__(self, *args, **keywords):
+            super().__init__(*args, **keywords)
+            assert self.weight is None
+            built.append(self)
+
+    lay_out(1, 1)
+    tokens = torch.randint(64, (4, 9), generator=torch.Generator().manual_seed(0))
+    names = ("fused_layer_norm_cuda", "apex", "apex.normalization")
+    sys.modules.update({name: types.ModuleType(name) for name in names})
+    sys.modules["apex.normalization"].FusedRMSNorm = FusedRMSNorm
+    try:
+        losses = [step(build_tnl(TINY, norm=norm), tokens)[0] for norm in ("torch", "apex")]
+    finally:
+        for name in names:
+            del sys.modules[name]
+    return *losses, len(built)
+
+
+def decay_on_a_stage_of_the_hybrid_stack():
+    """(stage, decay of its linear layer, number of that layer, whether it has LRPE)."""
+    from parallel.megatron.hybrid import LINEAR, get_tnl_hybrid_stack_spec
+
+    lay_out(1, 1, 2)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    build, pattern_name = hybrid_host()
+    border = "|" if LINEAR == "G" else ""
+    pattern = f"{LINEAR}-{border}{LINEAR}-"
+    fields = config(num_layers=4)
+    model = build(
+        fields,
+        get_tnl_hybrid_stack_spec(pattern),
+        64,
+        256,
+        pre_process=stage == 0,
+        post_process=stage == 1,
+        **{pattern_name: pattern},
+    )
+    mixer = model.decoder.layers[0].self_attention
+    decay = mixer.core_attention.log_decay(torch.device("cpu"))
+    return stage, decay, mixer.layer_number, mixer.lrpe is not None
