@@ -169,7 +169,8 @@ def _lrpe_backward(grad_q, grad_k, q, k, theta, position):
             angle_grad = angle_grad + (x[:, tokens] * (grad_sin * cos - grad_cos * sin)).sum(0)
         count = angle_grad.shape[0]
         steps = torch.arange(count, device=theta.device, dtype=angle_grad.dtype)
-        grad_theta += torch.einsum("t,thd->hd", steps, angle_grad)
+        # No product of matrices: autocast would round the positions.
+        grad_theta += (steps[:, None, None] * angle_grad).sum(0)
         grad_theta += angle_grad.sum(0).double() * (position + tokens.start)
     return in_q, in_k, grad_theta.unsqueeze(1).to(theta.dtype)
 

@@ -42,6 +42,18 @@ def test_gradients_equal_autograd_of_the_equation(length, position, poisoned_mem
     torch.testing.assert_close(grad_theta, wanted_theta.float(), rtol=1.2e-7, atol=0)
 
 
+def test_autocast_rounds_no_position():
+    torch.manual_seed(0)
+    lrpe = LRPE(2, 4)
+    q = torch.randn(1, 3000, 2, 4)
+    weights = [torch.randn(1, 3000, 2, 8) for _ in "qk"]
+    grads = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            grads += torch.autograd.grad(lrpe(q, q, 17), lrpe.theta, weights)
+    assert torch.equal(*grads)
+
+
 def test_bfloat16_inputs_are_rounded_once():
     torch.manual_seed(0)
     lrpe = LRPE(2, 4)
