@@ -1,6 +1,7 @@
 """Ranks that disagree: a ValueError on every one of them, soon, and none is left behind."""
 
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -162,3 +163,22 @@ def asked_while_busy(group):
 
 def test_a_comparison_waits_for_nothing_on_the_group(pool):
     assert pool.run(asked_while_busy, size=2, timeout=20) == [1.0, 1.0]
+
+
+def one_is_late(group):
+    """Seconds that a rank waits for a late one, once the group's timeout is a second."""
+    fresh = dist.new_group()
+    guard.compare(fresh, {"a": 1}).confirm()
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), fresh)
+    began = time.perf_counter()
+    if dist.get_rank(group) == 0:
+        time.sleep(4)
+        return None
+    with pytest.raises(RuntimeError, match="Timed out"):
+        guard.compare(fresh, {"a": 1}).confirm()
+    return time.perf_counter() - began
+
+
+def test_a_late_rank_is_waited_for_as_long_as_the_group_says(pool):
+    for seconds in pool.run(one_is_late, size=4)[1:]:
+        assert seconds < 3
