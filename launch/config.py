@@ -205,7 +205,7 @@ class Validation:
     freq: int = 500
     """Steps between validations; the last step always makes one."""
     steps: int = 10
-    """Batches of local_batch_size sequences per data-parallel rank."""
+    """Batches of global_batch_size sequences."""
 
 
 @dataclass(kw_only=True)
