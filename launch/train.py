@@ -333,24 +333,6 @@ def catch_sigterm() -> list[int]:
     return received
 
 
-def model_alone(run: Run) -> TNL | None:
-    """The model on rank 0 as one device has it, None on the others; all ranks call together."""
-    weights = run.model.state_dict()
-    if not any(isinstance(value, DTensor) for value in weights.values()):
-        return run.model if run.world.is_first else None
-    model = None
-    if run.world.is_first:
-        with torch.device("meta"):
-            model = TNL(run.model.config)
-        model = model.to_empty(device=run.world.device)
-    for name, value in weights.items():
-        # One at a time: more than a rank's own part never exists but on the first.
-        value = whole(value)
-        if model is not None:
-            model.get_parameter(name).detach().copy_(value)
-    return model
-
-
 def print_sample(run: Run) -> None:
     """Continue the sample prompt, to see what was learnt."""
     wanted = run.config.sample
