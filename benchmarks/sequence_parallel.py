@@ -371,6 +371,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    if "RANK" not in os.environ:
+        raise SystemExit("start it with: torchrun --nproc_per_node 2 " + sys.argv[0])
     ranks = Ranks(arguments.backend)
     device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else "CPU"
     report = {

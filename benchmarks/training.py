@@ -298,6 +298,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments, began = parse_arguments(), time.perf_counter()
+    if not torch.cuda.is_available() and arguments.preset != "tiny":
+        raise SystemExit(
+            f"--preset {arguments.preset} needs a CUDA GPU and this machine has none: try "
+            "--preset tiny --tokens 2048."
+        )
     size, is_first = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("RANK", "0") == "0"
     waiting = None
     if size > 1:

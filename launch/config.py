@@ -12,6 +12,7 @@ import difflib
 import io
 import json
 import math
+import re
 import tomllib
 import types
 import typing
@@ -403,11 +404,32 @@ def _describe(options: tuple[Any, ...]) -> str:
     return " or ".join(words)
 
 
+# What tyro says of values, in the words of `typed`.
+_CLEARER = {
+    r"^Error parsing (\S+): invalid literal for int\(\) with base 10: (.*)$": (
+        r"\1 is \2, must be a whole number."
+    ),
+    r"^Error parsing (\S+): could not convert string to float: (.*)$": (
+        r"\1 is \2, must be a number."
+    ),
+    r"^Error parsing (\S+): no type matching .* from \[(.*?)\]\. .*invalid literal for int.*$": (
+        r"\1 is \2, must be a whole number."
+    ),
+    r"^Error parsing (\S+): no type matching .* from \[(.*?)\]\. .*string to float.*$": (
+        r"\1 is \2, must be a number."
+    ),
+    r"^Unrecognized options: (.*)$": r"unknown argument \1: flags begin with --, see --help.",
+}
+
+
 def _one_line(box: str) -> str:
     """The sentence in tyro's framed message: between the title and the help of the flag."""
     rows = [line.strip(" \u2502\u256d\u256e\u2570\u256f\u2500") for line in box.splitlines()]
     text = " ".join(row for row in rows[1:] if row)
-    return text.split(" Argument helptext:")[0].split(" For full helptext")[0]
+    text = text.split(" Argument helptext:")[0].split(" For full helptext")[0]
+    for theirs, ours in _CLEARER.items():
+        text = re.sub(theirs, ours, text)
+    return text
 
 
 def _check(config: Config) -> None:

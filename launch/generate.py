@@ -1,4 +1,6 @@
-"""Continue a prompt: `python launch/generate.py --checkpoint outputs/checkpoint --prompt "def "`.
+"""Continue a prompt with a trained model.
+
+    python launch/generate.py --checkpoint outputs/quickstart/checkpoint --prompt "def "
 
 A checkpoint holds all that is needed: weights, model config and tokenizer.
 """
@@ -45,8 +47,13 @@ def load_model(path: Path, device: torch.device) -> tuple[TNL, Tokenizer]:
     if (path / "manifest.json").exists():
         found = verify(path)
     else:
-        found, _ = CheckpointStore(path).find("must")
-    assert found is not None
+        found, refused = CheckpointStore(path).find("auto")
+        if found is None:
+            why = f" ({'; '.join(refused)})" if refused else ""
+            raise CheckpointError(
+                f"checkpoint {path} holds no valid checkpoint{why}: give a step folder, or the "
+                "folder of a run's checkpoints, such as outputs/quickstart/checkpoint."
+            )
     state = found.state()
     if state["tokenizer"] is None:
         raise CheckpointError(f"{found.path} was trained on tokens without a tokenizer.")

@@ -149,8 +149,10 @@ def _model_file(path: Path) -> dict[str, Any]:
     """The fields of a model.config file, of the right types; their values are not looked at."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.config {path}: {error}.") from None
+    except OSError as error:
+        raise ConfigError(f"model.config {path}: {error.strerror}.") from None
+    except ValueError as error:
+        raise ConfigError(f"model.config {path} is not JSON: {error}.") from None
     if not isinstance(fields, dict):
         raise ConfigError(f"model.config {path} is not a JSON object of TNLConfig's fields.")
     hints = typing.get_type_hints(TNLConfig)
@@ -199,7 +201,6 @@ def describe(config: Config, place: Place, model: TNLConfig, batch: Batching) ->
     training, dims = config.training, place.dims
     parameters = model.num_parameters()
     pieces = cut_over(config, dims) * dims.tp
-    logits = min(training.loss_chunk_size, training.seq_len) * model.vocab_size // dims.tp
     layout = config.parallelism
     shards = f"{dims.cp} ranks ({layout.context_parallel_method}, {layout.context_parallel_layout})"
     dtype = autocast_dtype(config, place.device) or torch.float32
@@ -213,15 +214,15 @@ def describe(config: Config, place: Place, model: TNLConfig, batch: Batching) ->
         "mesh": f"{dims.equation} ({place.backend}, {place.device.type}, {dtype})",
         "sequence": f"{training.seq_len:,} tokens over {shards}",
         "batch": (
-            f"{batch.tokens_per_step:,} tokens per step = {batch.global_batch_size} sequences = "
+            f"{batch.tokens_per_step:,} tokens per step; sequences: {batch.global_batch_size} = "
             f"accumulation {batch.accumulation} x local batch {training.local_batch_size} x "
             f"data-parallel {dims.dp}"
         ),
         # float32 weights, gradients and two moments.
         "memory": (
             f"{16 * parameters / pieces / 2**30:.2f} GiB per rank for weights, gradients and "
-            f"moments{f' cut over {pieces} ranks' if pieces > 1 else ''}, "
-            f"{4 * logits / 2**30:.2f} GiB for a chunk of logits; activations come on top"
+            f"moments{f' cut over {pieces} ranks' if pieces > 1 else ''}; "
+            "activations come on top (a run with --job.dry_run tells them)"
         ),
         "data": "random tokens" if config.data.source == "random" else str(config.data_folder),
         "checkpoints": str(config.checkpoint_folder) if config.checkpoint.enable else "none",

@@ -192,7 +192,7 @@ def make_folder(config: Config) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"job.dump_folder {folder} cannot be made: {error}.") from None
+        raise ConfigError(f"job.dump_folder {folder} cannot be made: {error.strerror}.") from None
 
 
 def open_records(run: Run) -> MetricsLog:
@@ -206,7 +206,9 @@ def open_records(run: Run) -> MetricsLog:
         log = MetricsLog(run.config, run.step)
         (folder / "config.toml").write_text(to_toml(run.config), encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"job.dump_folder {folder} cannot be written: {error}.") from None
+        raise ConfigError(
+            f"job.dump_folder {folder} cannot be written: {error.strerror}."
+        ) from None
     return log
 
 

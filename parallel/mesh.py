@@ -89,7 +89,7 @@ class ParallelDims:
             terms = " x ".join(f"{axis} {degree}" for axis, degree in given.items())
             raise ValueError(
                 f"{terms} = {product} does not divide the {world_size} processes of this job: "
-                f"start a multiple of {product} processes or lower a degree."
+                f"start a multiple of {product} (torchrun --nproc_per_node) or lower a degree."
             )
         degrees |= dict.fromkeys(open_axes, 1) | {open_axes[0]: left}
         return cls(**degrees, world_size=world_size)
