@@ -3,9 +3,10 @@
 The dry run makes a process group of fake ranks (no socket, no message) and tensors without storage,
 builds the very model that a run would build (launch/build.py), runs one forward and backward of
 each recomputation mode, and counts the bytes that are alive. So the numbers follow the code, the
-mesh and the dtypes, on any machine. What they leave out: the CUDA context, NCCL's buffers, what the
-allocator loses between blocks, and scratch memory inside kernels. What they ignore: compilation,
-by which blocks keep less.
+mesh and the dtypes, on any machine. FSDP's cut alone is arithmetic: making it takes as many small
+tensors per weight as there are ranks. What the numbers leave out: the CUDA context, NCCL's buffers,
+what the allocator loses between blocks, and scratch memory inside kernels. What they ignore:
+compilation, by which blocks keep less.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import math
 import re
 import weakref
 from collections.abc import Iterator
@@ -28,9 +30,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from lasp import SequenceShard
-from launch.build import build_model, over_ranks
+from launch.build import build_model
 from launch.errors import ConfigError
-from launch.plan import autocast_dtype, batching, check_layout, data_parallel_engine
+from launch.plan import autocast_dtype, batching, check_layout, cut_over, data_parallel_engine
 from launch.world import World
 from parallel.mesh import build_mesh
 
@@ -104,17 +106,11 @@ def estimate(config: Config, place: Place, shape: TNLConfig) -> Estimate:
     world = _first_rank(place)
     with FakeTensorMode():
         loss_model = build_model(wanted, world, shape)
+        shards = _shards(loss_model.model, cut_over(config, place.dims))
         uncut = _bytes_of(loss_model.parameters(), 4)
         gathered = _gathered(loss_model, wanted, dtype) if is_fsdp else 0
         activations, block_input = _peak(loss_model, wanted, world, dtype if is_fsdp else None)
-        if is_fsdp:
-            loss_model = build_model(wanted, world, shape)
-    if is_fsdp:
-        # Outside the mode: FSDP looks into the mesh's own tensors.
-        over_ranks(loss_model, wanted, world)
-    parameters = dict(loss_model.model.named_parameters())
-    shards = {name: (tuple(p.shape), tuple(_part(p).shape)) for name, p in parameters.items()}
-    weights = _bytes_of(parameters.values(), 4)
+    weights = 4 * sum(math.prod(part) for _, part in shards.values())
     accumulates = batching(config, place).accumulation > 1
     if is_fsdp and accumulates and not config.parallelism.fsdp_reduce_every_micro_batch:
         # Gradients are cut at the last micro-batch.
@@ -336,6 +332,16 @@ def _gathered(loss_model: LossModel, config: Config, dtype: torch.dtype) -> int:
     always = config.parallelism.fsdp_reshard_after_forward == "always"
     at_once = sum(sorted(blocks)[-2:] if always else blocks)
     return 4 * 4 * root + 2 * at_once * dtype.itemsize + max(blocks) * (dtype.itemsize + 4)
+
+
+def _shards(model: nn.Module, ranks: int) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """{name: (shape of the whole, shape of this rank's part)} once FSDP has cut over `ranks` what
+    tensor parallelism left: by rows, of which the first rank has no fewer than any other."""
+    shards = {}
+    for name, parameter in model.named_parameters():
+        rows, *others = _part(parameter).shape
+        shards[name] = tuple(parameter.shape), (-(-rows // ranks), *others)
+    return shards
 
 
 def _part(tensor: Tensor) -> Tensor:

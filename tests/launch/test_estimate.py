@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import re
 import socket
+import time
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -36,12 +37,16 @@ SHAPE = dict(
 GIB, RESERVE = 2**30, 7.0
 # (dp_replicate, dp_shard, cp, tp)
 LARGE = (1, 1, 2, 2)
-MESHES = [(1, 2, 1, 2), (1, 1, 2, 2), (1, 2, 2, 1), (2, 2, 1, 1), (1, 1, 1, 4)]
+# With weights that do not divide by the ranks: the last has less of them than the first.
+UNEVEN = (1, 4, 1, 1)
+MESHES = [(1, 2, 1, 2), (1, 1, 2, 2), (1, 2, 2, 1), (2, 2, 1, 1), (1, 1, 1, 4), UNEVEN]
+UNEVEN_SHAPE = dict(model__vocab_size=509, model__glu_dim=251)
 
 
 def job(degrees=(1, 1, 1, 1), device="cpu", **changes):
     """Config, the first rank's place and the model's shape of a job on a mesh."""
-    config = load_config(flags(**(SHAPE | changes)))
+    shape = SHAPE | (UNEVEN_SHAPE if degrees == UNEVEN else {})
+    config = load_config(flags(**(shape | changes)))
     dims = ParallelDims(**dict(zip(MESH_AXES, degrees, strict=True)), world_size=math.prod(degrees))
     return config, Place(0, 0, "gloo", torch.device(device), dims), model_config(config, None)
 
@@ -69,7 +74,10 @@ def plans():
             after = job(degrees, activation_checkpoint__mode="full") if degrees else None
             advised.append((text, degrees, after and estimate(*after).fits(memory)))
         text = format_estimate(*job(LARGE), RESERVE + 1.01 * full)
-    return meshes, by_mode, advised, text
+        began = time.process_time()
+        estimate(*job((1, 1 << 15, 1, 2)))
+        seconds = time.process_time() - began
+    return meshes, by_mode, advised, text, seconds
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +112,7 @@ def test_shards_are_those_of_real_ranks(pool, planned, degrees):
 
 
 def test_advice_names_a_change_that_is_enough(planned):
-    _, _, (free, larger), text = planned
+    _, _, (free, larger), text, _ = planned
     assert free[0].startswith("change activation_checkpoint.mode to full: ")
     assert free[1] == LARGE and free[2] is True
     assert re.match("change activation_checkpoint.mode to full, .*degree to ", larger[0])
@@ -114,8 +122,13 @@ def test_advice_names_a_change_that_is_enough(planned):
     assert re.search(r"3 x blocks.\*.channel_mixer.w3.weight +64 x 256 -> 32 x 128\n", text)
 
 
+def test_the_largest_job_is_planned_in_the_time_of_a_small_one(planned):
+    # (Cutting the weights over all its ranks took a minute.)
+    assert planned[-1] < 10
+
+
 def test_a_longer_sequence_per_rank_holds_more(planned):
-    meshes, by_mode, _, _ = planned
+    meshes, by_mode, *_ = planned
     none, selective, full = (by_mode[mode].activations for mode in ("none", "selective", "full"))
     assert full < selective < none
     # The same tokens over twice the ranks, by sequence or by heads and channels.
