@@ -33,6 +33,7 @@ __all__ = [
     "data_parallel_engine",
     "describe",
     "model_config",
+    "without_effect",
 ]
 
 # The vocabulary is padded to whole tiles of the head's matmul.
@@ -196,8 +197,29 @@ def cut_over(config: Config, dims: ParallelDims) -> int:
     return dims.dp_shard * dims.cp if data_parallel_engine(config, dims) == "fsdp" else 1
 
 
+def without_effect(config: Config, dims: ParallelDims) -> list[str]:
+    """Settings that were changed and that do nothing on this mesh, with the reason. They are no
+    mistake: the same config may be meant for other meshes."""
+    layout, found = config.parallelism, []
+    if data_parallel_engine(config, dims) != "fsdp":
+        changed = {
+            "data_parallel_method": layout.data_parallel_method == "fsdp",
+            "fsdp_reshard_after_forward": layout.fsdp_reshard_after_forward != "always",
+            "fsdp_reduce_every_micro_batch": layout.fsdp_reduce_every_micro_batch,
+        }
+        names = ", ".join(
+            f"parallelism.{name}" for name, is_changed in changed.items() if is_changed
+        )
+        if names:
+            found.append(f"{names} (data parallelism cuts no weights)")
+    if layout.tensor_parallel_shard_sequence and dims.tp == 1:
+        found.append("parallelism.tensor_parallel_shard_sequence (tp is 1)")
+    return found
+
+
 def describe(config: Config, place: Place, model: TNLConfig, batch: Batching) -> str:
-    """What a user should know before the first step."""
+    """What a user should know before the first step. (Of memory a dry run tells more, and finer:
+    see launch/estimate.py.)"""
     training, dims = config.training, place.dims
     parameters = model.num_parameters()
     pieces = cut_over(config, dims) * dims.tp
@@ -227,4 +249,8 @@ def describe(config: Config, place: Place, model: TNLConfig, batch: Batching) ->
         "data": "random tokens" if config.data.source == "random" else str(config.data_folder),
         "checkpoints": str(config.checkpoint_folder) if config.checkpoint.enable else "none",
     }
+    if config.job.dry_run:
+        del lines["memory"]
+    if idle := without_effect(config, dims):
+        lines["no effect"] = "; ".join(idle)
     return "\n".join(f"{name + ':':<13}{text}" for name, text in lines.items())

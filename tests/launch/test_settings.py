@@ -14,7 +14,7 @@ import lasp
 from launch import build, random_state, step, train
 from launch.config import load_config
 from launch.data import IGNORE
-from launch.plan import batching
+from launch.plan import batching, describe, model_config
 from launch.step import take_step, validate
 from launch.tokenizer import ByteTokenizer
 from launch.world import Place, World, find_place
@@ -42,6 +42,43 @@ def record_calls(monkeypatch, owner, name):
 
     monkeypatch.setattr(owner, name, spy)
     return calls
+
+
+CUTS = [
+    "parallelism.data_parallel_method",
+    "parallelism.fsdp_reshard_after_forward",
+    "parallelism.fsdp_reduce_every_micro_batch",
+]
+BY_TOKENS = "parallelism.tensor_parallel_shard_sequence"
+
+
+@pytest.mark.parametrize(
+    ("degrees", "idle"),
+    [
+        (dict(), f"{', '.join(CUTS)} (data parallelism cuts no weights); {BY_TOKENS} (tp is 1)"),
+        (
+            dict(dp_replicate=2),
+            f"{', '.join(CUTS)} (data parallelism cuts no weights); {BY_TOKENS} (tp is 1)",
+        ),
+        (dict(cp=2), f"{BY_TOKENS} (tp is 1)"),
+        (dict(tp=2), f"{', '.join(CUTS)} (data parallelism cuts no weights)"),
+        (dict(cp=2, tp=2), None),
+    ],
+    ids=str,
+)
+def test_what_has_no_effect_on_a_mesh_is_said(degrees, idle):
+    """And not refused: the same config may serve larger meshes."""
+    values = [[f"--{CUTS[0]}", "fsdp"], [f"--{CUTS[1]}", "never"], [f"--{CUTS[2]}"]]
+    random_tokens = flags(data__source="random", training__global_batch_size=2)
+    config = load_config([*random_tokens, *sum(values, []), f"--{BY_TOKENS}"])
+    dims = ParallelDims(**degrees, world_size=math.prod(degrees.values()))
+    place = Place(0, 0, "gloo", torch.device("cpu"), dims)
+    plan = describe(config, place, model_config(config, None), batching(config, place))
+    lines = [line for line in plan.splitlines() if line.startswith("no effect:")]
+    assert lines == ([] if idle is None else [f"no effect:   {idle}"])
+    plain = load_config(random_tokens)
+    plan = describe(plain, place, model_config(plain, None), batching(plain, place))
+    assert "no effect" not in plan
 
 
 @pytest.mark.parametrize("max_norm", [1e-4, 1e-2])

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -73,6 +74,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, data, capsys, monk
         "GiB",
     ):
         assert word in output
+    # What a rank holds stands in one table, and not in the plan once more.
+    assert re.findall("(?m)^memory.*", output) == ["memory of one rank in GiB:"]
+    assert "no effect" not in output
     assert list(tmp_path.iterdir()) == []
 
 
