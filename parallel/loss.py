@@ -14,6 +14,7 @@ autograd function), C tokens of a chunk, R ranks.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import torch
@@ -64,7 +65,8 @@ def chunked_cross_entropy(
         raise ValueError(f"chunk_size is {chunk_size}: it must be at least 1 token.")
     device = hidden_BTD.device.type
     dtype = hidden_BTD.dtype
-    if torch.is_autocast_enabled(device):
+    # (On "meta" there is no autocast to ask for.)
+    if not hidden_BTD.is_meta and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     with_gradients = torch.is_grad_enabled() and (
         hidden_BTD.requires_grad or weight_VD.requires_grad
@@ -112,7 +114,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ):
         first_word = 0 if group is None else group.rank() * weight_VD.shape[0]
         log_norm_and_label, softmax_minus_one_hot = _passes(compiled)
-        with torch.autocast(hidden_ND.device.type, enabled=False):
+        with _no_autocast(hidden_ND):
             weight = weight_VD.to(dtype)
             wide = torch.promote_types(dtype, torch.float32)
             total = hidden_ND.new_zeros((), dtype=wide)
@@ -158,6 +160,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scaled_hidden = grad_hidden * grad_total.to(grad_hidden.dtype) if wanted_hidden else None
         scaled_weight = grad_weight * grad_total.to(grad_weight.dtype) if wanted_weight else None
         return scaled_hidden, scaled_weight, None, None, None, None, None, None, None
+
+
+def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    if tensor.is_meta:
+        return contextlib.nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _over_ranks(

@@ -86,6 +86,18 @@ def test_under_autocast_no_worse_than_whole_logits():
     assert 1e-5 < error <= 2 * worst(with_gradients(whole, hidden, weight), truth)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_shapes_alone_on_the_meta_device(dtype):
+    hidden = torch.empty(B, T, D, dtype=dtype, device="meta", requires_grad=True)
+    weight = torch.empty(V, D, dtype=dtype, device="meta", requires_grad=True)
+    labels = torch.empty(B, T, dtype=torch.long, device="meta")
+    loss = chunked_cross_entropy(hidden, weight, labels, chunk_size=8)
+    loss.backward()
+    assert loss.is_meta and loss.shape == ()
+    for leaf in (hidden, weight):
+        assert leaf.grad.shape == leaf.shape and leaf.grad.dtype == dtype
+
+
 def test_ignored_tokens_leave_no_trace_even_if_infinite():
     hidden, weight, labels = make()
     with torch.no_grad():
