@@ -71,6 +71,8 @@ from parallel.compile import eagerly
 from parallel.mesh import whole
 
 _DISK_FAILED = 74
+# Bytes besides the weights that a sample may take: the largest matrix, gathered; states, logits.
+_SAMPLE_RESERVE = 2 << 30
 
 
 def main(argv: list[str]) -> int:
@@ -361,22 +363,42 @@ def print_sample(run: Run) -> None:
 
 
 def whole_model(run: Run) -> TNL | None:
-    """On the first rank, a model with all weights, whatever they are cut over; all ranks call."""
+    """On the first rank, a model with all weights, whatever they are cut over; all ranks call, once
+    the last step is saved. None on the others; on all, with a sentence, where it does not fit."""
     state = run.model.state_dict()
     if not any(isinstance(value, DTensor) for value in state.values()):
         return run.model if run.world.is_first else None
-    weights = {}
+    # Only steps need these, and there are none to come: they make room for the weights.
+    run.optimizer.zero_grad()
+    run.optimizer.state.clear()
+    if not run.world.first_decides(lambda: has_room(run)):
+        return None
+    model = None
+    if run.world.is_first:
+        with run.world.device:
+            model = TNL(run.model.config)
     for name, value in state.items():
         # One at a time: only the first rank ever holds more than its part and one whole matrix.
         value = whole(value)
-        if run.world.is_first:
-            weights[name] = value.cpu()
-    if not run.world.is_first:
-        return None
-    with run.world.device:
-        model = TNL(run.model.config)
-    model.load_state_dict(weights)
+        if model is not None:
+            model.get_parameter(name).detach().copy_(value)
     return model
+
+
+def has_room(run: Run) -> bool:
+    """Whether this rank's device holds all weights beside its part of them; says so if not."""
+    config, device = run.config, run.world.device
+    if device.type != "cuda":
+        return True
+    torch.cuda.empty_cache()
+    free, wanted = torch.cuda.mem_get_info(device)[0], 4 * run.model.config.num_parameters()
+    if wanted + _SAMPLE_RESERVE <= free:
+        return True
+    text = f"no sample: all weights take {wanted / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+    if config.checkpoint.enable:
+        text += f"; see launch/generate.py --checkpoint {config.checkpoint_folder}"
+    print(text, flush=True)
+    return False
 
 
 if __name__ == "__main__":

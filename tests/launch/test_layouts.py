@@ -1,6 +1,7 @@
 """A run laid out over ranks: the losses of one process, and checkpoints that fit any layout."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,6 +118,46 @@ def timeouts_of_cut_weights(group, folder):
 
 def test_groups_that_gather_weights_keep_the_time_of_the_job(pool, tmp_path):
     assert pool.run(timeouts_of_cut_weights, tmp_path, size=4) == [[17.0, 17.0]] * 4
+
+
+def whole_models(group, folder):
+    """On two ranks with half of the weights each: the weights, the model for the sample, what is
+    left of the moments; and the model where there is no room for it."""
+    run = make_run(folder, *FSDP)
+    take_step(run, False)
+    expected, asked = whole(run.model.state_dict()), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "has_room", lambda run: asked.append(1))
+        none = train.whole_model(run)
+    model = train.whole_model(run)
+    weights = model and model.state_dict()
+    return expected, weights, len(run.optimizer.state), none, asked
+
+
+def test_the_first_rank_has_all_weights_for_the_sample(pair, tmp_path):
+    first, second = pair.run(whole_models, tmp_path, size=2)
+    expected, weights, *_ = first
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert second[1] is None
+    for *_, moments, none, _ in (first, second):
+        assert moments == 0 and none is None
+    # The first rank's GPU is the one that counts.
+    assert first[-1] == [1] and second[-1] == []
+
+
+@pytest.mark.parametrize("spare", [-1, 0])
+def test_no_sample_where_all_weights_do_not_fit(monkeypatch, capsys, tmp_path, spare):
+    run = make_run(tmp_path)
+    on_a_gpu = SimpleNamespace(
+        config=run.config, model=run.model, world=SimpleNamespace(device=torch.device("cuda"))
+    )
+    needed = 4 * sum(p.numel() for p in run.model.parameters()) + (2 << 30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (needed + spare, 1 << 40))
+    assert train.has_room(on_a_gpu) is (spare == 0)
+    said = capsys.readouterr().out
+    expected = f"see launch/generate.py --checkpoint {tmp_path}/checkpoint"
+    assert said == "" if spare == 0 else said.startswith("no sample: ") and expected in said
 
 
 def save_here(folder, *more, steps=2):
