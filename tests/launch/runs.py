@@ -134,21 +134,6 @@ def watch(process: subprocess.Popen, on_line: Callable[[str], None] | None = Non
     return "".join(lines)
 
 
-def worker(process: subprocess.Popen, rank: int) -> int:
-    """The process id of a rank: the child of torchrun whose environment says so."""
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            environment = (folder / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if parent == process.pid and f"RANK={rank}".encode() in environment:
-            return int(folder.name)
-    raise AssertionError(f"no child of {process.pid} is rank {rank}")
-
-
 def losses(folder: Path) -> dict[int, float]:
     """Loss by step; fails if a step is there twice."""
     series = records(folder)
