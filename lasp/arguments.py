@@ -60,6 +60,11 @@ def find_problem(
 
 def member_or_alone(group: ProcessGroup) -> ProcessGroup | None:
     """The group, or None if this process is all of it; ValueError if it is not in it."""
+    if not isinstance(group, ProcessGroup):
+        raise ValueError(
+            f"group is {type(group).__name__}: it must be a torch.distributed.ProcessGroup (of a "
+            "DeviceMesh, mesh.get_group(axis))."
+        )
     size = torch.distributed.get_world_size(group)
     if size < 1:
         raise ValueError("this process is not a member of `group`: only its members call this.")
