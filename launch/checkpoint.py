@@ -15,6 +15,7 @@ model-00001-of-00002.safetensors and so on; see launch/pieces.py.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -279,9 +280,11 @@ class CheckpointStore:
         for path in valid[: -self._keep]:
             # Out of sight first: half a deletion must not look like a damaged checkpoint.
             hidden = path.parent / f".removed-{path.name}-{os.getpid()}"
-            os.rename(path, hidden)
-            shutil.rmtree(hidden, ignore_errors=True)
-            self._verified.pop(path, None)
+            # The new one is on disk: an old one too many is no failure to save.
+            with contextlib.suppress(OSError):
+                os.rename(path, hidden)
+                shutil.rmtree(hidden, ignore_errors=True)
+                self._verified.pop(path, None)
 
 
 def _folder_name(step: int) -> str:

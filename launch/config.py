@@ -117,10 +117,10 @@ class Parallelism:
     data_parallel_method: Literal["auto", "ddp", "fsdp"] = "auto"
     """ddp: every rank holds all weights. fsdp: weights, gradients and moments are cut over
     data_parallel_shard_degree x context_parallel_degree ranks, and ranks that -1 leaves go there.
-    auto: fsdp where data_parallel_shard_degree is above 1."""
+    auto: fsdp where data_parallel_shard_degree or tensor_parallel_degree is above 1."""
     fsdp_reshard_after_forward: Literal["always", "never"] = "always"
     """always (ZeRO-3): a block's weights are gathered for its forward and again for its backward.
-    never (ZeRO-2): once for both, and kept in between."""
+    never (ZeRO-1, -2): once for both, and kept in between."""
     fsdp_reduce_every_micro_batch: bool = False
     """Keep the sum of gradients cut during accumulation too: less memory, more traffic."""
     context_parallel_degree: Annotated[int, tyro.conf.arg(aliases=["--sp-size", "--cp-size"])] = 1
@@ -206,7 +206,7 @@ class Validation:
     freq: int = 500
     """Steps between validations; the last step always makes one."""
     steps: int = 10
-    """Batches of local_batch_size sequences per data-parallel rank."""
+    """Batches of global_batch_size sequences."""
 
 
 @dataclass(kw_only=True)
@@ -454,6 +454,10 @@ def _check(config: Config) -> None:
             # Written so that NaN is refused too.
             if not value >= bound:
                 raise ConfigError(f"{name} is {value}: it must be at least {bound}.")
+    if config.job.dry_run_gpus > 1 << 16:
+        raise ConfigError(
+            f"job.dry_run_gpus is {config.job.dry_run_gpus}: a plan is for 65536 at most."
+        )
     _check_values(config)
     if config.training.seed >= 1 << 63:
         raise ConfigError(f"training.seed is {config.training.seed}: it must be below 2^63.")

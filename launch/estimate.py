@@ -65,7 +65,7 @@ class Estimate:
         activations: the most that the forward and backward of a micro-batch hold besides; `logits`
             and `states` are parts of it.
         logits: of a chunk of tokens, in float32 and in the dtype of the products.
-        states: the d x d states that came from other ranks, one per layer.
+        states: the d x d states that came from other ranks, one per linear layer.
         start: before the first step; every rank draws all weights, and then keeps its own.
     """
 
@@ -125,7 +125,8 @@ def estimate(config: Config, place: Place, shape: TNLConfig) -> Estimate:
     tp, length = place.dims.tp, -(-config.training.seq_len // place.dims.cp)
     sequences = config.training.local_batch_size
     chunk = min(config.training.loss_chunk_size, sequences * length)
-    keys = sum(shape.key_dim(layer) for layer in range(shape.num_layers))
+    linear = [layer for layer in range(shape.num_layers) if not shape.is_softmax(layer)]
+    keys = sum(map(shape.key_dim, linear))
     return Estimate(
         shards=shards,
         weights=weights,
@@ -187,6 +188,8 @@ def advice(
     for setting, values in _remedies(config, place.dims, best):
         for value in values:
             changed, there = _changed(config, place, setting, value)
+            if there.dims.world_size > _MOST_RANKS:
+                break
             try:
                 check_layout(changed, there)
                 known = by_mode.get(value) if setting == "activation_checkpoint.mode" else None

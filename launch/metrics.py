@@ -198,7 +198,8 @@ class MetricsLog:
 
 
 def plot_loss(metrics_path: Path) -> Path | None:
-    """Draw training and validation loss over steps beside metrics.jsonl; the picture's path."""
+    """Draw training and validation loss over steps beside metrics.jsonl; the picture's path, None
+    if there is none."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -222,8 +223,14 @@ def plot_loss(metrics_path: Path) -> Path | None:
     axes.grid(alpha=0.3)
     axes.legend()
     path = metrics_path.with_name("loss.png")
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
+    try:
+        figure.savefig(path, dpi=120, bbox_inches="tight")
+    except OSError as error:
+        # A full disk costs the picture, not the run's exit code.
+        print(f"warning: {path} cannot be written: {error}", flush=True)
+        return None
+    finally:
+        pyplot.close(figure)
     return path
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from lasp.shard import split_lengths
 from lasp.tnl import TNLConfig
 from launch.config import typed
 from launch.errors import ConfigError
@@ -94,12 +95,17 @@ def check_layout(config: Config, place: Place) -> None:
     if tp == 1:
         return
     check_tensor_parallel(model_config(config, None), tp, CUT_SIZES[:-1])
-    length = config.training.seq_len
-    if config.parallelism.tensor_parallel_shard_sequence and length % (cp * tp):
+    length, layout = config.training.seq_len, config.parallelism.context_parallel_layout
+    # Every rank's part, of which zigzag makes some two tokens longer than others.
+    parts = split_lengths(length, cp, layout)
+    if config.parallelism.tensor_parallel_shard_sequence and any(part % tp for part in parts):
+        twice = layout == "zigzag" and tp % 2
+        step = cp * tp * (2 if twice else 1)
         raise ConfigError(
-            f"training.seq_len {length} is not a multiple of cp {cp} x tp {tp} = {cp * tp}, as "
+            f"training.seq_len {length} is not a multiple of cp {cp} x tp {tp}"
+            f"{' x 2 (zigzag)' if twice else ''} = {step}, as "
             "parallelism.tensor_parallel_shard_sequence needs: use "
-            f"{-(-length // (cp * tp)) * cp * tp}, or switch it off."
+            f"{-(-length // step) * step}, or switch it off."
         )
 
 

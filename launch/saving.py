@@ -238,7 +238,8 @@ def resume(run: Run, found: Checkpoint) -> None:
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{found.path} cannot be read on every rank: {error}.") from None
     run.step, run.consumed = state["step"], state["consumed_samples"]
-    run.saved_step = run.step if found.path.parent == run.store.folder else None
+    here = found.path.resolve().parent == run.store.folder.resolve()
+    run.saved_step = run.step if here else None
     world = run.world
     random_state.restore(state["random"], world.rank, world.dims.world_size, world.device)
     order = sample_identity(run)

@@ -232,7 +232,8 @@ def validate(run: Run) -> float:
     source = run.val_source
     assert source is not None
     local, dp = config.training.local_batch_size, world.dims.dp
-    count = min(config.validation.steps * local * dp, source.num_samples)
+    # The same samples on any mesh, as long as the global batch is.
+    count = min(config.validation.steps * run.batching.global_batch_size, source.num_samples)
     # Strided, so that a last incomplete batch is spread evenly; a rank may get none.
     mine = list(range(world.place.dp_rank, count, dp))
     # Read before the first forward: a rank that finds bad data must not leave others in a ring.

@@ -3,12 +3,12 @@
     torchrun --nproc_per_node 2 launch/train.py --job.config_file launch/configs/quickstart.toml
 
 Every flag of `launch/config.py` overrides the file. Exit codes: 0 done; 75 stopped by SIGTERM with
-all steps saved (run the same command again); 143 stopped by SIGTERM with checkpoints switched off,
-nothing saved; 70 a damaged or foreign checkpoint; 72 NaN or infinite loss; 73 a config or data that
-cannot be trained on; 74 the last checkpoint could not be written; 1 anything else, with a
-traceback. torchrun itself exits with 1 and shows the ranks' codes. With --max_restarts, set
-TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: otherwise a restarted job may meet the addresses of the one
-before it.
+all steps saved (run the same command again, with checkpoint.resume auto or must); 143 stopped by
+SIGTERM with checkpoints switched off, nothing saved; 70 a damaged or foreign checkpoint; 72 NaN or
+infinite loss; 73 a config or data that cannot be trained on; 74 the last checkpoint could not be
+written; 1 anything else, with a traceback. torchrun itself exits with 1 and shows the ranks' codes.
+With --max_restarts, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: otherwise a restarted job may meet
+the addresses of the one before it.
 """
 
 from __future__ import annotations
@@ -142,11 +142,12 @@ def train(config: Config, world: World, batch: Batching) -> int:
     except UserError:
         # All ranks are here together: what was complete at its step is kept.
         finish_save(run)
+        if log is not None:
+            log.close()
         raise
     if log is not None:
         log.close()
-        picture = plot_loss(log.path)
-        print(f"metrics: {log.path}  loss curve: {picture}", flush=True)
+        print(f"metrics: {log.path}  loss curve: {plot_loss(log.path)}", flush=True)
     if code == 0 and config.sample.enable and run.tokenizer is not None:
         print_sample(run)
     return code
@@ -276,6 +277,9 @@ def take_steps(run: Run, log: MetricsLog | None, stop_requested: list[int]) -> i
             if outcome.stop_requested and run.step < steps:
                 lost = unsaved and not config.checkpoint.enable
                 advice = "nothing was saved" if lost else "run the command again"
+                if not lost and config.checkpoint.resume not in ("auto", "must"):
+                    # As it stands it asks for a beginning that this run has left behind.
+                    advice += " with --checkpoint.resume auto"
                 if world.is_first:
                     print(f"stopped by SIGTERM after step {run.step}: {advice}", flush=True)
                 return TERMINATED if lost else REQUEUE
@@ -298,7 +302,7 @@ def report_step(run: Run, log: MetricsLog | None, outcome: Outcome, speed: Speed
         "lr": run.optimizer.param_groups[0]["lr"],
         **speed.read(steps - step),
         "memory": peak_memory(run.world.device),
-        "tokens": step * run.batching.tokens_per_step,
+        "tokens": run.consumed * config.training.seq_len,
     }
     print(format_line(metrics, steps), flush=True)
     if val_loss is not None:
@@ -336,7 +340,9 @@ def catch_sigterm() -> list[int]:
 def print_sample(run: Run) -> None:
     """Continue the sample prompt, to see what was learnt."""
     wanted = run.config.sample
-    model = whole_model(run)
+    with run.world.patience(run.config):
+        # The first rank may still be closing its records.
+        model = whole_model(run)
     if model is None:
         return
     with eagerly(model.blocks):

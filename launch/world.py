@@ -183,10 +183,8 @@ class World:
         if self.gradient_group is None:
             return
         limit = timedelta(seconds=seconds)
-        groups = {None, self.gradient_group, self.cp_group}
-        if self.mesh is not None:
-            groups.update(self.mesh.get_all_groups())
-        for group in groups:
+        # Those of the mesh, and those that FSDP and others have made of it.
+        for group in list(dist.distributed_c10d._world.pg_map):
             dist.distributed_c10d._set_pg_timeout(limit, group)
 
     @contextlib.contextmanager

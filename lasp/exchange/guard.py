@@ -34,8 +34,9 @@ __all__ = ["Comparison", "compare", "gather_numbers"]
 _TEXTS, _TEXT_BYTES = 10, 256
 # From so many ranks on, rounds of messages cost less than one from everybody to everybody.
 _FEW_RANKS = 16
-# The connections over which a group compares; gone with the group.
-_hosts: WeakKeyDictionary[ProcessGroup, dist.ProcessGroupGloo] = WeakKeyDictionary()
+# The connections over which a group compares, and its own backend; gone with the group.
+_hosts: WeakKeyDictionary[ProcessGroup, tuple[dist.ProcessGroupGloo, dist.Backend]]
+_hosts = WeakKeyDictionary()
 
 
 def compare(
@@ -151,17 +152,24 @@ def _fingerprint(*parts) -> int:
 
 
 def _hosts_of(group):
-    hosts = _hosts.get(group)
+    hosts, backend = _hosts.get(group, (None, None))
     if hosts is None:
         # Not `new_group`: all ranks of the job would have to call that, and here are only those of
         # `group`. (Its use_local_synchronization names groups by how many a rank knows, and ranks
         # may know different numbers.)
         store = dist.PrefixStore("lasp.guard", distributed_c10d._get_process_group_store(group))
         backend = group._get_backend(torch.device(next(iter(device_types(group)))))
-        timeout = getattr(backend.options, "_timeout", dist.default_pg_timeout)
-        hosts = dist.ProcessGroupGloo(store, group.rank(), group.size(), timeout)
-        _hosts[group] = hosts
+        hosts = dist.ProcessGroupGloo(store, group.rank(), group.size(), _timeout_of(backend))
+        _hosts[group] = hosts, backend
+    # It may have changed, as a launcher changes it after the first step.
+    timeout = _timeout_of(backend)
+    if hosts.options._timeout != timeout:
+        hosts._set_default_timeout(timeout)
     return hosts
+
+
+def _timeout_of(backend):
+    return getattr(backend.options, "_timeout", dist.default_pg_timeout)
 
 
 def _all_gather(message, hosts):

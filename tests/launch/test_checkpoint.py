@@ -147,6 +147,19 @@ def test_retention_counts_valid_ones_and_leaves_foreign_folders(tmp_path):
     assert all((tmp_path / name).is_dir() for name in foreign)
 
 
+def test_an_old_one_that_cannot_be_removed_is_no_failure_to_save(tmp_path, monkeypatch):
+    store, rename = CheckpointStore(tmp_path, 1), os.rename
+
+    def refuse(source, target):
+        if ".removed" in str(target):
+            raise PermissionError("not yours")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    fill(store, 1, 2)
+    assert store.steps() == [1, 2]
+
+
 @pytest.mark.parametrize(
     "point", ["write_pieces", "seal_file", "_write_manifest", "_sync", "rename"]
 )

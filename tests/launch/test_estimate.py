@@ -12,10 +12,11 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from lasp import SequenceShard
+from launch import estimate as module
 from launch import train
 from launch.build import build_model, over_ranks
 from launch.config import load_config
-from launch.estimate import advice, estimate, fake_ranks, format_estimate
+from launch.estimate import Estimate, advice, estimate, fake_ranks, format_estimate
 from launch.plan import model_config
 from launch.world import Place, World
 from parallel.mesh import MESH_AXES, ParallelDims, build_mesh
@@ -145,6 +146,13 @@ def test_activations_are_what_the_allocator_saw(mode, dtype):
         held += event.nbytes()
         peak = max(peak, held)
     assert expected == pytest.approx(peak, rel=0.01)
+
+
+def test_the_largest_job_is_advised_nothing_larger(monkeypatch):
+    config, place, shape = job((1, 1 << 16, 1, 1), activation_checkpoint__mode="full")
+    monkeypatch.setattr(module, "estimate", lambda *args: pytest.fail("a plan for more ranks"))
+    held = Estimate({}, *[10 * GIB] * 8)
+    assert advice(config, place, shape, 8.0, {"full": held}).startswith("even a larger mesh")
 
 
 def test_the_command_plans_for_gpus_that_are_not_there(capsys, one_process):

@@ -106,6 +106,19 @@ def test_every_layout_trains_as_one_process(pool, tmp_path):
             assert held < 1.3 / ranks, name
 
 
+def timeouts_of_cut_weights(group, folder):
+    run = make_run(folder, *FSDP, *TWO_REPLICAS)
+    run.world.set_timeout(17)
+    groups = next(run.model.parameters()).device_mesh.get_all_groups()
+    limits = [each._get_backend(run.world.device).options._timeout for each in groups]
+    run.world.set_timeout(30)
+    return [limit.total_seconds() for limit in limits]
+
+
+def test_groups_that_gather_weights_keep_the_time_of_the_job(pool, tmp_path):
+    assert pool.run(timeouts_of_cut_weights, tmp_path, size=4) == [[17.0, 17.0]] * 4
+
+
 def save_here(folder, *more, steps=2):
     """The weights and moments that a run saves after some steps."""
     run = make_run(folder, *more)

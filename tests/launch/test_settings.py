@@ -156,7 +156,7 @@ def test_patience_ends_with_the_first_step(tmp_path, data, monkeypatch):
     seen = []
     monkeypatch.setattr(World, "set_timeout", lambda self, seconds: seen.append(seconds))
     times = dict(comm__train_timeout_seconds=7, comm__init_timeout_seconds=9, training__steps=2)
-    quiet = ["--checkpoint.no-enable", "--validation.no-enable"]
+    quiet = ["--checkpoint.no-enable", "--validation.no-enable", "--sample.no-enable"]
     assert run_here(tmp_path, data, *quiet, **times) == 0
     assert seen == [7]
 
@@ -205,8 +205,7 @@ def test_ranks_share_gradients_validation_and_timeouts(pool, tmp_path):
         tmp_path,
         data__source="random",
         model__vocab_size=50,
-        # What three batches on each of two data-parallel ranks are.
-        validation__steps=6,
+        validation__steps=3,
     )
     expected = validate(alone)
     for wire, exchanges, held_out, limits in outcomes:

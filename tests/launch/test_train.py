@@ -104,6 +104,18 @@ TP = "--parallelism.tensor_parallel_degree"
             "training.seq_len 101 is not a multiple of cp 1 x tp 2 = 2",
         ),
         (
+            [
+                *(TP, "3", "--cp-size", "2", "--training.seq_len", "6", "--model.num_heads", "6"),
+                *("--model.dim", "96", "--model.glu_dim", "96"),
+                *("--parallelism.context_parallel_layout", "zigzag"),
+                "--parallelism.tensor_parallel_shard_sequence",
+            ],
+            "6",
+            # 4 and 2 tokens: neither is a multiple of 3.
+            "training.seq_len 6 is not a multiple of cp 2 x tp 3 x 2 (zigzag) = 12",
+        ),
+        (["--job.dry_run", "--job.dry_run_gpus", "65537"], "1", "a plan is for 65536 at most"),
+        (
             [TP, "2", "--cp-size", "2", "--parallelism.data_parallel_method", "ddp"],
             "4",
             "DDP cannot hold weights that are cut; use auto or fsdp",
@@ -251,6 +263,34 @@ def test_sigterm_saves_and_the_same_command_goes_on(undisturbed, tmp_path, data,
     assert same(weights(folder, STEPS), weights(undisturbed, STEPS))
 
 
+def test_what_to_run_after_a_start_that_cannot_be_repeated(
+    undisturbed, tmp_path, data, monkeypatch, capsys
+):
+    wanted = dict(checkpoint__resume="never")
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda run: os.kill(os.getpid(), signal.SIGTERM))
+        assert run_here(tmp_path, data, **wanted) == REQUEUE
+    assert "run the command again with --checkpoint.resume auto" in capsys.readouterr().out
+    assert run_here(tmp_path, data, **wanted) == 70
+    assert run_here(tmp_path, data, checkpoint__resume="auto") == 0
+    assert losses(tmp_path) == losses(undisturbed)
+
+
+def test_sigterm_where_a_named_checkpoint_was_taken_saves_no_second_one(
+    tmp_path, data, monkeypatch
+):
+    def poison_and_stop(run):
+        run.trained.forward = lambda *args: torch.tensor(float("nan"), requires_grad=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert run_here(tmp_path / "out", data, training__steps=2) == 0
+    # The same folder by another name.
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    named = tmp_path / "link" / "checkpoint" / "step-00000002"
+    at_step(monkeypatch, 2, poison_and_stop)
+    assert run_here(tmp_path / "out", data, checkpoint__resume=named) == REQUEUE
+
+
 def test_sigterm_without_checkpoints_says_that_nothing_was_saved(
     tmp_path, data, monkeypatch, capsys
 ):
@@ -344,6 +384,29 @@ def test_one_bad_try_leaves_no_trace(undisturbed, tmp_path, data, monkeypatch):
     assert done
     assert losses(tmp_path / "out") == losses(undisturbed)
     assert same(weights(tmp_path / "out", STEPS), weights(undisturbed, STEPS))
+
+
+def test_a_picture_that_cannot_be_written_costs_nothing_else(tmp_path, data, capsys):
+    (tmp_path / "loss.png").mkdir()
+    assert run_here(tmp_path, data, training__steps=1) == 0
+    assert "loss.png cannot be written" in capsys.readouterr().out
+
+
+def test_tokens_seen_are_counted_over_changes_of_the_batch(tmp_path, data):
+    assert run_here(tmp_path, data, training__steps=2) == 0
+    assert run_here(tmp_path, data, training__steps=3, training__global_batch_size=2) == 0
+    assert [each["tokens"] // 101 for each in records(tmp_path)] == [4, 8, 10]
+
+
+def test_records_are_closed_when_a_run_fails(tmp_path, data, monkeypatch):
+    def poison(run):
+        run.trained.forward = lambda *args: torch.tensor(float("nan"), requires_grad=True)
+
+    closed = []
+    monkeypatch.setattr(train.MetricsLog, "close", lambda log: closed.append(log))
+    at_step(monkeypatch, 1, poison)
+    assert run_here(tmp_path, data, training__max_nonfinite_steps=1) == 72
+    assert len(closed) == 1
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, data, monkeypatch, capsys):

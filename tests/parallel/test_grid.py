@@ -81,8 +81,7 @@ def on_one_rank(group, folder, degrees, changes):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     place = Place(0, 0, "gloo", torch.device("cpu"), ParallelDims())
-    # As many validation samples as eight ranks of one batch each read.
-    return trained(tmp_path_factory.mktemp("alone"), place, None, validation__steps=8)
+    return trained(tmp_path_factory.mktemp("alone"), place, None)
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +94,7 @@ def pool8():
 def check(pool, tmp_path, degrees, alone, accumulation):
     dp = degrees[0] * degrees[1]
     local = 8 // dp // accumulation
-    # Validation on eight samples.
-    changes = dict(training__local_batch_size=local, validation__steps=accumulation)
+    changes = dict(training__local_batch_size=local)
     outcomes = pool.run(on_one_rank, tmp_path, degrees, changes, size=math.prod(degrees))
     expected_curve, held_out, first, last, gradients = alone
     for curve, rank_held_out, *_ in outcomes:

@@ -1,5 +1,8 @@
 """Ranks that disagree: a ValueError on every one of them, and none is left behind."""
 
+import time
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -156,3 +159,22 @@ def asked_while_busy(group):
 
 def test_a_comparison_waits_for_nothing_on_the_group(pool):
     assert pool.run(asked_while_busy, size=2) == [1.0, 1.0]
+
+
+def one_is_late(group):
+    """Seconds that a rank waits for one that never comes, once the group's timeout is a second."""
+    fresh = dist.new_group()
+    guard.compare(fresh, {"a": 1}).confirm()
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), fresh)
+    began = time.perf_counter()
+    if dist.get_rank(group) == 0:
+        return None
+    with pytest.raises(RuntimeError, match="Timed out"):
+        guard.compare(fresh, {"a": 1}).confirm()
+    return time.perf_counter() - began
+
+
+def test_a_late_rank_is_waited_for_as_long_as_the_group_says(pool):
+    for seconds in pool.run(one_is_late, size=4)[1:]:
+        # A busy machine's seconds; the group began with a timeout of minutes.
+        assert seconds < 30
