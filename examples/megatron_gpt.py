@@ -65,6 +65,10 @@ def parse_arguments(argv=None):
 
 def main():
     args = parse_arguments()
+    if "LOCAL_RANK" not in os.environ:
+        raise SystemExit("start it with: torchrun --nproc_per_node N examples/megatron_gpt.py")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("megatron-core trains on GPUs, and this machine has none.")
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if args.device == "cuda" else "gloo")

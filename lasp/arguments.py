@@ -60,6 +60,13 @@ def find_problem(
 
 def member_or_alone(group: ProcessGroup) -> ProcessGroup | None:
     """The group, or None if this process is all of it; ValueError if it is not in it."""
+    # A number is torch's own word for a group that this process is not in.
+    outside = torch.distributed.GroupMember.NON_GROUP_MEMBER
+    if not isinstance(group, ProcessGroup) and group != outside:
+        raise ValueError(
+            f"group is {type(group).__name__}: it must be a torch.distributed.ProcessGroup (of a "
+            "DeviceMesh, mesh.get_group(axis))."
+        )
     size = torch.distributed.get_world_size(group)
     if size < 1:
         raise ValueError("this process is not a member of `group`: only its members call this.")

@@ -84,9 +84,11 @@ class IndexedSource:
         self.bytes_per_token = bytes_per_token
         self.num_samples = (len(self._file) - 1) // seq_len
         if self.num_samples < 1:
+            # A few per cent of the text: long sequences meet this one first.
+            spare = ", or --validation.no_enable" if prefix.name == "val" else ""
             raise DataError(
                 f"{self._file.path} has {len(self._file)} tokens: one sequence needs "
-                f"training.seq_len + 1 = {seq_len + 1}; add data or lower training.seq_len."
+                f"training.seq_len + 1 = {seq_len + 1}; add data or lower training.seq_len{spare}."
             )
         if len(self._file) <= _SCAN_AT_OPEN:
             self._file.check_vocabulary(vocab_size)

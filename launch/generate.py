@@ -56,7 +56,10 @@ def load_model(path: Path, device: torch.device) -> tuple[TNL, Tokenizer]:
             )
     state = found.state()
     if state["tokenizer"] is None:
-        raise CheckpointError(f"{found.path} was trained on tokens without a tokenizer.")
+        raise CheckpointError(
+            f"{found.path} was trained on random tokens, without a "
+            "tokenizer: there is no text to continue."
+        )
     with device:
         model = TNL(TNLConfig(**state["model"]))
     load_model_tensors(model, found.open("model"))

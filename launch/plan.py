@@ -224,19 +224,23 @@ def describe(config: Config, place: Place, model: TNLConfig, batch: Batching) ->
     parameters = model.num_parameters()
     pieces = cut_over(config, dims) * dims.tp
     layout = config.parallelism
-    shards = f"{dims.cp} ranks ({layout.context_parallel_method}, {layout.context_parallel_layout})"
+    shards = "on one rank"
+    if dims.cp > 1:
+        how = f"{layout.context_parallel_method}, {layout.context_parallel_layout}"
+        shards = f"over {dims.cp} ranks ({how})"
     dtype = autocast_dtype(config, place.device) or torch.float32
     shape = ", ".join(
         f"{field.name} {getattr(model, field.name)}" for field in dataclasses.fields(model)[:5]
     )
+    sequences = f"{batch.global_batch_size} sequence" + "s" * (batch.global_batch_size > 1)
     if model.num_softmax_layers:
         shape += f", {model.num_softmax_layers} of the layers softmax"
     lines = {
         "model": f"{config.model.preset}: {parameters:,} parameters ({shape})",
         "mesh": f"{dims.equation} ({place.backend}, {place.device.type}, {dtype})",
-        "sequence": f"{training.seq_len:,} tokens over {shards}",
+        "sequence": f"{training.seq_len:,} tokens {shards}",
         "batch": (
-            f"{batch.tokens_per_step:,} tokens per step; sequences: {batch.global_batch_size} = "
+            f"{batch.tokens_per_step:,} tokens per step = {sequences} = "
             f"accumulation {batch.accumulation} x local batch {training.local_batch_size} x "
             f"data-parallel {dims.dp}"
         ),
@@ -244,7 +248,7 @@ def describe(config: Config, place: Place, model: TNLConfig, batch: Batching) ->
         "memory": (
             f"{16 * parameters / pieces / 2**30:.2f} GiB per rank for weights, gradients and "
             f"moments{f' cut over {pieces} ranks' if pieces > 1 else ''}; "
-            "activations come on top (a run with --job.dry_run tells them)"
+            "activations come on top (see --job.dry_run)"
         ),
         "data": "random tokens" if config.data.source == "random" else str(config.data_folder),
         "checkpoints": str(config.checkpoint_folder) if config.checkpoint.enable else "none",

@@ -208,9 +208,7 @@ def open_records(run: Run) -> MetricsLog:
         log = MetricsLog(run.config, run.step)
         (folder / "config.toml").write_text(to_toml(run.config), encoding="utf-8")
     except OSError as error:
-        raise ConfigError(
-            f"job.dump_folder {folder} cannot be written: {error.strerror}."
-        ) from None
+        raise ConfigError(f"job.dump_folder {folder} cannot be written: {error}.") from None
     return log
 
 

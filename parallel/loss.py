@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Shard
 
+from lasp.exchange.peers import all_gather_flat
+
 __all__ = ["chunked_cross_entropy"]
 
 
@@ -173,8 +175,9 @@ def _over_ranks(
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exp and the label's logit over the words of all ranks, the same bits on each."""
     mine_C2 = torch.cat([log_norm_C1, label_C1], 1)
-    everyone_RC2 = mine_C2.new_empty(group.size(), *mine_C2.shape)
-    dist.all_gather_into_tensor(everyone_RC2.flatten(0, 1), mine_C2, group=group)
+    gathered, work = all_gather_flat(mine_C2.flatten(), group)
+    work.wait()
+    everyone_RC2 = gathered.view(group.size(), *mine_C2.shape)
     norms_RC1, labels_RC1 = everyone_RC2.split(1, dim=2)
     return torch.logsumexp(norms_RC1, 0), labels_RC1.amax(0)
 

@@ -87,9 +87,10 @@ class ParallelDims:
         left, rest = divmod(world_size, product)
         if rest:
             terms = " x ".join(f"{axis} {degree}" for axis, degree in given.items())
+            processes = "one process" if world_size == 1 else f"{world_size} processes"
             raise ValueError(
-                f"{terms} = {product} does not divide the {world_size} processes of this job: "
-                f"start a multiple of {product} (torchrun --nproc_per_node) or lower a degree."
+                f"{terms} = {product} does not divide the {processes} of this job: "
+                f"start a multiple of {product} processes or lower a degree."
             )
         degrees |= dict.fromkeys(open_axes, 1) | {open_axes[0]: left}
         return cls(**degrees, world_size=world_size)

@@ -48,6 +48,7 @@ BAD = {
     "state in bf16": (dict(initial_state=torch.zeros(1, 2, 4, 6).bfloat16()), r"must be torch.fl"),
     "a list of decays": (dict(log_decay=[-0.1, -0.2]), "log_decay is list: it must be a tensor"),
     "a list of offsets": (dict(cu_seqlens=[0, 10]), "cu_seqlens is list: it must be a tensor"),
+    "ranks for a group": (dict(group=2), r"group is int: it must be .*ProcessGroup"),
     "no scale": (dict(scale=None), "scale is None: it must be a number"),
     "no v": (dict(v=None), "v is NoneType: it must be a tensor"),
     "exchange of another type": (dict(exchange=["ring"]), r"\['ring'\].*choose one"),

@@ -19,6 +19,7 @@ from launch.data import (
 )
 from launch.errors import DataError
 from launch.indexed import IndexedTokens, IndexedWriter, token_dtype
+from tests.launch.runs import write_tokens
 
 DOCUMENTS = [np.arange(10), np.arange(10, 13), np.array([], dtype=np.int64), np.arange(13, 40)]
 
@@ -105,8 +106,15 @@ def test_large_files_are_checked_where_they_are_read(prefix, monkeypatch):
 
 def test_too_few_tokens_for_one_sequence(prefix):
     assert IndexedSource(prefix, 39, vocab_size=40).num_samples == 1
-    with pytest.raises(DataError, match=r"has 40 tokens: one sequence needs .* = 41"):
+    with pytest.raises(DataError, match=r"has 40 tokens: one sequence needs .* = 41") as caught:
         IndexedSource(prefix, 40, vocab_size=40)
+    assert "validation" not in str(caught.value)
+
+
+def test_too_few_tokens_to_validate_on_need_not_end_a_run(tmp_path):
+    write_tokens(tmp_path / "data", [range(50)])
+    with pytest.raises(DataError, match=r"val.bin has .*, or --validation.no_enable"):
+        IndexedSource(tmp_path / "data" / "val", 500, vocab_size=50)
 
 
 def test_missing_folder_and_damaged_meta(tmp_path):
