@@ -116,6 +116,11 @@ class Run:
 
 def set_up(args, softmax_core=None):
     """A Run; softmax_core as in get_tnl_block_spec."""
+    if args.save and args.use_distributed_optimizer:
+        raise ValueError(
+            "--save with --use-distributed-optimizer: megatron-core 0.16 fails when it saves that "
+            "optimizer in its default format. Leave out one of them."
+        )
     torch.manual_seed(args.seed)
     model_parallel_cuda_manual_seed(args.seed)
     source, vocab_size = open_data(args)

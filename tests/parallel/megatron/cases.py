@@ -348,7 +348,10 @@ def example(sizes, argv):
     multiprocessing.current_process()._config["daemon"] = False
     script = runpy.run_path(str(ROOT / "examples" / "megatron_gpt.py"))
     with contextlib.redirect_stdout(io.StringIO()):
-        return script["train"](script["parse_arguments"](argv))
+        try:
+            return script["train"](script["parse_arguments"](argv))
+        except ValueError as error:
+            return str(error)
 
 
 def hybrid_model_gradients(sizes, tnl, weights, tokens):
