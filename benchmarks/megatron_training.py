@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 2 benchmarks/megatron_training.py
     torchrun --nproc_per_node 2 benchmarks/megatron_training.py --apex --keep   # where apex is
     torchrun --nproc_per_node 2 benchmarks/megatron_training.py --preset tiny --lengths 256 \
-        --iterations 4 --softmax_iterations 4 --out /tmp/results                # a try on CPUs
+        --iterations 4 --softmax_iterations 4 --out outputs/try                   # a try on CPUs
 
 All ranks hold one sequence together, cut by tensor or by context parallelism, all layers are
 recomputed. Megatron's rows are steps of examples/megatron_gpt.py (bfloat16 weights beside float32
