@@ -11,7 +11,9 @@ with other parallel sizes. examples/megatron.md tells how to do the same in Mega
 import argparse
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +24,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import Adam, OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
@@ -83,10 +85,50 @@ def main():
 
 def train(args):
     """Train within Megatron's groups; the losses of this start."""
+    run = set_up(args)
+    losses = []
+    done = load_checkpoint(args, run.bare, run.optimizer)
+    for iteration in range(done + 1, args.train_iters + 1):
+        started = time.perf_counter()
+        loss, grad_norm, updated = take_step(args, run, iteration)
+        seconds = time.perf_counter() - started
+        losses.append(loss)
+        if dist.get_rank() == 0:
+            tokens_per_second = args.global_batch_size * args.seq_length / seconds
+            print(
+                f"iteration {iteration} | loss {loss:.6f} | grad norm {grad_norm:.3f} | "
+                f"{tokens_per_second:,.0f} tokens/s" + ("" if updated else " | skipped"),
+                flush=True,
+            )
+        if args.save and (iteration % args.save_interval == 0 or iteration == args.train_iters):
+            save_checkpoint(args, run.bare, run.optimizer, iteration)
+    if args.device == "cuda" and dist.get_rank() == 0:
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    return losses
+
+
+@dataclass
+class Run:
+    """What a step needs: the model in Megatron's wrappers, the GPTModel inside, and the rest."""
+
+    model: torch.nn.Module
+    bare: GPTModel
+    optimizer: Any
+    split: BatchSplitter
+    source: Any
+
+
+def set_up(args, softmax_core=None):
+    """A Run; softmax_core as in get_tnl_block_spec."""
+    if args.save and args.use_distributed_optimizer:
+        raise ValueError(
+            "--save with --use-distributed-optimizer: megatron-core 0.16 fails when it saves that "
+            "optimizer in its default format. Leave out one of them."
+        )
     torch.manual_seed(args.seed)
     model_parallel_cuda_manual_seed(args.seed)
     source, vocab_size = open_data(args)
-    model, bare = build_model(args, vocab_size)
+    model, bare = build_model(args, vocab_size, softmax_core)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             lr=args.lr,
@@ -101,31 +143,30 @@ def train(args):
     )
     bare.config.finalize_model_grads_func = finalize_model_grads
     bare.config.grad_scale_func = optimizer.scale_loss
+    if dist.get_rank() == 0:
+        print(" | ".join(f"{part}: {which}" for part, which in ingredients(args).items()))
     # Cuts batches the way the model's layers read them; see parallel/megatron/layout.py.
-    split = BatchSplitter(model)
+    split = BatchSplitter(model, args.linear_cp_layout)
+    return Run(model, bare, optimizer, split, source)
 
-    losses = []
-    done = load_checkpoint(args, bare, optimizer)
-    for iteration in range(done + 1, args.train_iters + 1):
-        started = time.perf_counter()
-        model.zero_grad_buffer()
-        optimizer.zero_grad()
-        loss = forward_backward(args, model, split, source, iteration)
-        updated, grad_norm, _ = optimizer.step()
-        seconds = time.perf_counter() - started
-        losses.append(loss)
-        if dist.get_rank() == 0:
-            tokens_per_second = args.global_batch_size * args.seq_length / seconds
-            print(
-                f"iteration {iteration} | loss {loss:.6f} | grad norm {grad_norm:.3f} | "
-                f"{tokens_per_second:,.0f} tokens/s" + ("" if updated else " | skipped"),
-                flush=True,
-            )
-        if args.save and (iteration % args.save_interval == 0 or iteration == args.train_iters):
-            save_checkpoint(args, bare, optimizer, iteration)
-    if args.device == "cuda" and dist.get_rank() == 0:
-        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
-    return losses
+
+def ingredients(args):
+    """What does the work where apex could: Megatron takes its Adam without being asked."""
+    fused = args.gradient_accumulation_fusion
+    return {
+        "optimizer": f"{Adam.__module__.partition('.')[0]}'s {Adam.__name__}",
+        "norms": f"{args.norm}'s",
+        "weight gradients": "apex's, fused with their sum" if fused else "torch's",
+    }
+
+
+def take_step(args, run, iteration):
+    """(mean loss, norm of the gradient, whether the weights were updated) of one global batch."""
+    run.model.zero_grad_buffer()
+    run.optimizer.zero_grad()
+    loss = forward_backward(args, run.model, run.split, run.source, iteration)
+    updated, grad_norm, _ = run.optimizer.step()
+    return loss, grad_norm, updated
 
 
 def open_data(args):
@@ -139,7 +180,7 @@ def open_data(args):
     return folder.source("train", args.seq_length, vocab_size), vocab_size
 
 
-def build_model(args, vocab_size):
+def build_model(args, vocab_size, softmax_core=None):
     """(the model in Megatron's wrappers, the GPTModel inside)."""
     tnl = TNLConfig.preset(args.preset, vocab_size=vocab_size, layer_types=args.layer_types)
     recompute = dict(recompute_granularity="full", recompute_method="uniform")
@@ -164,6 +205,7 @@ def build_model(args, vocab_size):
         config,
         tnl,
         norm=args.norm,
+        softmax_core=softmax_core,
         layout=args.linear_cp_layout,
         exchange=args.cp_exchange,
     )

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = ["HostMemory", "checkpointed", "keeping_exchanges", "recompute"]
+__all__ = ["Exchanges", "HostMemory", "checkpointed", "keeping_exchanges", "recompute"]
 
 # By name and not by object, so that this module needs no import of the operators. A softmax layer
 # keeps its output: that spares a second gathering, and the quadratic work.
@@ -101,7 +101,7 @@ def keeping_exchanges(function: Callable) -> Callable:
 
     def run(*args: Any, **kwargs: Any) -> Any:
         nonlocal noted
-        mode = _Exchanges(noted)
+        mode = Exchanges(noted)
         with mode:
             result = function(*args, **kwargs)
         noted = mode.noted
@@ -110,10 +110,11 @@ def keeping_exchanges(function: Callable) -> Callable:
     return run
 
 
-class _Exchanges(TorchDispatchMode):
-    """Notes what exchanges return, or returns in the same order what was noted."""
+class Exchanges(TorchDispatchMode):
+    """Notes in `noted` what exchanges return; given that list, returns it in the same order instead
+    of exchanging anything."""
 
-    def __init__(self, noted: list[Any] | None) -> None:
+    def __init__(self, noted: list[Any] | None = None) -> None:
         super().__init__()
         self.noted = [] if noted is None else noted
         self._again = None if noted is None else iter(noted)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-__all__ = ["LRPE"]
+__all__ = ["LRPE", "modulate"]
 
 # Tokens per table of cosines on the CPU. One float64 table of this many tokens, and one row per
 # block, are all that is ever held in float64; the GPU's kernels hold none.
@@ -51,9 +51,10 @@ class LRPE(nn.Module):
         index = torch.arange(channels, dtype=torch.float64, device="cpu")
         exponent = -2.0 / channels * index
         ladder = (10000.0**exponent).view(self.num_heads, 1, self.head_dim)
-        if self.theta.shape[0] != self.num_heads:
+        if self.theta.numel() != channels:
             # (A DTensor that is cut by heads has the shape of the whole.)
             ladder = ladder[self.heads]
+        ladder = ladder.view(self.theta.shape)
         value = ladder.to(self.theta.device, torch.float32)
         if hasattr(self.theta, "device_mesh"):
             from torch.distributed.tensor import distribute_tensor
@@ -89,7 +90,7 @@ class LRPE(nn.Module):
         if theta.shape[0] != q.shape[2] or hasattr(theta, "to_local"):
             # Cut by heads (tensor parallelism), as q and k are.
             theta = theta.to_local()
-        return _Modulate.apply(q, k, theta, position)
+        return modulate(q, k, theta, position)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> LRPE:
         def move_only(tensor: torch.Tensor) -> torch.Tensor:
@@ -104,6 +105,13 @@ class LRPE(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}"
+
+
+def modulate(
+    q: torch.Tensor, k: torch.Tensor, theta: torch.Tensor, position: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`LRPE.forward` by the given rates, float32 [H, 1, D]."""
+    return _Modulate.apply(q, k, theta, position)
 
 
 class _Modulate(torch.autograd.Function):

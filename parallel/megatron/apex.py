@@ -12,7 +12,6 @@ __all__ = ["EXTENSIONS", "has_apex", "require_apex"]
 
 # What it gives -> the compiled module that does it.
 EXTENSIONS = {
-    "FusedAdam": "amp_C",
     "FusedRMSNorm": "fused_layer_norm_cuda",
     "gradient accumulation fusion": "fused_weight_gradient_mlp_cuda",
 }

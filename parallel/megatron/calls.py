@@ -27,6 +27,11 @@ def check_build(config, attn_mask_type, attention_type, attention_dropout) -> No
             f"attention_dropout is {dropout}: there is none here (linear attention has no scores "
             "to drop). Set it to 0 (--attention-dropout 0.0)."
         )
+    if config.multi_latent_attention:
+        raise ValueError(
+            "config.multi_latent_attention is True: its heads have other sizes in queries and "
+            "values, which is not served. Use a base spec without it."
+        )
     if getattr(config, "window_size", None) is not None:
         raise ValueError(
             f"config.window_size is {config.window_size}: there are no windows here (a decay does "

@@ -69,7 +69,10 @@ def to_megatron(
     for place, i in enumerate(layers):
         native, theirs = f"blocks.{i}.", f"decoder.layers.{place}."
         for name, megatron_name, dim in _entries(config, i):
-            converted[theirs + megatron_name] = part(state_dict[native + name], dim)
+            tensor = state_dict[native + name]
+            # Megatron's rates have one dimension.
+            tensor = tensor.flatten() if name == _THETA[0] else tensor
+            converted[theirs + megatron_name] = part(tensor, dim)
         if config.is_softmax(i):
             q, kv = state_dict[native + _Q], state_dict[native + _KV]
             converted[theirs + _QKV] = part(_join_qkv(q, kv, config), 0)
@@ -96,7 +99,9 @@ def from_megatron(
     for i in range(config.num_layers):
         native, theirs = f"blocks.{i}.", f"decoder.layers.{i}."
         for name, megatron_name, dim in _entries(config, i):
-            converted[native + name] = whole(theirs + megatron_name, dim)
+            tensor = whole(theirs + megatron_name, dim)
+            shape = (config.num_heads, 1, config.head_dim) if name == _THETA[0] else tensor.shape
+            converted[native + name] = tensor.view(shape)
         if config.is_softmax(i):
             q, kv = _split_qkv(whole(theirs + _QKV, 0), config)
             converted[native + _Q], converted[native + _KV] = q, kv

@@ -72,8 +72,9 @@ def get_tnl_hybrid_stack_spec(
 
     Args:
         pattern: of the whole model; "|" between pipeline stages where Megatron knows it.
-        lrpe_layers: linear layers with LRPE, counted from 0 among the linear layers alone, as their
-            decays are.
+        lrpe_layers: layers with LRPE, counted as in `lasp.tnl`: from 0 among the token mixers,
+            linear and softmax. So are the layers of the decays, unless core_params say otherwise
+            (decay_index, a list by place in the pattern, and num_decay_layers).
         softmax_core, backend, feature_map, scale_embedding, core_params: as in
             `get_tnl_block_spec` and `get_tnl_layer_spec`.
 
@@ -81,8 +82,7 @@ def get_tnl_hybrid_stack_spec(
         ValueError: a pattern with other symbols, or without a linear layer.
     """
     symbols = pattern.replace("|", "")
-    places = [place for place, symbol in enumerate(symbols) if symbol == LINEAR]
-    if set(symbols) - {LINEAR, "*", "-"} or not places:
+    if set(symbols) - {LINEAR, "*", "-"} or LINEAR not in symbols:
         raise ValueError(
             f"pattern is {pattern!r}: it needs a {LINEAR} (linear attention); with it may stand "
             "* (softmax attention), - (channel mixer) and | (stage border)."
@@ -92,10 +92,11 @@ def get_tnl_hybrid_stack_spec(
         softmax_core = ModuleSpec(
             module=LaspSoftmaxAttention, params=dict(layout=core_params.get("layout"))
         )
+    places = [place for place, symbol in enumerate(symbols) if symbol != "-"]
     index = {place: i for i, place in enumerate(places)}
-    core_params |= dict(
-        decay_index=[index.get(place) for place in range(len(symbols))],
-        num_decay_layers=len(places),
+    core_params = core_params | dict(
+        decay_index=core_params.get("decay_index", [index.get(i) for i in range(len(symbols))]),
+        num_decay_layers=core_params.get("num_decay_layers", len(places)),
     )
     mixer = tnl_mixer_spec(backend, [places[i] for i in lrpe_layers], feature_map, core_params)
     common = dict(scale_embedding=scale_embedding)

@@ -11,7 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.embeddings.rotary_pos_embedding import (
+    MultimodalRotaryEmbedding,
+    RotaryEmbedding,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 from torch.distributed import ProcessGroup
@@ -119,8 +122,14 @@ class BatchSplitter:
                     "layers with layout='contiguous': use layout='zigzag'."
                 )
             for module in modules:
-                if isinstance(getattr(module, "rotary_pos_emb", None), RotaryEmbedding):
-                    module.rotary_pos_emb = ContiguousRotaryEmbedding(module.rotary_pos_emb)
+                rotary = getattr(module, "rotary_pos_emb", None)
+                if isinstance(rotary, MultimodalRotaryEmbedding):
+                    raise ValueError(
+                        "the model's rotary embedding is MultimodalRotaryEmbedding, which counts "
+                        "zigzag, beside layers with layout='contiguous': use layout='zigzag'."
+                    )
+                if isinstance(rotary, RotaryEmbedding):
+                    module.rotary_pos_emb = ContiguousRotaryEmbedding(rotary)
         for module in readers:
             module.layout_agreed = True
 
@@ -145,8 +154,15 @@ class ContiguousRotaryEmbedding(nn.Module):
     ) -> torch.Tensor:
         """Angles [s / cp, 1, 1, dim] of this rank's tokens of a sequence of max_seq_len."""
         group = cp_group or self.stock.cp_group
-        if group is None or group.size() == 1 or packed_seq:
+        if group is None or group.size() == 1:
             return self.stock.get_emb(max_seq_len, offset)
+        if packed_seq:
+            # Megatron picks angles out of the table document by document, in zigzag.
+            raise ValueError(
+                f"packed_seq_params (thd) over {group.size()} context-parallel ranks with rotary "
+                "positions: Megatron counts them in zigzag. Use position_embedding_type='none', "
+                "or one context-parallel rank."
+            )
         ((start, stop),) = segments(max_seq_len, "contiguous", group.rank(), group.size())
         return self.stock.get_emb(stop - start, offset + start)
 

@@ -14,12 +14,10 @@ from collections.abc import Iterator
 
 import torch
 from megatron.core.tensor_parallel.random import is_checkpointing
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from parallel.recompute import Exchanges
 
 __all__ = ["KeptExchanges"]
-
-# As in parallel.recompute: of a softmax layer the output is kept, which spares the quadratic work.
-_EXCHANGES = ("lasp::enter", "lasp::start", "lasp::finish", "lasp::softmax_attend")
 
 
 class KeptExchanges:
@@ -46,14 +44,13 @@ class KeptExchanges:
             return
         ends = k.detach()[:, :: max(1, k.shape[1] - 1)]
         if recording:
-            record = _Record()
-            with record:
+            with Exchanges() as exchanges:
                 yield
-            self._queue.append((ends.clone(), record.results))
+            self._queue.append((ends.clone(), exchanges.noted))
             return
-        kept_ends, results = self._queue.popleft()
+        kept_ends, noted = self._queue.popleft()
         self._check(kept_ends, ends)
-        with _Replay(results):
+        with Exchanges(noted):
             yield
 
     def _check(self, kept: torch.Tensor, seen: torch.Tensor) -> None:
@@ -71,30 +68,3 @@ class KeptExchanges:
             torch._assert_async(same, complaint)
         elif not same:
             raise RuntimeError(complaint)
-
-
-class _Record(TorchDispatchMode):
-    """Note what each exchange returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.results: list = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func.name().split(".")[0] in _EXCHANGES:
-            self.results.append(result)
-        return result
-
-
-class _Replay(TorchDispatchMode):
-    """Return what was noted, in the same order, without calling anything."""
-
-    def __init__(self, results: list) -> None:
-        super().__init__()
-        self.results = iter(results)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.name().split(".")[0] in _EXCHANGES:
-            return next(self.results)
-        return func(*args, **(kwargs or {}))

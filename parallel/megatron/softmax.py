@@ -27,7 +27,7 @@ class LaspSoftmaxAttention(MegatronModule):
         layout: "zigzag" or "contiguous", as in `LaspCoreAttention`. The rest is Megatron's.
 
     Raises:
-        ValueError: dropout, a window or a mask other than causal.
+        ValueError: dropout, a window, an attention sink or a mask other than causal.
     """
 
     def __init__(
@@ -46,6 +46,10 @@ class LaspSoftmaxAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         check_build(config, attn_mask_type, attention_type, attention_dropout)
+        if config.softmax_type != "vanilla":
+            raise ValueError(
+                f"config.softmax_type is {config.softmax_type!r}: only 'vanilla' is served."
+            )
         self.pg_collection = process_groups(pg_collection)
         self.tp_group, self.cp_group = self.pg_collection.tp, self.pg_collection.cp
         self.sequence_layout = sequence_layout(config, layout)

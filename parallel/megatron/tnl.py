@@ -29,7 +29,7 @@ from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
 )
 
-from lasp.tnl.lrpe import LRPE
+from lasp.tnl.lrpe import LRPE, modulate
 from parallel.megatron.attention import FEATURE_MAPS
 from parallel.megatron.calls import process_groups
 from parallel.megatron.layout import segments
@@ -186,10 +186,10 @@ class TNLSelfAttention(MegatronModule):
         return state
 
     def _build_lrpe(self) -> LRPE:
-        lrpe = LRPE(self.config.num_attention_heads, self.head_dim)
         heads_here = self.config.num_attention_heads // self.tp_group.size()
         first = self.tp_group.rank() * heads_here
-        lrpe.keep_heads(slice(first, first + heads_here))
+        heads = slice(first, first + heads_here)
+        lrpe = _FlatLRPE(self.config.num_attention_heads, self.head_dim, heads)
         if not self.config.use_cpu_initialization:
             lrpe.to(torch.cuda.current_device())
         set_tensor_model_parallel_attributes(lrpe.theta, True, 0, 1)
@@ -206,6 +206,20 @@ class TNLSelfAttention(MegatronModule):
         pieces = [self.lrpe(q_part, k_part, start) for q_part, k_part, (start, _) in blocks]
         q, k = (torch.cat(x, dim=1) if len(x) > 1 else x[0] for x in zip(*pieces, strict=True))
         return q.transpose(0, 1), k.transpose(0, 1)
+
+
+class _FlatLRPE(LRPE):
+    """LRPE of some heads, theta [H * D]: Megatron's optimizers spare from weight decay what has one
+    dimension, and a rate that decays is another position."""
+
+    def __init__(self, num_heads: int, head_dim: int, heads: slice) -> None:
+        super().__init__(num_heads, head_dim)
+        self.keep_heads(heads)
+        self.theta = torch.nn.Parameter(self.theta.detach().flatten())
+
+    def forward(self, q, k, position):
+        assert self.theta.dtype == torch.float32
+        return modulate(q, k, self.theta.view(-1, 1, self.head_dim), position)
 
 
 class TNLTransformerLayer(TransformerLayer):

@@ -348,7 +348,10 @@ def example(sizes, argv):
     multiprocessing.current_process()._config["daemon"] = False
     script = runpy.run_path(str(ROOT / "examples" / "megatron_gpt.py"))
     with contextlib.redirect_stdout(io.StringIO()):
-        return script["train"](script["parse_arguments"](argv))
+        try:
+            return script["train"](script["parse_arguments"](argv))
+        except ValueError as error:
+            return str(error)
 
 
 def hybrid_model_gradients(sizes, tnl, weights, tokens):
@@ -357,7 +360,8 @@ def hybrid_model_gradients(sizes, tnl, weights, tokens):
 
     lay_out(*sizes)
     native = TNLConfig(**tnl)
-    pattern = f"{LINEAR}-" * native.num_layers
+    mixers = ["*" if native.is_softmax(i) else LINEAR for i in range(native.num_layers)]
+    pattern = "".join(f"{mixer}-" for mixer in mixers)
     config = tnl_transformer_config(native, **sizes_here())
     config.num_layers = len(pattern)
     build, pattern_name = hybrid_host()
@@ -367,6 +371,8 @@ def hybrid_model_gradients(sizes, tnl, weights, tokens):
         native.vocab_size,
         256,
         share_embeddings_and_output_weights=True,
+        position_embedding_type="rope" if native.num_softmax_layers else "none",
+        rotary_base=native.rope_base,
         **{pattern_name: pattern},
     )
     place = dict(

@@ -18,3 +18,9 @@ def test_it_takes_bfloat16_pipelines_recomputation_and_softmax_layers(megatron):
     options = ["--bf16", "--recompute", "--layer-types=LS", "--use-distributed-optimizer"]
     for losses in megatron.run("example", (1, 2, 2), [*options, "--train-iters=4"]):
         assert losses[3] < losses[0]
+
+
+def test_it_refuses_before_training_what_it_could_not_save(megatron, tmp_path):
+    options = [f"--save={tmp_path}", "--use-distributed-optimizer"]
+    for said in megatron.run("example", (1, 2), options):
+        assert "--save with --use-distributed-optimizer" in said

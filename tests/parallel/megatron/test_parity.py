@@ -69,6 +69,14 @@ def test_the_hybrid_stack_hosts_the_same_model(megatron, reference, sizes):
     check(megatron.run("hybrid_model_gradients", sizes, TINY, weights, tokens), loss, grads)
 
 
+@pytest.mark.parametrize("sizes", [(2, 2)], ids=str)
+def test_the_hybrid_stack_counts_softmax_layers_for_decays(megatron, hybrid, sizes):
+    """As the native model and the block spec do."""
+    pytest.importorskip("triton", reason="Megatron's hybrid stack imports triton")
+    weights, tokens, loss, grads = hybrid
+    check(megatron.run("hybrid_model_gradients", sizes, HYBRID, weights, tokens), loss, grads)
+
+
 @pytest.mark.parametrize("exchange", ["all_gather", pytest.param("doubling", marks=slow)])
 def test_sequence_parallel_activations(megatron, reference, exchange):
     weights, tokens, loss, grads = reference

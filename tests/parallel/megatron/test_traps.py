@@ -24,6 +24,10 @@ SENTENCES = {
     "bias": "attention_bias is given",
     "mask in the call": "attn_mask_type is no_mask",
     "packed over ranks": r"packed_seq_params \(thd\) over 2 context-parallel ranks in zigzag",
+    "packed rotary positions": r"packed_seq_params \(thd\) over 2 .* with rotary positions",
+    "other rotary positions": "MultimodalRotaryEmbedding, which counts zigzag",
+    "latent attention": "config.multi_latent_attention is True",
+    "softmax": "config.softmax_type is 'off-by-one'",
     "packed otherwise": "qkv_format is 'sbhd'",
     "two layouts": "name the layouts .*zigzag.*: there must be exactly one",
     "no layout": r"name the layouts set\(\): there must be exactly one",
@@ -108,3 +112,23 @@ def test_megatrons_spec_objects_are_left_alone(megatron):
 def test_packed_documents_do_not_see_each_other(megatron, context_parallel):
     for together, apart in megatron.run("traps.packed_documents", context_parallel):
         torch.testing.assert_close(together, apart)
+
+
+def test_rates_are_spared_from_weight_decay(megatron):
+    for factors in megatron.run("traps.weight_decays"):
+        spared = {name for name, factor in factors.items() if factor == 0}
+        assert spared == {"decoder.layers.0.self_attention.lrpe.theta"}
+
+
+def test_virtual_pipeline_stages_count_on(megatron):
+    """Decay, LRPE and the embedding's scale follow a layer's number in the whole model."""
+    fields = dict(vocab_size=64, dim=32, num_layers=4, num_heads=4, glu_dim=48, lrpe_layers=(0, 2))
+    seen = megatron.run("traps.layers_of_virtual_stages", fields)
+    numbers = {number for of_rank in seen for number, *_ in of_rank}
+    assert numbers == set(range(4))
+    for of_rank in seen:
+        assert [number % 2 for number, *_ in of_rank] in ([0, 0], [1, 1])
+        for number, seen_decay, with_lrpe, scale in of_rank:
+            assert torch.equal(seen_decay, decay.tnl(4, number, 4))
+            assert with_lrpe == (number in (0, 2))
+            assert scale == (32**0.5 if number == 0 else None)

@@ -7,7 +7,10 @@ import types
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.common.embeddings import rotary_pos_embedding
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import transformer_block
 from megatron.core.transformer.enums import AttnMaskType
@@ -19,6 +22,7 @@ from lasp.tnl import TNLConfig
 from parallel.megatron import (
     BatchSplitter,
     LaspCoreAttention,
+    LaspSoftmaxAttention,
     get_lasp_gpt_layer_spec,
     get_tnl_block_spec,
     split_batch,
@@ -79,9 +83,23 @@ def pattern_without_linear_layers():
     get_tnl_hybrid_stack_spec("*-*-")
 
 
+def latent_attention():
+    fields = config()
+    fields.multi_latent_attention = True
+    LaspCoreAttention(fields, 1)
+
+
 def odd_vocabulary():
     tnl = TNLConfig(**(TINY | dict(vocab_size=63)))
     to_megatron(lasp.tnl.TNL(tnl).state_dict(), tnl, tp_size=2)
+
+
+def rotary(kind="RotaryEmbedding"):
+    model = torch.nn.Module()
+    model.rotary_pos_emb = getattr(rotary_pos_embedding, kind)(8, 1.0)
+    model.core = core(layout="contiguous")
+    BatchSplitter(model)
+    return model.rotary_pos_emb
 
 
 # Name -> what is wrong. All run at context parallel size 2.
@@ -102,6 +120,10 @@ WRONG = {
     "bias": lambda: called(core(), attention_bias=torch.zeros(1)),
     "mask in the call": lambda: called(core(), attn_mask_type=AttnMaskType.no_mask),
     "packed over ranks": lambda: packed(core()),
+    "packed rotary positions": lambda: rotary()(8, packed_seq=True),
+    "other rotary positions": lambda: rotary("MultimodalRotaryEmbedding"),
+    "latent attention": latent_attention,
+    "softmax": lambda: LaspSoftmaxAttention(config(softmax_type="off-by-one"), 1),
     "packed otherwise": lambda: packed(core(), "sbhd"),
     "two layouts": stack_of_two_layouts,
     "no layout": lambda: BatchSplitter(torch.nn.Identity()),
@@ -267,3 +289,30 @@ def decay_on_a_stage_of_the_hybrid_stack():
     mixer = model.decoder.layers[0].self_attention
     decay = mixer.core_attention.log_decay(torch.device("cpu"))
     return stage, decay, mixer.layer_number, mixer.lrpe is not None
+
+
+def weight_decays():
+    """Name -> the factor of weight decay that Megatron's optimizer gives a parameter."""
+    lay_out(1, 2)
+    model = build_tnl(TINY)
+    ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    optimizer = get_megatron_optimizer(OptimizerConfig(lr=1.0, weight_decay=0.1), [ddp])
+    factors = {id(p): group["wd_mult"] for group in optimizer.param_groups for p in group["params"]}
+    return {name: factors[id(p)] for name, p in model.named_parameters()}
+
+
+def layers_of_virtual_stages(tnl):
+    """For this rank's model chunks: (number of each layer from 0, decay, whether it has LRPE, input
+    scale)."""
+    lay_out(1, 1, 2)
+    fields = config(virtual_pipeline_model_parallel_size=2, num_layers=tnl["num_layers"])
+    seen = []
+    for stage in range(2):
+        spec = get_tnl_block_spec(fields, TNLConfig(**tnl), vp_stage=stage)
+        block = TransformerBlock(fields, spec, vp_stage=stage)
+        for layer in block.layers:
+            mixer = layer.self_attention
+            decay = mixer.core_attention.log_decay(torch.device("cpu"))
+            number = layer.layer_number - 1
+            seen.append((number, decay, mixer.lrpe is not None, layer.input_scale))
+    return seen

@@ -1,0 +1,280 @@
+"""Training speed in megatron-core: the TNL, the same model with softmax attention, the launcher.
+
+    torchrun --nproc_per_node 2 benchmarks/megatron_training.py
+    torchrun --nproc_per_node 2 benchmarks/megatron_training.py --apex --keep   # where apex is
+    torchrun --nproc_per_node 2 benchmarks/megatron_training.py --preset tiny --lengths 256 \
+        --iterations 4 --softmax_iterations 4 --out outputs/try                   # a try on CPUs
+
+All ranks hold one sequence together, cut by tensor or by context parallelism, all layers are
+recomputed. Megatron's rows are steps of examples/megatron_gpt.py (bfloat16 weights beside float32
+ones in the optimizer, which context parallelism shares out), the launcher's those of
+benchmarks/training.py (float32 weights, bfloat16 products; FSDP under context parallelism). Time is
+the median over steps after warm-up, memory the largest of all ranks, as reserved by the allocator.
+
+"softmax" is the same GPT with Megatron's SelfAttention in every layer: around Transformer Engine's
+core attention where that is installed, else around LaspSoftmaxAttention (torch's flash kernels):
+Megatron's own DotProductAttention holds all scores and refuses context parallelism.
+
+With --apex: its FusedAdam, FusedRMSNorm and fused weight gradients; of what is missing torch's, and
+the row says so. Without: torch's, also where apex is installed. (Transformer Engine's Adam comes
+first wherever that is.) Writes JSON and Markdown after every row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import importlib.metadata
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import training
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))
+ON_GPU = torch.cuda.is_available()
+if "--apex" not in sys.argv:
+    # Megatron would take its Adam and its clipping unasked: it is to find none.
+    sys.modules["apex"] = None
+if not ON_GPU:
+    from tests.parallel.megatron import cpu_shim
+
+    cpu_shim.install()
+
+from megatron.core import parallel_state  # noqa: E402
+
+from examples import megatron_gpt  # noqa: E402 (Megatron is imported after the shim)
+from launch.metrics import peak_memory  # noqa: E402
+from parallel.megatron.apex import has_apex  # noqa: E402
+
+LAYOUTS = ("tp", "cp")
+MODELS = ("TNL", "launcher", "softmax")
+PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "apex")
+
+
+def main() -> None:
+    arguments, began = parse_arguments(), time.perf_counter()
+    if ON_GPU:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if ON_GPU else "gloo")
+    report = begin(arguments)
+    for layout in arguments.layouts:
+        for model in arguments.models:
+            for length in arguments.lengths:
+                late = torch.tensor(float(time.perf_counter() - began > arguments.seconds))
+                late = late.cuda() if ON_GPU else late
+                dist.all_reduce(late)
+                if late:
+                    break
+                measure = measure_launcher if model == "launcher" else measure_megatron
+                row = measure(arguments, model, layout, length)
+                gc.collect()
+                if ON_GPU:
+                    torch.cuda.empty_cache()
+                if dist.get_rank() == 0:
+                    report["rows"] = [r for r in report["rows"] if key(r) != key(row)] + [row]
+                    print(json.dumps(row), flush=True)
+                    write(report, arguments.out)
+    if dist.get_rank() == 0:
+        print(table(report), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure_megatron(
+    arguments: argparse.Namespace, model: str, layout: str, length: int
+) -> dict[str, Any]:
+    """A row of steps with megatron-core."""
+    sizes = dict(tp=1, cp=1) | {layout: dist.get_world_size()}
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(sizes["tp"], context_parallel_size=sizes["cp"])
+    softmax = model == "softmax"
+    iterations = arguments.softmax_iterations if softmax else arguments.iterations
+    args = megatron_gpt.parse_arguments(
+        [
+            *("--data-path", "random", "--preset", arguments.preset),
+            *("--layer-types", "S" if softmax else "L", "--seq-length", str(length)),
+            *("--global-batch-size", "1", "--lr", "3e-4", "--recompute"),
+            *("--device", "cuda" if ON_GPU else "cpu", *(["--bf16"] if ON_GPU else [])),
+            *("--tensor-model-parallel-size", str(sizes["tp"])),
+            *("--context-parallel-size", str(sizes["cp"])),
+            *(["--sequence-parallel"] if layout == "tp" else ["--use-distributed-optimizer"]),
+            *apex_options(arguments.apex),
+        ]
+    )
+    core = transformer_engine_core() if softmax else None
+    reset_peak()
+    run = megatron_gpt.set_up(args, core)
+    seconds, losses = [], []
+    for iteration in range(1, iterations + 1):
+        synchronize()
+        started = time.perf_counter()
+        loss, *_ = megatron_gpt.take_step(args, run, iteration)
+        synchronize()
+        seconds.append(time.perf_counter() - started)
+        losses.append(loss)
+    used = megatron_gpt.ingredients(args)
+    if softmax:
+        used["core attention"] = "LaspSoftmaxAttention" if core is None else core.__name__
+    return row_of(arguments, model, layout, length, seconds) | dict(used=used, losses=losses)
+
+
+def measure_launcher(
+    arguments: argparse.Namespace, model: str, layout: str, length: int
+) -> dict[str, Any]:
+    """A row of the native launcher's steps, as benchmarks/training.py takes them."""
+    degree = {"tp": "tensor", "cp": "context"}[layout]
+    flags = [("activation_checkpoint.mode", "full")]
+    flags.append((f"parallelism.{degree}_parallel_degree", dist.get_world_size()))
+    if layout == "cp":
+        flags.append(("parallelism.data_parallel_method", "fsdp"))
+    case = training.Case("megatron", layout, dist.get_world_size(), length, flags=tuple(flags))
+    options = argparse.Namespace(
+        preset=arguments.preset,
+        warmup=arguments.warmup,
+        steps=arguments.iterations - arguments.warmup,
+        launcher_flags=[],
+    )
+    reset_peak()
+    with tempfile.TemporaryDirectory() as folder:
+        row = training.run_case(case, options, Path(folder))
+    used = {"optimizer": "torch's AdamW", "norms": "torch's"}
+    return row_of(arguments, model, layout, length, row["steps"]) | dict(used=used)
+
+
+def row_of(
+    arguments: argparse.Namespace, model: str, layout: str, length: int, seconds: list[float]
+) -> dict[str, Any]:
+    """What all rows have; every rank calls it."""
+    device = torch.device("cuda" if ON_GPU else "cpu")
+    memory = torch.tensor(peak_memory(device), dtype=torch.float64, device=device)
+    dist.all_reduce(memory, dist.ReduceOp.MAX)
+    median = statistics.median(seconds[arguments.warmup :])
+    return {
+        "model": model,
+        "preset": arguments.preset,
+        "layout": f"{layout} {dist.get_world_size()}",
+        "apex": arguments.apex,
+        "seq_len": length,
+        "steps": seconds,
+        "step_seconds": median,
+        "tokens_per_second": length / median,
+        "memory_gib": memory.item(),
+    }
+
+
+def apex_options(asked: bool) -> list[str]:
+    """The example's options for what apex has here."""
+    options = {
+        "FusedRMSNorm": ["--norm", "apex"],
+        "gradient accumulation fusion": ["--gradient-accumulation-fusion"],
+    }
+    return [x for feature in options if asked and has_apex(feature) for x in options[feature]]
+
+
+def transformer_engine_core() -> type | None:
+    """Transformer Engine's core attention, where it is installed."""
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ImportError:
+        return None
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    return TEDotProductAttention
+
+
+def synchronize() -> None:
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def reset_peak() -> None:
+    if ON_GPU:
+        torch.cuda.reset_peak_memory_stats()
+
+
+def begin(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A report without rows, or with those that are kept."""
+    path, rows = arguments.out / "megatron.json", []
+    if arguments.keep and path.exists():
+        rows = json.loads(path.read_text())["rows"]
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "device": torch.cuda.get_device_name() if ON_GPU else "CPU",
+        "gpus": dist.get_world_size(),
+        "versions": versions,
+        "date": datetime.date.today().isoformat(),
+        "rows": rows,
+    }
+
+
+def key(row: dict[str, Any]) -> tuple:
+    return tuple(row[name] for name in ("model", "preset", "layout", "apex", "seq_len"))
+
+
+def table(report: dict) -> str:
+    """The report as Markdown."""
+    gpus = report["gpus"]
+    lines = [
+        f"{gpus} x {report['device']}, "
+        + ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+        + f", {report['date']}. One sequence per step, all layers recomputed, memory per GPU.",
+        "",
+        "| model | layout | sequence | tokens/s | per GPU | memory, GiB | steps | first, last loss "
+        "| used |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        host = {"TNL": "TNL, megatron-core", "softmax": "softmax, megatron-core"}
+        name = host.get(row["model"], "TNL, launch/train.py")
+        losses = row.get("losses")
+        losses = f"{losses[0]:.4f}, {losses[-1]:.4f}" if losses else ""
+        used = "; ".join(f"{part} {which}" for part, which in row["used"].items())
+        lines.append(
+            f"| {row['preset']} {name} | {row['layout']} | {row['seq_len']:,} "
+            f"| {row['tokens_per_second']:,.0f} | {row['tokens_per_second'] / gpus:,.0f} "
+            f"| {row['memory_gib']:.1f} | {len(row['steps'])} | {losses} | {used} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def write(report: dict, folder: Path) -> None:
+    """The report as JSON and as a table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "megatron.json").write_text(json.dumps(report, indent=1) + "\n")
+    (folder / "megatron.md").write_text(table(report))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--layouts", nargs="*", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--lengths", nargs="*", type=int, default=[32768, 131072])
+    parser.add_argument("--preset", default="1b", help="of the model")
+    parser.add_argument("--iterations", type=int, default=20, help="steps, warm-up included")
+    parser.add_argument("--softmax_iterations", type=int, default=6, help="likewise")
+    parser.add_argument("--warmup", type=int, default=2, help="steps that are not measured")
+    parser.add_argument("--apex", action="store_true", help="ask for all that apex gives")
+    parser.add_argument("--seconds", type=float, default=3600, help="start no row after so many")
+    parser.add_argument("--out", type=Path, default=training.RESULTS, help="folder for the results")
+    parser.add_argument("--keep", action="store_true", help="keep the folder's other rows")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
