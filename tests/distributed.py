@@ -77,7 +77,15 @@ class Pool:
                 raise TimeoutError(
                     f"rank {rank} of {size} gave no answer to {function.__name__} in {timeout} s"
                 )
-            outcomes.append(pickle.loads(pipe.recv_bytes()))
+            try:
+                outcomes.append(pickle.loads(pipe.recv_bytes()))
+            except EOFError:
+                process.join()
+                # Its stack is in the captured output; the next test starts new processes.
+                raise RankFailed(
+                    f"rank {rank} of {size} died in {function.__name__}, exit code "
+                    f"{process.exitcode} (negative: the signal)"
+                ) from None
         return outcomes
 
     def stop(self, dump: bool = False) -> None:
@@ -124,6 +132,7 @@ class Pool:
 def _work(rank, world_size, members, backend, store_path, pipe) -> None:
     """Worker: join the world, then serve jobs until the pipe closes."""
     torch.set_num_threads(1)
+    faulthandler.enable(file=sys.__stderr__)
     faulthandler.register(signal.SIGUSR1, file=sys.__stderr__)
     if backend == "nccl":
         torch.cuda.set_device(rank)
