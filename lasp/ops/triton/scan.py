@@ -6,7 +6,7 @@ The same kernel serves o, dq, dk and dv; only the roles of the operands change (
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -191,28 +191,15 @@ def scan(
     `segment_length` is for tests: it must be what `prefix_states` was given.
     """
     check_operands(a=a, b=b, x=x)
-    num_heads = a.shape[2]
     assert b.shape == a.shape and x.shape[:3] == a.shape[:3], (a.shape, b.shape, x.shape)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if y.numel() == 0:
         return y
     plan, segment_states = _plan(a, x, initial_state, segment_states, offsets, segment_length)
     operands = [addressable(operand) for operand in (a, b, x)]
-    log_decay = decay_or_zeros(log_decay, num_heads, a.device)
-    with on_device_of(a):
-        table, _ = plan.device_tables(a.device)
-        launch = scan_hopper.launch if scan_hopper.supported(operands, plan) else _launch
-        launch(
-            operands,
-            (y,),
-            log_decay,
-            plan,
-            table,
-            scale=scale,
-            initial_state=initial_state,
-            segment_states=segment_states,
-            reverse=reverse,
-        )
+    launch = scan_hopper.launch if scan_hopper.supported(operands, plan) else _launch
+    states = dict(initial_state=initial_state, segment_states=segment_states)
+    _run(launch, operands, (y,), log_decay, plan, scale=scale, reverse=reverse, **states)
     return y
 
 
@@ -242,21 +229,34 @@ def scan_pair(
     if not scan_hopper.supported(operands, plan):
         return None
     results = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, b)]
+    states = dict(initial_state=initial_state, segment_states=segment_states)
+    _run(
+        scan_hopper.launch,
+        operands,
+        results,
+        log_decay,
+        plan,
+        scale=scale,
+        reverse=reverse,
+        **states,
+    )
+    return tuple(results)
+
+
+def _run(
+    launch: Callable[..., None],
+    operands: Sequence[torch.Tensor],
+    results: Sequence[torch.Tensor],
+    log_decay: torch.Tensor | None,
+    plan: Plan,
+    **how,
+) -> None:
+    """Write `results` by one of the launches, on the operands' device."""
+    a = operands[0]
     log_decay = decay_or_zeros(log_decay, a.shape[2], a.device)
     with on_device_of(a):
         table, _ = plan.device_tables(a.device)
-        scan_hopper.launch(
-            operands,
-            results,
-            log_decay,
-            plan,
-            table,
-            scale=scale,
-            initial_state=initial_state,
-            segment_states=segment_states,
-            reverse=reverse,
-        )
-    return tuple(results)
+        launch(operands, results, log_decay, plan, table, **how)
 
 
 def _plan(
