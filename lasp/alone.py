@@ -12,6 +12,7 @@ import torch
 from lasp import ops
 from lasp.arguments import state_dtype
 from lasp.ops.documents import decay_rates
+from lasp.ops.strides import with_unit_stride
 
 __all__ = ["attend", "attend_backward", "is_watched"]
 
@@ -62,7 +63,7 @@ def attend_backward(
     with_dkv: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """(dq, dk, dv); dk and dv None unless with_dkv."""
-    do = do if do.stride(-1) == 1 else do.contiguous()
+    do = with_unit_stride(do)
     dq = ops.scan(
         do,
         v,

@@ -20,6 +20,7 @@ from lasp import alone, ops
 from lasp import exchange as exchanges
 from lasp.arguments import describe_shape, find_problem, member_or_alone
 from lasp.ops.documents import decay_rates
+from lasp.ops.strides import with_unit_stride
 
 __all__ = [
     "StartedState",
@@ -193,7 +194,7 @@ def attend(
             f"{k.dtype} {describe_shape(k)} on {k.device}: they must be alike."
         )
     o, final_state = _LightningAttention.apply(
-        _with_unit_stride(q),
+        with_unit_stride(q),
         k,
         started.v,
         started.log_decay,
@@ -385,13 +386,8 @@ def _checked(
             exchanges.guard.compare(group, {}, problem=problem).confirm()
         raise ValueError(problem)
     where = (None if group is None else group.group_name, exchange, layout, shard_lengths)
-    return *(_with_unit_stride(x) for x in (q, k, v)), where
+    return *(with_unit_stride(x) for x in (q, k, v)), where
 
 
 def _needs_grad(k, v):
     return torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
-
-
-def _with_unit_stride(x: torch.Tensor) -> torch.Tensor:
-    """x itself, or one copy here in place of one in every kernel that reads it."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

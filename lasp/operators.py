@@ -26,6 +26,7 @@ from lasp import ops, shard
 from lasp.arguments import group_of, state_dtype
 from lasp.exchange import AffineMap, Line
 from lasp.ops.documents import decay_rates, document_offsets
+from lasp.ops.strides import with_unit_stride
 from lasp.pieces import Dense, Packed, cut_documents
 
 __all__: list[str] = []
@@ -192,7 +193,7 @@ def _attend_backward(
     group, method, layout, lengths = _resolve(where)
     pieces = _pieces(q, cu_seqlens, group, layout, lengths)
     num_states = _num_states(q, cu_seqlens)
-    q, k, v, do = (pieces.fold(x) for x in (q, k, v, do.contiguous() if do.stride(-1) != 1 else do))
+    q, k, v, do = (pieces.fold(x) for x in (q, k, v, with_unit_stride(do)))
     common = dict(scale=scale, offsets=pieces.offsets)
     segment_grads, pending, given, dinitial = _empty(q), None, None, _empty(q)
     if with_dkv:

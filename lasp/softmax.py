@@ -28,6 +28,7 @@ from lasp.arguments import group_of, member_or_alone
 from lasp.exchange import guard, tokens
 from lasp.ops.documents import document_offsets
 from lasp.ops.softmax import Piece, attend, attend_backward
+from lasp.ops.strides import with_unit_stride
 from lasp.shard import place_borders, places
 from lasp.softmax_arguments import find_softmax_problem
 
@@ -85,7 +86,7 @@ def softmax_attention(
             guard.compare(group, {}, problem=problem).confirm()
         raise ValueError(problem)
     o, _, _ = _SoftmaxAttention.apply(
-        *(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)),
+        *(with_unit_stride(x) for x in (q, k, v)),
         cu_seqlens,
         1 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
         torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
@@ -172,7 +173,7 @@ def _attend(q, k, v, cu_seqlens, scale, needs_grad, group_name, layout, shard_le
 @torch.library.impl("lasp::softmax_attend_backward", "CompositeExplicitAutograd")
 def _attend_backward(do, q, k, v, cu_seqlens, o, lse, lengths, scale, group_name, layout):
     """(dq, dk, dv)."""
-    do = do if do.stride(-1) == 1 else do.contiguous()
+    do = with_unit_stride(do)
     group = group_of(group_name)
     plan = _Plan.of(group, lengths.tolist(), layout, q, k, cu_seqlens)
     common = dict(scale=scale, steady=plan.steady)

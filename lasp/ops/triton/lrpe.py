@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lasp.ops.strides import with_unit_stride
 from lasp.ops.triton.tiles import check_operands, layout, on_device_of, strides
 
 # Tokens per tile: 16 x 128 values over 4 warps leave room for two tensors and their tables.
@@ -153,7 +154,7 @@ def lrpe(
     [B, T, H, 2D] contiguous: x cos(theta p), then x sin(theta p), p from `position` on."""
     check_operands(q=q, k=k)
     batch, length, num_heads, dim = q.shape
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    q, k = (with_unit_stride(x) for x in (q, k))
     out_q, out_k = (x.new_empty(batch, length, num_heads, 2 * dim) for x in (q, k))
     if out_q.numel() == 0:
         return out_q, out_k
@@ -174,7 +175,7 @@ def lrpe_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k (contiguous, their dtype) and theta [H, D] (float64)."""
     batch, length, num_heads, dim = q.shape
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    q, k = (with_unit_stride(x) for x in (q, k))
     into_q, into_k = (x.new_empty(x.shape) for x in (q, k))
     if q.numel() == 0:
         return into_q, into_k, theta.new_zeros(num_heads, dim, dtype=torch.float64)

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lasp.ops.strides import with_unit_stride
 from lasp.ops.triton.launch import Bound
 from lasp.ops.triton.tiles import (
     Layout,
@@ -102,7 +103,7 @@ def step(
     new_state = torch.empty(state.shape, dtype=torch.float32, device=q.device)
     if o.numel() == 0:
         return o, new_state
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    q, k, v = (with_unit_stride(t) for t in (q, k, v))
     log_decay = decay_or_zeros(log_decay, num_heads, q.device)
     programs = batch * num_heads * triton.cdiv(value_dim, VALUE_BLOCK)
     bound = _bind(layout(q), layout(k), layout(v), layout(state), float(scale))
