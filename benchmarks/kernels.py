@@ -111,7 +111,7 @@ def time_ms(function: Callable[[], object], seconds=0.2) -> float:
     for start, stop in events:
         flush.zero_()
         # The GPU sleeps while the host queues ahead: timed is the GPU, not the host's launches.
-        torch.cuda._sleep(1_000_000)
+        torch.cuda._sleep(2_000_000)
         start.record()
         function()
         stop.record()

@@ -33,9 +33,9 @@ def plain_launches(monkeypatch):
 
 
 # The second with the Hopper scan, where the GPU has it.
-@pytest.mark.parametrize("D, large_rows", [(64, plan.LARGE_ROWS), (128, 0)])
-def test_only_the_first_call_is_looked_up(D, large_rows, plain_launches, monkeypatch):
-    monkeypatch.setattr(plan, "LARGE_ROWS", large_rows)
+@pytest.mark.parametrize("D, large_values", [(64, plan.LARGE_VALUES), (128, 0)])
+def test_only_the_first_call_is_looked_up(D, large_values, plain_launches, monkeypatch):
+    monkeypatch.setattr(plan, "LARGE_VALUES", large_values)
     inputs = make_leaves(D=D)
     run(*inputs)
     del plain_launches[:]

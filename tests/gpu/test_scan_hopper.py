@@ -18,7 +18,7 @@ def launches(monkeypatch):
     """Send every shape to the Hopper kernel; the list fills with its launches."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper GPU")
-    monkeypatch.setattr(plan, "LARGE_ROWS", 0)
+    monkeypatch.setattr(plan, "LARGE_VALUES", 0)
     seen, launch = [], scan_hopper.launch
     monkeypatch.setattr(scan_hopper, "launch", lambda *a, **k: (seen.append(1), launch(*a, **k)))
     return seen

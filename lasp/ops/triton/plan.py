@@ -21,9 +21,12 @@ from lasp.ops.triton.tiles import DTYPES, MAX_CHUNK, MAX_HEAD_DIM
 # with 256 keys 0.779 in 8, 0.776 in 16, 0.789 in 32.
 SLOTS = 264
 MULTIPROCESSORS = 132
-# From so many rows (tokens times heads) on, a launch more costs less than a launch that does more:
-# one kernel combines the states of segments, and the Hopper scan is worth its slower launch.
-LARGE_ROWS = 2**17
+# From so many values of q, k or v on, a launch more costs less than a launch that does more: one
+# kernel combines the states of segments, and the Hopper scan is worth its slower launch. Forward
+# and backward on an H200, above and below it: 0.046 and 0.094 ms at (1, 4096, 16, 128), else 0.053
+# and 0.126; 0.057 and 0.133 at (1, 2048, 16, 256), else 0.096 and 0.255. At half of that the host
+# is the slower in any case, and a call without the Hopper scan costs it 20 us less.
+LARGE_VALUES = 2**23
 # Shorter segments would move more bytes of states than of tokens.
 MIN_SEGMENT = 256
 # Documents differ in length: shorter segments keep a long one from being the last to end.
@@ -60,15 +63,17 @@ SCAN = {
 STATE = {
     # A whole 64 x 64 state; the value block stays at 64 so that small E wastes little.
     (64, 2): Launch(64, 64, 64, 4, 3),
-    # 128 x 128 reads k and v once for the usual head; 204 registers, no spills.
-    (128, 2): Launch(128, 128, 64, 4, 3),
+    # 128 x 128 reads k and v once for the usual head; 204 registers, no spills. With five stages a
+    # program has a multiprocessor to itself: the forward takes 0.692 ms on an H200 at
+    # (1, 131072, 16, 128), with four stages 0.736, with three 0.734.
+    (128, 2): Launch(128, 128, 64, 4, 5),
     # Two key blocks read v twice, the second time from L2; one block of 256 would spill.
     (256, 2): Launch(128, 128, 64, 4, 3),
     (64, 4): Launch(64, 32, 32, 4, 1),
     (128, 4): Launch(64, 32, 32, 4, 1),
     (256, 4): Launch(64, 32, 32, 4, 1),
 }
-# Below LARGE_ROWS, and up to so many borders per document, the scan adds the states of earlier
+# Below LARGE_VALUES, and up to so many borders per document, the scan adds the states of earlier
 # segments up itself, from L2.
 MAX_FOLD = 15
 # Elements of the state that one combine program carries through a document's segments: small, so
@@ -151,6 +156,11 @@ class Plan:
         return tables[: self.num_segments], tables[self.num_segments :]
 
 
+def is_large(rows: int, key_dim: int, value_dim: int) -> bool:
+    """Whether the GPU and not the host is what a call waits for; `rows`: tokens times heads."""
+    return rows * max(key_dim, value_dim) >= LARGE_VALUES
+
+
 @lru_cache(maxsize=1024)
 def choose_segment_length(
     seq_len: int, num_documents: int, packed: bool, key_dim: int, value_dim: int, num_heads: int
@@ -164,7 +174,7 @@ def choose_segment_length(
     programs = num_heads * -(-min(key_dim, value_dim) // 64) * (1 if packed else num_documents)
     rows = seq_len * num_heads * (1 if packed else num_documents)
     # The Triton scan of such wide heads, which has the small inputs, runs alone on its processor.
-    alone = max(key_dim, value_dim) > 128 and rows < LARGE_ROWS
+    alone = max(key_dim, value_dim) > 128 and not is_large(rows, key_dim, value_dim)
     segments = max(1, SLOTS // (2 if alone else 1) // max(programs, 1))
     if packed:
         segments *= PACKED_SPLIT
@@ -195,7 +205,7 @@ def make_plan(
         segment_length = choose_segment_length(
             seq_len, num_documents, offsets is not None, key_dim, v.shape[-1], num_heads
         )
-    fold = batch * seq_len * num_heads < LARGE_ROWS
+    fold = not is_large(batch * seq_len * num_heads, key_dim, v.shape[-1])
     return _plan(batch, seq_len, offsets, segment_length, fold, k.is_cuda)
 
 

@@ -70,7 +70,7 @@ def supported(operands: Sequence[torch.Tensor], plan: Plan) -> bool:
         and value_dim > 64
         and (len(operands) == 3 or value_dim <= most_keys)
         and seq_len <= MAX_TOKENS
-        and batch * seq_len * num_heads >= plans.LARGE_ROWS
+        and plans.is_large(batch * seq_len * num_heads, key_dim, value_dim)
         and all(_copyable(operand) for operand in operands)
         and _gluon(a.device) is not None
     )
