@@ -186,11 +186,11 @@ def measure_exchanges(ranks: Ranks, methods: list[str], seconds: float) -> list[
     for mib in STATE_SIZES_MIB:
         H = max(1, int(16 * mib))
         state = torch.randn(1, H, 128, 128, device=ranks.device)
-        factor = torch.full((H, 1, 1), 0.5, device=ranks.device)
+        log_decay = torch.full((H,), -1e-4, device=ranks.device)
 
-        def once(method, layout, state=state, factor=factor):
+        def once(method, layout, state=state, log_decay=log_decay):
             line = exchange.Line(ranks.group, layout)
-            maps = [exchange.AffineMap(state, lambda: factor) for _ in line.here]
+            maps = [exchange.AffineMap(state, log_decay, 4096) for _ in line.here]
             exchange.start(maps, line, method=method).finish()
 
         gathered = state.new_empty(ranks.size * state.numel())

@@ -395,14 +395,8 @@ def _cross(pieces, total, given, log_decay, line, method) -> exchanges.Pending:
     maps = []
     for i, length in enumerate(pieces.lengths):
         forgets = rates is not None and max(rates) * length < _UNDERFLOW[total.dtype]
-        passes = pieces.passes(i)
-
-        def factor(length=length, passes=passes):
-            decay = _decay_over(log_decay, length, total)
-            return decay if passes else torch.zeros_like(decay)
-
         local = pieces.leaving(leaving, i, line.reverse)
-        maps.append(AffineMap(local, factor, passes and not forgets))
+        maps.append(AffineMap(local, log_decay, length, pieces.passes(i) and not forgets))
     return exchanges.start(maps, line, method=method)
 
 

@@ -34,6 +34,6 @@ def all_gather(
             entering.append(leaving.clone() if linked else None)
         rank = line.group_rank(place)
         local, factor = unpack(messages[rank, line.places_of(rank).index(place)], maps[0])
-        passes = line.runs_through(place)
-        leaving = AffineMap(local, lambda factor=factor: factor, passes).after(leaving)
+        passes = leaving is not None and line.runs_through(place)
+        leaving = torch.addcmul(local, factor, leaving) if passes else local
     return entering

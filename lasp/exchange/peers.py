@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -36,20 +35,31 @@ class AffineMap:
 
     Args:
         local: [B, H, D, E].
-        factor: gives [H, 1, 1]; called when it is first needed, which at the ends of the ring is
-            never.
+        log_decay: [H]; None: no decay. The factor is exp(log_decay * length), [H, 1, 1].
+        length: tokens of the place.
         passes: False where the factor is zero for all heads, so that what leaves is known before
             anything has come.
     """
 
     def __init__(
-        self, local: torch.Tensor, factor: Callable[[], torch.Tensor], passes: bool = True
+        self,
+        local: torch.Tensor,
+        log_decay: torch.Tensor | None = None,
+        length: int = 0,
+        passes: bool = True,
     ) -> None:
-        self.local, self.passes, self._factor = local, passes, factor
+        self.local, self.log_decay = local, log_decay
+        self.length, self.passes = length, passes
 
     @cached_property
     def factor(self) -> torch.Tensor:
-        return self._factor()
+        """Computed when it is first needed, which at the ends of the ring is never."""
+        num_heads = self.local.shape[1]
+        if not self.passes:
+            return self.local.new_zeros(num_heads, 1, 1)
+        if self.log_decay is None:
+            return self.local.new_ones(num_heads, 1, 1)
+        return torch.exp(self.log_decay.to(self.local.dtype) * self.length)[:, None, None]
 
     def after(self, entering: torch.Tensor | None) -> torch.Tensor:
         """The state that leaves when `entering` came in; None: nothing did."""

@@ -4,6 +4,9 @@ A rank receives one state, adds its own and sends one on: P - 1 hops one after a
 sent per rank whatever the length of the sequence, memory for one received state. In zigzag the
 state goes up the ranks and comes down again: two of each per rank, 2P - 2 hops. A rank whose decay
 forgets whatever enters sends before it has received: with all ranks such, it is one hop.
+
+GPUs that reach each other's memory pass the state on by a kernel (`lasp.exchange.mailbox`), others
+by messages of the process group.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from collections.abc import Generator
 import torch
 import torch.distributed as dist
 
+from lasp.exchange.mailbox import Mailbox, find_mailbox
 from lasp.exchange.peers import AffineMap, Line
 
 __all__ = ["ring"]
@@ -20,6 +24,55 @@ __all__ = ["ring"]
 
 def ring(line: Line, maps: list[AffineMap]) -> Generator[None, None, list[torch.Tensor | None]]:
     """See `lasp.exchange.start`."""
+    mailbox = find_mailbox(line.group, maps[0].local)
+    if mailbox is not None:
+        return (yield from _by_memory(line, maps, mailbox))
+    return (yield from _by_messages(line, maps))
+
+
+def _by_memory(line: Line, maps: list[AffineMap], mailbox: Mailbox):
+    entering, leaving = [], None
+    arriving = [
+        torch.empty_like(each.local, memory_format=torch.contiguous_format)
+        if line.linked(place - 1, place) and place - 1 not in line.here
+        else None
+        for place, each in zip(line.here, maps, strict=True)
+    ]
+    with mailbox.on_its_stream():
+        for place, each, came in zip(line.here, maps, arriving, strict=True):
+            receives, goes_on = came is not None, line.linked(place, place + 1)
+            sends = goes_on and place + 1 not in line.here
+            if line.linked(place - 1, place) and not receives:
+                # From this rank's other place: what leaves is known.
+                came = leaving
+                each = AffineMap(each.after(came), passes=False)
+            if receives or sends:
+                mailbox.pass_on(
+                    each,
+                    came if receives else None,
+                    upward=_goes_up(line, place),
+                    sends=sends,
+                    few=line.reverse,
+                )
+            if goes_on and not sends:
+                leaving = mailbox.lent(each.after(came))
+            entering.append(came)
+    yield
+    # A graph that is being captured has to come together again; else a rank that only sends goes on
+    # at once, whenever the next rank may come.
+    if any(each is not None for each in entering) or torch.cuda.is_current_stream_capturing():
+        mailbox.join()
+    return entering
+
+
+def _goes_up(line: Line, place: int) -> bool:
+    """Whether states come to a place from the rank below, and go to the one above."""
+    if place + 1 < line.size and place + 1 not in line.here:
+        return line.group_rank(place + 1) > line.group_rank(place)
+    return line.group_rank(place - 1) < line.group_rank(place)
+
+
+def _by_messages(line: Line, maps: list[AffineMap]):
     # All ranks post their messages in the order of the places that send them. So they never wait
     # for each other in a circle, even where a backend runs the messages of a rank one by one.
     entering, receiving, sending = [], [], []

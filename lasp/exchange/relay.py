@@ -1,0 +1,151 @@
+"""One kernel that takes a state from the rank before and hands one to the rank after, over NVLink.
+
+It writes straight into the next rank's memory, in packets of eight bytes: a float32 and the number
+of the exchange, which tells the reader that the value has come. So nothing has to be awaited
+between a value and its flag, a chunk travels on while the next ones are still coming, and a hop
+costs a few microseconds (the low-latency protocol of NCCL works so too). The host waits for
+nothing.
+
+Every chunk has three counters on every rank: how often it was `received`, how often it was `sent`,
+and how often the next rank has `consumed` it (written by that rank): an inbox holds one state, and
+is not written to before it has been read.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from lasp.ops.triton.launch import Bound
+
+__all__ = ["CHUNK", "COUNTERS", "relay"]
+
+# Floats per counter and per turn of a program: 1 MiB of state makes 64 chunks.
+CHUNK = 4096
+COUNTERS = 3
+# After so long the kernel ends its process, for a peer has died; no one else would notice.
+LIMIT_SECONDS = 600
+
+
+@triton.jit
+def _check_clock(begun, LIMIT_NS: tl.constexpr):
+    if tl.extra.cuda.globaltimer() - begun > LIMIT_NS:
+        tl.inline_asm_elementwise(
+            "trap; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit(do_not_specialize=["length"])
+def relay_kernel(
+    p_local,
+    p_log_decay,
+    p_entering,
+    p_inbox,
+    p_counters,
+    p_previous,
+    p_outbox,
+    length,
+    num_floats,
+    num_chunks,
+    H,
+    SIZE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    RECEIVES: tl.constexpr,
+    SENDS: tl.constexpr,
+    PASSES: tl.constexpr,
+    LIMIT_NS: tl.constexpr,
+):
+    p_received = p_counters
+    p_sent = p_counters + num_chunks
+    p_consumed = p_counters + 2 * num_chunks
+    for i in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
+        o = i * CHUNK + tl.arange(0, CHUNK)
+        m = o < num_floats
+        if LIMIT_NS > 0:
+            begun = tl.extra.cuda.globaltimer()
+        if SENDS:
+            b_leaving = tl.load(p_local + o, mask=m)
+            sent = tl.load(p_sent + i) + 1
+            # The last state has to be out of the next rank's inbox.
+            consumed = tl.atomic_add(p_consumed + i, 0, sem="acquire", scope="sys")
+            if LIMIT_NS > 0:
+                while consumed < sent - 1:
+                    consumed = tl.atomic_add(p_consumed + i, 0, sem="acquire", scope="sys")
+                    _check_clock(begun, LIMIT_NS)
+            tl.debug_barrier()
+            if not (RECEIVES and PASSES):
+                b_bits = b_leaving.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+                tl.store(p_outbox + o, (sent.to(tl.int64) << 32) | b_bits, mask=m)
+        if RECEIVES:
+            received = tl.load(p_received + i) + 1
+            if RECEIVES and SENDS and PASSES:
+                b_factor = tl.exp(tl.load(p_log_decay + o // SIZE % H, mask=m) * length)
+            if LIMIT_NS > 0:
+                # Asks for one packet, so that a long wait keeps no one else from the memory.
+                last = tl.minimum(i * CHUNK + CHUNK, num_floats) - 1
+                while (tl.load(p_inbox + last, volatile=True) >> 32).to(tl.int32) != received:
+                    _check_clock(begun, LIMIT_NS)
+            b_packets = tl.load(p_inbox + o, mask=m, volatile=True)
+            if LIMIT_NS > 0:
+                while tl.sum((((b_packets >> 32).to(tl.int32) != received) & m).to(tl.int32)) > 0:
+                    b_packets = tl.load(p_inbox + o, mask=m, volatile=True)
+                    _check_clock(begun, LIMIT_NS)
+            b_entering = (b_packets & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
+            if SENDS and PASSES:
+                b_leaving += b_factor * b_entering
+                b_bits = b_leaving.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+                tl.store(p_outbox + o, (sent.to(tl.int64) << 32) | b_bits, mask=m)
+            tl.store(p_entering + o, b_entering, mask=m)
+            tl.store(p_received + i, received)
+            # All of the program has read.
+            tl.debug_barrier()
+            tl.atomic_xchg(p_previous + 2 * num_chunks + i, received, sem="release", scope="sys")
+        if SENDS:
+            tl.store(p_sent + i, sent)
+
+
+def relay(
+    local: torch.Tensor,
+    log_decay: torch.Tensor,
+    length: int,
+    entering: torch.Tensor | None,
+    mine: tuple[torch.Tensor, torch.Tensor],
+    previous: tuple[torch.Tensor, torch.Tensor] | None,
+    following: tuple[torch.Tensor, torch.Tensor] | None,
+    *,
+    passes: bool,
+    programs: int,
+) -> None:
+    """Take what the rank before sends, and send local + exp(log_decay * length) * that.
+
+    Args:
+        local: [B, H, D, E] float32, contiguous.
+        log_decay: [H] float32.
+        entering: gets what was received, like `local`.
+        mine, previous, following: (inbox [local.numel()] int64, counters [COUNTERS * chunks] int32)
+            of this rank and of its neighbours, zero at first. previous None: nothing is received;
+            following None: nothing is sent.
+        passes: False: `local` alone is sent, before anything is received.
+        programs: at most so many run, and hold as many multiprocessors while they wait.
+    """
+    _, num_heads, D, E = local.shape
+    numbers = (length, local.numel(), triton.cdiv(local.numel(), CHUNK), num_heads)
+    modes = (previous is not None, following is not None, passes)
+    bound = _bind(numbers, D * E, modes)
+    outbox = (following or mine)[0]
+    entering = local if entering is None else entering
+    counters_before = (previous or mine)[1]
+    bound(min(programs, numbers[2]), local, log_decay, entering, *mine, counters_before, outbox)
+
+
+@functools.lru_cache(maxsize=256)
+def _bind(numbers: tuple[int, ...], size: int, modes: tuple[bool, ...]) -> Bound:
+    """The kernel without its tensors."""
+    constants = dict(SIZE=size, CHUNK=CHUNK)
+    constants |= dict(zip(("RECEIVES", "SENDS", "PASSES"), modes, strict=True))
+    # The interpreter runs one rank after the other, so nothing is awaited, and it has no clock.
+    constants["LIMIT_NS"] = 0 if triton.knobs.runtime.interpret else LIMIT_SECONDS * 10**9
+    return Bound(relay_kernel, numbers, constants, num_warps=8)
