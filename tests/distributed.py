@@ -6,7 +6,8 @@
 `function` is a module-level function of a test file; it gets the process group of its ranks first.
 The processes form one gloo world over a file store (no ports); a test of size n runs on a group of
 n of them, chosen so that group ranks are not global ranks. A test that times out costs the pool:
-its processes are killed, with their stacks printed, and the next test starts new ones.
+its processes are killed, with their stacks printed, and the next test starts new ones. None of them
+outlives the process of the tests, however that one ends.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing import _prctl_pr_set_pdeathsig
 
 # Which processes serve a test of a given size: shifted and strided, so that group ranks are not
 # global ranks.
@@ -129,8 +131,21 @@ class Pool:
             pipe.recv_bytes()
 
 
+def end_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when the thread that started it ends (on Linux).
+
+    pytest-timeout ends a process at once, without a word to those that it started. A closed pipe is
+    not seen in the middle of a job, and a thread that watches may never run while a rank waits for
+    another in a kernel of NCCL: it would keep its GPU busy under whatever runs next.
+    """
+    _prctl_pr_set_pdeathsig(number)
+
+
 def _work(rank, world_size, members, backend, store_path, pipe) -> None:
     """Worker: join the world, then serve jobs until the pipe closes."""
+    end_with_parent()
+    if os.getppid() != multiprocessing.parent_process().pid:
+        return  # It ended before the kernel was asked.
     torch.set_num_threads(1)
     faulthandler.enable(file=sys.__stderr__)
     faulthandler.register(signal.SIGUSR1, file=sys.__stderr__)
