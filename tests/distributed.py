@@ -45,17 +45,22 @@ class Pool:
     Args:
         members: for each size of a test, the processes that serve it.
         backend: "gloo", or "nccl" with one GPU per process.
+        timeout: seconds that a job may take, unless it is given its own.
     """
 
     def __init__(
-        self, members: dict[int, tuple[int, ...]] | None = None, backend: str = "gloo"
+        self,
+        members: dict[int, tuple[int, ...]] | None = None,
+        backend: str = "gloo",
+        timeout: float = 60,
     ) -> None:
         self._members = members or MEMBERS
         self._backend = backend
+        self._timeout = timeout
         self._workers: list = []
         self._folder: tempfile.TemporaryDirectory | None = None
 
-    def run(self, function: Callable, *args, size: int, timeout: float = 60) -> list:
+    def run(self, function: Callable, *args, size: int, timeout: float | None = None) -> list:
         """Results by group rank; raises RankFailed if any rank raised."""
         outcomes = self.outcomes(function, *args, size=size, timeout=timeout)
         for rank, outcome in enumerate(outcomes):
@@ -64,8 +69,9 @@ class Pool:
                 raise RankFailed(f"rank {rank} of {size}:\n{text}") from outcome
         return outcomes
 
-    def outcomes(self, function: Callable, *args, size: int, timeout: float = 60) -> list:
+    def outcomes(self, function: Callable, *args, size: int, timeout: float | None = None) -> list:
         """Results or exceptions by group rank; TimeoutError if a rank does not come back."""
+        timeout = timeout or self._timeout
         self._start()
         job = pickle.dumps((function, args, size))
         members = self._members[size]
@@ -118,8 +124,8 @@ class Pool:
         store = str(Path(self._folder.name) / "store")
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            arguments = (rank, world_size, self._members, self._backend, store, theirs)
-            process = context.Process(target=_work, args=arguments, daemon=True)
+            arguments = (rank, world_size, self._members, self._backend, self._timeout, store)
+            process = context.Process(target=_work, args=(*arguments, theirs), daemon=True)
             process.start()
             theirs.close()
             self._workers.append((process, ours))
@@ -141,7 +147,7 @@ def end_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
     _prctl_pr_set_pdeathsig(number)
 
 
-def _work(rank, world_size, members, backend, store_path, pipe) -> None:
+def _work(rank, world_size, members, backend, timeout, store_path, pipe) -> None:
     """Worker: join the world, then serve jobs until the pipe closes."""
     end_with_parent()
     if os.getppid() != multiprocessing.parent_process().pid:
@@ -156,7 +162,8 @@ def _work(rank, world_size, members, backend, store_path, pipe) -> None:
         store=dist.FileStore(store_path, world_size),
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=30),
+        # Who waits for a rank that never comes says so before the job's time is over.
+        timeout=timedelta(seconds=timeout / 2),
     )
     groups = {size: dist.new_group(list(places)) for size, places in members.items()}
     pipe.send_bytes(b"ready")

@@ -5,7 +5,6 @@ import torch
 
 import lasp
 from lasp.ops import softmax as pieces
-from tests.distributed import Pool
 from tests.lasp import test_softmax as on_cpu
 from tests.lasp.cases import relative_error
 
@@ -139,13 +138,6 @@ def test_inductor_compiles_it():
     compiled = on_cpu.results(torch.compile(layer, fullgraph=True), *inputs)
     for name, wanted in eager.items():
         assert relative_error(compiled[name], wanted) < 2e-2, name
-
-
-@pytest.fixture(scope="module")
-def pool():
-    pool = Pool({2: (0, 1)}, backend="nccl")
-    yield pool
-    pool.stop()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs of one host")
