@@ -5,16 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import gpu
 from tests.distributed import Pool
 from tests.poison import ALLOCATORS, poisoned
 
-GPU_TESTS = Path(__file__).parent / "gpu"
+GPU_TESTS = Path(gpu.__file__).parent
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if GPU_TESTS in item.path.parents:
             item.add_marker(pytest.mark.gpu)
+            item.add_marker(pytest.mark.timeout(gpu.TEST_TIMEOUT))
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, this machine has none"))
 

@@ -6,7 +6,8 @@
 `function` is a module-level function of a test file; it gets the process group of its ranks first.
 The processes form one gloo world over a file store (no ports); a test of size n runs on a group of
 n of them, chosen so that group ranks are not global ranks. A test that times out costs the pool:
-its processes are killed, with their stacks printed, and the next test starts new ones.
+its processes are killed, with their stacks printed, and the next test starts new ones. None of them
+outlives the process of the tests, however that one ends.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing import _prctl_pr_set_pdeathsig
 
 # Which processes serve a test of a given size: shifted and strided, so that group ranks are not
 # global ranks.
@@ -43,17 +45,22 @@ class Pool:
     Args:
         members: for each size of a test, the processes that serve it.
         backend: "gloo", or "nccl" with one GPU per process.
+        timeout: seconds that a job may take, unless it is given its own.
     """
 
     def __init__(
-        self, members: dict[int, tuple[int, ...]] | None = None, backend: str = "gloo"
+        self,
+        members: dict[int, tuple[int, ...]] | None = None,
+        backend: str = "gloo",
+        timeout: float = 60,
     ) -> None:
         self._members = members or MEMBERS
         self._backend = backend
+        self._timeout = timeout
         self._workers: list = []
         self._folder: tempfile.TemporaryDirectory | None = None
 
-    def run(self, function: Callable, *args, size: int, timeout: float = 60) -> list:
+    def run(self, function: Callable, *args, size: int, timeout: float | None = None) -> list:
         """Results by group rank; raises RankFailed if any rank raised."""
         outcomes = self.outcomes(function, *args, size=size, timeout=timeout)
         for rank, outcome in enumerate(outcomes):
@@ -62,8 +69,9 @@ class Pool:
                 raise RankFailed(f"rank {rank} of {size}:\n{text}") from outcome
         return outcomes
 
-    def outcomes(self, function: Callable, *args, size: int, timeout: float = 60) -> list:
+    def outcomes(self, function: Callable, *args, size: int, timeout: float | None = None) -> list:
         """Results or exceptions by group rank; TimeoutError if a rank does not come back."""
+        timeout = timeout or self._timeout
         self._start()
         job = pickle.dumps((function, args, size))
         members = self._members[size]
@@ -116,8 +124,8 @@ class Pool:
         store = str(Path(self._folder.name) / "store")
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            arguments = (rank, world_size, self._members, self._backend, store, theirs)
-            process = context.Process(target=_work, args=arguments, daemon=True)
+            arguments = (rank, world_size, self._members, self._backend, self._timeout, store)
+            process = context.Process(target=_work, args=(*arguments, theirs), daemon=True)
             process.start()
             theirs.close()
             self._workers.append((process, ours))
@@ -129,8 +137,21 @@ class Pool:
             pipe.recv_bytes()
 
 
-def _work(rank, world_size, members, backend, store_path, pipe) -> None:
+def end_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when the thread that started it ends (on Linux).
+
+    pytest-timeout ends a process at once, without a word to those that it started. A closed pipe is
+    not seen in the middle of a job, and a thread that watches may never run while a rank waits for
+    another in a kernel of NCCL: it would keep its GPU busy under whatever runs next.
+    """
+    _prctl_pr_set_pdeathsig(number)
+
+
+def _work(rank, world_size, members, backend, timeout, store_path, pipe) -> None:
     """Worker: join the world, then serve jobs until the pipe closes."""
+    end_with_parent()
+    if os.getppid() != multiprocessing.parent_process().pid:
+        return  # It ended before the kernel was asked.
     torch.set_num_threads(1)
     faulthandler.enable(file=sys.__stderr__)
     faulthandler.register(signal.SIGUSR1, file=sys.__stderr__)
@@ -141,7 +162,8 @@ def _work(rank, world_size, members, backend, store_path, pipe) -> None:
         store=dist.FileStore(store_path, world_size),
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=30),
+        # Who waits for a rank that never comes says so before the job's time is over.
+        timeout=timedelta(seconds=timeout / 2),
     )
     groups = {size: dist.new_group(list(places)) for size, places in members.items()}
     pipe.send_bytes(b"ready")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import lasp
+from lasp.ops import chunked
 from lasp.ops.triton import plan
 from tests.lasp import cases
 
@@ -104,6 +105,19 @@ def test_decoding_steps():
     for x in (q, torch.cat([q.flatten()[:1], q.flatten()])[1:].view(q.shape)):
         again = lasp.lightning_attention_step(x, k, v, state)
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+
+
+def test_decoding_steps_of_another_dtype():
+    """The same shapes and strides: a remembered float32 kernel must not run on bfloat16 memory."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    qkv = torch.randn(3, 2, 4, 128, device="cuda", generator=generator)
+    state = torch.randn(2, 4, 128, 128, device="cuda", generator=generator)
+    for dtype in (torch.float32, BF16, torch.float16, torch.float32):
+        inputs = [x.to(dtype) for x in qkv]
+        got = lasp.lightning_attention_step(*inputs, state)
+        want = chunked.step(*(x.double() for x in inputs), state.double(), None, scale=1.0)
+        for a, b in zip(got, want, strict=True):
+            assert cases.relative_error(a, b) < torch.finfo(a.dtype).eps + 1e-6, dtype
 
 
 # Folded, combined, and one segment.

@@ -1,14 +1,11 @@
 """The launcher over two GPUs with NCCL: the loss of one GPU, and no message serialised by NCCL."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from tests.launch.runs import ROOT
+from tests.gpu import torchrun
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.device_count() < 2, reason="needs two CUDA GPUs of one host"
@@ -16,16 +13,11 @@ pytestmark = pytest.mark.skipif(
 
 
 def losses(folder, processes, *flags):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(processes), "launch/train.py", *flags]
-    command += ["--data.source", "random", "--training.steps", "4", "--training.seq_len", "4001"]
-    command += ["--model.dim", "256", "--training.global_batch_size", "2"]
-    command += ["--job.dump_folder", str(folder), "--sample.no-enable", "--validation.no-enable"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=110
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "serialize" not in done.stderr
+    flags += ("--data.source", "random", "--training.steps", "4", "--training.seq_len", "4001")
+    flags += ("--model.dim", "256", "--training.global_batch_size", "2")
+    flags += ("--job.dump_folder", str(folder), "--sample.no-enable", "--validation.no-enable")
+    _, err = torchrun.run(processes, "launch/train.py", *flags)
+    assert "serialize" not in err
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines]
 

@@ -1,14 +1,11 @@
 """Layouts over two GPUs with NCCL: losses of one GPU, checkpoints, and memory of block inputs."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from tests.launch.runs import ROOT
+from tests.gpu import torchrun
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.device_count() < 2, reason="needs two CUDA GPUs of one host"
@@ -18,20 +15,9 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "2", "tests/gpu/run_layouts.py", str(folder)]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=170,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    assert "serialize" not in done.stderr
-    line = next(each for each in done.stdout.splitlines() if each.startswith("report: "))
+    out, err = torchrun.run(2, "tests/gpu/run_layouts.py", str(folder))
+    assert "serialize" not in err
+    line = next(each for each in out.splitlines() if each.startswith("report: "))
     return json.loads(line.removeprefix("report: "))
 
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from lasp import shard
-from tests.distributed import Pool
 from tests.lasp import sharded
 from tests.lasp.exchange import test_guard, test_messages
 from tests.lasp.sharded import METHODS, Problem
@@ -12,13 +11,6 @@ from tests.lasp.sharded import METHODS, Problem
 pytestmark = pytest.mark.skipif(
     torch.cuda.device_count() < 2, reason="needs two CUDA GPUs of one host"
 )
-
-
-@pytest.fixture(scope="module")
-def pool():
-    pool = Pool({2: (0, 1)}, backend="nccl")
-    yield pool
-    pool.stop()
 
 
 @pytest.mark.parametrize("layout", shard.LAYOUTS)
@@ -35,7 +27,7 @@ def test_equals_one_rank(pool, layout):
             ((2, 4998), documents, False),
         )
     ]
-    sharded.check(pool, 2, *problems, Problem(2, layout=layout, dtype=torch.float32), timeout=100)
+    sharded.check(pool, 2, *problems, Problem(2, layout=layout, dtype=torch.float32))
 
 
 @pytest.mark.parametrize(

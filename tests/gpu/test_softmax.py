@@ -5,7 +5,6 @@ import torch
 
 import lasp
 from lasp.ops import softmax as pieces
-from tests.distributed import Pool
 from tests.lasp import test_softmax as on_cpu
 from tests.lasp.cases import relative_error
 
@@ -18,10 +17,12 @@ def check(inputs, **options):
     truth = on_cpu.definition(inputs, **options)
     plain = on_cpu.results(lasp.reference.softmax, *inputs, **options)
     actual = on_cpu.results(lasp.softmax_attention, *inputs, **options)
+    # In float16, 1e-9 of it would be zero.
+    size = inputs[3].double().norm()
     for name, wanted in truth.items():
-        if wanted.norm() < 1e-9 * inputs[3].norm():
+        if wanted.norm() < 1e-9 * size:
             # The weight of an only key does not depend on the scores.
-            assert actual[name].norm() < 1e-2 * inputs[3].norm()
+            assert actual[name].double().norm() < 1e-2 * size
             continue
         slack = 2 if name == "o" else 3
         allowed = slack * relative_error(plain[name], wanted) + 1e-6
@@ -137,13 +138,6 @@ def test_inductor_compiles_it():
     compiled = on_cpu.results(torch.compile(layer, fullgraph=True), *inputs)
     for name, wanted in eager.items():
         assert relative_error(compiled[name], wanted) < 2e-2, name
-
-
-@pytest.fixture(scope="module")
-def pool():
-    pool = Pool({2: (0, 1)}, backend="nccl")
-    yield pool
-    pool.stop()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs of one host")

@@ -114,7 +114,7 @@ def run_all(group, problems):
     return [run(group, problem) for problem in problems]
 
 
-def check(pool, size, *problems, bound=None, timeout=60):
+def check(pool, size, *problems, bound=None, timeout=None):
     """Every problem over `size` ranks against the definition on one."""
     results = pool.run(run_all, problems, size=size, timeout=timeout)
     for i, problem in enumerate(problems):

@@ -295,7 +295,6 @@ def _launch(
     a, b, x = operands
     (y,) = results
     programs, bound = _bind(
-        a.dtype,
         layout(a),
         layout(b),
         layout(x),
@@ -312,7 +311,6 @@ def _launch(
 
 @functools.lru_cache(maxsize=1024)
 def _bind(
-    dtype: torch.dtype,
     a: Layout,
     b: Layout,
     x: Layout,
@@ -325,7 +323,7 @@ def _bind(
     folded: bool,
 ) -> tuple[int, Bound]:
     """How many programs run, and the kernel without its tensors."""
-    (_, seq_len, num_heads, key_dim), _ = a
+    (_, seq_len, num_heads, key_dim), _, dtype = a
     value_dim = x[0][-1]
     num_segments, segments_per_row, segment_length = segments
     tiles = scan_launch(key_dim, dtype)

@@ -97,7 +97,6 @@ def launch(
     y, z = (*results, None)[:2]
     programs, bound, columns = _bind(
         a.device,
-        a.dtype,
         layout(a),
         x.shape[-1],
         layout(initial_state),
@@ -126,7 +125,6 @@ def launch(
 @functools.lru_cache(maxsize=1024)
 def _bind(
     device: torch.device,
-    dtype: torch.dtype,
     a: Layout,
     value_dim: int,
     initial: Layout | None,
@@ -140,7 +138,7 @@ def _bind(
     """How many programs run, the kernel without its tensors, and the columns of their tiles."""
     gluon = _gluon(device)
     assert gluon is not None
-    (_, seq_len, num_heads, key_dim), _ = a
+    (_, seq_len, num_heads, key_dim), *_ = a
     num_segments, segments_per_row, segment_length = segments
     cut = choose_cut(key_dim, value_dim, pair)
     # The two warpgroups of a pair carry the same columns, of y and of z.
@@ -185,12 +183,13 @@ def choose_cut(key_dim: int, value_dim: int, pair: bool) -> Cut:
 def _copyable(operand: torch.Tensor) -> bool:
     """Whether the copy engine can fetch tiles of `operand` [B, T, H, X]."""
     aligned = operand.data_ptr() % STEP == 0
-    return aligned and _copyable_layout(layout(operand), operand.element_size())
+    return aligned and _copyable_layout(layout(operand))
 
 
 @functools.lru_cache(maxsize=1024)
-def _copyable_layout(operand: Layout, size: int) -> bool:
-    shape, strides = operand
+def _copyable_layout(operand: Layout) -> bool:
+    shape, strides, dtype = operand
+    size = dtype.itemsize
     return (
         strides[-1] == 1
         and shape[-1] * size % STEP == 0
@@ -204,7 +203,7 @@ def _copyable_layout(operand: Layout, size: int) -> bool:
 
 def _descriptor(tensor: torch.Tensor, columns: int) -> object:
     """Describe tiles of a chunk's rows and `columns` columns of `tensor` [B, T, H, X]."""
-    known = _known_descriptor(tensor.device, tensor.dtype, layout(tensor), columns)
+    known = _known_descriptor(tensor.device, layout(tensor), columns)
     # A copy of what was checked once per layout: to check again costs 10 us.
     descriptor = object.__new__(type(known))
     descriptor.__dict__.update(known.__dict__, base=tensor)
@@ -212,11 +211,9 @@ def _descriptor(tensor: torch.Tensor, columns: int) -> object:
 
 
 @functools.lru_cache(maxsize=1024)
-def _known_descriptor(
-    device: torch.device, dtype: torch.dtype, tensor: Layout, columns: int
-) -> object:
+def _known_descriptor(device: torch.device, tensor: Layout, columns: int) -> object:
     gluon = _gluon(device)
-    shape, strides = tensor
+    shape, strides, dtype = tensor
     # PyTorch leaves arbitrary strides on dims of size 1: unused, but the copy engine checks them.
     steps = [
         stride if length > 1 else STEP

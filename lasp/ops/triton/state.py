@@ -132,7 +132,6 @@ def local_states(
     [S, H, D, E].
     """
     programs, bound = _bind(
-        k.dtype,
         layout(k),
         layout(v),
         float(scale) if reverse else 1.0,
@@ -147,7 +146,6 @@ def local_states(
 
 @functools.lru_cache(maxsize=1024)
 def _bind(
-    dtype: torch.dtype,
     k: Layout,
     v: Layout,
     scale: float,
@@ -157,7 +155,7 @@ def _bind(
     with_total: bool,
 ) -> tuple[int, Bound]:
     """How many programs run, and the kernel without its tensors."""
-    (_, seq_len, num_heads, key_dim), _ = k
+    (_, seq_len, num_heads, key_dim), _, dtype = k
     value_dim = v[0][-1]
     num_documents, num_segments, segments_per_row, segment_length = segments
     run = segments_per_row - (not with_total)

@@ -115,7 +115,7 @@ def step(
 @functools.lru_cache(maxsize=256)
 def _bind(q: Layout, k: Layout, v: Layout, state: Layout, scale: float) -> Bound:
     """The kernel without its tensors."""
-    (_, num_heads, key_dim), _ = q
+    (_, num_heads, key_dim), *_ = q
     numbers = (
         *strides(q, (0, 1)),
         *strides(k, (0, 1)),

@@ -91,13 +91,15 @@ def addressable(operand: torch.Tensor) -> torch.Tensor:
     return operand
 
 
-# A tensor's shape and strides: all that a launch depends on besides its address and dtype.
-Layout: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
+# A tensor's shape, strides and dtype: all that a launch depends on besides its address. With the
+# dtype, because nobody who remembers launches may forget it: a float32 kernel on bfloat16 memory
+# raises nothing, and reads and writes beyond its end.
+Layout: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
 def layout(tensor: torch.Tensor | None) -> Layout | None:
     """The layout of `tensor`, to remember launches by; None for None."""
-    return None if tensor is None else (tensor.shape, tensor.stride())
+    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
 
 
 def strides(layout: Layout, dims: tuple[int, ...]) -> tuple[int, ...]:
@@ -106,7 +108,7 @@ def strides(layout: Layout, dims: tuple[int, ...]) -> tuple[int, ...]:
     PyTorch leaves arbitrary strides on dims of size 1. They are never used, but an odd one would
     make Triton compile a variant without vector loads.
     """
-    shape, stride = layout
+    shape, stride, _ = layout
     return tuple(stride[dim] if shape[dim] > 1 else 0 for dim in dims)
 
 

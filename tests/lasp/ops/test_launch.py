@@ -1,4 +1,4 @@
-"""Remembered launches: the right compiled variant, whatever the tensors' addresses."""
+"""Remembered launches: the right compiled variant, whatever the tensors' addresses and dtypes."""
 
 from types import SimpleNamespace
 
@@ -11,6 +11,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 
+from lasp.ops import triton as kernels  # noqa: E402
+from lasp.ops.triton import scan_hopper  # noqa: E402
 from lasp.ops.triton.launch import Bound  # noqa: E402
 from lasp.ops.triton.scan import scan_kernel  # noqa: E402
 
@@ -142,3 +144,56 @@ def test_variants_depend_on_nothing_else():
     differing = [variant(tensor_at(2)), variant(None), variant(tensor_at(0).float())]
     assert all(other != aligned for other in differing)
     assert variant(tensor_at(2)) == variant(tensor_at(8)), "only multiples of 16 differ"
+
+
+class FakeDescriptor:
+    def __init__(self, base, *_):
+        self.base = base
+
+
+def hopper_scan(x, state):
+    plan = scan_hopper.plans.make_single_plan(x, None)
+    how = dict(scale=1.0, initial_state=state, segment_states=None, reverse=False)
+    scan_hopper.launch((x, x, x), (x,), torch.zeros(x.shape[2]), plan, None, **how)
+
+
+LAUNCHES = {
+    "step": lambda x, state: kernels.step(x[:, 0], x[:, 0], x[:, 0], state),
+    "scan": lambda x, state: kernels.scan(x, x, x, None, scale=1.0, initial_state=state),
+    "states": lambda x, state: kernels.prefix_states(x, x, None, segment_length=32),
+    "hopper": hopper_scan,
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_no_dtype_runs_what_another_was_compiled_for(name, monkeypatch):
+    """A step in bfloat16 once ran the float32 kernel of its shapes: NaN, and writes beyond `o`."""
+    seen = {}
+
+    def note(bound, programs, *tensors, descriptors=()):
+        given = (*(None if x is None else x.base for x in descriptors), *tensors)
+        dtypes = tuple(None if x is None else x.dtype for x in given)
+        seen.setdefault(bound, []).append(dtypes)
+
+    monkeypatch.setattr(Bound, "__call__", note)
+    # What `launch` needs of Gluon, which it imports on a GPU only.
+    gluon = SimpleNamespace(
+        kernel=None,
+        descriptor=FakeDescriptor,
+        tile=lambda dtype, columns: (),
+    )
+    monkeypatch.setattr(scan_hopper, "_gluon", lambda device: gluon)
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    if name == "hopper":
+        dtypes = dtypes[1:]
+    try:
+        for dtype in dtypes * 2:
+            x = torch.zeros(2, 100, 3, 128, dtype=dtype)
+            LAUNCHES[name](x, torch.zeros(2, 3, 128, 128))
+    finally:
+        for remembered in (scan_hopper._bind, scan_hopper._known_descriptor):
+            remembered.cache_clear()
+    assert len(seen) >= len(dtypes)
+    for launches in seen.values():
+        assert len(launches) > 1, "the second round finds what the first one made"
+        assert len(set(launches)) == 1, launches
