@@ -71,7 +71,8 @@ def lightning_attention(
             at each. With `group` those of the global sequence, the same on all ranks. Best on the
             CPU: a GPU is waited for, once per tensor, to read it.
         group: ranks over which the sequence is cut; None: it is all here.
-        exchange: "ring" (LASP), "all_gather" (LASP-2) or "doubling".
+        exchange: "ring" (LASP), "all_gather" (LASP-2), "doubling" or "auto", which
+            chooses among them; see `lasp.exchange`.
         layout: which tokens a rank holds, with `group`: "contiguous", or "zigzag" as softmax
             context parallelism has it (see `lasp.shard`); then T is even.
         shard_lengths: tokens of every rank. Needed only with cu_seqlens where the cut is not

@@ -95,7 +95,7 @@ class _Entering:
             self.given = self.pieces.given(initial_state, False)
         if group is not None:
             comparison.confirm()
-            line = Line(group, layout, False, self.pieces.crossing)
+            line = Line(group, layout, False, self.pieces.crossing, ops.relay)
             self.pending = _cross(self.pieces, self.total, self.given, log_decay, line, method)
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -204,7 +204,7 @@ def _attend_backward(
             )
         given = pieces.given(dfinal, True)
         if group is not None:
-            line = Line(group, layout, True, pieces.crossing)
+            line = Line(group, layout, True, pieces.crossing, ops.relay)
             pending = _cross(pieces, total, given, log_decay, line, method)
 
     # dq needs the saved state only: it runs while the gradient of the state travels.

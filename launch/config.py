@@ -125,7 +125,7 @@ class Parallelism:
     """Keep the sum of gradients cut during accumulation too: less memory, more traffic."""
     context_parallel_degree: Annotated[int, tyro.conf.arg(aliases=["--sp-size", "--cp-size"])] = 1
     """Ranks over which one sequence is cut. -1: all that the other degrees leave."""
-    context_parallel_method: Literal["ring", "all_gather", "doubling"] = "ring"
+    context_parallel_method: Literal["ring", "all_gather", "doubling", "auto"] = "ring"
     """How the d x d states cross ranks."""
     context_parallel_layout: Literal["contiguous", "zigzag"] = "contiguous"
     """zigzag: each rank holds a part of the sequence and its mirror image, so that all have equal

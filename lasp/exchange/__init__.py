@@ -17,10 +17,11 @@ order. Every exchange is started, lets other work run, and is finished:
 Shards may be uneven or empty: an empty one has factor 1 and local 0. States travel in float32.
 Where documents are packed, a state crosses a border only inside a document that does.
 
-Which one: the ring, unless something else holds the ranks level between layers. A rank goes on as
-soon as its own state is there, so the ranks of a ring stand staggered and its P - 1 hops are paid
-once per pass. `doubling` has its last state sooner on many ranks, `all_gather` is one collective;
-both make every layer wait for the slowest rank. benchmarks/cost_model.py counts it.
+Which one: the ring. A rank goes on as soon as its own state is there, so the ranks of a ring stand
+staggered and its P - 1 hops are paid once per pass; and GPUs of one host pass a state on in memory
+(`lasp.exchange.mailbox`), which no other exchange does. Where they cannot, and something holds the
+ranks level between layers, `all_gather` (one collective) is faster on few ranks and `doubling` on
+many; "auto" chooses so. benchmarks/sequence_parallel.py measures, benchmarks/cost_model.py counts.
 
 A method is a generator: it begins what it can, yields where it would first wait, and returns what
 enters each place of this rank.
@@ -35,12 +36,26 @@ import torch
 from lasp.exchange import guard
 from lasp.exchange.all_gather import all_gather
 from lasp.exchange.doubling import doubling
+from lasp.exchange.mailbox import find_mailbox
 from lasp.exchange.peers import AffineMap, Line, device_types
 from lasp.exchange.ring import ring
 
 __all__ = ["METHODS", "AffineMap", "Line", "Pending", "device_types", "guard", "start"]
 
-METHODS = {"all_gather": all_gather, "doubling": doubling, "ring": ring}
+# By messages the ring was measured to be the fastest of two ranks, and all_gather of four; the rest
+# is what the cost model says.
+_FEW_RANKS = 8
+
+
+def auto(line: Line, maps: list[AffineMap]):
+    """The ring in shared memory or between two ranks, all_gather on few, doubling on many."""
+    chosen = all_gather if line.num_ranks <= _FEW_RANKS else doubling
+    if line.num_ranks <= 2 or find_mailbox(line.group, maps[0].local, line.relay) is not None:
+        chosen = ring
+    return (yield from chosen(line, maps))
+
+
+METHODS = {"all_gather": all_gather, "auto": auto, "doubling": doubling, "ring": ring}
 
 
 class Pending:
@@ -73,7 +88,7 @@ def start(maps: list[AffineMap], line: Line, *, method: str = "ring") -> Pending
         maps: one per place of this rank, in sequence order. What enters the sequence from outside
             is worked into the first `local` by the caller.
         line: the places, their ranks and the direction.
-        method: "ring", "all_gather" or "doubling".
+        method: "ring", "all_gather", "doubling" or "auto".
     """
     assert len(maps) == len(line.here)
     return Pending(METHODS[method](line, maps[::-1] if line.reverse else maps), line.reverse)

@@ -1,8 +1,9 @@
 """Memory that the ranks of one host write into each other's, where NVLink or PCIe lets them.
 
-Between such ranks a state goes without NCCL, by `lasp.exchange.relay`: some microseconds per hop
-instead of twenty. Every rank of a group has a mailbox: for each direction an inbox of one state and
-its counters. It is made at the group's first exchange of a size, and lives as long as the group.
+Between such ranks a state goes without NCCL, by a kernel (`lasp.ops.relay`): a few microseconds per
+hop instead of twenty. Every rank of a group has a mailbox: for each direction an inbox of one state
+(twice its bytes) and counters. It is made at the group's first exchange of a size, and lives as
+long as the group.
 
 A group uses it if all its ranks are on one host and reach each other's memory, unless any of them
 has LASP_PEER_MEMORY=0 in its environment. torch's symmetric memory maps it.
@@ -15,6 +16,7 @@ import hashlib
 import os
 import socket
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -34,12 +36,16 @@ PROGRAMS, FEW_PROGRAMS = 64, 16
 _mailboxes: WeakKeyDictionary[ProcessGroup, dict[int, Mailbox] | None] = WeakKeyDictionary()
 
 
-def find_mailbox(group: ProcessGroup, local: torch.Tensor) -> Mailbox | None:
+def find_mailbox(
+    group: ProcessGroup, local: torch.Tensor, relay: Callable | None
+) -> Mailbox | None:
     """The mailbox for states like `local`, or None if the group has to send messages.
+
+    `relay` is `lasp.ops.relay`, or None: messages.
 
     All ranks of the group call this, with states of one size, and all get one or none does.
     """
-    if not local.is_cuda or local.dtype != torch.float32 or group.size() == 1:
+    if relay is None or not local.is_cuda or local.dtype != torch.float32 or group.size() == 1:
         return None
     if group not in _mailboxes:
         _mailboxes[group] = {} if _share_a_host(group, local.device) else None
@@ -49,7 +55,7 @@ def find_mailbox(group: ProcessGroup, local: torch.Tensor) -> Mailbox | None:
     if local.numel() not in made:
         box, problem = None, None
         try:
-            box = Mailbox(group, local)
+            box = Mailbox(group, local, relay)
         except Exception as error:
             problem = error
         if not all(guard.gather_numbers(group, int(problem is None))):
@@ -95,16 +101,13 @@ class Mailbox:
     what was sent first from what was sent next, and nothing else does.
     """
 
-    def __init__(self, group: ProcessGroup, local: torch.Tensor) -> None:
+    def __init__(self, group: ProcessGroup, local: torch.Tensor, relay: Callable) -> None:
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        from lasp.exchange import relay
-
-        self._relay = relay.relay
-        num_floats, chunks = local.numel(), -(-local.numel() // relay.CHUNK)
         # Two directions, each an inbox and its counters, on whole lines of 128 bytes.
+        num_floats = local.numel()
         padded = -(-num_floats // 16) * 16
-        each = padded + -(-relay.COUNTERS * chunks // 32) * 16
+        each = padded + (num_floats // 1024 + 3 + 31) // 32 * 16
         self._memory = symmetric_memory.empty(2 * each, dtype=torch.int64, device=local.device)
         self._memory.zero_()
         # Before the others have it in hand.
@@ -125,7 +128,7 @@ class Mailbox:
             for place in (rank - 1, rank, rank + 1)
             if 0 <= place < group.size()
         }
-        self._rank = rank
+        self._rank, self._relay = rank, relay
         # First come, first served, before the kernels that hide it.
         self._stream = torch.cuda.Stream(local.device, priority=-1)
 
@@ -179,6 +182,12 @@ class Mailbox:
         tensor.record_stream(self._caller)
         return tensor
 
-    def join(self) -> None:
-        """What is queued from now on waits for all that this stream was given."""
+    def join(self, received: bool) -> None:
+        """What the caller queues from now on waits for all that this stream was given.
+
+        Unless nothing was received: a rank that only sends goes on, whenever the next may come.
+        """
+        # A graph that is being captured has to come together again.
+        if not received and not torch.cuda.is_current_stream_capturing():
+            return
         torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -92,12 +93,14 @@ class Line:
         reverse: scan from the last place to the first.
         crossing: for each border, the outer ones included, the document that runs across it or
             None; in sequence order. None in place of the tuple: one sequence runs through all.
+        relay: `lasp.ops.relay`, which passes a state on in memory that ranks share; None: messages.
     """
 
     group: ProcessGroup
     layout: str = "contiguous"
     reverse: bool = False
     crossing: tuple[int | None, ...] | None = None
+    relay: Callable | None = None
 
     @cached_property
     def num_ranks(self) -> int:

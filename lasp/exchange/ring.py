@@ -5,8 +5,8 @@ sent per rank whatever the length of the sequence, memory for one received state
 state goes up the ranks and comes down again: two of each per rank, 2P - 2 hops. A rank whose decay
 forgets whatever enters sends before it has received: with all ranks such, it is one hop.
 
-GPUs that reach each other's memory pass the state on by a kernel (`lasp.exchange.mailbox`), others
-by messages of the process group.
+GPUs that reach each other's memory pass the state on by a kernel (see `lasp.exchange.mailbox`),
+others by messages of the process group.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["ring"]
 
 def ring(line: Line, maps: list[AffineMap]) -> Generator[None, None, list[torch.Tensor | None]]:
     """See `lasp.exchange.start`."""
-    mailbox = find_mailbox(line.group, maps[0].local)
+    mailbox = find_mailbox(line.group, maps[0].local, line.relay)
     if mailbox is not None:
         return (yield from _by_memory(line, maps, mailbox))
     return (yield from _by_messages(line, maps))
@@ -58,10 +58,7 @@ def _by_memory(line: Line, maps: list[AffineMap], mailbox: Mailbox):
                 leaving = mailbox.lent(each.after(came))
             entering.append(came)
     yield
-    # A graph that is being captured has to come together again; else a rank that only sends goes on
-    # at once, whenever the next rank may come.
-    if any(each is not None for each in entering) or torch.cuda.is_current_stream_capturing():
-        mailbox.join()
+    mailbox.join(received=any(each is not None for each in entering))
     return entering
 
 

@@ -16,6 +16,7 @@ __all__ = [
     "one_pass",
     "prefix_states",
     "reference",
+    "relay",
     "scan",
     "scan_pair",
     "step",
@@ -91,6 +92,15 @@ def step(q, k, v, state, log_decay, *, scale):
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, state))
     backend = chunked if needs_grad else _backend(q)
     return backend.step(q, k, v, state, log_decay, scale=scale)
+
+
+def relay(local, log_decay, length, entering, mine, previous, following, *, passes, programs):
+    """Pass a state on through memory, on GPUs; see `lasp.ops.triton.relay.relay`."""
+    _kernels().relay(
+        *(local, log_decay, length, entering, mine, previous, following),
+        passes=passes,
+        programs=programs,
+    )
 
 
 def _backend(x: torch.Tensor) -> ModuleType:

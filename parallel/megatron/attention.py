@@ -59,7 +59,8 @@ class LaspCoreAttention(MegatronModule):
     Args:
         layout: "zigzag" (Megatron's batches) or "contiguous" (see `BatchSplitter`); None: what
             config.linear_cp_layout says where Megatron has that field, else "zigzag".
-        exchange: "ring", "all_gather" or "doubling"; None: from cp_comm_type ("p2p" is the ring).
+        exchange: "ring", "all_gather", "doubling" or "auto"; None: from cp_comm_type ("p2p" is the
+            ring).
         decay: "tnl", "minimax", "ling", "retention" or "none".
         decay_index, num_decay_layers: this layer, from 0, among the layers that the decay counts;
             None: layer_number - 1 of config.num_layers. Say both in a hybrid stack, which counts

@@ -1,10 +1,17 @@
-"""The operator over two GPUs of one host, with NCCL."""
+"""The operator over the GPUs of one host: the ring in their memory, the other exchanges over NCCL."""
+
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
+import lasp
 from lasp import shard
-from tests.lasp import sharded
+from lasp.exchange import mailbox
+from tests.distributed import Pool
+from tests.gpu import RANKS_TIMEOUT
+from tests.lasp import cases, sharded
 from tests.lasp.exchange import test_guard, test_messages
 from tests.lasp.sharded import METHODS, Problem
 
@@ -45,3 +52,156 @@ def test_checkpointing(pool, how, split):
     results = pool.run(test_messages.checkpointed, how, split, size=2)
     assert all(equal for equal, _ in results)
     assert [count for _, count in results] == sends
+
+
+@pytest.fixture(scope="module")
+def everyone():
+    """A process on every GPU."""
+    size = torch.cuda.device_count()
+    pool = Pool({size: tuple(range(size))}, backend="nccl", timeout=RANKS_TIMEOUT)
+    yield pool
+    pool.stop()
+
+
+def by_message(group, problems):
+    """The same with messages in place of memory."""
+    with mock.patch("lasp.exchange.ring.find_mailbox", return_value=None):
+        return sharded.run_all(group, problems)
+
+
+class ByMessage:
+    """A pool whose ranks send messages."""
+
+    def __init__(self, pool):
+        self._pool = pool
+
+    def run(self, function, problems, **options):
+        return self._pool.run(by_message, problems, **options)
+
+
+@pytest.mark.parametrize("pool_of", [ByMessage, lambda pool: pool], ids=["messages", "memory"])
+@pytest.mark.parametrize("layout", shard.LAYOUTS)
+def test_the_ring_of_all_gpus(everyone, layout, pool_of):
+    size = torch.cuda.device_count()
+    uneven = (5000 - 2 * (size - 1), *(2,) * (size - 1))
+    empty = (*(0,) * (size - 1), 5000)
+    documents = (0, 1700, 1700, 5000)
+    problems = [
+        Problem(5000, "ring", layout, lengths, each, dtype=torch.float32, split=split)
+        for lengths, each, split in (
+            (None, None, False),
+            (uneven, documents, True),
+            (empty, None, False),
+            (
+                None,
+                sharded.documents_that("on", shard.split_lengths(5000, size, layout), layout),
+                0,
+            ),
+        )
+    ]
+    # One hop: nothing passes.
+    problems.append(Problem(5000, "ring", layout, dtype=torch.float32, rates=-1.0))
+    sharded.check(pool_of(everyone), size, *problems)
+
+
+def delayed_bits(group, layout, trials):
+    """Whether all trials give the same bits, host and GPU late at random; and was it in memory."""
+    rank, cuda = dist.get_rank(group), torch.device("cuda")
+    q, k, v, _, _ = (
+        None if x is None else x.to(cuda)
+        for x in cases.make_inputs(512, B=1, H=16, D=128, E=128, dtype=torch.float32)
+    )
+    log_decay = -torch.logspace(-5, -2, 16, device=cuda)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    chance = torch.Generator().manual_seed(rank)
+
+    def be_late():
+        torch.cuda._sleep(int(torch.randint(0, 300_000, (), generator=chance)))
+
+    first = None
+    for _ in range(trials):
+        be_late()
+        o = lasp.lightning_attention(*leaves, log_decay, group=group, layout=layout)
+        be_late()
+        found = [o.detach(), *torch.autograd.grad(o.square().sum(), leaves)]
+        first = first or found
+        if not all(torch.equal(now, before) for now, before in zip(found, first, strict=True)):
+            return False, True
+    return True, bool(mailbox._mailboxes[group])
+
+
+@pytest.mark.parametrize("layout", shard.LAYOUTS)
+def test_random_delays_change_no_bit(everyone, layout):
+    size = torch.cuda.device_count()
+    assert everyone.run(delayed_bits, layout, 200, size=size) == [(True, True)] * size
+
+
+def replayed(group):
+    """Whether a captured forward and backward gives on new inputs what a plain one does."""
+    inputs = cases.make_inputs(300, B=1, H=4, D=64, E=64, dtype=torch.float32, state=False)[:4]
+    q, k, v, log_decay = (x.cuda() for x in inputs)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def both():
+        o = lasp.lightning_attention(*leaves, log_decay, group=group)
+        return [o.detach(), *torch.autograd.grad(o.square().sum(), leaves)]
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            both()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = both()
+    with torch.no_grad():
+        for x in leaves:
+            x.mul_(1 + dist.get_rank(group))
+    for _ in range(3):
+        graph.replay()
+    return all(torch.equal(now, after) for now, after in zip(found, both(), strict=True))
+
+
+def test_a_cuda_graph_holds_the_exchange(everyone):
+    size = torch.cuda.device_count()
+    assert everyone.run(replayed, size=size) == [True] * size
+
+
+def memory_of_an_exchange(group, H):
+    """States of [1, H, 128, 128] that a group's first exchange leaves allocated."""
+    k = torch.randn(1, 256, H, 128, device="cuda")
+    log_decay = torch.full((H,), -1e-3, device="cuda")
+    lasp.lightning_attention(k, k, k, log_decay)
+    torch.cuda.synchronize()
+    free_before = torch.cuda.mem_get_info()[0]
+    before = torch.cuda.memory_allocated()
+    lasp.lightning_attention(k, k, k, log_decay, group=group)
+    torch.cuda.synchronize()
+    mapped = next(box for n, box in mailbox._mailboxes[group].items() if n == H * 128 * 128)
+    assert free_before >= torch.cuda.mem_get_info()[0]
+    kept = mapped._memory.numel() * 8 + torch.cuda.memory_allocated() - before
+    return kept / (H * 128 * 128 * 4)
+
+
+def test_a_mailbox_is_four_states_whatever_the_number_of_ranks(everyone):
+    size = torch.cuda.device_count()
+    for states in everyone.run(memory_of_an_exchange, 8, size=size):
+        assert 4 <= states < 4.1
+
+
+def in_two_groups(group):
+    """Exchanges of two sizes and in both directions, queued without waiting for any."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    total = 0.0
+    for H in (2, 16, 2, 16):
+        k = torch.ones(1, 64, H, 128, device="cuda").requires_grad_()
+        o = lasp.lightning_attention(k, k, k, None, group=group, scale=1 / 128)
+        (grad,) = torch.autograd.grad(o[0, -1, 0, 0] if rank == size - 1 else o.sum() * 0, k)
+        total += float(o[0, -1, 0, 0].detach()) + 0 * float(grad.sum())
+    return total / 4
+
+
+def test_sizes_do_not_disturb_each_other(everyone):
+    size = torch.cuda.device_count()
+    found = everyone.run(in_two_groups, size=size)
+    assert found == pytest.approx([64.0 * (rank + 1) for rank in range(size)])

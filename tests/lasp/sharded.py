@@ -12,7 +12,8 @@ import lasp
 from lasp import exchange, shard
 from tests.lasp import cases
 
-METHODS = sorted(exchange.METHODS)
+# "auto" is one of these, by where it runs.
+METHODS = sorted(set(exchange.METHODS) - {"auto"})
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ compiled variant of a kernel serves which shapes.
 """
 
 from lasp.ops.triton.prefix import is_single_segment, prefix_states
+from lasp.ops.triton.relay import relay
 from lasp.ops.triton.scan import scan, scan_pair
 from lasp.ops.triton.step import step
 
-__all__ = ["is_single_segment", "prefix_states", "scan", "scan_pair", "step"]
+__all__ = ["is_single_segment", "prefix_states", "relay", "scan", "scan_pair", "step"]

@@ -11,13 +11,15 @@ import torch.distributed as dist
 import lasp
 from lasp import exchange, shard
 from lasp.exchange import AffineMap, Line, peers
+from lasp.exchange.mailbox import Mailbox
 from parallel import recompute
 from tests.lasp import cases, sharded
 from tests.lasp.sharded import METHODS, Problem
 
 
 class Sent:
-    """Bytes of every message of states this rank sends; `delay` seconds at most before each.
+    """Bytes of every state this rank sends, by message or in memory; `delay` seconds at most before
+    each message.
 
     Comparisons of the guard are integers, and not counted.
     """
@@ -27,13 +29,14 @@ class Sent:
         self._delay, self._chance = delay, random.Random(seed)
 
     def __enter__(self):
-        self._calls = dist.isend, peers._all_gather
+        self._calls = dist.isend, peers._all_gather, Mailbox.pass_on
         dist.isend = self._counting(dist.isend, 0)
         peers._all_gather = self._counting(peers._all_gather, 1)
+        Mailbox.pass_on = self._counting_relays(Mailbox.pass_on)
         return self
 
     def __exit__(self, *error):
-        dist.isend, peers._all_gather = self._calls
+        dist.isend, peers._all_gather, Mailbox.pass_on = self._calls
 
     def _counting(self, call, place):
         def wrapped(*args, **kwargs):
@@ -41,6 +44,14 @@ class Sent:
                 self.bytes.append(args[place].numel() * args[place].element_size())
                 time.sleep(self._chance.uniform(0, self._delay))
             return call(*args, **kwargs)
+
+        return wrapped
+
+    def _counting_relays(self, call):
+        def wrapped(mailbox, each, entering, *, sends, **options):
+            if sends:
+                self.bytes.append(each.local.numel() * each.local.element_size())
+            return call(mailbox, each, entering, sends=sends, **options)
 
         return wrapped
 

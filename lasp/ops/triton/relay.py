@@ -1,14 +1,14 @@
-"""One kernel that takes a state from the rank before and hands one to the rank after, over NVLink.
+"""Relay kernel: take a state from the rank before, add this rank's own, hand it to the rank after.
 
-It writes straight into the next rank's memory, in packets of eight bytes: a float32 and the number
-of the exchange, which tells the reader that the value has come. So nothing has to be awaited
-between a value and its flag, a chunk travels on while the next ones are still coming, and a hop
-costs a few microseconds (the low-latency protocol of NCCL works so too). The host waits for
-nothing.
+The neighbours' memory is mapped here, and NVLink carries what is written there. A state goes in
+packets of eight bytes: a float32 and the number of the exchange, which tells the reader that the
+value has come. So nothing is awaited between a value and its flag, a chunk travels on while the
+next ones are still coming, and a hop costs a few microseconds (NCCL's low-latency protocol works so
+too). The host waits for nothing.
 
-Every chunk has three counters on every rank: how often it was `received`, how often it was `sent`,
-and how often the next rank has `consumed` it (written by that rank): an inbox holds one state, and
-is not written to before it has been read.
+Every chunk has three counters on every rank: how often it was received, how often it was sent, and
+how often the next rank has consumed it (written by that rank): an inbox holds one state, and is not
+written to before it has been read.
 """
 
 from __future__ import annotations
@@ -21,11 +21,8 @@ import triton.language as tl
 
 from lasp.ops.triton.launch import Bound
 
-__all__ = ["CHUNK", "COUNTERS", "relay"]
-
 # Floats per counter and per turn of a program: 1 MiB of state makes 64 chunks.
 CHUNK = 4096
-COUNTERS = 3
 # After so long the kernel ends its process, for a peer has died; no one else would notice.
 LIMIT_SECONDS = 600
 
@@ -125,9 +122,9 @@ def relay(
         local: [B, H, D, E] float32, contiguous.
         log_decay: [H] float32.
         entering: gets what was received, like `local`.
-        mine, previous, following: (inbox [local.numel()] int64, counters [COUNTERS * chunks] int32)
-            of this rank and of its neighbours, zero at first. previous None: nothing is received;
-            following None: nothing is sent.
+        mine, previous, following: (inbox [n] int64, counters [at least n / 1024 + 3] int32) of this
+            rank and of its neighbours, for n = local.numel(); all zero at first. previous None:
+            nothing is received; following None: nothing is sent.
         passes: False: `local` alone is sent, before anything is received.
         programs: at most so many run, and hold as many multiprocessors while they wait.
     """

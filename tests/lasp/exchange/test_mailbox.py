@@ -1,0 +1,162 @@
+"""The ring in memory: its order of places, with messages in place of the kernel; and the choice."""
+
+import contextlib
+import os
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lasp import exchange, shard
+from lasp.exchange import AffineMap, Line, mailbox
+from tests.lasp import sharded
+from tests.lasp.sharded import Problem
+
+
+class Messages:
+    """What `Mailbox` does, without memory to share: rank by rank, and waiting for each."""
+
+    def __init__(self, group):
+        self._group, self._works = group, []
+
+    def on_its_stream(self):
+        return contextlib.nullcontext()
+
+    def pass_on(self, each, entering, *, upward, sends, few):
+        rank, step = dist.get_rank(self._group), 1 if upward else -1
+        receives = entering is not None
+        if sends and not (receives and each.passes):
+            self._send(each.local, rank + step)
+        if receives:
+            source = dist.get_global_rank(self._group, rank - step)
+            dist.recv(entering, src=source, group=self._group)
+            if sends and each.passes:
+                self._send(each.after(entering), rank + step)
+
+    def _send(self, state, rank):
+        target = dist.get_global_rank(self._group, rank)
+        state = state.contiguous()
+        self._works.append((dist.isend(state, dst=target, group=self._group), state))
+
+    def lent(self, tensor):
+        return tensor
+
+    def join(self, received):
+        pass
+
+
+def run_in_memory(group, problems):
+    """The results, and how often a mailbox was asked for."""
+    made = Messages(group)
+    with mock.patch("lasp.exchange.ring.find_mailbox", return_value=made) as asked:
+        results = [sharded.run(group, problem) for problem in problems]
+    for work, _ in made._works:
+        work.wait()
+    return results, asked.call_count, len(made._works)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("layout", shard.LAYOUTS)
+def test_places_pass_on_what_they_should(pool, size, layout):
+    total = 48
+    uneven = {2: (46, 2), 3: (2, 0, 46), 4: (0, 46, 0, 2)}[size]
+    even = tuple(shard.split_lengths(total, size, layout))
+    problems = [
+        Problem(total, "ring", layout, lengths, documents, split=split)
+        for lengths, split in ((None, False), (uneven, True))
+        for documents in (
+            None,
+            sharded.documents_that("across", lengths or even, layout),
+            sharded.documents_that("on", lengths or even, layout),
+        )
+    ]
+    problems.append(Problem(total, "ring", layout, rates=-800.0))
+    outcomes = pool.run(run_in_memory, problems, size=size)
+    for _, asked, _ in outcomes:
+        assert asked == 2 * len(problems)
+    assert sum(sent for *_, sent in outcomes) > 0
+
+    class Done:
+        def run(self, *args, **options):
+            return [results for results, *_ in outcomes]
+
+    sharded.check(Done(), size, *problems)
+
+
+def found(group, wanted, reached, mapped):
+    """Whether this rank has a mailbox, twice; `wanted`, `reached`, `mapped`: ranks that ..."""
+    rank = dist.get_rank(group)
+    local = mock.Mock(spec=torch.Tensor)
+    local.is_cuda, local.dtype, local.device = True, torch.float32, mock.Mock(index=rank)
+    local.numel.return_value = 10
+
+    class Made:
+        def __init__(self, *arguments):
+            if rank not in mapped:
+                raise RuntimeError("no such memory")
+
+    environment = {"LASP_PEER_MEMORY": "1" if rank in wanted else "0"}
+    with (
+        mock.patch.object(mailbox, "Mailbox", Made),
+        mock.patch.object(mailbox, "_mailboxes", {}),
+        mock.patch.dict(os.environ, environment),
+        mock.patch.object(torch.cuda, "device_count", return_value=dist.get_world_size(group)),
+        mock.patch.object(
+            torch.cuda, "can_device_access_peer", side_effect=lambda *_: rank in reached
+        ),
+        mock.patch.object(mailbox.warnings, "warn") as warned,
+    ):
+        boxes = [mailbox.find_mailbox(group, local, lambda: None) for _ in range(2)]
+        without = mailbox.find_mailbox(group, local, None)
+    assert boxes[0] is boxes[1] and without is None
+    return boxes[0] is not None, warned.call_count
+
+
+@pytest.mark.parametrize("unable", ["nobody", "wanted", "reached", "mapped"])
+def test_all_ranks_have_a_mailbox_or_none(pool, unable):
+    able = {name: {0, 1, 2} for name in ("wanted", "reached", "mapped")}
+    if unable != "nobody":
+        able[unable] = {0, 2}
+    outcomes = pool.run(found, *able.values(), size=3)
+    assert outcomes == [(unable == "nobody", int(unable == "mapped"))] * 3
+
+
+def test_cpu_tensors_go_by_message():
+    assert mailbox.find_mailbox(None, torch.zeros(1), lambda: None) is None
+
+
+def chosen(group, in_memory):
+    called = []
+
+    def noting(name):
+        def method(line, maps):
+            called.append(name)
+            yield
+            return [None] * len(maps)
+
+        return method
+
+    patches = [
+        mock.patch.object(exchange, n, noting(n)) for n in ("ring", "all_gather", "doubling")
+    ]
+    patches.append(mock.patch.object(exchange, "find_mailbox", return_value=in_memory or None))
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        exchange.start([AffineMap(torch.zeros(1, 1, 1, 1))], Line(group), method="auto").finish()
+        with mock.patch.object(exchange, "_FEW_RANKS", 2):
+            line = Line(group)
+            exchange.start([AffineMap(torch.zeros(1, 1, 1, 1))], line, method="auto").finish()
+    return called
+
+
+def test_auto_chooses_by_ranks_and_memory(pool):
+    assert pool.run(chosen, False, size=2) == [["ring", "ring"]] * 2
+    assert pool.run(chosen, False, size=3) == [["all_gather", "doubling"]] * 3
+    assert pool.run(chosen, True, size=3) == [["ring", "ring"]] * 3
+
+
+def test_auto_is_right(pool):
+    for size in (2, 3):
+        sharded.check(pool, size, *(Problem(20, "auto", layout) for layout in shard.LAYOUTS))
