@@ -3,12 +3,14 @@
 P ranks, a state of S bytes, a link that takes `latency` seconds for an empty message and moves
 `bandwidth` bytes per second each way:
 
-    | exchange   | contiguous                          | zigzag                                  |
-    |------------|-------------------------------------|-----------------------------------------|
-    | ring       | (P-1) (latency + S/bandwidth)       | (2P-2) (latency + S/bandwidth)          |
-    | all_gather | latency + (P-1) S/bandwidth         | latency + (P-1) 2S/bandwidth            |
-    | doubling   | ceil(log2 P) (latency + S/bandwidth)| 2 ceil(log2 2P) (latency + S/bandwidth) |
+    | exchange       | contiguous                         | zigzag                                |
+    |----------------|------------------------------------|---------------------------------------|
+    | ring, memory   | (P-1) latency + S/bandwidth        | (2P-2) latency + 2S/bandwidth         |
+    | ring, messages | (P-1) (latency + S/bandwidth)      | (2P-2) (latency + S/bandwidth)        |
+    | all_gather     | latency + (P-1) S/bandwidth        | latency + (P-1) 2S/bandwidth          |
+    | doubling       | ceil(log2 P) (latency + S/bandw.)  | 2 ceil(log2 2P) (latency + S/bandw.)  |
 
+In memory a state goes in small pieces, the first of which are far ahead while the last still wait.
 That is the time until the last rank has its state. What a model pays is less, and for the ring much
 less: a rank goes on as soon as its own state is there, so that over many layers the ranks stand
 staggered and the way down the ring is paid once per pass, not per layer. `pipelined` simulates it.
@@ -21,7 +23,7 @@ from dataclasses import dataclass
 
 __all__ = ["Link", "fit", "pipelined", "projection", "seconds", "steps_and_bytes"]
 
-METHODS = ("ring", "all_gather", "doubling")
+METHODS = ("ring, memory", "ring, messages", "all_gather", "doubling")
 # GPUs of one host are joined by NVLink, hosts by one network card per GPU. The latter were not
 # measured here: 400 Gbit/s, and a message takes 10 us more.
 GPUS_PER_HOST = 8
@@ -49,6 +51,8 @@ def steps_and_bytes(method: str, size: int, state_bytes: int, layout: str) -> tu
     if method == "all_gather":
         return min(1, size - 1), (size - 1) * places * state_bytes
     steps = places * (size - 1)
+    if method == "ring, memory":
+        return steps, min(steps, places) * state_bytes
     if method == "doubling":
         # In zigzag a rank has two messages in a round, one after the other.
         steps = places * math.ceil(math.log2(size * places)) if size > 1 else 0
@@ -62,7 +66,8 @@ def seconds(method: str, size: int, state_bytes: int, link: Link, layout: str = 
     if hosts == 1:
         return link.seconds(steps, data)
     far = link.between_hosts()
-    if method == "ring":
+    assert method != "ring, memory", "hosts share no memory"
+    if method == "ring, messages":
         crossings = (2 if layout == "zigzag" else 1) * (hosts - 1)
         near = link.seconds(steps - crossings, (steps - crossings) * state_bytes)
         return near + far.seconds(crossings, crossings * state_bytes)
@@ -101,7 +106,7 @@ def pipelined(
     near = link.seconds(1, state_bytes)
     for _ in range(layers):
         ready = [t + before for t in now]
-        if method == "ring":
+        if method.startswith("ring"):
             arrived = [ready[0]]
             for rank in range(1, size):
                 hop = far if rank % GPUS_PER_HOST == 0 else near
@@ -128,6 +133,9 @@ def projection(
     for size in (2, 4, 8, 64, 256):
         cells = []
         for method in METHODS:
+            if method == "ring, memory" and size > GPUS_PER_HOST:
+                cells.append("")
+                continue
             once = seconds(method, size, state_bytes, links[method])
             whole = pipelined(method, size, layers, before, after, state_bytes, links[method])
             cells.append(f"{1e6 * once:.0f} ({alone / whole:.1%})")

@@ -51,6 +51,8 @@ SHAPES = (
     (1, 262144, 16, 128, 128),
     (1, 524288, 16, 128, 128),
 )
+# Of ours alone: time per token over the length with enough heads to fill a GPU at any.
+MANY_HEADS = tuple((4, T, 16, 128, 128) for T in (8192, 32768, 131072, 262144))
 # (D, E) of the table of errors; each with every decay and dtype.
 ERROR_SIZES = ((32, 32), (64, 64), (96, 96), (128, 128), (256, 128), (256, 256))
 # Layers of a 24-layer TNL: strong decay, medium, next to none.
@@ -79,7 +81,7 @@ class Row:
 def implementations(shape, only: str | None) -> dict[str, Callable]:
     """name -> function(q, k, v, log_decay) -> o; rivals where they are installed."""
     ours = {"lasp": lambda q, k, v, g: lasp.lightning_attention(q, k, v, g)}
-    return ours if only == "ours" else ours | rivals.find(shape)
+    return ours if only == "ours" or shape in MANY_HEADS else ours | rivals.find(shape)
 
 
 def make_inputs(shape, decay: str, seed=0, dtype=torch.bfloat16):
@@ -300,12 +302,13 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/kernels.py needs a CUDA GPU; this machine has none.")
     arguments = parse_arguments()
-    shapes = [tuple(map(int, s.split(","))) for s in arguments.shapes or []] or SHAPES
+    shapes = [tuple(map(int, s.split(","))) for s in arguments.shapes or []]
+    shapes = shapes or [*SHAPES, *MANY_HEADS]
     shapes = [s if len(s) == 5 else (*s, s[3]) for s in shapes]
     if arguments.only != "ours":
         if not rivals.find(shapes[0]):
             print("fla-core is not installed: its rows are left out.")
-        rivals.compile_ahead(shapes)
+        rivals.compile_ahead([shape for shape in shapes if shape not in MANY_HEADS])
     bandwidth = copy_bandwidth()
     report = {
         "device": torch.cuda.get_device_name(),

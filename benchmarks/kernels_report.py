@@ -79,39 +79,38 @@ def _others(report: dict) -> str:
     )
 
 
-def _along_length(rows: list[dict]) -> dict[str, list[dict]]:
-    """Rows of the plot, by implementation, in order of length: B 1, H 16, D = E = 128."""
+def _along_length(rows: list[dict], batch: int = 1) -> dict[str, list[dict]]:
+    """Rows by implementation, in order of length: H 16, D = E = 128."""
     found: dict[str, list[dict]] = {}
     for row in sorted(rows, key=lambda r: r["shape"][1]):
-        plotted = row["shape"][0] == 1 and row["shape"][2:] == [16, 128, 128]
+        plotted = row["shape"][0] == batch and row["shape"][2:] == [16, 128, 128]
         if plotted and row["decay"] == "middle" and not row["note"]:
             found.setdefault(row["name"], []).append(row)
     return found
 
 
 def _per_token(rows: list[dict]) -> str:
-    mine = _along_length(rows).get(OURS, [])
-    if not mine:
-        return ""
     lines = [
-        "## Time per token over the length (B 1, H 16, d 128)",
+        "## Time per token over the length (H 16, d 128)",
         "",
-        "| T | forward, ns | backward, ns | both, ns | both, against the longest |",
-        "|---|---|---|---|---|",
+        "| B | T | forward, ns | backward, ns | both, ns | both, against the longest |",
+        "|---|---|---|---|---|---|",
     ]
 
     def per_token(row):
-        times = [row[w] * 1e6 / row["shape"][1] for w in ("forward_ms", "backward_ms")]
+        batch, T = row["shape"][:2]
+        times = [row[w] * 1e6 / (batch * T) for w in ("forward_ms", "backward_ms")]
         return [*times, sum(times)]
 
-    longest = per_token(mine[-1])[-1]
-    for row in mine:
-        forward, backward, both = per_token(row)
-        lines.append(
-            f"| {row['shape'][1]:,} | {forward:.2f} | {backward:.2f} | {both:.2f} "
-            f"| {both / longest - 1:+.1%} |"
-        )
-    return "\n".join(lines)
+    for batch in (1, 4):
+        mine = _along_length(rows, batch).get(OURS, [])
+        for row in mine:
+            forward, backward, both = per_token(row)
+            lines.append(
+                f"| {batch} | {row['shape'][1]:,} | {forward:.2f} | {backward:.2f} | {both:.2f} "
+                f"| {both / per_token(mine[-1])[-1] - 1:+.1%} |"
+            )
+    return "\n".join(lines) if len(lines) > 4 else ""
 
 
 def _errors(rows: list[dict]) -> str:

@@ -36,7 +36,7 @@ import rivals
 import sequence_parallel_report as reports
 
 import lasp
-from lasp import exchange, shard
+from lasp import exchange, ops, shard
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 STATE_SIZES_MIB = (0.25, 1, 4)
@@ -53,6 +53,18 @@ class Ranks:
         self.size, self.rank = dist.get_world_size(), dist.get_rank()
         self.device = torch.device("cuda" if backend == "nccl" else "cpu")
         self.dtype = torch.bfloat16 if backend == "nccl" else torch.float32
+
+    def without_memory(self) -> dist.ProcessGroup:
+        """A group of all ranks that sends messages where it could use peer memory."""
+        group, before = dist.new_group(), os.environ.get("LASP_PEER_MEMORY")
+        os.environ["LASP_PEER_MEMORY"] = "0"
+        # It asks once, at its first exchange.
+        x = torch.zeros(1, 1, 1, 1, device=self.device)
+        lasp.lightning_attention(x, x, x, None, group=group)
+        del os.environ["LASP_PEER_MEMORY"]
+        if before is not None:
+            os.environ["LASP_PEER_MEMORY"] = before
+        return group
 
     def slowest(self, values: list[float]) -> list[float]:
         values = torch.tensor(values, device=self.device, dtype=torch.float64)
@@ -122,6 +134,8 @@ def ours(ranks: Ranks, methods: list[str]) -> dict[str, Attention]:
     found = {"lasp, no group": one_call()}
     found |= {f"lasp {method}": one_call(group=ranks.group, exchange=method) for method in methods}
     found["lasp ring, two calls"] = two_calls
+    if ranks.device.type == "cuda":
+        found["lasp ring, messages"] = one_call(group=ranks.without_memory())
     found |= {
         f"lasp {method}, zigzag": one_call(group=ranks.group, exchange=method, layout="zigzag")
         for method in methods
@@ -183,15 +197,20 @@ def measure(ranks: Ranks, name: str, attention: Attention, shape, seconds: float
 def measure_exchanges(ranks: Ranks, methods: list[str], seconds: float) -> list[dict]:
     """Time of an exchange alone, by method, layout and size of the state; and of all_gather."""
     rows = []
+    rings = ["ring, messages"]
+    if exchange.mailbox.find_mailbox(ranks.group, torch.zeros(1, device=ranks.device), ops.relay):
+        rings.append("ring, memory")
+    methods = [name for each in methods for name in (rings if each == "ring" else [each])]
     for mib in STATE_SIZES_MIB:
         H = max(1, int(16 * mib))
         state = torch.randn(1, H, 128, 128, device=ranks.device)
         log_decay = torch.full((H,), -1e-4, device=ranks.device)
 
         def once(method, layout, state=state, log_decay=log_decay):
-            line = exchange.Line(ranks.group, layout)
+            relay = None if method == "ring, messages" else ops.relay
+            line = exchange.Line(ranks.group, layout, relay=relay)
             maps = [exchange.AffineMap(state, log_decay, 4096) for _ in line.here]
-            exchange.start(maps, line, method=method).finish()
+            exchange.start(maps, line, method=method.split(",")[0]).finish()
 
         gathered = state.new_empty(ranks.size * state.numel())
         calls = {"nccl all-gather": lambda s=state, g=gathered: gather(s, g)}
@@ -223,7 +242,7 @@ def overlap(ranks: Ranks, attention: Attention, shape) -> dict:
     events.sort(key=lambda e: e.time_range.start)
     lined_up = max(i for i, e in enumerate(events) if "AllReduce" in e.name)
     spans = [
-        (e.time_range.start, e.time_range.end, "nccl" in e.name.lower())
+        (e.time_range.start, e.time_range.end, "nccl" in e.name.lower() or "relay" in e.name)
         for e in events[lined_up + 1 :]
     ]
     work = [(start, stop) for start, stop, communicates in spans if not communicates]
@@ -396,8 +415,11 @@ def main() -> None:
             row = measure(ranks, name, attention, shape(tokens), arguments.seconds)
             keep(ranks, report, row, arguments)
     if arguments.profile and ranks.device.type == "cuda":
-        ring = found["lasp ring"]
-        report["overlap"] = [overlap(ranks, ring, shape(tokens)) for tokens in arguments.tokens]
+        report["overlap"] = [
+            overlap(ranks, found[name], shape(tokens)) | {"name": name}
+            for name in ("lasp ring", "lasp ring, messages")
+            for tokens in arguments.tokens
+        ]
     if arguments.only != "ours":
         measure_rivals(ranks, arguments, report)
     if ranks.rank == 0:

@@ -110,20 +110,20 @@ def _overlap(rows: list[dict]) -> str:
         "Kernels of communication in a forward and backward of the ring, in us per rank: their",
         "time (which includes waiting for the other rank), and how much of it other kernels ran.",
         "",
-        "| tokens per rank | "
+        "| tokens per rank | implementation | "
         + " | ".join(f"rank {i}" for i in range(len(rows[0]["ranks"])))
         + " |",
-        "|---|" + "---|" * len(rows[0]["ranks"]),
+        "|---|---|" + "---|" * len(rows[0]["ranks"]),
     ]
     for row in rows:
         cells = [f"{r['communication_us']:.0f}, {r['under_kernels_us']:.0f}" for r in row["ranks"]]
-        lines.append(f"| {row['tokens']:,} | {' | '.join(cells)} |")
+        lines.append(f"| {row['tokens']:,} | {row['name']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _projection(report: dict) -> str:
     links = {m: cost_model.Link(**link) for m, link in report["links"].items()}
-    if set(links) != set(cost_model.METHODS) or "CPU" in report["device"]:
+    if set(links) != set(cost_model.METHODS):
         return ""
     state = report["heads"] * report["head_dim"] ** 2 * 4
     lines = [

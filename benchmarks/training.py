@@ -12,7 +12,8 @@ bfloat16 peak. Memory is the largest of all ranks, as reserved by the allocator.
 
 Suites: lengths (tokens per step fixed, with a softmax twin), recompute (none, selective, full, full
 with block inputs on the host), layouts (one GPU, then all: the sequence cut with DDP and FSDP,
-tensor parallelism). Writes a JSON file, a Markdown table and a plot after every row.
+tensor parallelism), scaling (the sequence cut over all GPUs at three lengths, and two ways to mix
+that with others). Writes a JSON file, a Markdown table and a plot after every row.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from launch.world import World, find_place
 from parallel.mesh import ParallelDims, build_mesh
 
 RESULTS = Path(__file__).parent / "results"
-SUITES = ("layouts", "recompute", "lengths")
+SUITES = ("layouts", "recompute", "lengths", "scaling")
 # Of one sequence; what exceeds the tokens of a step is left out.
 LENGTHS = (2048, 8192, 32768, 131072, 524288)
 RECOMPUTE = "activation_checkpoint.mode"
@@ -91,6 +92,8 @@ def cases(suites: list[str], world_size: int, tokens: int | None) -> Iterator[Ca
                         yield Case(suite, "full", 1, length, most // length, **base)
         elif suite == "layouts":
             yield from layouts(suite, world_size, tokens or 131072)
+        elif suite == "scaling" and world_size > 1:
+            yield from scaling(suite, world_size, tokens or 131072)
 
 
 def layouts(suite: str, ranks: int, tokens: int) -> Iterator[Case]:
@@ -113,6 +116,23 @@ def layouts(suite: str, ranks: int, tokens: int) -> Iterator[Case]:
     never = ("parallelism.fsdp_reshard_after_forward", "never")
     zero2 = f"cp {ranks}, FSDP (weights kept), full"
     yield Case(suite, zero2, ranks, ranks * tokens, flags=(full, fsdp, never, cut))
+
+
+def scaling(suite: str, ranks: int, tokens: int) -> Iterator[Case]:
+    """A fourth of `tokens` on each of all GPUs, all, four times as many; then mixes, on all."""
+    common = ((RECOMPUTE, "full"), ("parallelism.data_parallel_method", "fsdp"))
+    cut = ("parallelism.context_parallel_degree", ranks)
+    for each in (tokens // 4, tokens, 4 * tokens):
+        yield Case(suite, f"cp {ranks}, FSDP, full", ranks, ranks * each, flags=(*common, cut))
+    if ranks < 4 or ranks % 2:
+        return
+    half = ("parallelism.context_parallel_degree", ranks // 2)
+    tensor = ("parallelism.tensor_parallel_degree", 2)
+    name = f"tp 2, cp {ranks // 2}, FSDP, full"
+    yield Case(suite, name, ranks, ranks * tokens, flags=(*common, half, tensor))
+    shard = ("parallelism.data_parallel_shard_degree", 2)
+    name = f"dp_shard 2, cp {ranks // 2}, FSDP, full"
+    yield Case(suite, name, ranks, ranks // 2 * tokens, flags=(*common, half, shard))
 
 
 def run_case(case: Case, arguments: argparse.Namespace, folder: Path) -> dict[str, Any] | None:

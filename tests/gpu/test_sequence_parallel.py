@@ -1,4 +1,4 @@
-"""The operator over the GPUs of one host: the ring in their memory, the other exchanges over NCCL."""
+"""The operator over the GPUs of one host: the ring in their memory, other exchanges over NCCL."""
 
 from unittest import mock
 
@@ -86,17 +86,14 @@ def test_the_ring_of_all_gpus(everyone, layout, pool_of):
     uneven = (5000 - 2 * (size - 1), *(2,) * (size - 1))
     empty = (*(0,) * (size - 1), 5000)
     documents = (0, 1700, 1700, 5000)
+    on_borders = sharded.documents_that("on", shard.split_lengths(5000, size, layout), layout)
     problems = [
         Problem(5000, "ring", layout, lengths, each, dtype=torch.float32, split=split)
         for lengths, each, split in (
             (None, None, False),
             (uneven, documents, True),
             (empty, None, False),
-            (
-                None,
-                sharded.documents_that("on", shard.split_lengths(5000, size, layout), layout),
-                0,
-            ),
+            (None, on_borders, False),
         )
     ]
     # One hop: nothing passes.
