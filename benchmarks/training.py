@@ -306,7 +306,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="of one GPU in a step; default: each suite's")
     parser.add_argument("--steps", type=int, default=3, help="that are measured")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")
-    parser.add_argument("--only", help="rows whose name, length match this pattern")
+    parser.add_argument("--only", help="rows whose \"model, name, length\" match this pattern")
     parser.add_argument("--seconds", type=float, default=3600, help="start no row after so many")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument(
@@ -335,7 +335,7 @@ def main() -> None:
     report = begin(arguments)
     with tempfile.TemporaryDirectory() as folder:
         for case in cases(arguments.suite, size, arguments.tokens):
-            wanted = f"{case.name}, {case.seq_len}"
+            wanted = f"{case.model}, {case.name}, {case.seq_len}"
             if arguments.only and not re.search(arguments.only, wanted):
                 continue
             if not all_agree(time.perf_counter() - began < arguments.seconds, waiting):
