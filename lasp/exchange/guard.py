@@ -8,24 +8,27 @@ differ all of them raise a ValueError that says what differs:
     ...                                  # launch work that needs no other rank
     comparison.confirm()                 # raises on all ranks, or on none
 
-A fingerprint is computed once per kind of call. It goes from host to host over connections of its
-own, whatever the group sends with: no GPU waits, and the work launched in between hides the way.
-What may differ between ranks (the local length) is no part of it.
+A fingerprint is computed once per kind of call. It goes from process to process past the GPUs,
+whatever the group sends with: no GPU waits, and the work launched in between hides the way. What
+may differ between ranks (the local length) is no part of it.
 
-The connections are gloo's, so hosts must reach each other by name, or by the interface that
-GLOO_SOCKET_IFNAME names.
+The ranks of a group on one host write it into memory that they share (`lasp.exchange.slate`).
+Others send it over connections of their own, which are there in any case: over them the ranks agree
+on the memory, and tell each other what differs. They are gloo's, so hosts must reach each other by
+name, or by the interface that GLOO_SOCKET_IFNAME names.
 """
 
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
+from functools import lru_cache, partial
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup, distributed_c10d
 
+from lasp.exchange import slate
 from lasp.exchange.peers import device_types
 
 __all__ = ["Comparison", "compare", "gather_numbers"]
@@ -34,8 +37,11 @@ __all__ = ["Comparison", "compare", "gather_numbers"]
 _TEXTS, _TEXT_BYTES = 10, 256
 # From so many ranks on, rounds of messages cost less than one from everybody to everybody.
 _FEW_RANKS = 16
-# The connections over which a group compares, and its own backend; gone with the group.
-_hosts: WeakKeyDictionary[ProcessGroup, tuple[dist.ProcessGroupGloo, dist.Backend]]
+# The connections over which a group compares, its own backend, and what is shared if it is on one
+# host; gone with the group.
+_hosts: WeakKeyDictionary[
+    ProcessGroup, tuple[dist.ProcessGroupGloo, dist.Backend, slate.Slate | None]
+]
 _hosts = WeakKeyDictionary()
 
 
@@ -54,7 +60,8 @@ def compare(
 
 def gather_numbers(group: ProcessGroup, number: int) -> tuple[int, ...]:
     """What each rank passes, in group order, from host to host: no GPU waits."""
-    gathered, work = _all_gather(torch.tensor([number], dtype=torch.int64), _hosts_of(group))
+    hosts, _ = _hosts_of(group)
+    gathered, work = _all_gather(torch.tensor([number], dtype=torch.int64), hosts)
     work.wait()
     return tuple(gathered.tolist())
 
@@ -63,10 +70,14 @@ class Comparison:
     """A comparison under way."""
 
     def __init__(self, group, call, problem):
-        self._hosts, self._call, self._problem = _hosts_of(group), call, problem
+        self._hosts, shared = _hosts_of(group)
+        self._call, self._problem = call, problem
         fingerprint = _fingerprint(problem, *call.items())
-        asked = _AllAtOnce if self._hosts.size() <= _FEW_RANKS else _InRounds
-        self._asked = asked(fingerprint, self._hosts)
+        if shared is not None:
+            self._asked = shared.ask(fingerprint)
+        else:
+            asked = _AllAtOnce if self._hosts.size() <= _FEW_RANKS else _InRounds
+            self._asked = asked(fingerprint, self._hosts)
 
     def confirm(self) -> None:
         """Raise ValueError on every rank unless all passed the same call and none has a problem."""
@@ -152,7 +163,8 @@ def _fingerprint(*parts) -> int:
 
 
 def _hosts_of(group):
-    hosts, backend = _hosts.get(group, (None, None))
+    """(connections, slate or None) of the group; when it first compares, all ranks make them."""
+    hosts, backend, shared = _hosts.get(group, (None, None, None))
     if hosts is None:
         # Not `new_group`: all ranks of the job would have to call that, and here are only those of
         # `group`. (Its use_local_synchronization names groups by how many a rank knows, and ranks
@@ -160,12 +172,14 @@ def _hosts_of(group):
         store = dist.PrefixStore("lasp.guard", distributed_c10d._get_process_group_store(group))
         backend = group._get_backend(torch.device(next(iter(device_types(group)))))
         hosts = dist.ProcessGroupGloo(store, group.rank(), group.size(), _timeout_of(backend))
-        _hosts[group] = hosts, backend
+        gather = partial(_gather_texts, hosts=hosts)
+        shared = slate.join(group.rank(), group.size(), gather, partial(_timeout_of, backend))
+        _hosts[group] = hosts, backend, shared
     # It may have changed, as a launcher changes it after the first step.
     timeout = _timeout_of(backend)
     if hosts.options._timeout != timeout:
         hosts._set_default_timeout(timeout)
-    return hosts
+    return hosts, shared
 
 
 def _timeout_of(backend):

@@ -1,5 +1,6 @@
 """Ranks that disagree: a ValueError on every one of them, and none is left behind."""
 
+import contextlib
 import time
 from datetime import timedelta
 
@@ -106,10 +107,19 @@ def test_calls_that_were_right_before_are_compared_again(pool, field):
     check_disagreement(pool, field, known=True)
 
 
-def in_rounds(group, odd):
-    """As with many ranks; the rank `odd` passes something else."""
+@contextlib.contextmanager
+def by_messages(few_ranks=16):
+    """As between hosts; all ranks of a group enter it together."""
+    hosts_of = guard._hosts_of
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(guard, "_FEW_RANKS", 0)
+        patch.setattr(guard, "_hosts_of", lambda group: (hosts_of(group)[0], None))
+        patch.setattr(guard, "_FEW_RANKS", few_ranks)
+        yield
+
+
+def compare_by_messages(group, odd, few_ranks):
+    """The rank `odd` passes something else."""
+    with by_messages(few_ranks):
         for _ in range(3):
             guard.compare(group, {"a": 1}).confirm()
         try:
@@ -119,11 +129,27 @@ def in_rounds(group, odd):
             return str(error)
 
 
+# In rounds, as many ranks do, and all at once.
+@pytest.mark.parametrize("few_ranks", [0, 16])
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_many_ranks_compare_in_rounds(pool, size):
+def test_ranks_of_several_hosts_compare_by_messages(pool, size, few_ranks):
     for odd in range(size):
-        for text in pool.run(in_rounds, odd, size=size):
+        for text in pool.run(compare_by_messages, odd, few_ranks, size=size):
             assert f"rank {odd}: 2" in text
+
+
+def ways(group):
+    """The class that compares: by default, and by messages."""
+    with by_messages():
+        comparisons = [guard.compare(group, {"a": 1})]
+    comparisons.append(guard.compare(group, {"a": 1}))
+    for comparison in comparisons:
+        comparison.confirm()
+    return [type(comparison._asked).__name__ for comparison in comparisons]
+
+
+def test_ranks_of_one_host_compare_in_shared_memory(pool):
+    assert pool.run(ways, size=3) == [["_AllAtOnce", "Question"]] * 3
 
 
 def order(group, out_of_step):
@@ -139,6 +165,11 @@ def test_calls_out_of_order(pool):
     for outcome in pool.outcomes(order, True, size=3):
         with pytest.raises(ValueError, match=r"disagree on scale \(rank 0: 1.0, rank 1: 0.5"):
             raise outcome
+
+
+def through(group, way, function):
+    with way():
+        return function(group)
 
 
 def asked_while_busy(group):
@@ -157,8 +188,12 @@ def asked_while_busy(group):
     return float(token)
 
 
-def test_a_comparison_waits_for_nothing_on_the_group(pool):
-    assert pool.run(asked_while_busy, size=2) == [1.0, 1.0]
+WAYS = [contextlib.nullcontext, by_messages]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_comparison_waits_for_nothing_on_the_group(pool, way):
+    assert pool.run(through, way, asked_while_busy, size=2) == [1.0, 1.0]
 
 
 def one_is_late(group):
@@ -174,7 +209,8 @@ def one_is_late(group):
     return time.perf_counter() - began
 
 
-def test_a_late_rank_is_waited_for_as_long_as_the_group_says(pool):
-    for seconds in pool.run(one_is_late, size=4)[1:]:
+@pytest.mark.parametrize("way", WAYS)
+def test_a_late_rank_is_waited_for_as_long_as_the_group_says(pool, way):
+    for seconds in pool.run(through, way, one_is_late, size=4)[1:]:
         # A busy machine's seconds; the group began with a timeout of minutes.
         assert seconds < 30

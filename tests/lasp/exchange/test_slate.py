@@ -1,0 +1,365 @@
+"""Comparing in shared memory: ranks that are late, die, disagree or cannot share; what is left."""
+
+import errno
+import gc
+import mmap
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lasp.exchange import guard, slate
+
+# Seconds after which a process that still runs is a failure.
+DEADLINE = 60
+
+
+def run(function, *args, size, folder):
+    """What `function(group, *args)` gives on each rank, or the exit code of those that died.
+
+    Processes of their own, since some of them die; forked from one that has imported everything.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    started = []
+    for rank in range(size):
+        ours, theirs = context.Pipe(duplex=False)
+        arguments = (theirs, str(folder / "store"), rank, size, function, args)
+        process = context.Process(target=_work, args=arguments, daemon=True)
+        process.start()
+        theirs.close()
+        started.append((process, ours))
+    outcomes = []
+    try:
+        for rank, (process, pipe) in enumerate(started):
+            assert pipe.poll(DEADLINE), f"rank {rank} of {size} gave no answer"
+            try:
+                outcomes.append(pipe.recv())
+            except EOFError:
+                process.join()
+                outcomes.append(process.exitcode)
+    finally:
+        for process, pipe in started:
+            pipe.close()
+            process.kill()
+            process.join()
+    return outcomes
+
+
+def _work(pipe, store, rank, size, function, args):
+    torch.set_num_threads(1)
+    store = dist.FileStore(store, size)
+    timeout = timedelta(seconds=30)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+    pipe.send(function(dist.group.WORLD, *args))
+    # Until it is killed: the others may not be done, and would see it end.
+    time.sleep(2 * DEADLINE)
+
+
+def agrees(group, value):
+    """Whether the ranks found their values equal."""
+    try:
+        guard.compare(group, {"a": value}).confirm()
+    except ValueError:
+        return False
+    return True
+
+
+def error_of(group):
+    """(what a comparison says that does not end well, after how many seconds)."""
+    began = time.perf_counter()
+    with pytest.raises(RuntimeError) as caught:
+        guard.compare(group, {"a": 1}).confirm()
+    return str(caught.value), time.perf_counter() - began
+
+
+def shares(group):
+    return guard._hosts[group][2] is not None
+
+
+def at_random_times(group, number, odd):
+    """Which of many comparisons found a difference; before each a rank may take its time."""
+    rank = dist.get_rank(group)
+    chance = random.Random(rank)
+    differed = []
+    for n in range(number):
+        if chance.random() < 0.1:
+            time.sleep(chance.uniform(0, 0.002))
+        if not agrees(group, n if odd.get(n) == rank else -1):
+            differed.append(n)
+    return differed, shares(group)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+def test_every_rank_sees_every_difference_and_no_other(tmp_path, size):
+    chance = random.Random(size)
+    odd = {n: chance.randrange(size) for n in chance.sample(range(1000), 5)} if size > 1 else {}
+    outcomes = run(at_random_times, 1000, odd, size=size, folder=tmp_path)
+    assert outcomes == [(sorted(odd), True)] * size
+
+
+def past_the_wrap(group, odd):
+    """As above, straight on the slate; near the wrap one rank reads long after the other."""
+    agrees(group, 0)
+    shared, rank = guard._hosts[group][2], dist.get_rank(group)
+    differed = []
+    for n in range(70_000):
+        question = shared.ask(n + 1 << 16 if rank == 1 and n in odd else 0)
+        if rank == 1 and 65_525 < n < 65_540:
+            time.sleep(0.01)
+        if not question.all_equal():
+            differed.append(n)
+    return differed
+
+
+def test_turns_begin_again_after_their_last(tmp_path):
+    odd = [0, 5, 65_530, 65_531, 65_532, 65_533, 65_534, 65_535, 65_536, 69_999]
+    assert run(past_the_wrap, odd, size=2, folder=tmp_path) == [odd] * 2
+
+
+def give_up(group):
+    """One rank is late; it is told when it comes."""
+    agrees(group, 0)
+    if dist.get_rank(group) == 1:
+        dist.barrier(group)
+        return error_of(group)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), group)
+    outcomes = [error_of(group), error_of(group)]
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=DEADLINE), group)
+    dist.barrier(group)
+    return outcomes
+
+
+def test_a_late_rank_is_named_and_told(tmp_path):
+    first, late, third = run(give_up, size=3, folder=tmp_path)
+    for (text, seconds), (again, soon) in (first, third):
+        assert text.startswith("Timed out: ")
+        assert re.search(r"rank 1 of the group has not made this call within \d+\.\d s", text)
+        assert seconds < 20
+        # As over a connection that is closed.
+        assert again == text and soon < 1
+    assert max(first[0][1], third[0][1]) >= 1
+    assert "rank 0 of the group has given up" in late[0] and late[1] < 10
+
+
+def die(group, how):
+    for _ in range(3):
+        assert agrees(group, 0)
+    if dist.get_rank(group) == 1:
+        how()
+    return error_of(group)
+
+
+@pytest.mark.parametrize(
+    "how", [partial(os._exit, 7), partial(signal.raise_signal, signal.SIGKILL)]
+)
+def test_a_rank_that_dies_is_not_waited_for(tmp_path, how):
+    first, dead, third = run(die, how, size=3, folder=tmp_path)
+    assert dead in (7, -signal.SIGKILL)
+    for text, seconds in (first, third):
+        assert "rank 1 of the group has ended" in text
+        # The group's timeout is 30 seconds.
+        assert seconds < 15
+
+
+def test_a_process_that_has_ended_is_not_alive_before_it_is_waited_for():
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    life = slate._life(process.pid)
+    assert life and life == slate._life(process.pid) and life != slate._life(os.getpid())
+    process.stdin.close()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert slate._life(process.pid) == ""
+    process.wait()
+    assert slate._life(process.pid) == ""
+
+
+def test_who_cannot_look_takes_nobody_for_dead(monkeypatch):
+    def too_many_open_files(*args, **kwargs):
+        raise OSError(errno.EMFILE, "too many open files")
+
+    words = memoryview(bytearray(slate._bytes(2))).cast("Q")
+    lives = {1: (os.getpid(), slate._life(os.getpid()))}
+    question = slate.Slate(words, 0, 2, lambda: timedelta(seconds=1), lives).ask(0)
+    monkeypatch.setattr(Path, "read_text", too_many_open_files)
+    with pytest.raises(RuntimeError, match="rank 1 of the group has not made this call"):
+        question.all_equal()
+
+
+def die_unseen(group):
+    """As from another pid namespace."""
+    real = slate._life
+    slate._life = lambda pid: f"{real(pid)} of rank {dist.get_rank(group)}"
+    agrees(group, 0)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), group)
+    if dist.get_rank(group) == 1:
+        os._exit(7)
+    return error_of(group)
+
+
+def test_who_cannot_be_watched_is_waited_for(tmp_path):
+    (text, seconds), _ = run(die_unseen, size=2, folder=tmp_path)
+    assert "rank 1 of the group has not made this call" in text and seconds > 2
+
+
+def unanswered(group, late):
+    """An exception between question and answer on rank 0, once and twice in a row."""
+    found = []
+    for n in range(20):
+        if dist.get_rank(group) == 0 and n % 4:
+            guard.compare(group, {"a": 0})
+            continue
+        if dist.get_rank(group) == late:
+            time.sleep(0.01)
+        found.append(agrees(group, n if n % 8 == 4 and dist.get_rank(group) == 1 else 0))
+    return found
+
+
+def test_a_question_without_an_answer_leaves_the_ranks_in_step(tmp_path):
+    for late in range(3):
+        folder = tmp_path / str(late)
+        folder.mkdir()
+        first, *others = run(unanswered, late, size=3, folder=folder)
+        assert first == [n % 8 != 4 for n in range(0, 20, 4)]
+        assert others == [[n % 8 != 4 for n in range(20)]] * 2
+
+
+def difference_unanswered(group):
+    """Rank 0 does not ask for an answer that all others explain."""
+    agrees(group, 0)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), group)
+    if dist.get_rank(group) == 0:
+        guard.compare(group, {"a": 1})
+    else:
+        with pytest.raises(RuntimeError):
+            guard.compare(group, {"a": 2}).confirm()
+    return error_of(group)
+
+
+def test_an_unanswered_difference_is_an_error_on_every_rank(tmp_path):
+    for text, seconds in run(difference_unanswered, size=3, folder=tmp_path):
+        assert "rank" in text and seconds < 20
+
+
+def in_one_flight(group, odd):
+    """Two questions before an answer, and the answers in the other order."""
+    first = guard.compare(group, {"a": 1 if dist.get_rank(group) == odd else 0})
+    second = guard.compare(group, {"a": 0})
+    second.confirm()
+    with pytest.raises(ValueError, match=f"rank {odd}: 1"):
+        first.confirm()
+    return agrees(group, 0)
+
+
+def test_two_questions_at_once(tmp_path):
+    assert run(in_one_flight, 2, size=3, folder=tmp_path) == [True] * 3
+
+
+def one_host_each(group):
+    slate._host = lambda: f"host {dist.get_rank(group)}"
+
+
+def one_unknown_host(group):
+    if dist.get_rank(group) == 1:
+        slate._host = lambda: ""
+
+
+def no_folder(group):
+    slate.tempfile.mkstemp = refuse
+
+
+def no_room(group):
+    """For what the file holds; the name of an empty file there can be."""
+    create = slate._create
+
+    def limited(size):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+        try:
+            return create(size)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    slate._create = limited
+
+
+def another_folder(group):
+    """One rank does not find the file."""
+    if dist.get_rank(group) == 1:
+        slate._open = lambda path, *rest, real=slate._open: real(path + "-", *rest)
+
+
+def another_file(group):
+    """One rank finds one of that name that is not meant."""
+    if dist.get_rank(group) == 1:
+        slate._open = lambda path, token, size, real=slate._open: real(path, token[::-1], size)
+
+
+def another_memory(group):
+    """One rank writes where the others see nothing."""
+    if dist.get_rank(group) == 1:
+        slate.mmap.mmap = partial(mmap.mmap, flags=mmap.MAP_PRIVATE)
+
+
+def refuse(*args, **kwargs):
+    raise PermissionError
+
+
+def fall_back(group, hindrance):
+    hindrance(group)
+    create, paths = slate.tempfile.mkstemp, []
+
+    def recording(*args, **kwargs):
+        handle, path = create(*args, **kwargs)
+        paths.append(path)
+        return handle, path
+
+    slate.tempfile.mkstemp = recording
+    rank = dist.get_rank(group)
+    agreed = [agrees(group, rank if n == 2 else 0) for n in range(4)]
+    return agreed, shares(group), [path for path in paths if os.path.exists(path)]
+
+
+HINDRANCES = [one_host_each, one_unknown_host, no_folder, no_room, another_folder, another_file]
+
+
+@pytest.mark.parametrize("hindrance", [*HINDRANCES, another_memory])
+def test_ranks_that_cannot_all_share_send_messages(tmp_path, hindrance):
+    outcomes = run(fall_back, hindrance, size=3, folder=tmp_path)
+    assert outcomes == [([True, True, False, True], False, [])] * 3
+
+
+def left_behind(group):
+    """What is mapped for a group in use, and once it is gone."""
+    group = dist.new_group()
+    agrees(group, 0)
+    in_use = mappings()
+    dist.destroy_process_group(group)
+    del group
+    gc.collect()
+    return in_use, mappings()
+
+
+def mappings():
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return [line.split(maxsplit=5)[5] for line in lines if "/lasp-" in line]
+
+
+def test_nothing_is_left(tmp_path):
+    outcomes = run(left_behind, size=2, folder=tmp_path)
+    # By now the ranks have been killed; but the name was gone before.
+    assert outcomes[0][0] == outcomes[1][0]
+    (name,) = outcomes[0][0]
+    assert name.endswith(" (deleted)") and not os.path.exists(name.removesuffix(" (deleted)"))
+    assert [afterwards for _, afterwards in outcomes] == [[], []]
