@@ -306,7 +306,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="of one GPU in a step; default: each suite's")
     parser.add_argument("--steps", type=int, default=3, help="that are measured")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")
-    parser.add_argument("--only", help="rows whose \"model, name, length\" match this pattern")
+    parser.add_argument("--only", help='rows whose "model, name, length" match this pattern')
     parser.add_argument("--seconds", type=float, default=3600, help="start no row after so many")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument(

@@ -21,6 +21,7 @@ name, or by the interface that GLOO_SOCKET_IFNAME names.
 from __future__ import annotations
 
 import hashlib
+from datetime import timedelta
 from functools import lru_cache, partial
 from weakref import WeakKeyDictionary
 
@@ -31,7 +32,7 @@ from torch.distributed import ProcessGroup, distributed_c10d
 from lasp.exchange import slate
 from lasp.exchange.peers import device_types
 
-__all__ = ["Comparison", "compare", "gather_numbers"]
+__all__ = ["Comparison", "compare", "gather_numbers", "timeout_of"]
 
 # A comparison of texts has one size, whatever is wrong: so many texts of so many bytes.
 _TEXTS, _TEXT_BYTES = 10, 256
@@ -64,6 +65,11 @@ def gather_numbers(group: ProcessGroup, number: int) -> tuple[int, ...]:
     gathered, work = _all_gather(torch.tensor([number], dtype=torch.int64), hosts)
     work.wait()
     return tuple(gathered.tolist())
+
+
+def timeout_of(group: ProcessGroup) -> timedelta:
+    """How long a rank waits for the others, by the group's backend."""
+    return _timeout_of(group._get_backend(torch.device(next(iter(device_types(group))))))
 
 
 class Comparison:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import socket
 import warnings
@@ -68,7 +69,10 @@ def find_mailbox(
             _mailboxes[group] = None
             return None
         made[local.numel()] = box
-    return made[local.numel()]
+    box = made[local.numel()]
+    # A launcher changes it after the first step.
+    box.limit = guard.timeout_of(group)
+    return box
 
 
 def _share_a_host(group: ProcessGroup, device: torch.device) -> bool:
@@ -96,6 +100,8 @@ def _share_a_host(group: ProcessGroup, device: torch.device) -> bool:
 
 class Mailbox:
     """A rank's inboxes, those of its neighbours, and the stream on which states come and go.
+
+    `limit` is how long a rank waits for its neighbours before it gives the process up.
 
     All exchanges of a size go over one stream, in the order of the calls: the counters tell apart
     what was sent first from what was sent next, and nothing else does.
@@ -175,6 +181,7 @@ class Mailbox:
             self._boxes[self._rank + step][box] if sends else None,
             passes=each.passes,
             programs=FEW_PROGRAMS if few else PROGRAMS,
+            limit_seconds=math.ceil(self.limit.total_seconds()),
         )
 
     def lent(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -94,13 +94,9 @@ def step(q, k, v, state, log_decay, *, scale):
     return backend.step(q, k, v, state, log_decay, scale=scale)
 
 
-def relay(local, log_decay, length, entering, mine, previous, following, *, passes, programs):
+def relay(local, log_decay, length, entering, mine, previous, following, **options):
     """Pass a state on through memory, on GPUs; see `lasp.ops.triton.relay.relay`."""
-    _kernels().relay(
-        *(local, log_decay, length, entering, mine, previous, following),
-        passes=passes,
-        programs=programs,
-    )
+    _kernels().relay(local, log_decay, length, entering, mine, previous, following, **options)
 
 
 def _backend(x: torch.Tensor) -> ModuleType:

@@ -23,19 +23,17 @@ from lasp.ops.triton.launch import Bound
 
 # Floats per counter and per turn of a program: 1 MiB of state makes 64 chunks.
 CHUNK = 4096
-# After so long the kernel ends its process, for a peer has died; no one else would notice.
-LIMIT_SECONDS = 600
 
 
 @triton.jit
-def _check_clock(begun, LIMIT_NS: tl.constexpr):
-    if tl.extra.cuda.globaltimer() - begun > LIMIT_NS:
+def _check_clock(begun, limit_seconds):
+    if (tl.extra.cuda.globaltimer() - begun) // 1000000000 >= limit_seconds:
         tl.inline_asm_elementwise(
             "trap; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
         )
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length", "limit_seconds"])
 def relay_kernel(
     p_local,
     p_log_decay,
@@ -48,12 +46,13 @@ def relay_kernel(
     num_floats,
     num_chunks,
     H,
+    limit_seconds,
     SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
     RECEIVES: tl.constexpr,
     SENDS: tl.constexpr,
     PASSES: tl.constexpr,
-    LIMIT_NS: tl.constexpr,
+    WAITS: tl.constexpr,
 ):
     p_received = p_counters
     p_sent = p_counters + num_chunks
@@ -61,17 +60,17 @@ def relay_kernel(
     for i in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
         o = i * CHUNK + tl.arange(0, CHUNK)
         m = o < num_floats
-        if LIMIT_NS > 0:
+        if WAITS:
             begun = tl.extra.cuda.globaltimer()
         if SENDS:
             b_leaving = tl.load(p_local + o, mask=m)
             sent = tl.load(p_sent + i) + 1
             # The last state has to be out of the next rank's inbox.
             consumed = tl.atomic_add(p_consumed + i, 0, sem="acquire", scope="sys")
-            if LIMIT_NS > 0:
+            if WAITS:
                 while consumed < sent - 1:
                     consumed = tl.atomic_add(p_consumed + i, 0, sem="acquire", scope="sys")
-                    _check_clock(begun, LIMIT_NS)
+                    _check_clock(begun, limit_seconds)
             tl.debug_barrier()
             if not (RECEIVES and PASSES):
                 b_bits = b_leaving.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
@@ -80,16 +79,16 @@ def relay_kernel(
             received = tl.load(p_received + i) + 1
             if RECEIVES and SENDS and PASSES:
                 b_factor = tl.exp(tl.load(p_log_decay + o // SIZE % H, mask=m) * length)
-            if LIMIT_NS > 0:
+            if WAITS:
                 # Asks for one packet, so that a long wait keeps no one else from the memory.
                 last = tl.minimum(i * CHUNK + CHUNK, num_floats) - 1
                 while (tl.load(p_inbox + last, volatile=True) >> 32).to(tl.int32) != received:
-                    _check_clock(begun, LIMIT_NS)
+                    _check_clock(begun, limit_seconds)
             b_packets = tl.load(p_inbox + o, mask=m, volatile=True)
-            if LIMIT_NS > 0:
+            if WAITS:
                 while tl.sum((((b_packets >> 32).to(tl.int32) != received) & m).to(tl.int32)) > 0:
                     b_packets = tl.load(p_inbox + o, mask=m, volatile=True)
-                    _check_clock(begun, LIMIT_NS)
+                    _check_clock(begun, limit_seconds)
             b_entering = (b_packets & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
             if SENDS and PASSES:
                 b_leaving += b_factor * b_entering
@@ -115,6 +114,7 @@ def relay(
     *,
     passes: bool,
     programs: int,
+    limit_seconds: int = 600,
 ) -> None:
     """Take what the rank before sends, and send local + exp(log_decay * length) * that.
 
@@ -127,15 +127,18 @@ def relay(
             nothing is received; following None: nothing is sent.
         passes: False: `local` alone is sent, before anything is received.
         programs: at most so many run, and hold as many multiprocessors while they wait.
+        limit_seconds: a neighbour that takes longer has died. The kernel then traps, which ends
+            this process with a CUDA error at its next call; else it would spin for ever.
     """
     _, num_heads, D, E = local.shape
-    numbers = (length, local.numel(), triton.cdiv(local.numel(), CHUNK), num_heads)
+    num_floats, chunks = local.numel(), triton.cdiv(local.numel(), CHUNK)
+    numbers = (length, num_floats, chunks, num_heads, limit_seconds)
     modes = (previous is not None, following is not None, passes)
     bound = _bind(numbers, D * E, modes)
     outbox = (following or mine)[0]
     entering = local if entering is None else entering
     counters_before = (previous or mine)[1]
-    bound(min(programs, numbers[2]), local, log_decay, entering, *mine, counters_before, outbox)
+    bound(min(programs, chunks), local, log_decay, entering, *mine, counters_before, outbox)
 
 
 @functools.lru_cache(maxsize=256)
@@ -144,5 +147,5 @@ def _bind(numbers: tuple[int, ...], size: int, modes: tuple[bool, ...]) -> Bound
     constants = dict(SIZE=size, CHUNK=CHUNK)
     constants |= dict(zip(("RECEIVES", "SENDS", "PASSES"), modes, strict=True))
     # The interpreter runs one rank after the other, so nothing is awaited, and it has no clock.
-    constants["LIMIT_NS"] = 0 if triton.knobs.runtime.interpret else LIMIT_SECONDS * 10**9
+    constants["WAITS"] = not triton.knobs.runtime.interpret
     return Bound(relay_kernel, numbers, constants, num_warps=8)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from datetime import timedelta
 from unittest import mock
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from lasp import exchange, shard
-from lasp.exchange import AffineMap, Line, mailbox
+from lasp.exchange import AffineMap, Line, guard, mailbox
 from tests.lasp import sharded
 from tests.lasp.sharded import Problem
 
@@ -106,10 +107,12 @@ def found(group, wanted, reached, mapped):
             torch.cuda, "can_device_access_peer", side_effect=lambda *_: rank in reached
         ),
         mock.patch.object(mailbox.warnings, "warn") as warned,
+        mock.patch.object(guard, "timeout_of", return_value=timedelta(seconds=90)),
     ):
         boxes = [mailbox.find_mailbox(group, local, lambda: None) for _ in range(2)]
         without = mailbox.find_mailbox(group, local, None)
     assert boxes[0] is boxes[1] and without is None
+    assert boxes[0] is None or boxes[0].limit == timedelta(seconds=90)
     return boxes[0] is not None, warned.call_count
 
 

@@ -39,7 +39,7 @@ def test_passes_states_on(case):
 )
 def test_compiles_to_packets_that_are_written_whole(receives, sends):
     types = {"p_inbox": "*i64", "p_outbox": "*i64", "p_counters": "*i32", "p_previous": "*i32"}
-    constants = dict(SIZE=128 * 128, CHUNK=CHUNK, num_floats=16 * 128 * 128, LIMIT_NS=10**9)
+    constants = dict(SIZE=128 * 128, CHUNK=CHUNK, num_floats=16 * 128 * 128, WAITS=True)
     constants |= dict(RECEIVES=receives, SENDS=sends, PASSES=True)
     compiled = compile_for_hopper(relay_kernel, constants, types, num_warps=8, num_stages=3)
     assert spilled_bytes(compiled) == 0
