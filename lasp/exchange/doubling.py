@@ -63,8 +63,10 @@ def _one_round(line, windows, distance):
             works.append(dist.irecv(arrived[i], src=rank, group=line.group))
         else:
             work = dist.isend(window, dst=line.global_rank(target), group=line.group)
-            # Gloo reads the sent buffer until the send is done; see `ring` for NCCL.
-            if not window.is_cuda:
+            # At once on a GPU, as in `ring`. Gloo reads the sent buffer until the send is done.
+            if window.is_cuda:
+                work.wait()
+            else:
                 works.append(work)
     return arrived, works
 

@@ -189,12 +189,9 @@ class Mailbox:
         tensor.record_stream(self._caller)
         return tensor
 
-    def join(self, received: bool) -> None:
+    def join(self) -> None:
         """What the caller queues from now on waits for all that this stream was given.
 
-        Unless nothing was received: a rank that only sends goes on, whenever the next may come.
+        Sends too: the caller's next kernel would take the multiprocessors that they need.
         """
-        # A graph that is being captured has to come together again.
-        if not received and not torch.cuda.is_current_stream_capturing():
-            return
         torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)

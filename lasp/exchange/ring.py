@@ -21,6 +21,9 @@ from lasp.exchange.peers import AffineMap, Line
 
 __all__ = ["ring"]
 
+# From so many values of k or v on, dq takes longer than a relay that runs beside it.
+LONG = 2**25
+
 
 def ring(line: Line, maps: list[AffineMap]) -> Generator[None, None, list[torch.Tensor | None]]:
     """See `lasp.exchange.start`."""
@@ -38,6 +41,11 @@ def _by_memory(line: Line, maps: list[AffineMap], mailbox: Mailbox):
         else None
         for place, each in zip(line.here, maps, strict=True)
     ]
+    # In the backward dq is to be computed meanwhile: a relay that waits for others then gets the
+    # few multiprocessors which that leaves free, and takes longer. Not worth it for a short dq; and
+    # a state that is known is sent before that begins, for all others wait for it.
+    beside = line.reverse and sum(each.length for each in maps) * _width(maps) >= LONG
+    beside = beside and any(each is not None for each in arriving)
     with mailbox.on_its_stream():
         for place, each, came in zip(line.here, maps, arriving, strict=True):
             receives, goes_on = came is not None, line.linked(place, place + 1)
@@ -52,14 +60,22 @@ def _by_memory(line: Line, maps: list[AffineMap], mailbox: Mailbox):
                     came if receives else None,
                     upward=_goes_up(line, place),
                     sends=sends,
-                    few=line.reverse,
+                    few=beside,
                 )
             if goes_on and not sends:
                 leaving = mailbox.lent(each.after(came))
             entering.append(came)
+    if line.reverse and not beside:
+        mailbox.join()
     yield
-    mailbox.join(received=any(each is not None for each in entering))
+    mailbox.join()
     return entering
+
+
+def _width(maps: list[AffineMap]) -> int:
+    """Values of one token of k or v."""
+    _, num_heads, D, E = maps[0].local.shape
+    return num_heads * max(D, E)
 
 
 def _goes_up(line: Line, place: int) -> bool:
@@ -95,13 +111,16 @@ def _by_messages(line: Line, maps: list[AffineMap]):
         leaving = each.after(came).contiguous()
         if place + 1 not in line.here:
             next_rank = line.global_rank(place + 1)
-            sending.append((dist.isend(leaving, dst=next_rank, group=line.group), leaving))
+            work = dist.isend(leaving, dst=next_rank, group=line.group)
+            if leaving.is_cuda:
+                # Holds this rank's stream, not its host. NCCL sends by a kernel, which would else
+                # wait until the next kernels of this rank leave it a multiprocessor; a state fits
+                # its buffers, so that it does not wait for the next rank to come.
+                work.wait()
+            else:
+                # Gloo reads the buffer until the send is done.
+                sending.append((work, leaving))
     yield
-    for work in receiving:
+    for work in [*receiving, *(work for work, _ in sending)]:
         work.wait()
-    for work, buffer in sending:
-        # Gloo reads the buffer until the send is done. NCCL keeps the buffer alive by itself, and
-        # waiting there would hold this rank's stream until the next rank has come.
-        if not buffer.is_cuda:
-            work.wait()
     return entering

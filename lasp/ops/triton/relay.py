@@ -62,9 +62,19 @@ def relay_kernel(
         m = o < num_floats
         if WAITS:
             begun = tl.extra.cuda.globaltimer()
+        # All loads first: beside a kernel that keeps the memory busy each takes microseconds.
         if SENDS:
             b_leaving = tl.load(p_local + o, mask=m)
             sent = tl.load(p_sent + i) + 1
+        if RECEIVES:
+            received = tl.load(p_received + i) + 1
+            b_packets = tl.load(p_inbox + o, mask=m, volatile=True)
+            if SENDS and PASSES:
+                if SIZE % CHUNK == 0:
+                    b_log_decay = tl.load(p_log_decay + i * CHUNK // SIZE % H)
+                else:
+                    b_log_decay = tl.load(p_log_decay + o // SIZE % H, mask=m)
+        if SENDS:
             # The last state has to be out of the next rank's inbox.
             consumed = tl.atomic_add(p_consumed + i, 0, sem="acquire", scope="sys")
             if WAITS:
@@ -76,22 +86,21 @@ def relay_kernel(
                 b_bits = b_leaving.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
                 tl.store(p_outbox + o, (sent.to(tl.int64) << 32) | b_bits, mask=m)
         if RECEIVES:
-            received = tl.load(p_received + i) + 1
-            if RECEIVES and SENDS and PASSES:
-                b_factor = tl.exp(tl.load(p_log_decay + o // SIZE % H, mask=m) * length)
             if WAITS:
-                # Asks for one packet, so that a long wait keeps no one else from the memory.
                 last = tl.minimum(i * CHUNK + CHUNK, num_floats) - 1
-                while (tl.load(p_inbox + last, volatile=True) >> 32).to(tl.int32) != received:
-                    _check_clock(begun, limit_seconds)
-            b_packets = tl.load(p_inbox + o, mask=m, volatile=True)
-            if WAITS:
-                while tl.sum((((b_packets >> 32).to(tl.int32) != received) & m).to(tl.int32)) > 0:
+                missing = tl.sum((((b_packets >> 32).to(tl.int32) != received) & m).to(tl.int32))
+                while missing > 0:
+                    # Asks for one packet, so that a long wait keeps no one else from the memory.
+                    while (tl.load(p_inbox + last, volatile=True) >> 32).to(tl.int32) != received:
+                        _check_clock(begun, limit_seconds)
                     b_packets = tl.load(p_inbox + o, mask=m, volatile=True)
+                    missing = tl.sum(
+                        (((b_packets >> 32).to(tl.int32) != received) & m).to(tl.int32)
+                    )
                     _check_clock(begun, limit_seconds)
             b_entering = (b_packets & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
             if SENDS and PASSES:
-                b_leaving += b_factor * b_entering
+                b_leaving += tl.exp(b_log_decay * length) * b_entering
                 b_bits = b_leaving.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
                 tl.store(p_outbox + o, (sent.to(tl.int64) << 32) | b_bits, mask=m)
             tl.store(p_entering + o, b_entering, mask=m)

@@ -43,7 +43,7 @@ class Messages:
     def lent(self, tensor):
         return tensor
 
-    def join(self, received):
+    def join(self):
         pass
 
 
