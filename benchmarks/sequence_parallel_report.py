@@ -170,9 +170,11 @@ def plot(report: dict, path: Path) -> None:
 
 
 def write(report: dict, folder: Path, with_plot: bool = False) -> None:
-    """The report as JSON and as a table; and as a plot, which takes longer."""
+    """The report as JSON and as a table, named by the number of ranks; and as a plot, which takes
+    longer."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sequence_parallel.json").write_text(json.dumps(report, indent=1) + "\n")
-    (folder / "sequence_parallel.md").write_text(table(report))
+    name = f"sequence_parallel_{report['ranks']}"
+    (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    (folder / f"{name}.md").write_text(table(report))
     if with_plot:
-        plot(report, folder / "sequence_parallel.png")
+        plot(report, folder / f"{name}.png")
