@@ -40,7 +40,7 @@ BAD = {
         r"int64.*allowed are bfloat16",
     ),
     "heads too wide": (dict(v=torch.randn(1, 10, 2, 257)), r"257\].*1\.\.256"),
-    "unknown exchange": (dict(exchange="pigeon"), r"'pigeon'.*all_gather, doubling, ring"),
+    "unknown exchange": (dict(exchange="pigeon"), r"'pigeon'.*all_gather, auto, doubling, ring"),
     "state of another shape": (
         dict(initial_state=torch.zeros(1, 2, 6, 4)),
         r"\[1, 2, 6, 4\].*\[1, 2, 4, 6\]",

@@ -13,7 +13,7 @@ SENTENCES = {
     "cross attention": "attention_type is 'cross'",
     "window": r"config.window_size is \(8, 0\)",
     "layout": "layout is 'striped': choose one of contiguous, zigzag",
-    "exchange": "exchange is 'p2p': choose one of all_gather, doubling, ring",
+    "exchange": "exchange is 'p2p': choose one of all_gather, auto, doubling, ring",
     "comm type": "cp_comm_type is 'a2a'",
     "decay": "decay is 'alibi': choose one of tnl, minimax, ling, retention, none",
     "decay index": "layer is 3: layers are counted from 0 to num_layers - 1 = 2",
