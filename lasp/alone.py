@@ -16,7 +16,7 @@ from lasp.ops.strides import with_unit_stride
 
 __all__ = ["attend", "attend_backward", "is_watched"]
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
 def is_watched(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
@@ -27,7 +27,7 @@ def is_watched(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
         or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd.profiler._is_profiler_enabled
-        or not all(x is None or type(x) in _PLAIN for x in (first, *others))
+        or not _PLAIN.issuperset(map(type, (first, *others)))
     )
 
 

@@ -36,9 +36,12 @@ def find_problem(
 ) -> str | None:
     """What is wrong with the arguments of `lasp.lightning_attention`, in a sentence; None if
     nothing is."""
-    optional = {"log_decay": log_decay, state_name: initial_state, "cu_seqlens": cu_seqlens}
-    for name, x in {"q": q, "k": k, "v": v, **optional}.items():
-        if not isinstance(x, torch.Tensor) and not (x is None and name in optional):
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, torch.Tensor):
+            return f"{name} is {type(x).__name__}: it must be a tensor."
+    optional = (("log_decay", log_decay), (state_name, initial_state), ("cu_seqlens", cu_seqlens))
+    for name, x in optional:
+        if x is not None and not isinstance(x, torch.Tensor):
             return f"{name} is {type(x).__name__}: it must be a tensor."
     if not isinstance(scale, _NUMBERS):
         return f"scale is {scale!r}: it must be a number."
@@ -49,7 +52,7 @@ def find_problem(
     return (
         _shape_problem(q, k, v)
         or _dtype_problem(q, k, v)
-        or _device_problem(q, {"k": k, "v": v, "log_decay": log_decay, state_name: initial_state})
+        or _device_problem(q, ("k", k), ("v", v), optional[0], optional[1])
         or _decay_problem(q, log_decay)
         or _documents_problem(q, cu_seqlens)
         or _state_problem(q, v, initial_state, cu_seqlens, state_name)
@@ -90,7 +93,7 @@ def describe_shape(x: torch.Tensor) -> str:
 
 
 def _shape_problem(q, k, v):
-    if any(x.dim() != 4 for x in (q, k, v)):
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         return f"{_shapes(q, k, v)}: each must have 4 dimensions [batch, tokens, heads, head size]."
     if k.shape != q.shape or v.shape[:3] != q.shape[:3]:
         return (
@@ -118,10 +121,11 @@ def _dtype_problem(q, k, v):
     return None
 
 
-def _device_problem(q, others):
-    for name, x in others.items():
-        if x is not None and x.device != q.device:
-            return f"q is on {q.device} but {name} on {x.device}: move both to one device."
+def _device_problem(q, *others):
+    device = q.device
+    for name, x in others:
+        if x is not None and x.device != device:
+            return f"q is on {device} but {name} on {x.device}: move both to one device."
     return None
 
 
@@ -186,7 +190,6 @@ def _group_problem(q, k, v, initial_state, cu_seqlens, group):
             f"q is on {q.device}, but the ranks of group communicate on "
             f"{' and '.join(sorted(device_types))}: move the tensors there."
         )
-    rank = torch.distributed.get_rank(group)
     if initial_state is None:
         return None
     if initial_state.requires_grad and not (k.requires_grad or v.requires_grad):
@@ -194,6 +197,7 @@ def _group_problem(q, k, v, initial_state, cu_seqlens, group):
             "initial_state requires a gradient, but neither k nor v does: other ranks would not "
             "send what it needs. Let k and v require gradients too."
         )
+    rank = torch.distributed.get_rank(group)
     if rank != 0 and cu_seqlens is None:
         return (
             f"initial_state is given on rank {rank} of the group: it belongs to the global "

@@ -14,9 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.distributed import ProcessGroup
 
-# Imported for what it registers: torch.ops.lasp.
-import lasp.operators  # noqa: F401
-from lasp import alone, ops
+from lasp import alone, operators, ops
 from lasp import exchange as exchanges
 from lasp.arguments import describe_shape, find_problem, member_or_alone
 from lasp.ops.documents import decay_rates
@@ -273,12 +271,14 @@ class _LightningAttention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         simple = cu_seqlens is None and where[0] is None and not with_final and ticket is None
         ctx.alone = simple and not ctx.needs_input_grad[4]
-        if ctx.alone and not alone.is_watched(q, k, v, log_decay, initial_state):
+        watched = alone.is_watched(q, k, v, log_decay, initial_state, cu_seqlens)
+        if ctx.alone and not watched:
             o, segment_states = alone.attend(q, k, v, log_decay, initial_state, scale)
             ctx.save_for_backward(q, k, v, log_decay, initial_state, None, segment_states, None)
             return o, None
+        way = torch.ops.lasp if watched else operators
         if ticket is None:
-            entering, segment_states, final_state = torch.ops.lasp.enter(
+            entering, segment_states, final_state = way.enter(
                 k,
                 v,
                 log_decay,
@@ -293,7 +293,7 @@ class _LightningAttention(torch.autograd.Function):
             entering, final_state = torch.ops.lasp.finish(
                 ticket, k, v, initial_state, cu_seqlens, with_final, *where
             )
-        o = torch.ops.lasp.attend(
+        o = way.attend(
             q,
             k,
             v,
@@ -311,7 +311,7 @@ class _LightningAttention(torch.autograd.Function):
         ctx.save_for_backward(
             q, k, v, log_decay, initial_state, entering, segment_states, cu_seqlens
         )
-        if not with_final:
+        if final_state is not None and not with_final:
             ctx.mark_non_differentiable(final_state)
         return o, final_state
 
@@ -325,14 +325,15 @@ class _LightningAttention(torch.autograd.Function):
         needs = ctx.needs_input_grad
         with_dkv = needs[1] or needs[2] or needs[4]
         nones = (None,) * (5 + len(ctx.where))
-        if ctx.alone:
-            arguments = (do, q, k, v, log_decay, initial_state)
-            if not alone.is_watched(*arguments):
-                grads = alone.attend_backward(*arguments, segment_states, ctx.scale, with_dkv)
-                return *grads, None, None, None, *nones
+        arguments = (do, q, k, v, log_decay, initial_state)
+        watched = alone.is_watched(*arguments, dfinal, cu_seqlens)
+        if ctx.alone and not watched:
+            grads = alone.attend_backward(*arguments, segment_states, ctx.scale, with_dkv)
+            return *grads, None, None, None, *nones
         if entering is None:
             entering = segment_states.new_empty(0)
-        dq, dk, dv, dinitial = torch.ops.lasp.attend_backward(
+        way = torch.ops.lasp if watched else operators
+        dq, dk, dv, dinitial = way.attend_backward(
             do,
             dfinal if ctx.with_final else None,
             q,
@@ -386,8 +387,11 @@ def _checked(
         if group is not None:
             exchanges.guard.compare(group, {}, problem=problem).confirm()
         raise ValueError(problem)
+    if shard_lengths is not None:
+        # The caller may change its list before the backward.
+        shard_lengths = tuple(shard_lengths)
     where = (None if group is None else group.group_name, exchange, layout, shard_lengths)
-    return *(with_unit_stride(x) for x in (q, k, v)), where
+    return with_unit_stride(q), with_unit_stride(k), with_unit_stride(v), where
 
 
 def _needs_grad(k, v):

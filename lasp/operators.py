@@ -6,6 +6,9 @@
     lasp::attend_backward   the local gradient of the state, its exchange in the other direction
                    with dq computed meanwhile, then dk and dv
 
+`enter`, `attend` and `attend_backward` of this module are what these operators run, for a caller at
+whom nobody looks: torch's dispatcher costs the host microseconds per call.
+
 Arithmetic (`lasp.ops`) and exchange (`lasp.exchange`) meet here and nowhere else. What `enter`,
 `start` and `finish` return is small; a recomputation that keeps it (see `parallel.recompute`)
 communicates nothing.
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from functools import lru_cache
 
 import torch
 
@@ -29,7 +33,7 @@ from lasp.ops.documents import decay_rates, document_offsets
 from lasp.ops.strides import with_unit_stride
 from lasp.pieces import Dense, Packed, cut_documents
 
-__all__: list[str] = []
+__all__ = ["attend", "attend_backward", "enter"]
 
 # exp of anything less is zero.
 _UNDERFLOW = {torch.float32: -104.0, torch.float64: -746.0}
@@ -78,7 +82,7 @@ class _Entering:
             decay_rates(log_decay)
             self.pieces = _pieces(k, cu_seqlens, None, layout, lengths)
         else:
-            self.pieces, comparison = _compare(
+            self.pieces, rates, comparison = _compare(
                 group, k, v, log_decay, cu_seqlens, scale, needs_grad, method, layout, lengths
             )
         self.log_decay, self.with_final = log_decay, with_final
@@ -96,11 +100,13 @@ class _Entering:
         if group is not None:
             comparison.confirm()
             line = Line(group, layout, False, self.pieces.crossing, ops.relay)
-            self.pending = _cross(self.pieces, self.total, self.given, log_decay, line, method)
+            self.pending = _cross(
+                self.pieces, self.total, self.given, log_decay, rates, line, method
+            )
 
-    def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(what `_entering_rows` needs, state after the last token); see `_enter`."""
-        compact, final = (self.segment_states.new_empty(0) for _ in range(2))
+    def finish(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(what `_entering_rows` needs, state after the last token); see `enter`."""
+        compact = final = None
         entering = self.given
         if self.pending is not None:
             received = self.pending.finish()
@@ -119,21 +125,27 @@ class _Entering:
                 # NCCL may still be reading it, and what is returned may be written to.
                 rows = rows.clone()
             final = self.pieces.taken(rows, self.num_states, False)
+        if compact is None:
+            compact = self.segment_states.new_empty(0)
         return compact, final
 
 
-@torch.library.impl("lasp::enter", "CompositeExplicitAutograd")
-def _enter(*arguments):
+def enter(*arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(entering state, states at the borders of segments, state after the last token).
 
     What is not there is an empty tensor: the entering state without a group, or where nothing ever
-    enters a batch of sequences; the segment states where one pass needs none; the final state where
-    it is not asked for. The entering state is one row per sequence and piece, initial states
-    included; or, of packed documents, what each piece received.
+    enters a batch of sequences; the segment states where one pass needs none. The final state is
+    None where it is not asked for (the operator's is empty). The entering state is one row per
+    sequence and piece, initial states included; or, of packed documents, what each piece received.
     """
     state = _Entering(*arguments)
     entering, final_state = state.finish()
     return entering, state.segment_states, final_state
+
+
+@torch.library.impl("lasp::enter", "CompositeExplicitAutograd")
+def _enter(*arguments):
+    return _or_empty(*enter(*arguments))
 
 
 @torch.library.impl("lasp::start", "CompositeExplicitAutograd")
@@ -154,11 +166,11 @@ def _finish(ticket, k, v, initial_state, cu_seqlens, with_final, *where):
     state = _started.pop(int(ticket), None)
     if state is None:
         raise ValueError("a started state can be attended to once: call start_state again.")
-    return state.finish()
+    return _or_empty(*state.finish())
 
 
-@torch.library.impl("lasp::attend", "CompositeExplicitAutograd")
-def _attend(q, k, v, log_decay, initial_state, entering, segment_states, cu_seqlens, scale, *where):
+def attend(q, k, v, log_decay, initial_state, entering, segment_states, cu_seqlens, scale, *where):
+    """o [B, T, H, E] from what `enter` returned."""
     group, _, layout, lengths = _resolve(where)
     pieces = _pieces(q, cu_seqlens, group, layout, lengths)
     o = ops.scan(
@@ -172,8 +184,10 @@ def _attend(q, k, v, log_decay, initial_state, entering, segment_states, cu_seql
     return pieces.unfold(o)
 
 
-@torch.library.impl("lasp::attend_backward", "CompositeExplicitAutograd")
-def _attend_backward(
+torch.library.impl("lasp::attend", "CompositeExplicitAutograd", attend)
+
+
+def attend_backward(
     do,
     dfinal,
     q,
@@ -189,13 +203,13 @@ def _attend_backward(
     with_dinitial,
     *where,
 ):
-    """(dq, dk, dv, gradient of initial_state); what is not asked for is empty."""
+    """(dq, dk, dv, gradient of initial_state); None (the operator's: empty) where not asked for."""
     group, method, layout, lengths = _resolve(where)
     pieces = _pieces(q, cu_seqlens, group, layout, lengths)
     num_states = _num_states(q, cu_seqlens)
     q, k, v, do = (pieces.fold(x) for x in (q, k, v, with_unit_stride(do)))
     common = dict(scale=scale, offsets=pieces.offsets)
-    segment_grads, pending, given, dinitial = _empty(q), None, None, _empty(q)
+    segment_grads = pending = given = dinitial = None
     if with_dkv:
         with_total = group is not None or with_dinitial
         if with_total or not ops.one_pass(q, do, pieces.offsets):
@@ -205,7 +219,8 @@ def _attend_backward(
         given = pieces.given(dfinal, True)
         if group is not None:
             line = Line(group, layout, True, pieces.crossing, ops.relay)
-            pending = _cross(pieces, total, given, log_decay, line, method)
+            rates = decay_rates(log_decay)
+            pending = _cross(pieces, total, given, log_decay, rates, line, method)
 
     # dq needs the saved state only: it runs while the gradient of the state travels.
     before = _entering_rows(pieces, initial_state, entering)
@@ -220,7 +235,7 @@ def _attend_backward(
     )
     dq = pieces.unfold(dq)
     if not with_dkv:
-        return dq, q.new_empty(0), q.new_empty(0), dinitial
+        return dq, None, None, None
 
     leaving = given
     if pending is not None:
@@ -233,6 +248,13 @@ def _attend_backward(
     states = dict(initial_state=leaving, segment_states=_present(segment_grads))
     dv, dk = ops.scan_pair(k, q, do, v, log_decay, reverse=True, **states, **common)
     return dq, pieces.unfold(dk), pieces.unfold(dv), dinitial
+
+
+@torch.library.impl("lasp::attend_backward", "CompositeExplicitAutograd")
+def _attend_backward(*arguments):
+    dq, dk, dv, dinitial = attend_backward(*arguments)
+    dinitial = _empty(dq) if dinitial is None else dinitial
+    return *_or_empty(dq, dk, dv), dinitial
 
 
 @torch.library.register_fake("lasp::enter")
@@ -315,17 +337,21 @@ def _pieces(x, cu_seqlens, group, layout, lengths) -> Dense | Packed:
     seq_len = x.shape[1]
     if group is None:
         offsets = document_offsets(cu_seqlens, seq_len)
-        if offsets is None:
-            return Dense((seq_len,))
-        return cut_documents(offsets, (seq_len,), 0, "contiguous")
-    size, rank = group.size(), group.rank()
+        return _cut(seq_len, offsets, None, 1, 0, "contiguous")
+    lengths = None if lengths is None else tuple(lengths)
     offsets = document_offsets(cu_seqlens, None)
+    return _cut(seq_len, offsets, lengths, group.size(), group.rank(), layout)
+
+
+# By numbers, so that it is right for every group of that size.
+@lru_cache(maxsize=256)
+def _cut(seq_len, offsets, lengths, size, rank, layout):
     if lengths is None and offsets is not None:
         lengths = shard.split_lengths(offsets[-1], size, layout)
     if lengths is not None:
-        _check_lengths(tuple(lengths), seq_len, rank, size, offsets)
+        _check_lengths(lengths, seq_len, rank, size, offsets)
     if offsets is not None:
-        return cut_documents(offsets, tuple(lengths), rank, layout)
+        return cut_documents(offsets, lengths, rank, layout)
     if layout == "contiguous":
         return Dense((seq_len,))
     shard.place_borders((seq_len,), layout)
@@ -353,8 +379,8 @@ def _check_lengths(lengths, seq_len, rank, size, offsets):
 
 def _compare(
     group, k, v, log_decay, cu_seqlens, scale, needs_grad, method, layout, lengths
-) -> tuple[Dense | Packed, exchanges.guard.Comparison]:
-    """This rank's pieces, and whether all ranks of the group call alike, under way.
+) -> tuple[Dense | Packed, tuple[float, ...] | None, exchanges.guard.Comparison]:
+    """This rank's pieces, its decay as floats, and a comparison under way: do all ranks call alike?
 
     Local lengths are no part of it, unless every rank has to know them all: they may differ.
     """
@@ -365,33 +391,44 @@ def _compare(
         pieces = _pieces(k, cu_seqlens, group, layout, lengths)
     except ValueError as error:
         problem = str(error)
-    call = {
-        "batch, heads, size of k and v": (k.shape[0], *k.shape[2:], v.shape[-1]),
-        "dtype": k.dtype,
-        "exchange": method,
-        "layout": layout,
-        "shard_lengths": None if lengths is None else tuple(lengths),
-        "cu_seqlens": offsets,
-        "log_decay": rates,
-        "scale": scale,
-        "whether gradients of k and v are needed": needs_grad,
-    }
+    B, _, *sizes = k.shape
+    lengths = None if lengths is None else tuple(lengths)
+    sizes = (B, *sizes, v.shape[-1])
+    call = _call(sizes, k.dtype, method, layout, lengths, offsets, rates, scale, needs_grad)
     comparison = exchanges.guard.compare(group, call, problem=problem)
     if problem is not None:
         comparison.confirm()
-    return pieces, comparison
+    return pieces, rates, comparison
 
 
-def _cross(pieces, total, given, log_decay, line, method) -> exchanges.Pending:
+# Of values, never of tensors: a decay that was changed in place is another call.
+@lru_cache(maxsize=256)
+def _call(sizes, dtype, method, layout, lengths, offsets, rates, scale, needs_grad):
+    return exchanges.guard.Call(
+        {
+            "batch, heads, size of k and v": sizes,
+            "dtype": dtype,
+            "exchange": method,
+            "layout": layout,
+            "shard_lengths": lengths,
+            "cu_seqlens": offsets,
+            "log_decay": rates,
+            "scale": scale,
+            "whether gradients of k and v are needed": needs_grad,
+        }
+    )
+
+
+def _cross(pieces, total, given, log_decay, rates, line, method) -> exchanges.Pending:
     """Start the exchange of what leaves the pieces, with all that is known here worked in.
 
     total, given: rows of this rank's own states, and of those that enter from outside or None.
+    rates: `decay_rates` of log_decay.
     """
     leaving = total
     if given is not None:
         decay = _decay_over(log_decay, pieces.row_lengths(), total)
         leaving = torch.addcmul(total, decay, given)
-    rates = decay_rates(log_decay)
     maps = []
     for i, length in enumerate(pieces.lengths):
         forgets = rates is not None and max(rates) * length < _UNDERFLOW[total.dtype]
@@ -437,8 +474,12 @@ def _empty(x) -> torch.Tensor:
     return x.new_empty(0, dtype=state_dtype(x.dtype))
 
 
-def _present(states: torch.Tensor) -> torch.Tensor | None:
-    return states if states.numel() else None
+def _or_empty(first, *others):
+    return first, *(first.new_empty(0) if x is None else x for x in others)
+
+
+def _present(states: torch.Tensor | None) -> torch.Tensor | None:
+    return states if states is not None and states.numel() else None
 
 
 def _transposed(states: torch.Tensor | None) -> torch.Tensor | None:

@@ -31,7 +31,7 @@ def find_softmax_problem(q, k, v, scale, cu_seqlens, group, layout, shard_length
     return (
         _shape_problem(q, k, v)
         or _dtype_problem(q, k, v)
-        or _device_problem(q, {"k": k, "v": v})
+        or _device_problem(q, ("k", k), ("v", v))
         or _documents_problem(q, cu_seqlens)
         or _past_problem(q, k, cu_seqlens, layout)
         or _group_problem(q, k, v, None, None, group)

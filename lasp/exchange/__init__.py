@@ -29,8 +29,6 @@ enters each place of this rank.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 
 from lasp.exchange import guard
@@ -75,7 +73,12 @@ class Pending:
 
     def _advance(self):
         try:
-            with _profiled("backward" if self._reverse else "forward"):
+            # The range costs the host microseconds also where nobody looks.
+            if torch.autograd.profiler._is_profiler_enabled:
+                direction = "backward" if self._reverse else "forward"
+                with torch.profiler.record_function(f"lasp::exchange.{direction}"):
+                    next(self._steps)
+            else:
                 next(self._steps)
         except StopIteration as end:
             self._steps, self._entering = None, end.value
@@ -92,11 +95,3 @@ def start(maps: list[AffineMap], line: Line, *, method: str = "ring") -> Pending
     """
     assert len(maps) == len(line.here)
     return Pending(METHODS[method](line, maps[::-1] if line.reverse else maps), line.reverse)
-
-
-def _profiled(direction: str):
-    """A range in a profile: lasp::exchange.forward or lasp::exchange.backward."""
-    # It costs the host microseconds also where nobody looks.
-    if not torch.autograd.profiler._is_profiler_enabled:
-        return contextlib.nullcontext()
-    return torch.profiler.record_function(f"lasp::exchange.{direction}")

@@ -32,7 +32,7 @@ from torch.distributed import ProcessGroup, distributed_c10d
 from lasp.exchange import slate
 from lasp.exchange.peers import device_types
 
-__all__ = ["Comparison", "compare", "gather_numbers", "timeout_of"]
+__all__ = ["Call", "Comparison", "compare", "gather_numbers", "timeout_of"]
 
 # A comparison of texts has one size, whatever is wrong: so many texts of so many bytes.
 _TEXTS, _TEXT_BYTES = 10, 256
@@ -46,6 +46,15 @@ _hosts: WeakKeyDictionary[
 _hosts = WeakKeyDictionary()
 
 
+class Call(dict):
+    """What must be equal on all ranks, by name, for a call that comes again: its fingerprint is
+    taken once. Not to be changed afterwards."""
+
+    def __init__(self, parts: dict[str, object]) -> None:
+        super().__init__(parts)
+        self.fingerprint = _fingerprint(None, *self.items())
+
+
 def compare(
     group: ProcessGroup, call: dict[str, object], *, problem: str | None = None
 ) -> Comparison:
@@ -53,7 +62,7 @@ def compare(
 
     Args:
         call: what must be equal on all ranks, by name; the values are hashable and are compared by
-            their repr.
+            their repr. A `Call` where it will come again.
         problem: what this rank found wrong with its own input, if anything: then all ranks raise.
     """
     return Comparison(group, call, problem)
@@ -78,7 +87,10 @@ class Comparison:
     def __init__(self, group, call, problem):
         self._hosts, shared = _hosts_of(group)
         self._call, self._problem = call, problem
-        fingerprint = _fingerprint(problem, *call.items())
+        if problem is None and isinstance(call, Call):
+            fingerprint = call.fingerprint
+        else:
+            fingerprint = _fingerprint(problem, *call.items())
         if shared is not None:
             self._asked = shared.ask(fingerprint)
         else:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 
 import torch
 import torch.distributed as dist
@@ -83,7 +83,7 @@ def unpack(message: torch.Tensor, like: AffineMap) -> tuple[torch.Tensor, torch.
     return message[:-size].view(like.local.shape), message[-size:].view(like.factor.shape)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Line:
     """The places of a sequence in scan order (`lasp.shard` tells what a place is).
 
@@ -94,6 +94,8 @@ class Line:
         crossing: for each border, the outer ones included, the document that runs across it or
             None; in sequence order. None in place of the tuple: one sequence runs through all.
         relay: `lasp.ops.relay`, which passes a state on in memory that ranks share; None: messages.
+        num_ranks, size: number of ranks, and of places.
+        here: this rank's places in scan order: 0 is the first of the scan.
     """
 
     group: ProcessGroup
@@ -101,25 +103,20 @@ class Line:
     reverse: bool = False
     crossing: tuple[int | None, ...] | None = None
     relay: Callable | None = None
+    num_ranks: int = field(init=False)
+    size: int = field(init=False)
+    here: tuple[int, ...] = field(init=False)
 
-    @cached_property
-    def num_ranks(self) -> int:
-        return dist.get_world_size(self.group)
-
-    @cached_property
-    def size(self) -> int:
-        """Number of places."""
-        return self.num_ranks * (2 if self.layout == "zigzag" else 1)
-
-    @cached_property
-    def here(self) -> tuple[int, ...]:
-        """This rank's places in scan order: 0 is the first of the scan."""
-        return self.places_of(dist.get_rank(self.group))
+    def __post_init__(self) -> None:
+        # Asked of the group itself: two lines are made per step and layer, and
+        # `torch.distributed` looks up in Python whom it is asked about.
+        self.num_ranks = self.group.size()
+        self.size = self.num_ranks * (2 if self.layout == "zigzag" else 1)
+        self.here = self.places_of(self.group.rank())
 
     def places_of(self, rank: int) -> tuple[int, ...]:
         """The places of a group rank in scan order."""
-        held = shard.places(rank, self.num_ranks, self.layout)
-        return tuple(self.size - 1 - place for place in held[::-1]) if self.reverse else held
+        return _scan_places(rank, self.num_ranks, self.layout, self.reverse)
 
     def group_rank(self, place: int) -> int:
         """Who holds a place."""
@@ -149,3 +146,13 @@ class Line:
     def runs_through(self, place: int) -> bool:
         """Whether what enters `place` goes on to the next one."""
         return self.linked(place - 1, place + 1)
+
+
+# By numbers and not by group: nothing here outlives a group that is destroyed.
+@lru_cache(maxsize=4096)
+def _scan_places(rank, num_ranks, layout, reverse):
+    held = shard.places(rank, num_ranks, layout)
+    if not reverse:
+        return held
+    last = num_ranks * len(held) - 1
+    return tuple(last - place for place in held[::-1])
