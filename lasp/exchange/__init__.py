@@ -59,8 +59,8 @@ METHODS = {"all_gather": all_gather, "auto": auto, "doubling": doubling, "ring":
 class Pending:
     """An exchange under way."""
 
-    def __init__(self, steps, reverse: bool) -> None:
-        self._steps, self._reverse = steps, reverse
+    def __init__(self, steps, line: Line) -> None:
+        self._steps, self._reverse, self._group = steps, line.reverse, line.group
         self._entering = None
         self._advance()
 
@@ -82,6 +82,7 @@ class Pending:
                 next(self._steps)
         except StopIteration as end:
             self._steps, self._entering = None, end.value
+            guard.count_exchange(self._group)
 
 
 def start(maps: list[AffineMap], line: Line, *, method: str = "ring") -> Pending:
@@ -94,4 +95,4 @@ def start(maps: list[AffineMap], line: Line, *, method: str = "ring") -> Pending
         method: "ring", "all_gather", "doubling" or "auto".
     """
     assert len(maps) == len(line.here)
-    return Pending(METHODS[method](line, maps[::-1] if line.reverse else maps), line.reverse)
+    return Pending(METHODS[method](line, maps[::-1] if line.reverse else maps), line)

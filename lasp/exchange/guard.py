@@ -32,12 +32,16 @@ from torch.distributed import ProcessGroup, distributed_c10d
 from lasp.exchange import slate
 from lasp.exchange.peers import device_types
 
-__all__ = ["Call", "Comparison", "compare", "gather_numbers", "timeout_of"]
+__all__ = ["Call", "Comparison", "compare", "count_exchange", "gather_numbers", "timeout_of"]
 
 # A comparison of texts has one size, whatever is wrong: so many texts of so many bytes.
-_TEXTS, _TEXT_BYTES = 10, 256
+_TEXTS, _TEXT_BYTES = 11, 256
 # From so many ranks on, rounds of messages cost less than one from everybody to everybody.
 _FEW_RANKS = 16
+# Spreads a small number over all bits.
+_ODD = 0x9E3779B97F4A7C15
+# In how many exchanges of a group this rank has had its part.
+_exchanges: WeakKeyDictionary[ProcessGroup, int] = WeakKeyDictionary()
 # The connections over which a group compares, its own backend, and what is shared if it is on one
 # host; gone with the group.
 _hosts: WeakKeyDictionary[
@@ -76,9 +80,19 @@ def gather_numbers(group: ProcessGroup, number: int) -> tuple[int, ...]:
     return tuple(gathered.tolist())
 
 
+def count_exchange(group: ProcessGroup) -> None:
+    """Note that this rank has had its part in an exchange, which is compared at the next call.
+
+    A rank that raises in between, where the others go on, would else be one exchange behind them
+    for ever, and take the state of one for that of the next.
+    """
+    _exchanges[group] = _exchanges.get(group, 0) + 1
+
+
 def timeout_of(group: ProcessGroup) -> timedelta:
     """How long a rank waits for the others, by the group's backend."""
-    return _timeout_of(group._get_backend(torch.device(next(iter(device_types(group))))))
+    types = device_types(group)
+    return _timeout_of(group._get_backend(torch.device("cuda" if "cuda" in types else "cpu")))
 
 
 class Comparison:
@@ -91,6 +105,8 @@ class Comparison:
             fingerprint = call.fingerprint
         else:
             fingerprint = _fingerprint(problem, *call.items())
+        self._exchanges = _exchanges.get(group, 0)
+        fingerprint = _signed(fingerprint + self._exchanges * _ODD)
         if shared is not None:
             self._asked = shared.ask(fingerprint)
         else:
@@ -105,7 +121,7 @@ class Comparison:
             raise ValueError(self._problem)
 
     def _explain(self):
-        call = self._call
+        call = {**self._call, "exchanges so far": self._exchanges}
         texts = [self._problem or "", *(_brief(value) for value in call.values())]
         gathered = _gather_texts(texts, self._hosts)
         if self._problem is not None:
@@ -172,6 +188,10 @@ class _InRounds:
             self._hosts.send([self._greatest], (rank + self._distance) % size, 0),
             self._hosts.recv([self._received], (rank - self._distance) % size, 0),
         )
+
+
+def _signed(number):
+    return (number + 2**63) % 2**64 - 2**63
 
 
 @lru_cache(maxsize=1024)

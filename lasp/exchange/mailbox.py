@@ -2,8 +2,8 @@
 
 Between such ranks a state goes without NCCL, by a kernel (`lasp.ops.relay`): a few microseconds per
 hop instead of twenty. Every rank of a group has a mailbox: for each direction an inbox of one state
-(twice its bytes) and counters. It is made at the group's first exchange of a size, and lives as
-long as the group.
+(twice its bytes) and counters. It is made at the group's first exchange of a size, serves states up
+to the next power of two, and lives as long as the group.
 
 A group uses it if all its ranks are on one host and reach each other's memory, unless any of them
 has LASP_PEER_MEMORY=0 in its environment. torch's symmetric memory maps it.
@@ -33,8 +33,13 @@ __all__ = ["Mailbox", "find_mailbox"]
 # kernels run meanwhile.
 PROGRAMS, FEW_PROGRAMS = 64, 16
 
-# A group's mailboxes by number of floats; None: it has to send messages.
-_mailboxes: WeakKeyDictionary[ProcessGroup, dict[int, Mailbox] | None] = WeakKeyDictionary()
+# A group's mailboxes by device and capacity, None where it could not be had; None in place of all:
+# the group has to send messages.
+_mailboxes: WeakKeyDictionary[ProcessGroup, dict[tuple, Mailbox | None] | None]
+_mailboxes = WeakKeyDictionary()
+# How often this process came to a rendezvous. torch numbers these, whatever the group, and a rank
+# waits in vain for another that counts otherwise.
+_rendezvous = 0
 
 
 def find_mailbox(
@@ -42,37 +47,67 @@ def find_mailbox(
 ) -> Mailbox | None:
     """The mailbox for states like `local`, or None if the group has to send messages.
 
-    `relay` is `lasp.ops.relay`, or None: messages.
-
     All ranks of the group call this, with states of one size, and all get one or none does.
+
+    Args:
+        relay: `lasp.ops.relay`, or None: messages.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, and there is no mailbox of that size yet.
     """
+    n = local.numel()
     if relay is None or not local.is_cuda or local.dtype != torch.float32 or group.size() == 1:
         return None
-    if group not in _mailboxes:
-        _mailboxes[group] = {} if _share_a_host(group, local.device) else None
-    made = _mailboxes[group]
-    if made is None:
+    if not 0 < n < 2**31:
         return None
-    if local.numel() not in made:
-        box, problem = None, None
+    # Sizes share one, as batches of different sizes have: few are ever made.
+    key = local.device, 1 << (n - 1).bit_length()
+    made = _mailboxes.get(group, ())
+    if made is not None and key not in made:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a CUDA graph cannot hold a group's first exchange of a size: run it once before "
+                "the capture."
+            )
+        if made == ():
+            made = _mailboxes[group] = {} if _share_a_host(group, local.device) else None
+        if made is not None:
+            made[key] = _make(group, *key, relay)
+    box = None if made is None else made[key]
+    if box is not None:
+        # A launcher changes it after the first step.
+        box.limit = guard.timeout_of(group)
+    return box
+
+
+def _make(
+    group: ProcessGroup, device: torch.device, capacity: int, relay: Callable
+) -> Mailbox | None:
+    """A mailbox on every rank, or on none."""
+    global _rendezvous
+    box = problem = None
+    try:
+        box = Mailbox(group, device, capacity, relay)
+    except Exception as error:
+        problem = error
+    # So that nobody waits in the rendezvous for one that does not come.
+    numbers = guard.gather_numbers(group, -1 if box is None else _rendezvous)
+    if min(numbers) >= 0 and len(set(numbers)) == 1:
+        _rendezvous += 1
         try:
-            box = Mailbox(group, local, relay)
+            box.connect()
         except Exception as error:
             problem = error
-        if not all(guard.gather_numbers(group, int(problem is None))):
-            reason = f": {type(problem).__name__}: {problem}" if problem else " on another rank"
-            warnings.warn(
-                f"peer memory could not be mapped{reason}. States go through the process group "
-                "instead; LASP_PEER_MEMORY=0 asks for that.",
-                stacklevel=2,
-            )
-            _mailboxes[group] = None
-            return None
-        made[local.numel()] = box
-    box = made[local.numel()]
-    # A launcher changes it after the first step.
-    box.limit = guard.timeout_of(group)
-    return box
+        # Nobody writes before all are here.
+        if all(guard.gather_numbers(group, int(problem is None))):
+            return box
+    problem = problem or RuntimeError(f"another rank could not, or has met others: {numbers}")
+    warnings.warn(
+        f"peer memory could not be mapped ({type(problem).__name__}: {problem}). States of this "
+        "size go through the process group instead; LASP_PEER_MEMORY=0 asks for that.",
+        stacklevel=2,
+    )
+    return None
 
 
 def _share_a_host(group: ProcessGroup, device: torch.device) -> bool:
@@ -80,7 +115,8 @@ def _share_a_host(group: ProcessGroup, device: torch.device) -> bool:
     wanted = os.environ.get("LASP_PEER_MEMORY", "1") != "0" and torch.version.hip is None
     # Containers of one host have names of their own, and may not see each other's processes.
     boot = Path("/proc/sys/kernel/random/boot_id")
-    host = f"{socket.gethostname()} {boot.read_text() if boot.exists() else ''}"
+    spaces = [os.readlink(f"/proc/self/ns/{name}") for name in ("pid", "mnt") if boot.exists()]
+    host = f"{socket.gethostname()} {boot.read_text() if boot.exists() else ''} {spaces}"
     number = int.from_bytes(hashlib.sha256(host.encode()).digest()[:7], "little")
     hosts = guard.gather_numbers(group, number if wanted else -1)
     if min(hosts) < 0 or len(set(hosts)) > 1:
@@ -103,40 +139,53 @@ class Mailbox:
 
     `limit` is how long a rank waits for its neighbours before it gives the process up.
 
-    All exchanges of a size go over one stream, in the order of the calls: the counters tell apart
-    what was sent first from what was sent next, and nothing else does.
+    All exchanges go over one stream, in the order of the calls: the counters tell apart what was
+    sent first from what was sent next, and nothing else does. A CUDA graph has its own order:
+    replay it where its eager call would stand, not beside other calls of the group.
     """
 
-    def __init__(self, group: ProcessGroup, local: torch.Tensor, relay: Callable) -> None:
+    def __init__(
+        self, group: ProcessGroup, device: torch.device, capacity: int, relay: Callable
+    ) -> None:
         import torch.distributed._symmetric_memory as symmetric_memory
 
         # Two directions, each an inbox and its counters, on whole lines of 128 bytes.
-        num_floats = local.numel()
-        padded = -(-num_floats // 16) * 16
-        each = padded + (num_floats // 1024 + 3 + 31) // 32 * 16
-        self._memory = symmetric_memory.empty(2 * each, dtype=torch.int64, device=local.device)
+        self._capacity = capacity
+        self._padded = -(-capacity // 16) * 16
+        self._each = self._padded + (capacity // 1024 + 3 + 31) // 32 * 16
+        self._relay = relay
+        # First come, first served, before the kernels that hide it.
+        self._stream = torch.cuda.Stream(device, priority=-1)
+        options = dict(dtype=torch.int64, device=device)
+        try:
+            self._memory = symmetric_memory.empty(2 * self._each, **options)
+        except RuntimeError:
+            # It does not come from torch's cache, which may hold what is free.
+            torch.cuda.empty_cache()
+            self._memory = symmetric_memory.empty(2 * self._each, **options)
         self._memory.zero_()
-        # Before the others have it in hand.
-        torch.cuda.synchronize(local.device)
-        self._handle = symmetric_memory.rendezvous(self._memory, group)
+        torch.cuda.synchronize(device)
+        self._connect = lambda: symmetric_memory.rendezvous(self._memory, group)
+        self._rank, self._size = group.rank(), group.size()
+
+    def connect(self) -> None:
+        """Map the neighbours' memory. All ranks of the group call this, and may wait here."""
+        self._handle, self._connect = self._connect(), None
+        each = self._each
 
         def boxes(rank):
             whole = self._memory
-            if rank != group.rank():
+            if rank != self._rank:
                 whole = self._handle.get_buffer(rank, (2 * each,), torch.int64)
             for begin in (0, each):
-                counters = whole[begin + padded : begin + each].view(torch.int32)
-                yield whole[begin : begin + num_floats], counters
+                counters = whole[begin + self._padded : begin + each].view(torch.int32)
+                yield whole[begin : begin + self._capacity], counters
 
-        rank = group.rank()
         self._boxes = {
-            place: tuple(boxes(place))
-            for place in (rank - 1, rank, rank + 1)
-            if 0 <= place < group.size()
+            rank: tuple(boxes(rank))
+            for rank in (self._rank - 1, self._rank, self._rank + 1)
+            if 0 <= rank < self._size
         }
-        self._rank, self._relay = rank, relay
-        # First come, first served, before the kernels that hide it.
-        self._stream = torch.cuda.Stream(local.device, priority=-1)
 
     @contextlib.contextmanager
     def on_its_stream(self):
@@ -168,9 +217,9 @@ class Mailbox:
         local, rates = each.local.contiguous(), each.log_decay
         if rates is None:
             rates = local.new_zeros(local.shape[1])
-        for tensor in (local, entering):
-            if tensor is not None:
-                tensor.record_stream(self._stream)
+        for tensor in {each.local, local, rates, entering} - {None}:
+            # Whoever starts an exchange may never finish it.
+            tensor.record_stream(self._stream)
         self._relay(
             local,
             rates.to(torch.float32).contiguous(),

@@ -33,6 +33,28 @@ def _check_clock(begun, limit_seconds):
         )
 
 
+@triton.jit
+def _store_release(p, number):
+    """By one thread. No atomic operation: PCIe may carry none to another GPU."""
+    tl.inline_asm_elementwise(
+        """
+        {
+            .reg .pred %first;
+            .reg .u32 %thread;
+            mov.u32 %thread, %tid.x;
+            setp.eq.u32 %first, %thread, 0;
+            @%first st.release.sys.global.u32 [$1], $2;
+            mov.u32 $0, 0;
+        }
+        """,
+        "=r,l,r",
+        [p.to(tl.uint64, bitcast=True), number],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
 @triton.jit(do_not_specialize=["length", "limit_seconds"])
 def relay_kernel(
     p_local,
@@ -45,6 +67,7 @@ def relay_kernel(
     length,
     num_floats,
     num_chunks,
+    stride,
     H,
     limit_seconds,
     SIZE: tl.constexpr,
@@ -55,8 +78,8 @@ def relay_kernel(
     WAITS: tl.constexpr,
 ):
     p_received = p_counters
-    p_sent = p_counters + num_chunks
-    p_consumed = p_counters + 2 * num_chunks
+    p_sent = p_counters + stride
+    p_consumed = p_counters + 2 * stride
     for i in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
         o = i * CHUNK + tl.arange(0, CHUNK)
         m = o < num_floats
@@ -78,7 +101,7 @@ def relay_kernel(
             # The last state has to be out of the next rank's inbox.
             consumed = tl.atomic_add(p_consumed + i, 0, sem="acquire", scope="sys")
             if WAITS:
-                while consumed < sent - 1:
+                while consumed - (sent - 1) < 0:
                     consumed = tl.atomic_add(p_consumed + i, 0, sem="acquire", scope="sys")
                     _check_clock(begun, limit_seconds)
             tl.debug_barrier()
@@ -107,7 +130,10 @@ def relay_kernel(
             tl.store(p_received + i, received)
             # All of the program has read.
             tl.debug_barrier()
-            tl.atomic_xchg(p_previous + 2 * num_chunks + i, received, sem="release", scope="sys")
+            if WAITS:
+                _store_release(p_previous + 2 * stride + i, received)
+            else:
+                tl.store(p_previous + 2 * stride + i, received)
         if SENDS:
             tl.store(p_sent + i, sent)
 
@@ -132,8 +158,8 @@ def relay(
         log_decay: [H] float32.
         entering: gets what was received, like `local`.
         mine, previous, following: (inbox [n] int64, counters [at least n / 1024 + 3] int32) of this
-            rank and of its neighbours, for n = local.numel(); all zero at first. previous None:
-            nothing is received; following None: nothing is sent.
+            rank and of its neighbours, the same n >= local.numel() on all; all zero at first.
+            previous None: nothing is received; following None: nothing is sent.
         passes: False: `local` alone is sent, before anything is received.
         programs: at most so many run, and hold as many multiprocessors while they wait.
         limit_seconds: a neighbour that takes longer has died. The kernel then traps, which ends
@@ -141,7 +167,8 @@ def relay(
     """
     _, num_heads, D, E = local.shape
     num_floats, chunks = local.numel(), triton.cdiv(local.numel(), CHUNK)
-    numbers = (length, num_floats, chunks, num_heads, limit_seconds)
+    stride = triton.cdiv(mine[0].numel(), CHUNK)
+    numbers = (length, num_floats, chunks, stride, num_heads, limit_seconds)
     modes = (previous is not None, following is not None, passes)
     bound = _bind(numbers, D * E, modes)
     outbox = (following or mine)[0]

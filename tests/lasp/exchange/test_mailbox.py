@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import lasp
 from lasp import exchange, shard
 from lasp.exchange import AffineMap, Line, guard, mailbox
 from tests.lasp import sharded
@@ -85,15 +86,25 @@ def test_places_pass_on_what_they_should(pool, size, layout):
     sharded.check(Done(), size, *problems)
 
 
-def found(group, wanted, reached, mapped):
-    """Whether this rank has a mailbox, twice; `wanted`, `reached`, `mapped`: ranks that ..."""
-    rank = dist.get_rank(group)
+def found(group, wanted, reached, allocated, met, mapped):
+    """(whether this rank has a mailbox, warnings, times it came to the rendezvous).
+
+    Ranks that want one, reach the others, could allocate it, have met nobody else before, could map
+    the others' memory.
+    """
+    rank, connected = dist.get_rank(group), []
     local = mock.Mock(spec=torch.Tensor)
     local.is_cuda, local.dtype, local.device = True, torch.float32, mock.Mock(index=rank)
     local.numel.return_value = 10
 
     class Made:
-        def __init__(self, *arguments):
+        def __init__(self, group, device, capacity, relay):
+            assert capacity == 16
+            if rank not in allocated:
+                raise torch.OutOfMemoryError
+
+        def connect(self):
+            connected.append(rank)
             if rank not in mapped:
                 raise RuntimeError("no such memory")
 
@@ -101,6 +112,8 @@ def found(group, wanted, reached, mapped):
     with (
         mock.patch.object(mailbox, "Mailbox", Made),
         mock.patch.object(mailbox, "_mailboxes", {}),
+        mock.patch.object(mailbox, "_rendezvous", int(rank not in met)),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False),
         mock.patch.dict(os.environ, environment),
         mock.patch.object(torch.cuda, "device_count", return_value=dist.get_world_size(group)),
         mock.patch.object(
@@ -113,16 +126,45 @@ def found(group, wanted, reached, mapped):
         without = mailbox.find_mailbox(group, local, None)
     assert boxes[0] is boxes[1] and without is None
     assert boxes[0] is None or boxes[0].limit == timedelta(seconds=90)
-    return boxes[0] is not None, warned.call_count
+    return boxes[0] is not None, warned.call_count, len(connected)
 
 
-@pytest.mark.parametrize("unable", ["nobody", "wanted", "reached", "mapped"])
+@pytest.mark.parametrize("unable", ["nobody", "wanted", "reached", "allocated", "met", "mapped"])
 def test_all_ranks_have_a_mailbox_or_none(pool, unable):
-    able = {name: {0, 1, 2} for name in ("wanted", "reached", "mapped")}
+    able = {name: {0, 1, 2} for name in ("wanted", "reached", "allocated", "met", "mapped")}
     if unable != "nobody":
         able[unable] = {0, 2}
+    warned = unable in ("allocated", "met", "mapped")
+    connected = unable in ("nobody", "mapped")
     outcomes = pool.run(found, *able.values(), size=3)
-    assert outcomes == [(unable == "nobody", int(unable == "mapped"))] * 3
+    assert outcomes == [(unable == "nobody", int(warned), int(connected))] * 3
+
+
+def missed(group):
+    """What all say at the next call after rank 1 has raised where the others went on."""
+    rank = dist.get_rank(group)
+    q = torch.ones(1, 4, 2, 3)
+    guard._exchanges[group] = 0
+    lasp.lightning_attention(q, q, q, None, group=group, exchange="all_gather")
+    with contextlib.suppress(RuntimeError):
+        if rank == 1:
+            # As it would look if it had had its part and then raised.
+            with mock.patch.object(guard, "count_exchange", side_effect=RuntimeError):
+                lasp.lightning_attention(q, q, q, None, group=group, exchange="all_gather")
+        else:
+            lasp.lightning_attention(q, q, q, None, group=group, exchange="all_gather")
+    try:
+        lasp.lightning_attention(q, q, q, None, group=group, exchange="all_gather")
+    except ValueError as error:
+        return str(error)
+    finally:
+        # The tests to come use the same group.
+        guard._exchanges[group] = 0
+
+
+def test_a_rank_that_missed_an_exchange_is_found(pool):
+    for text in pool.run(missed, size=3):
+        assert "exchanges so far (rank 0: 2, rank 1: 1, rank 2: 2)" in text
 
 
 def test_cpu_tensors_go_by_message():

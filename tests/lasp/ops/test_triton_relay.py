@@ -50,5 +50,5 @@ def test_compiles_to_packets_that_are_written_whole(receives, sends):
         assert "ld.global.sys.acquire" in ptx, "an inbox is written to before it was read"
     if receives:
         assert "ld.volatile.global.v2.b64" in ptx
-        assert "atom.global.sys.release.exch" in ptx
+        assert "st.release.sys.global.u32" in ptx
     assert "globaltimer" in ptx and "trap" in ptx
