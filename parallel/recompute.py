@@ -149,9 +149,10 @@ _POLICIES = {"full": _keep_exchanges, "selective": _keep_expensive}
 class HostMemory:
     """Where saved tensors wait for the backward: pinned host memory, filled by a stream of its own.
 
-    The forward goes on while a tensor is copied out. The backward takes tensors in reverse order;
-    whoever takes one starts the copy back of the one before it, which then runs under the
-    computation in between. The host is never waited for.
+    The forward goes on while a tensor is copied out, and waits for that copy where the next one is
+    stored: so no more than two are on the device, however far the host is ahead. The backward takes
+    tensors in reverse order; whoever takes one starts the copy back of the one before it, which
+    then runs under the computation in between. The host is never waited for.
 
     Args:
         minimum_bytes: smaller tensors stay where they are.
@@ -161,6 +162,7 @@ class HostMemory:
         self._minimum = minimum_bytes
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._latest: weakref.ref[_Stored] | None = None
+        self._leaving: _Stored | None = None
 
     def store(self, tensor: Tensor, stay: bool = False) -> Tensor | _Stored:
         """Start to copy `tensor` to the host; what stands for it until `load`."""
@@ -168,18 +170,26 @@ class HostMemory:
         if small or not tensor.is_floating_point() or isinstance(tensor, torch.nn.Parameter):
             return tensor
         previous = None if self._latest is None else self._latest()
+        self._let_go()
         stored = _Stored(tensor, previous, self._stream(tensor.device), stay)
         self._latest = weakref.ref(stored)
+        self._leaving = None if stay else stored
         return stored
 
     def load(self, stored: Tensor | _Stored) -> Tensor:
         """The tensor on its device again."""
         if not isinstance(stored, _Stored):
             return stored
+        self._let_go()
         stored.start_return()
         if stored.previous is not None:
             stored.previous.start_return()
         return stored.on_device()
+
+    def _let_go(self) -> None:
+        if self._leaving is not None:
+            self._leaving.let_go()
+            self._leaving = None
 
     def _stream(self, device: torch.device) -> torch.cuda.Stream | None:
         if device.type != "cuda":
@@ -205,6 +215,7 @@ class _Stored:
         self._returned: Tensor | None = tensor.detach() if stay else None
         self._ready: torch.cuda.Event | None = None
         self._host: Tensor | None = None
+        self._source: Tensor | None = None
         if stay:
             return
         self._host = torch.empty_like(tensor, device="cpu", pin_memory=stream is not None)
@@ -214,8 +225,16 @@ class _Stored:
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             self._host.copy_(tensor, non_blocking=True)
-        # Its memory is not given to anyone before the copy is through.
-        tensor.record_stream(stream)
+            self._copied = stream.record_event()
+        # Held, and not recorded as used by the stream: the allocator would see the end of that use
+        # only when the host comes by later, and the host is ahead by many blocks.
+        self._source = tensor.detach()
+
+    def let_go(self) -> None:
+        """Leave the tensor's memory to what the current stream does next, after the copy."""
+        if self._source is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._copied)
+            self._source = None
 
     def start_return(self) -> None:
         """Start the copy to the device, unless that has been done."""
@@ -233,7 +252,6 @@ class _Stored:
         with torch.cuda.stream(self._stream):
             self._returned.copy_(self._host, non_blocking=True)
             self._ready = self._stream.record_event()
-        self._returned.record_stream(self._stream)
 
     def on_device(self) -> Tensor:
         """The tensor, for the current stream. (A second backward would copy it once more.)"""
@@ -245,3 +263,8 @@ class _Stored:
             torch.cuda.current_stream(self._device).wait_event(self._ready)
             self._ready = None
         return returned
+
+    def __del__(self) -> None:
+        # On its way back and never taken, as where a backward was given up.
+        if self._ready is not None and self._returned is not None and self._stream is not None:
+            self._returned.record_stream(self._stream)
