@@ -138,9 +138,11 @@ def estimate(config: Config, place: Place, shape: TNLConfig) -> Estimate:
     )
 
 
-def format_estimate(config: Config, place: Place, shape: TNLConfig, memory: float | None) -> str:
+def format_estimate(
+    config: Config, place: Place, shape: TNLConfig, memory: float | None
+) -> tuple[str, bool]:
     """What one rank holds: shards, GiB by part, whether a device of `memory` GiB (None: not known)
-    is enough, and what to change if not."""
+    is enough, and what to change if not. And again, whether it is (not known: yes)."""
     by_mode = {}
     for mode in _MODES:
         changed = copy.deepcopy(config)
@@ -160,7 +162,7 @@ def format_estimate(config: Config, place: Place, shape: TNLConfig, memory: floa
     if mine.total == mine.start:
         lines[-1] += "  (before the first step, when a rank draws all weights to keep its own)"
     if memory is None:
-        return "\n".join(lines)
+        return "\n".join(lines), True
     verdict = "fits in" if mine.fits(memory) else "does not fit in"
     lines.append(
         f"{verdict} {memory:g} GiB, of which {_RESERVE / _GIB:g} are kept for the allocator's "
@@ -168,7 +170,7 @@ def format_estimate(config: Config, place: Place, shape: TNLConfig, memory: floa
     )
     if not mine.fits(memory):
         lines.append(advice(config, place, shape, memory, by_mode))
-    return "\n".join(lines)
+    return "\n".join(lines), mine.fits(memory)
 
 
 def advice(

@@ -5,9 +5,9 @@
 Every flag of `launch/config.py` overrides the file. Exit codes: 0 done; 75 stopped by SIGTERM with
 all steps saved (run the same command again, with checkpoint.resume auto or must); 143 stopped by
 SIGTERM with checkpoints switched off, nothing saved; 70 a damaged or foreign checkpoint; 72 NaN or
-infinite loss; 73 a config or data that cannot be trained on; 74 the last checkpoint could not be
-written; 1 anything else, with a traceback. torchrun itself exits with 1 and shows the ranks' codes.
-With --max_restarts, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: otherwise a restarted job may meet
+infinite loss; 73 a config or data that cannot be trained on, or a dry run of what does not fit; 74
+the last checkpoint could not be written; 1 anything else, with a traceback. torchrun itself exits
+with 1 and shows the ranks' codes. With --max_restarts, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: otherwise a restarted job may meet
 the addresses of the one before it.
 """
 
@@ -84,9 +84,11 @@ def main(argv: list[str]) -> int:
         batch = batching(config, place)
         check_layout(config, place)
         if config.job.dry_run:
-            if is_first:
-                print(dry_run(config, place, batch))
-            return 0
+            if not is_first:
+                return 0
+            plan, fits = dry_run(config, place, batch)
+            print(plan)
+            return 0 if fits else ConfigError.exit_code
     except UserError as error:
         # Every rank sees the same config: one of them says so.
         if is_first:
@@ -102,8 +104,9 @@ def main(argv: list[str]) -> int:
         return error.exit_code
 
 
-def dry_run(config: Config, place: Place, batch: Batching) -> str:
-    """The resolved config and the plan; nothing is written, no socket opened."""
+def dry_run(config: Config, place: Place, batch: Batching) -> tuple[str, bool]:
+    """The resolved config and the plan, and whether it fits the memory of a rank, as far as that is
+    known; nothing is written, no socket opened."""
     # Not at the top: it brings machinery that no run needs.
     from launch.estimate import fake_ranks, format_estimate
 
@@ -122,8 +125,8 @@ def dry_run(config: Config, place: Place, batch: Batching) -> str:
         memory = torch.cuda.get_device_properties(place.device).total_memory / 2**30
     plan = describe(config, place, shape, batch)
     with fake_ranks() if place.dims.world_size > 1 or memory else nullcontext():
-        holds = format_estimate(config, place, shape, memory)
-    return f"{to_toml(config)}\n{plan}\n{holds}"
+        holds, fits = format_estimate(config, place, shape, memory)
+    return f"{to_toml(config)}\n{plan}\n{holds}", fits
 
 
 def train(config: Config, world: World, batch: Batching) -> int:

@@ -73,7 +73,8 @@ def plans():
             degrees = tuple(int(n) for n in re.findall(r"(?:dp_\w+|cp|tp) (\d+)", text))
             after = job(degrees, activation_checkpoint__mode="full") if degrees else None
             advised.append((text, degrees, after and estimate(*after).fits(memory)))
-        text = format_estimate(*job(LARGE), RESERVE + 1.01 * full)
+        text, fits = format_estimate(*job(LARGE), RESERVE + 1.01 * full)
+        assert not fits
         began = time.process_time()
         estimate(*job((1, 1 << 15, 1, 2)))
         seconds = time.process_time() - began
@@ -170,7 +171,7 @@ def test_the_largest_job_is_advised_nothing_larger(monkeypatch):
 
 def test_the_command_plans_for_gpus_that_are_not_there(capsys, one_process):
     more = ["--job.dry_run", "--job.dry_run_gpus", "1", "--job.dry_run_gpu_memory", "3"]
-    assert train.main([*flags(**SHAPE), *more]) == 0
+    assert train.main([*flags(**SHAPE), *more]) == 73
     output = capsys.readouterr().out
     assert "(nccl, cuda, torch.bfloat16)" in output
     assert "does not fit in 3 GiB" in output
