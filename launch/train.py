@@ -7,8 +7,8 @@ all steps saved (run the same command again, with checkpoint.resume auto or must
 SIGTERM with checkpoints switched off, nothing saved; 70 a damaged or foreign checkpoint; 72 NaN or
 infinite loss; 73 a config or data that cannot be trained on, or a dry run of what does not fit; 74
 the last checkpoint could not be written; 1 anything else, with a traceback. torchrun itself exits
-with 1 and shows the ranks' codes. With --max_restarts, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: otherwise a restarted job may meet
-the addresses of the one before it.
+with 1 and shows the ranks' codes. With --max_restarts, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1:
+otherwise a restarted job may meet the addresses of the one before it.
 """
 
 from __future__ import annotations
