@@ -149,7 +149,8 @@ def replayed(group):
             both()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # NCCL's watchdog looks at events of its own meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         found = both()
     with torch.no_grad():
         for x in leaves:

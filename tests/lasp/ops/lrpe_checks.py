@@ -1,18 +1,15 @@
 """What the LRPE kernels compute under Triton's interpreter, against the equation in float64.
 
-Not a test module, as triton_checks.py is not one: test_triton_lrpe.py runs it in a process of its
-own. It writes one line of JSON, {case: error or null}.
+Not a test module: test_triton_lrpe.py runs it; see interpreter.py.
 """
 
 from __future__ import annotations
-
-import json
-import traceback
 
 import torch
 
 from lasp.ops.triton.lrpe import MAX_ROWS, TOKENS, lrpe, lrpe_backward
 from tests.lasp.cases import relative_error
+from tests.lasp.ops import interpreter
 from tests.lasp.ops.triton_checks import poison_empty
 
 
@@ -54,19 +51,6 @@ CASES = {
 }
 
 
-def main():
-    """Run all cases and report on standard output."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    poison_empty()
-    errors = dict.fromkeys(CASES)
-    for name, case in CASES.items():
-        try:
-            case()
-        except Exception:
-            errors[name] = traceback.format_exc()
-    print(json.dumps(errors))
-
-
 if __name__ == "__main__":
-    main()
+    poison_empty()
+    interpreter.report(CASES)

@@ -1,14 +1,12 @@
-"""The relay kernel under Triton's interpreter; triton_checks.py says why in a process of its own.
+"""The relay kernel under Triton's interpreter; interpreter.py says why in a process of its own.
 
 The interpreter runs one rank after the other, in the order in which the state comes to them.
 """
 
-import json
-import traceback
-
 import torch
 
 from lasp.ops.triton.relay import CHUNK, relay
+from tests.lasp.ops import interpreter
 
 
 class Line:
@@ -81,18 +79,5 @@ CASES = {
 }
 
 
-def main():
-    """Run all cases and report on standard output."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    errors = dict.fromkeys(CASES)
-    for name, case in CASES.items():
-        try:
-            case()
-        except Exception:
-            errors[name] = traceback.format_exc()
-    print(json.dumps(errors))
-
-
 if __name__ == "__main__":
-    main()
+    interpreter.report(CASES)

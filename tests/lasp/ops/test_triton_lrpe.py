@@ -1,36 +1,17 @@
 """The LRPE kernels: under Triton's interpreter, and compiled for Hopper."""
 
-import functools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from lasp.ops.triton.lrpe import TOKENS, lrpe_backward_kernel, lrpe_kernel
+from tests.lasp.ops import interpreter
 from tests.lasp.ops.lrpe_checks import CASES
 from tests.lasp.ops.test_triton_compile import compile_for_hopper, spilled_bytes
-
-ROOT = Path(__file__).parents[3]
-
-
-@functools.cache
-def errors():
-    """{case: error or None}, from a process in which triton was imported as an interpreter."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.lasp.ops.lrpe_checks"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_matches_the_equation(case):
-    assert errors()[case] is None, errors()[case]
+    error = interpreter.errors("tests.lasp.ops.lrpe_checks")[case]
+    assert error is None, error
 
 
 @pytest.mark.parametrize("kernel", [lrpe_kernel, lrpe_backward_kernel])

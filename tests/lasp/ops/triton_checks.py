@@ -1,22 +1,19 @@
 """What the Triton kernels compute under the interpreter, against a token loop in float64.
 
-Not a test module: TRITON_INTERPRET is read when triton is imported, so test_triton_interpreter.py
-runs this one in a process of its own, once per group, with TRITON_INTERPRET=1:
-`python -m tests.lasp.ops.triton_checks GROUP`. It writes one line of JSON, {case: error or null}.
+Not a test module: test_triton_interpreter.py runs it once per group, see interpreter.py.
 The interpreter multiplies bf16 bit patterns, so bf16 is checked on a GPU only.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-import traceback
 
 import torch
 
 from lasp.ops import triton as kernels
 from lasp.ops.triton import plan
 from tests.lasp.cases import relative_error
+from tests.lasp.ops import interpreter
 from tests.poison import ALLOCATORS, poisoned
 
 DECAYS = (0.0, -0.03, -1.0, -50.0)
@@ -294,20 +291,6 @@ def poison_empty():
         setattr(owner, name, poisoned(getattr(owner, name)))
 
 
-def main(group):
-    """Run a group's cases and report on standard output."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    poison_empty()
-    errors = {}
-    for name, case in GROUPS[group].items():
-        try:
-            case()
-            errors[name] = None
-        except Exception:
-            errors[name] = traceback.format_exc()
-    print(json.dumps(errors))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    poison_empty()
+    interpreter.report(GROUPS[sys.argv[1]])

@@ -1,0 +1,50 @@
+"""Checks that run where Triton is an interpreter, in a process of their own.
+
+TRITON_INTERPRET is read when triton is imported, so a test runs the module that has the checks as a
+program, and reads from its output which of them failed:
+
+    errors = interpreter.errors("tests.lasp.ops.lrpe_checks")    # {case: traceback or None}
+    if __name__ == "__main__": interpreter.report(CASES)         # in that module
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+__all__ = ["errors", "report"]
+
+ROOT = Path(__file__).parents[3]
+
+
+@functools.cache
+def errors(module: str, *arguments: str) -> dict[str, str | None]:
+    """The traceback of each case that failed, None of each that did not."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def report(cases: dict[str, Callable[[], object]]) -> None:
+    """Run all cases and write one line of JSON."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    found = dict.fromkeys(cases)
+    for name, case in cases.items():
+        try:
+            case()
+        except Exception:
+            found[name] = traceback.format_exc()
+    print(json.dumps(found))
