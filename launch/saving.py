@@ -244,7 +244,11 @@ def resume(run: Run, found: Checkpoint) -> None:
     random_state.restore(state["random"], world.rank, world.dims.world_size, world.device)
     order = sample_identity(run)
     if order != state["sample_identity"] and world.is_first:
-        print(f"warning: samples were {state['sample_identity']}, are {order}: another order")
+        print(
+            "warning: training.seed, training.seq_len and the data's samples were "
+            f"{state['sample_identity']}, are {order}: samples come in another order, and the "
+            f"{run.consumed} that were consumed are counted in it."
+        )
 
 
 def sample_identity(run: Run) -> list[int]:
