@@ -12,7 +12,7 @@ from collections.abc import Generator
 import torch
 import torch.distributed as dist
 
-from lasp.exchange.peers import AffineMap, Line, pack, unpack
+from lasp.exchange.peers import AffineMap, Line, pack, send, unpack
 
 __all__ = ["doubling"]
 
@@ -62,11 +62,7 @@ def _one_round(line, windows, distance):
             rank = line.global_rank(source)
             works.append(dist.irecv(arrived[i], src=rank, group=line.group))
         else:
-            work = dist.isend(window, dst=line.global_rank(target), group=line.group)
-            # At once on a GPU, as in `ring`. Gloo reads the sent buffer until the send is done.
-            if window.is_cuda:
-                work.wait()
-            else:
+            if (work := send(window, line.global_rank(target), line.group)) is not None:
                 works.append(work)
     return arrived, works
 

@@ -91,8 +91,8 @@ def count_exchange(group: ProcessGroup) -> None:
 
 def timeout_of(group: ProcessGroup) -> timedelta:
     """How long a rank waits for the others, by the group's backend."""
-    types = device_types(group)
-    return _timeout_of(group._get_backend(torch.device("cuda" if "cuda" in types else "cpu")))
+    hosts, _ = _hosts_of(group)
+    return hosts.options._timeout
 
 
 class Comparison:
@@ -208,7 +208,8 @@ def _hosts_of(group):
         # `group`. (Its use_local_synchronization names groups by how many a rank knows, and ranks
         # may know different numbers.)
         store = dist.PrefixStore("lasp.guard", distributed_c10d._get_process_group_store(group))
-        backend = group._get_backend(torch.device(next(iter(device_types(group)))))
+        # Of "cpu" and "cuda" the latter, on all ranks: a set has no order of its own.
+        backend = group._get_backend(torch.device(max(device_types(group))))
         hosts = dist.ProcessGroupGloo(store, group.rank(), group.size(), _timeout_of(backend))
         gather = partial(_gather_texts, hosts=hosts)
         shared = slate.join(group.rank(), group.size(), gather, partial(_timeout_of, backend))

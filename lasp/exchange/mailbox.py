@@ -18,13 +18,12 @@ import os
 import socket
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
 from torch.distributed import ProcessGroup
 
-from lasp.exchange import guard
+from lasp.exchange import guard, slate
 from lasp.exchange.peers import AffineMap
 
 __all__ = ["Mailbox", "find_mailbox"]
@@ -32,6 +31,9 @@ __all__ = ["Mailbox", "find_mailbox"]
 # Programs of a relay. They hold multiprocessors while they wait, so few of them where other
 # kernels run meanwhile.
 PROGRAMS, FEW_PROGRAMS = 64, 16
+
+# Floats of the smallest mailbox: its inbox fills whole lines of 128 bytes, as all larger ones do.
+_LEAST = 16
 
 # A group's mailboxes by device and capacity, None where it could not be had; None in place of all:
 # the group has to send messages.
@@ -61,7 +63,7 @@ def find_mailbox(
     if not 0 < n < 2**31:
         return None
     # Sizes share one, as batches of different sizes have: few are ever made.
-    key = local.device, 1 << (n - 1).bit_length()
+    key = local.device, max(_LEAST, 1 << (n - 1).bit_length())
     made = _mailboxes.get(group, ())
     if made is not None and key not in made:
         if torch.cuda.is_current_stream_capturing():
@@ -87,7 +89,7 @@ def _make(
     global _rendezvous
     box = problem = None
     try:
-        box = Mailbox(group, device, capacity, relay)
+        box = Mailbox(device, capacity, relay)
     except Exception as error:
         problem = error
     # So that nobody waits in the rendezvous for one that does not come.
@@ -95,7 +97,7 @@ def _make(
     if min(numbers) >= 0 and len(set(numbers)) == 1:
         _rendezvous += 1
         try:
-            box.connect()
+            box.connect(group)
         except Exception as error:
             problem = error
         # Nobody writes before all are here.
@@ -114,10 +116,10 @@ def _share_a_host(group: ProcessGroup, device: torch.device) -> bool:
     """Whether every rank says yes, is on the same host and reaches every other rank's GPU."""
     wanted = os.environ.get("LASP_PEER_MEMORY", "1") != "0" and torch.version.hip is None
     # Containers of one host have names of their own, and may not see each other's processes.
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    spaces = [os.readlink(f"/proc/self/ns/{name}") for name in ("pid", "mnt") if boot.exists()]
-    host = f"{socket.gethostname()} {boot.read_text() if boot.exists() else ''} {spaces}"
-    number = int.from_bytes(hashlib.sha256(host.encode()).digest()[:7], "little")
+    host = slate.host()
+    spaces = [os.readlink(f"/proc/self/ns/{name}") for name in ("pid", "mnt") if host]
+    here = f"{socket.gethostname()} {host} {spaces}"
+    number = int.from_bytes(hashlib.sha256(here.encode()).digest()[:7], "little")
     hosts = guard.gather_numbers(group, number if wanted else -1)
     if min(hosts) < 0 or len(set(hosts)) > 1:
         return False
@@ -144,16 +146,12 @@ class Mailbox:
     replay it where its eager call would stand, not beside other calls of the group.
     """
 
-    def __init__(
-        self, group: ProcessGroup, device: torch.device, capacity: int, relay: Callable
-    ) -> None:
+    def __init__(self, device: torch.device, capacity: int, relay: Callable) -> None:
         import torch.distributed._symmetric_memory as symmetric_memory
 
+        self._capacity, self._relay = capacity, relay
         # Two directions, each an inbox and its counters, on whole lines of 128 bytes.
-        self._capacity = capacity
-        self._padded = -(-capacity // 16) * 16
-        self._each = self._padded + (capacity // 1024 + 3 + 31) // 32 * 16
-        self._relay = relay
+        self._each = capacity + (capacity // 1024 + 3 + 31) // 32 * 16
         # First come, first served, before the kernels that hide it.
         self._stream = torch.cuda.Stream(device, priority=-1)
         options = dict(dtype=torch.int64, device=device)
@@ -165,26 +163,26 @@ class Mailbox:
             self._memory = symmetric_memory.empty(2 * self._each, **options)
         self._memory.zero_()
         torch.cuda.synchronize(device)
-        self._connect = lambda: symmetric_memory.rendezvous(self._memory, group)
-        self._rank, self._size = group.rank(), group.size()
 
-    def connect(self) -> None:
+    def connect(self, group: ProcessGroup) -> None:
         """Map the neighbours' memory. All ranks of the group call this, and may wait here."""
-        self._handle, self._connect = self._connect(), None
-        each = self._each
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        self._handle = symmetric_memory.rendezvous(self._memory, group)
+        self._rank, each = group.rank(), self._each
 
         def boxes(rank):
             whole = self._memory
             if rank != self._rank:
                 whole = self._handle.get_buffer(rank, (2 * each,), torch.int64)
             for begin in (0, each):
-                counters = whole[begin + self._padded : begin + each].view(torch.int32)
+                counters = whole[begin + self._capacity : begin + each].view(torch.int32)
                 yield whole[begin : begin + self._capacity], counters
 
         self._boxes = {
             rank: tuple(boxes(rank))
             for rank in (self._rank - 1, self._rank, self._rank + 1)
-            if 0 <= rank < self._size
+            if 0 <= rank < group.size()
         }
 
     @contextlib.contextmanager
@@ -214,15 +212,13 @@ class Mailbox:
             few: run beside other kernels, on few multiprocessors.
         """
         step, box = (1, 0) if upward else (-1, 1)
-        local, rates = each.local.contiguous(), each.log_decay
-        if rates is None:
-            rates = local.new_zeros(local.shape[1])
-        for tensor in {each.local, local, rates, entering} - {None}:
+        local = each.local.contiguous()
+        for tensor in {each.local, local, each.log_decay, entering} - {None}:
             # Whoever starts an exchange may never finish it.
             tensor.record_stream(self._stream)
         self._relay(
             local,
-            rates.to(torch.float32).contiguous(),
+            each.log_decay,
             each.length,
             entering,
             self._boxes[self._rank][box],

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 
 from lasp import shard
 
-__all__ = ["AffineMap", "Line", "all_gather_flat", "device_types", "pack", "unpack"]
+__all__ = ["AffineMap", "Line", "all_gather_flat", "device_types", "pack", "send", "unpack"]
 
 # torch 2.13 deprecates the older name; 2.11 has no other.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -23,6 +23,19 @@ def all_gather_flat(message: torch.Tensor, group: ProcessGroup) -> tuple[torch.T
     # Gloo wants one flat buffer, NCCL takes it too.
     gathered = message.new_empty(dist.get_world_size(group) * message.numel())
     return gathered, _all_gather(gathered, message, group=group, async_op=True)
+
+
+def send(message: torch.Tensor, rank: int, group: ProcessGroup) -> dist.Work | None:
+    """Begin to send to a global rank; the work after which `message` may change, None: at once."""
+    work = dist.isend(message, dst=rank, group=group)
+    if not message.is_cuda:
+        # Gloo reads the message until the send is done.
+        return work
+    # Holds this rank's stream, not its host. NCCL sends by a kernel, which would else wait until
+    # the next kernels of this rank leave it a multiprocessor; a state fits its buffers, so that it
+    # does not wait for the next rank to come.
+    work.wait()
+    return None
 
 
 def device_types(group: ProcessGroup) -> set[str]:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from lasp.exchange.mailbox import Mailbox, find_mailbox
-from lasp.exchange.peers import AffineMap, Line
+from lasp.exchange.peers import AffineMap, Line, send
 
 __all__ = ["ring"]
 
@@ -50,8 +50,8 @@ def _by_memory(line: Line, maps: list[AffineMap], mailbox: Mailbox):
         for place, each, came in zip(line.here, maps, arriving, strict=True):
             receives, goes_on = came is not None, line.linked(place, place + 1)
             sends = goes_on and place + 1 not in line.here
-            if line.linked(place - 1, place) and not receives:
-                # From this rank's other place: what leaves is known.
+            if leaving is not None:
+                # It comes from this rank's other place, so what leaves is known.
                 came = leaving
                 each = AffineMap(each.after(came), passes=False)
             if receives or sends:
@@ -111,14 +111,8 @@ def _by_messages(line: Line, maps: list[AffineMap]):
         leaving = each.after(came).contiguous()
         if place + 1 not in line.here:
             next_rank = line.global_rank(place + 1)
-            work = dist.isend(leaving, dst=next_rank, group=line.group)
-            if leaving.is_cuda:
-                # Holds this rank's stream, not its host. NCCL sends by a kernel, which would else
-                # wait until the next kernels of this rank leave it a multiprocessor; a state fits
-                # its buffers, so that it does not wait for the next rank to come.
-                work.wait()
-            else:
-                # Gloo reads the buffer until the send is done.
+            if (work := send(leaving, next_rank, line.group)) is not None:
+                # With what it reads.
                 sending.append((work, leaving))
     yield
     for work in [*receiving, *(work for work, _ in sending)]:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
-__all__ = ["Question", "Slate", "join"]
+__all__ = ["Question", "Slate", "host", "join"]
 
 # A rank's words have 128 bytes of their own, since processors fetch cache lines in pairs; those
 # before the first rank's hold the token by which the file is known.
@@ -171,7 +171,7 @@ def join(
         gather: the texts of each rank, in order.
         timeout: how long to wait for a rank; asked while waiting.
     """
-    here, pid = _host(), os.getpid()
+    here, pid = host(), os.getpid()
     path, token = _create(size) if rank == 0 and here else ("", "")
     try:
         told = gather([here, path, token, str(pid), _life(pid) or ""])
@@ -197,7 +197,7 @@ def join(
                 os.unlink(path)
 
 
-def _host() -> str:
+def host() -> str:
     """The same on all ranks of one host, of different hosts never; "" if that is not known."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

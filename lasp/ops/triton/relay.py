@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from lasp.ops.triton.launch import Bound
+from lasp.ops.triton.tiles import decay_or_zeros
 
 # Floats per counter and per turn of a program: 1 MiB of state makes 64 chunks.
 CHUNK = 4096
@@ -31,6 +32,19 @@ def _check_clock(begun, limit_seconds):
         tl.inline_asm_elementwise(
             "trap; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
         )
+
+
+@triton.jit
+def _put(p_outbox, o, m, sent, b_state):
+    """Write packets."""
+    b_bits = b_state.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    tl.store(p_outbox + o, (sent.to(tl.int64) << 32) | b_bits, mask=m)
+
+
+@triton.jit
+def _missing(b_packets, m, received):
+    """How many of the packets have not come."""
+    return tl.sum((((b_packets >> 32).to(tl.int32) != received) & m).to(tl.int32))
 
 
 @triton.jit
@@ -106,26 +120,22 @@ def relay_kernel(
                     _check_clock(begun, limit_seconds)
             tl.debug_barrier()
             if not (RECEIVES and PASSES):
-                b_bits = b_leaving.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-                tl.store(p_outbox + o, (sent.to(tl.int64) << 32) | b_bits, mask=m)
+                _put(p_outbox, o, m, sent, b_leaving)
         if RECEIVES:
             if WAITS:
                 last = tl.minimum(i * CHUNK + CHUNK, num_floats) - 1
-                missing = tl.sum((((b_packets >> 32).to(tl.int32) != received) & m).to(tl.int32))
+                missing = _missing(b_packets, m, received)
                 while missing > 0:
                     # Asks for one packet, so that a long wait keeps no one else from the memory.
                     while (tl.load(p_inbox + last, volatile=True) >> 32).to(tl.int32) != received:
                         _check_clock(begun, limit_seconds)
                     b_packets = tl.load(p_inbox + o, mask=m, volatile=True)
-                    missing = tl.sum(
-                        (((b_packets >> 32).to(tl.int32) != received) & m).to(tl.int32)
-                    )
+                    missing = _missing(b_packets, m, received)
                     _check_clock(begun, limit_seconds)
             b_entering = (b_packets & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
             if SENDS and PASSES:
                 b_leaving += tl.exp(b_log_decay * length) * b_entering
-                b_bits = b_leaving.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-                tl.store(p_outbox + o, (sent.to(tl.int64) << 32) | b_bits, mask=m)
+                _put(p_outbox, o, m, sent, b_leaving)
             tl.store(p_entering + o, b_entering, mask=m)
             tl.store(p_received + i, received)
             # All of the program has read.
@@ -140,7 +150,7 @@ def relay_kernel(
 
 def relay(
     local: torch.Tensor,
-    log_decay: torch.Tensor,
+    log_decay: torch.Tensor | None,
     length: int,
     entering: torch.Tensor | None,
     mine: tuple[torch.Tensor, torch.Tensor],
@@ -155,7 +165,7 @@ def relay(
 
     Args:
         local: [B, H, D, E] float32, contiguous.
-        log_decay: [H] float32.
+        log_decay: [H] float32; None: no decay.
         entering: gets what was received, like `local`.
         mine, previous, following: (inbox [n] int64, counters [at least n / 1024 + 3] int32) of this
             rank and of its neighbours, the same n >= local.numel() on all; all zero at first.
@@ -172,6 +182,7 @@ def relay(
     modes = (previous is not None, following is not None, passes)
     bound = _bind(numbers, D * E, modes)
     outbox = (following or mine)[0]
+    log_decay = decay_or_zeros(log_decay, num_heads, local.device)
     entering = local if entering is None else entering
     counters_before = (previous or mine)[1]
     bound(min(programs, chunks), local, log_decay, entering, *mine, counters_before, outbox)

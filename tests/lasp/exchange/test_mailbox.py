@@ -98,12 +98,12 @@ def found(group, wanted, reached, allocated, met, mapped):
     local.numel.return_value = 10
 
     class Made:
-        def __init__(self, group, device, capacity, relay):
+        def __init__(self, device, capacity, relay):
             assert capacity == 16
             if rank not in allocated:
                 raise torch.OutOfMemoryError
 
-        def connect(self):
+        def connect(self, group):
             connected.append(rank)
             if rank not in mapped:
                 raise RuntimeError("no such memory")

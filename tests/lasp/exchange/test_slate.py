@@ -267,12 +267,12 @@ def test_two_questions_at_once(tmp_path):
 
 
 def one_host_each(group):
-    slate._host = lambda: f"host {dist.get_rank(group)}"
+    slate.host = lambda: f"host {dist.get_rank(group)}"
 
 
 def one_unknown_host(group):
     if dist.get_rank(group) == 1:
-        slate._host = lambda: ""
+        slate.host = lambda: ""
 
 
 def no_folder(group):
