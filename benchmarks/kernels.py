@@ -18,7 +18,6 @@ import argparse
 import dataclasses
 import datetime
 import functools
-import importlib.metadata
 import json
 import statistics
 import time
@@ -29,6 +28,7 @@ from pathlib import Path
 import kernels_report
 import rivals
 import torch
+import versions
 
 import lasp
 
@@ -278,16 +278,6 @@ def measure_errors(only: str | None) -> list[dict]:
     return found
 
 
-def versions() -> dict:
-    found = {}
-    for package in ("torch", "triton", "fla-core"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--shapes", nargs="*", help="B,T,H,D or B,T,H,D,E; default: the table's")
@@ -313,7 +303,7 @@ def main() -> None:
     report = {
         "device": torch.cuda.get_device_name(),
         "copy_bandwidth": bandwidth,
-        "versions": versions(),
+        "versions": versions.installed("torch", "triton", "fla-core"),
         "date": datetime.date.today().isoformat(),
         "step": measure_step(bandwidth),
         "packed": measure_packed(),

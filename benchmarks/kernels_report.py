@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import versions
+
 __all__ = ["table", "write"]
 
 OURS = "lasp"
@@ -14,8 +16,7 @@ def table(report: dict) -> str:
     """The report as Markdown."""
     parts = [
         f"{report['device']}, copy {report['copy_bandwidth'] / 1e12:.2f} TB/s, "
-        + ", ".join(f"{k} {v}" for k, v in report["versions"].items() if v)
-        + f", {report['date']}. bfloat16, medians, caches cold.",
+        f"{versions.line(report['versions'])}, {report['date']}. bfloat16, medians, caches cold.",
         _times(report["rows"]),
         _others(report),
         _per_token(report["rows"]),

@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
-import importlib.metadata
 import json
 import os
 import statistics
@@ -38,6 +37,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import training
+import versions
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
@@ -208,16 +208,10 @@ def begin(arguments: argparse.Namespace) -> dict[str, Any]:
     path, rows = arguments.out / "megatron.json", []
     if arguments.keep and path.exists():
         rows = json.loads(path.read_text())["rows"]
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
         "device": torch.cuda.get_device_name() if ON_GPU else "CPU",
         "gpus": dist.get_world_size(),
-        "versions": versions,
+        "versions": versions.installed(*PACKAGES),
         "date": datetime.date.today().isoformat(),
         "rows": rows,
     }
@@ -231,9 +225,8 @@ def table(report: dict) -> str:
     """The report as Markdown."""
     gpus = report["gpus"]
     lines = [
-        f"{gpus} x {report['device']}, "
-        + ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-        + f", {report['date']}. One sequence per step, all layers recomputed, memory per GPU.",
+        f"{gpus} x {report['device']}, {versions.line(report['versions'])}, {report['date']}. One "
+        "sequence per step, all layers recomputed, memory per GPU.",
         "",
         "| model | layout | sequence | tokens/s | per GPU | memory, GiB | steps | first, last loss "
         "| used |",

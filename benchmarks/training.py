@@ -22,7 +22,6 @@ import argparse
 import datetime
 import functools
 import gc
-import importlib.metadata
 import json
 import os
 import re
@@ -36,6 +35,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import versions
 from torch.distributed import DeviceMesh
 
 from launch.config import load_config
@@ -225,23 +225,11 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for package in ("torch", "triton"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
-
-
 def table(report: dict) -> str:
     """The report as Markdown."""
     lines = [
-        f"{report['device']}, "
-        + ", ".join(f"{k} {v}" for k, v in report["versions"].items() if v)
-        + f", {report['date']}. bfloat16 products, float32 weights, AdamW; MFU of 989 TFLOP/s per "
-        "GPU, memory per GPU.",
+        f"{report['device']}, {versions.line(report['versions'])}, {report['date']}. bfloat16 "
+        "products, float32 weights, AdamW; MFU of 989 TFLOP/s per GPU, memory per GPU.",
         "",
         "| model | GPUs | layout, recomputation | sequence | tokens per step | tokens/s | "
         "per GPU | MFU | memory, GiB |",
@@ -369,7 +357,7 @@ def begin(arguments: argparse.Namespace) -> dict[str, Any]:
         rows = json.loads(path.read_text())["rows"]
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "versions": versions(),
+        "versions": versions.installed("torch", "triton"),
         "date": datetime.date.today().isoformat(),
         "rows": rows,
     }

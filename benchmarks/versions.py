@@ -1,0 +1,23 @@
+"""Which versions of which packages a measurement was taken with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+__all__ = ["installed", "line"]
+
+
+def installed(*packages: str) -> dict[str, str | None]:
+    """By package; None: it is not installed."""
+    found: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def line(found: dict[str, str | None]) -> str:
+    """Those that are installed, for the head of a table."""
+    return ", ".join(f"{package} {version}" for package, version in found.items() if version)
