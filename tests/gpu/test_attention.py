@@ -58,16 +58,19 @@ def test_host_offsets_need_no_synchronisation():
     leaves = [x.requires_grad_() for x in (q, k, v)]
 
     def run(offsets):
-        lasp.lightning_attention(*leaves, log_decay, cu_seqlens=offsets).sum().backward()
+        o = lasp.lightning_attention(*leaves, log_decay, cu_seqlens=offsets)
+        o.sum().backward()
+        return o
 
     run(offsets)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         run(offsets)
-        run(torch.tensor([0, 64, 2000, 3000], dtype=torch.int32))
+        o = run(torch.tensor([0, 64, 2000, 3000], dtype=torch.int32))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert o.isfinite().all()
 
 
 def test_offsets_on_the_gpu_are_refused_like_those_on_the_host():
