@@ -2,6 +2,7 @@
 
     torchrun --nproc_per_node 2 benchmarks/megatron_training.py
     torchrun --nproc_per_node 2 benchmarks/megatron_training.py --apex --keep   # where apex is
+    torchrun --nproc_per_node 2 benchmarks/megatron_training.py --apex norms --keep  # one of it
     torchrun --nproc_per_node 2 benchmarks/megatron_training.py --preset tiny --lengths 256 \
         --iterations 4 --softmax_iterations 4 --out outputs/try                   # a try on CPUs
 
@@ -15,9 +16,10 @@ the median over steps after warm-up, memory the largest of all ranks, as reserve
 core attention where that is installed, else around LaspSoftmaxAttention (torch's flash kernels):
 Megatron's own DotProductAttention holds all scores and refuses context parallelism.
 
-With --apex: its FusedAdam, FusedRMSNorm and fused weight gradients; of what is missing torch's, and
-the row says so. Without: torch's, also where apex is installed. (Transformer Engine's Adam comes
-first wherever that is.) Writes JSON and Markdown after every row.
+With --apex: its FusedAdam (and clipping), FusedRMSNorm and fused weight gradients, or those of them
+that are named; of the others, and of what is missing, torch's, and the row says so. Without:
+torch's, also where apex is installed. (Transformer Engine's Adam comes first wherever that is.)
+Writes JSON and Markdown after every row.
 """
 
 from __future__ import annotations
@@ -42,8 +44,13 @@ import versions
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 ON_GPU = torch.cuda.is_available()
-if "--apex" not in sys.argv:
-    # Megatron would take its Adam and its clipping unasked: it is to find none.
+APEX = ("optimizer", "norms", "weight gradients")
+apex_parser = argparse.ArgumentParser(add_help=False)
+apex_parser.add_argument("--apex", nargs="*", choices=APEX, help="what apex is to do; alone: all")
+asked = apex_parser.parse_known_args()[0].apex
+ASKED_OF_APEX = () if asked is None else tuple(asked) or APEX
+if "optimizer" not in ASKED_OF_APEX:
+    # Megatron takes its Adam and its clipping unasked, when it is imported: it is to find none.
     sys.modules["apex"] = None
 if not ON_GPU:
     from tests.parallel.megatron import cpu_shim
@@ -55,6 +62,9 @@ from megatron.core import parallel_state  # noqa: E402
 from examples import megatron_gpt  # noqa: E402 (Megatron is imported after the shim)
 from launch.metrics import peak_memory  # noqa: E402
 from parallel.megatron.apex import has_apex  # noqa: E402
+
+if "optimizer" not in ASKED_OF_APEX:
+    del sys.modules["apex"]
 
 LAYOUTS = ("tp", "cp")
 MODELS = ("TNL", "launcher", "softmax")
@@ -109,7 +119,7 @@ def measure_megatron(
             *("--tensor-model-parallel-size", str(sizes["tp"])),
             *("--context-parallel-size", str(sizes["cp"])),
             *(["--sequence-parallel"] if layout == "tp" else ["--use-distributed-optimizer"]),
-            *apex_options(arguments.apex),
+            *apex_options(),
         ]
     )
     core = transformer_engine_core() if softmax else None
@@ -164,7 +174,7 @@ def row_of(
         "model": model,
         "preset": arguments.preset,
         "layout": f"{layout} {dist.get_world_size()}",
-        "apex": arguments.apex,
+        "apex": list(ASKED_OF_APEX),
         "seq_len": length,
         "steps": seconds,
         "step_seconds": median,
@@ -173,13 +183,14 @@ def row_of(
     }
 
 
-def apex_options(asked: bool) -> list[str]:
-    """The example's options for what apex has here."""
-    options = {
-        "FusedRMSNorm": ["--norm", "apex"],
-        "gradient accumulation fusion": ["--gradient-accumulation-fusion"],
-    }
-    return [x for feature in options if asked and has_apex(feature) for x in options[feature]]
+def apex_options() -> list[str]:
+    """The example's options for what is asked of apex and is here."""
+    options = []
+    if "norms" in ASKED_OF_APEX and has_apex("FusedRMSNorm"):
+        options += ["--norm", "apex"]
+    if "weight gradients" in ASKED_OF_APEX and has_apex("gradient accumulation fusion"):
+        options.append("--gradient-accumulation-fusion")
+    return options
 
 
 def transformer_engine_core() -> type | None:
@@ -218,7 +229,8 @@ def begin(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def key(row: dict[str, Any]) -> tuple:
-    return tuple(row[name] for name in ("model", "preset", "layout", "apex", "seq_len"))
+    names = ("model", "preset", "layout", "seq_len")
+    return *(row[name] for name in names), *row["apex"]
 
 
 def table(report: dict) -> str:
@@ -254,7 +266,7 @@ def write(report: dict, folder: Path) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], parents=[apex_parser])
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--layouts", nargs="*", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--lengths", nargs="*", type=int, default=[32768, 131072])
@@ -262,7 +274,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--iterations", type=int, default=20, help="steps, warm-up included")
     parser.add_argument("--softmax_iterations", type=int, default=6, help="likewise")
     parser.add_argument("--warmup", type=int, default=2, help="steps that are not measured")
-    parser.add_argument("--apex", action="store_true", help="ask for all that apex gives")
     parser.add_argument("--seconds", type=float, default=3600, help="start no row after so many")
     parser.add_argument("--out", type=Path, default=training.RESULTS, help="folder for the results")
     parser.add_argument("--keep", action="store_true", help="keep the folder's other rows")
