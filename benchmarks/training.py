@@ -255,28 +255,33 @@ def plot(report: dict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
+    figure, axes = plt.subplots(1, 2, figsize=(12, 6))
     rows = [row for row in report["rows"] if not row.get("note")]
     lines: dict[str, list[dict]] = {}
     for row in sorted(rows, key=lambda row: row["seq_len"]):
         step = f", {row['tokens_per_step']:,} per step" if row["suite"] == "lengths" else ""
         lines.setdefault(f"{row['model']}, {row['name']}{step}", []).append(row)
-    for label, mine in lines.items():
+    for number, (label, mine) in enumerate(lines.items()):
+        style = dict(label=label, marker="osD^v"[number // 10 % 5])
         lengths = [row["seq_len"] for row in mine]
-        rates = [row["tokens_per_second_per_gpu"] for row in mine]
-        axes[0].plot(lengths, rates, marker="o", label=label)
-        axes[1].plot(lengths, [row["memory_gib"] for row in mine], marker="o", label=label)
+        axes[0].plot(lengths, [row["tokens_per_second_per_gpu"] for row in mine], **style)
+        axes[1].plot(lengths, [row["memory_gib"] for row in mine], **style)
     lengths = sorted({row["seq_len"] for row in rows})
     for axis, label in zip(axes, ("tokens per second and GPU", "peak memory, GiB"), strict=True):
         axis.set_xscale("log", base=2)
-        axis.set_xticks(lengths, [f"{length / 1024:g}K" for length in lengths])
+        axis.set_xticks(lengths, [in_short(length) for length in lengths])
         axis.set(xlabel="tokens of one sequence", ylabel=label, ylim=(0, 1.2 * axis.get_ylim()[1]))
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
     figure.suptitle(report["device"])
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.22, 1, 1))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=3, fontsize=9)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def in_short(tokens: int) -> str:
+    """2048 -> "2K", 1048576 -> "1M"."""
+    return f"{tokens / 2**10:g}K" if tokens < 2**20 else f"{tokens / 2**20:g}M"
 
 
 def write(report: dict, folder: Path) -> None:
