@@ -38,6 +38,7 @@ def combine_kernel(
         first_slot = tl.load(p_documents + i_n * 5)
         count = tl.load(p_documents + i_n * 5 + 1).to(tl.int32)
         last_length = tl.load(p_documents + i_n * 5 + 2).to(tl.int32)
+        i_n = tl.load(p_documents + i_n * 5 + 3)
     else:
         count = segments_per_row - 1
         first_slot = i_n * count
@@ -77,14 +78,18 @@ def combine(
     total: torch.Tensor | None,
 ) -> None:
     """Add up what `local_states` left: `total` [N, H, D, E] over the document (None: not wanted),
-    and, if the plan says so, every slot of `states` [S, H, D, E] over all before it."""
+    and, in the documents that the plan says, every slot of `states` [S, H, D, E] over all before
+    it."""
     _, num_heads, key_dim, value_dim = states.shape
     size = key_dim * value_dim
-    programs = plan.num_documents * num_heads * triton.cdiv(size, COMBINE_BLOCK)
+    num_documents = plan.num_combined if total is None else plan.num_documents
+    programs = num_documents * num_heads * triton.cdiv(size, COMBINE_BLOCK)
     if programs == 0:
         return
     numbers = (seq_len, plan.segments_per_row, plan.segment_length, num_heads)
-    bound = _bind(numbers, size, reverse, plan.packed, plan.combined, total is not None)
+    # In packed documents also where there is nothing to store: one kernel for any of them.
+    store = plan.packed or plan.num_combined > 0
+    bound = _bind(numbers, size, reverse, plan.packed, store, total is not None)
     bound(programs, states, total, log_decay, documents)
 
 

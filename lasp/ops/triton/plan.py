@@ -29,7 +29,7 @@ MULTIPROCESSORS = 132
 LARGE_VALUES = 2**23
 # Shorter segments would move more bytes of states than of tokens.
 MIN_SEGMENT = 256
-# Documents differ in length: shorter segments keep a long one from being the last to end.
+# Documents differ in length: shorter segments even out what the multiprocessors get.
 PACKED_SPLIT = 4
 
 
@@ -113,26 +113,25 @@ class Plan:
 
     Dense: each of `num_documents` batch rows has `segments_per_row` segments. Packed: `tables` on
     the host holds, in int64, one row (document, first token, document start, document stop, slot)
-    per segment, then one row (first slot, slots, tokens in the last segment, 0, 0) per document. A
-    document always has a segment, an empty document one without tokens.
+    per segment, the longest first: programs start in this order, and the short ones fill what the
+    long ones leave. Then one row (first slot, slots, tokens in the last segment, document, 0) per
+    document, that with most slots first. A document always has a segment, an empty document one
+    without tokens.
 
     Segment states have a slot for every border between two segments, `num_slots` or fewer in all.
     It holds what one segment adds, and the scan sums over slots, if `folded`; otherwise all that
-    crosses the border, and `combined` says that a kernel of its own has to add that up.
+    crosses the border, which a kernel of its own adds up in the `num_combined` documents with more
+    than one slot.
     """
 
     num_documents: int
     num_segments: int
     num_slots: int
+    num_combined: int
     segment_length: int
     segments_per_row: int
     folded: bool
     tables: torch.Tensor | None
-
-    @property
-    def combined(self) -> bool:
-        # What crosses a row's only border is what one segment adds.
-        return self.packed or (self.segments_per_row > 2 and not self.folded)
 
     @property
     def single(self) -> bool:
@@ -234,7 +233,8 @@ def _plan(
         slots = _num_slots(seq_len, batch, False, segment_length)
         per_row = max(1, -(-seq_len // segment_length))
         folded = fold and 2 <= per_row - 1 <= MAX_FOLD
-        return Plan(batch, batch * per_row, slots, segment_length, per_row, folded, None)
+        combined = batch if per_row > 2 and not folded else 0
+        return Plan(batch, batch * per_row, slots, combined, segment_length, per_row, folded, None)
     assert batch == 1 and offsets[0] == 0 and offsets[-1] == seq_len, (batch, seq_len, offsets)
     segments: list[tuple[int, ...]] = []
     documents: list[tuple[int, ...]] = []
@@ -243,13 +243,16 @@ def _plan(
         count = max(1, -(-(stop - start) // segment_length))
         last = stop - start - (count - 1) * segment_length
         slot = len(segments) - document
-        documents.append((slot, count - 1, last, 0, 0))
+        documents.append((slot, count - 1, last, document, 0))
         segments += [
             (document, start + i * segment_length, start, stop, slot + i) for i in range(count)
         ]
+    segments.sort(key=lambda row: min(row[3] - row[1], segment_length), reverse=True)
+    documents.sort(key=lambda row: row[1], reverse=True)
+    combined = sum(slots > 1 for _, slots, *_ in documents)
     tables = torch.tensor(segments + documents, dtype=torch.int64).view(-1, 5)
     if pinned:
         # A copy from pageable memory would make the host wait.
         tables = tables.pin_memory()
     slots = _num_slots(seq_len, len(documents), True, segment_length)
-    return Plan(len(documents), len(segments), slots, segment_length, 0, False, tables)
+    return Plan(len(documents), len(segments), slots, combined, segment_length, 0, False, tables)

@@ -72,6 +72,6 @@ def prefix_states(
             states=states,
             total=total,
         )
-        if not plan.single and (with_total or plan.combined):
+        if not plan.single and (with_total or plan.num_combined):
             combine(states, log_decay, seq_len, plan, document_table, reverse=reverse, total=total)
     return states, total

@@ -80,6 +80,9 @@ def state_kernel(
     o_v = o_c[:, None] * stride_vt + o_e[None, :]  # [BC, BE]
     b_state = tl.zeros([BD, BE], dtype=tl.float32)
     num_chunks = tl.cdiv(count, BC)
+    if PACKED and not WITH_TOTAL:
+        # Most documents are one segment, whose state nobody wants.
+        num_chunks = tl.where(beyond > 0, num_chunks, 0)
     # Tokens so far from where the state leaves that exp(-104) = 0 in float32 add nothing to it:
     # heads that forget quickly read a part of the segment only.
     b_reach = tl.minimum(104.0 / tl.maximum(-b_log_decay, 1e-9), 2.0**30).to(tl.int32)

@@ -80,7 +80,8 @@ def compiled_state(key_dim, value_dim, reverse, packed):
         BC=launch.chunk,
         REVERSE=reverse,
         PACKED=packed,
-        WITH_TOTAL=True,
+        # Packed documents take a branch of their own where no total is wanted.
+        WITH_TOTAL=not packed,
         PRECISION="ieee",
     )
     types = {"p_k": "*bf16", "p_v": "*bf16", "scale": "fp32"}

@@ -264,6 +264,12 @@ GROUPS = {
         "documents in segments of 64, reverse": scan_case(
             T=203, D=32, E=16, offsets=LONG_PACKED, segment=64, reverse=True
         ),
+        "documents of up to four segments": scan_case(
+            T=203, D=16, E=32, offsets=LONG_PACKED, segment=32
+        ),
+        "documents of up to four segments, reverse": scan_case(
+            T=203, D=32, E=16, offsets=LONG_PACKED, segment=32, reverse=True
+        ),
         "segments that no document fills": scan_case(
             T=149, D=16, E=32, offsets=PACKED, segment=128
         ),
