@@ -99,7 +99,7 @@ class Comparison:
     """A comparison under way."""
 
     def __init__(self, group, call, problem):
-        self._hosts, shared = _hosts_of(group)
+        self._hosts, self._shared = _hosts_of(group)
         self._call, self._problem = call, problem
         if problem is None and isinstance(call, Call):
             fingerprint = call.fingerprint
@@ -107,8 +107,8 @@ class Comparison:
             fingerprint = _fingerprint(problem, *call.items())
         self._exchanges = _exchanges.get(group, 0)
         fingerprint = _signed(fingerprint + self._exchanges * _ODD)
-        if shared is not None:
-            self._asked = shared.ask(fingerprint)
+        if self._shared is not None:
+            self._asked = self._shared.ask(fingerprint)
         else:
             asked = _AllAtOnce if self._hosts.size() <= _FEW_RANKS else _InRounds
             self._asked = asked(fingerprint, self._hosts)
@@ -123,7 +123,13 @@ class Comparison:
     def _explain(self):
         call = {**self._call, "exchanges so far": self._exchanges}
         texts = [self._problem or "", *(_brief(value) for value in call.values())]
-        gathered = _gather_texts(texts, self._hosts)
+        try:
+            gathered = _gather_texts(texts, self._hosts)
+        except RuntimeError:
+            # Who did not come to explain is past this call, and would take the next for its own.
+            if self._shared is not None:
+                self._shared.give_up("the ranks of the group disagreed, and not all said on what")
+            raise
         if self._problem is not None:
             raise ValueError(self._problem)
         bad = [rank for rank, of_rank in enumerate(gathered) if of_rank[0]]

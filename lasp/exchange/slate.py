@@ -116,14 +116,17 @@ class Slate:
             reasons.append(f"rank {rank} of the group {reason}")
         if not reasons or not hopeless:
             return
+        self.give_up(f"{'' if somebody_ended else 'Timed out: '}{', '.join(reasons)}")
+        raise RuntimeError(self._broken)
+
+    def give_up(self, reason: str) -> None:
+        """Ask and answer no more, on any rank: what a closed connection tells."""
         self._broken = (
-            f"{'' if somebody_ended else 'Timed out: '}{', '.join(reasons)}. All ranks of a group "
-            "must make the same calls in the same order; this group can make no more."
+            f"{reason}. All ranks of a group must make the same calls in the same order; this "
+            "group can make no more."
         )
-        # What a closed connection tells: who waits for this rank waits in vain.
         for places in self._places:
             self._words[places[self._rank]] = _GAVE_UP
-        raise RuntimeError(self._broken)
 
 
 class Question:
