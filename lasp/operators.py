@@ -89,11 +89,18 @@ class _Entering:
         self.num_states = _num_states(k, cu_seqlens)
         self.pending = self.total = self.given = None
         self.segment_states = _empty(k)
+        if initial_state is None and not with_final:
+            self.pieces = self.pieces.at_edges()
         k, v = self.pieces.fold(k), self.pieces.fold(v)
         with_total = group is not None or with_final
         if with_total or not ops.one_pass(k, v, self.pieces.offsets):
             self.segment_states, self.total = ops.prefix_states(
-                k, v, log_decay, offsets=self.pieces.offsets, with_total=with_total
+                k,
+                v,
+                log_decay,
+                offsets=self.pieces.offsets,
+                held=self.pieces.held(False, False),
+                with_total=with_total,
             )
         if with_total:
             self.given = self.pieces.given(initial_state, False)
@@ -110,10 +117,12 @@ class _Entering:
         entering = self.given
         if self.pending is not None:
             received = self.pending.finish()
-            entering = self.pieces.entering(self.given, received, False)
-            if isinstance(self.pieces, Packed):
+            packed = isinstance(self.pieces, Packed)
+            if packed:
                 compact = _stacked(received, self.total)
-            elif entering is not None:
+            if self.with_final or not packed:
+                entering = self.pieces.entering(self.given, received, False)
+            if not packed and entering is not None:
                 # An operator may not return its own input.
                 compact = entering.clone() if entering is self.given else entering
         if self.with_final:
@@ -173,13 +182,15 @@ def attend(q, k, v, log_decay, initial_state, entering, segment_states, cu_seqle
     """o [B, T, H, E] from what `enter` returned."""
     group, _, layout, lengths = _resolve(where)
     pieces = _pieces(q, cu_seqlens, group, layout, lengths)
+    before, held = _entering_rows(pieces, initial_state, entering)
     o = ops.scan(
         *(pieces.fold(x) for x in (q, k, v)),
         log_decay,
         scale=scale,
-        initial_state=_entering_rows(pieces, initial_state, entering),
+        initial_state=before,
         segment_states=_present(segment_states),
         offsets=pieces.offsets,
+        held=held,
     )
     return pieces.unfold(o)
 
@@ -210,20 +221,27 @@ def attend_backward(
     q, k, v, do = (pieces.fold(x) for x in (q, k, v, with_unit_stride(do)))
     common = dict(scale=scale, offsets=pieces.offsets)
     segment_grads = pending = given = dinitial = None
+    after = pieces.at_edges() if dfinal is None and not with_dinitial else pieces
     if with_dkv:
         with_total = group is not None or with_dinitial
         if with_total or not ops.one_pass(q, do, pieces.offsets):
             segment_grads, total = ops.prefix_states(
-                q, do, log_decay, reverse=True, with_total=with_total, **common
+                q,
+                do,
+                log_decay,
+                held=after.held(False, True),
+                reverse=True,
+                with_total=with_total,
+                **common,
             )
-        given = pieces.given(dfinal, True)
+        given = after.given(dfinal, True)
         if group is not None:
             line = Line(group, layout, True, pieces.crossing, ops.relay)
             rates = decay_rates(log_decay)
-            pending = _cross(pieces, total, given, log_decay, rates, line, method)
+            pending = _cross(after, total, given, log_decay, rates, line, method)
 
     # dq needs the saved state only: it runs while the gradient of the state travels.
-    before = _entering_rows(pieces, initial_state, entering)
+    before, held = _entering_rows(pieces, initial_state, entering)
     dq = ops.scan(
         do,
         v,
@@ -231,6 +249,7 @@ def attend_backward(
         log_decay,
         initial_state=_transposed(before),
         segment_states=_transposed(_present(segment_states)),
+        held=held,
         **common,
     )
     dq = pieces.unfold(dq)
@@ -239,13 +258,14 @@ def attend_backward(
 
     leaving = given
     if pending is not None:
-        leaving = pieces.entering(given, pending.finish(), True)
+        leaving = after.entering(given, pending.finish(), True)
     if with_dinitial:
         if leaving is not None:
             decay = _decay_over(log_decay, pieces.row_lengths(), total)
             total = torch.addcmul(total, decay, leaving)
         dinitial = pieces.taken(total, num_states, True)
-    states = dict(initial_state=leaving, segment_states=_present(segment_grads))
+    held = None if leaving is None else after.held(True, True)
+    states = dict(initial_state=leaving, segment_states=_present(segment_grads), held=held)
     dv, dk = ops.scan_pair(k, q, do, v, log_decay, reverse=True, **states, **common)
     return dq, pieces.unfold(dk), pieces.unfold(dv), dinitial
 
@@ -438,13 +458,16 @@ def _cross(pieces, total, given, log_decay, rates, line, method) -> exchanges.Pe
 
 
 def _entering_rows(pieces, initial_state, entering):
-    """The state that enters each row, from what `enter` returned."""
+    """(states that enter, of which rows they are), for `ops.scan`, from what `enter` returned."""
     if not entering.numel():
-        return initial_state
+        return initial_state, None
     if isinstance(pieces, Dense):
-        return entering
+        return entering, None
+    if initial_state is None:
+        pieces = pieces.at_edges()
     received = [entering[i : i + 1] if span.begun else None for i, span in enumerate(pieces.spans)]
-    return pieces.entering(pieces.given(initial_state, False), received, False)
+    rows = pieces.entering(pieces.given(initial_state, False), received, False)
+    return rows, None if rows is None else pieces.held(True, False)
 
 
 def _stacked(received, like):

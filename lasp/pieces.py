@@ -5,9 +5,9 @@ the first and the second half of them. A *row* is what `lasp.ops` starts from on
 the batch, or a packed document as far as it lies in a piece. States at borders between ranks are
 lists with one entry [B, H, D, E] per piece; states inside are tensors [rows, H, D, E].
 
-`Dense` and `Packed` answer the same questions: how the operator sees the tokens, which state leaves
-a piece, and which row a state enters. With `reverse` everything runs from the end: what then enters
-a row is the gradient of the state after its last token.
+`Dense`, `Packed` and `Edges` answer the same questions: how the operator sees the tokens, which
+state leaves a piece, and which row a state enters. With `reverse` everything runs from the end:
+what then enters a row is the gradient of the state after its last token.
 
 Packed documents count by their index in the global sequence. A document begins in the place that
 holds its first token; an empty one in the place that holds the next token, or in the last.
@@ -24,7 +24,7 @@ import torch
 
 from lasp import shard
 
-__all__ = ["Dense", "Packed", "cut_documents"]
+__all__ = ["Dense", "Edges", "Packed", "cut_documents"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,14 @@ class Dense:
 
     lengths: tuple[int, ...]
     offsets = crossing = None
+
+    def at_edges(self) -> Dense:
+        """These pieces, where nobody outside gives or takes the states of their rows."""
+        return self
+
+    def held(self, entering: bool, reverse: bool) -> tuple[int, ...] | None:
+        """The rows that have a state, entering or leaving, for `lasp.ops`; None: all."""
+        return None
 
     def fold(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens [B, T, ...] as `lasp.ops` is to see them."""
@@ -125,6 +133,12 @@ class Packed:
     spans: tuple[Span, ...]
     crossing: tuple[int | None, ...]
 
+    def at_edges(self) -> Edges:
+        return Edges(self.lengths, self.offsets, self.spans, self.crossing)
+
+    def held(self, entering: bool, reverse: bool) -> tuple[int, ...] | None:
+        return None
+
     def fold(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
@@ -192,6 +206,36 @@ class Packed:
             if count > 0:
                 row, document = span.start + skipped, span.first_document + skipped
                 yield slice(row, row + count), slice(document, document + count)
+
+
+class Edges(Packed):
+    """`Packed` where no states come from outside, and none are asked for: those alone exist that
+    cross the borders of pieces, however many documents there are.
+
+    States that leave have a row for each piece; those that enter one more, of zeros, for all rows
+    that start from nothing.
+    """
+
+    def held(self, entering: bool, reverse: bool) -> tuple[int, ...]:
+        if entering != reverse:
+            return tuple(span.start for span in self.spans)
+        return tuple(span.stop - 1 for span in self.spans)
+
+    def leaving(self, rows: torch.Tensor, piece: int, reverse: bool) -> torch.Tensor:
+        return rows[piece : piece + 1]
+
+    def entering(
+        self,
+        given: torch.Tensor | None,
+        received: list[torch.Tensor | None],
+        reverse: bool,
+    ) -> torch.Tensor | None:
+        assert given is None
+        some = next((each for each in received if each is not None), None)
+        if some is None:
+            return None
+        nothing = torch.zeros_like(some)
+        return torch.cat([*(nothing if each is None else each for each in received), nothing])
 
 
 @lru_cache(maxsize=256)

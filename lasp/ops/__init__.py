@@ -23,10 +23,19 @@ __all__ = [
 ]
 
 
-def prefix_states(k, v, log_decay, *, offsets=None, reverse=False, scale=1.0, with_total=True):
+def prefix_states(
+    k, v, log_decay, *, offsets=None, held=None, reverse=False, scale=1.0, with_total=True
+):
     """Local states; see `lasp.ops.chunked.prefix_states`."""
     return _backend(k).prefix_states(
-        k, v, log_decay, offsets=offsets, reverse=reverse, scale=scale, with_total=with_total
+        k,
+        v,
+        log_decay,
+        offsets=offsets,
+        held=held,
+        reverse=reverse,
+        scale=scale,
+        with_total=with_total,
     )
 
 
@@ -52,7 +61,7 @@ def one_pass(k, v, offsets=None):
 
 
 def scan(
-    a, b, x, log_decay, *, scale, initial_state=None, segment_states=None, offsets=None,
+    a, b, x, log_decay, *, scale, initial_state=None, segment_states=None, offsets=None, held=None,
     reverse=False,
 ):  # fmt: skip
     """One pass over the tokens; see `lasp.ops.chunked.scan`."""
@@ -65,17 +74,18 @@ def scan(
         initial_state=initial_state,
         segment_states=segment_states,
         offsets=offsets,
+        held=held,
         reverse=reverse,
     )
 
 
 def scan_pair(
     a, b, x, c, log_decay, *, scale, initial_state=None, segment_states=None, offsets=None,
-    reverse=False,
+    held=None, reverse=False,
 ):  # fmt: skip
     """(`scan` of a, b, x; `scan` of c, x, b with the states transposed): dv and dk, reversed."""
     backend = _backend(a)
-    common = dict(scale=scale, offsets=offsets, reverse=reverse)
+    common = dict(scale=scale, offsets=offsets, held=held, reverse=reverse)
     states = dict(initial_state=initial_state, segment_states=segment_states)
     if backend is not chunked:
         both = backend.scan_pair(a, b, x, c, log_decay, **states, **common)

@@ -49,6 +49,7 @@ def prefix_states(
     log_decay: torch.Tensor | None,
     *,
     offsets: tuple[int, ...] | None = None,
+    held: tuple[int, ...] | None = None,
     reverse: bool = False,
     scale: float = 1.0,
     with_total: bool = True,
@@ -59,11 +60,14 @@ def prefix_states(
     do for v): sum_i scale * lambda^(i+1) k_i v_i^T, the gradient of the state that enters it.
 
     Returns (segment_states, total), the latter None if not with_total. This backend keeps no
-    segments: the first is empty.
+    segments: the first is empty. With `held` the total is of those packed documents alone, in that
+    order.
     """
     if not with_total:
         return k_BTHD.new_empty(0, dtype=_compute_dtype(k_BTHD)), None
     pieces = _documents((k_BTHD, v_BTHE), offsets)
+    if held is not None:
+        pieces = [pieces[n] for n in held]
     totals = [_total(k, v, log_decay, reverse, scale) for k, v in pieces]
     total_NHDE = torch.cat(totals)
     return total_NHDE.new_empty(0), total_NHDE
@@ -80,20 +84,23 @@ def scan(
     initial_state: torch.Tensor | None = None,
     segment_states: torch.Tensor | None = None,
     offsets: tuple[int, ...] | None = None,
+    held: tuple[int, ...] | None = None,
     reverse: bool = False,
 ) -> torch.Tensor:
     """One pass over the tokens from a given state; returns y [B, T, H, E] in a's dtype.
 
     Forward: y_i = scale * (sum_{j<=i} lambda^(i-j) (a_i . b_j) x_j + lambda^(i+1) a_i S0).
     Reverse: y_j = scale * sum_{i>=j} lambda^(i-j) (a_j . b_i) x_i + lambda^(n-1-j) a_j G.
-    initial_state is S0 or G, [N, H, D, E]; None is zero.
+    initial_state is S0 or G, [N, H, D, E]; None is zero. With `held` it has a row for each of those
+    packed documents, in that order, and a last one of zeros, which stands for all others.
     """
     y_BTHE = torch.empty(x_BTHE.shape, dtype=a_BTHD.dtype, device=a_BTHD.device)
     pieces = _documents((a_BTHD, b_BTHD, x_BTHE, y_BTHE), offsets)
     for n, piece in enumerate(pieces):
         state = initial_state
         if state is not None and offsets is not None:
-            state = state[n : n + 1]
+            row = n if held is None else held.index(n) if n in held else len(held)
+            state = state[row : row + 1]
         _scan(*piece, log_decay, scale, state, reverse)
     return y_BTHE
 

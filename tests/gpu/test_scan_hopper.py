@@ -55,6 +55,29 @@ def test_packed_documents(D, num_launches, launches):
     assert len(launches) == num_launches
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("D", [128, 256])
+def test_states_of_some_documents_are_those_of_all(D, reverse, launches):
+    offsets, held = (0, 1, 16, 16, 500, 3000, 3063), (4, 0)
+    q, k, v, log_decay, state = to_gpu(
+        cases.make_inputs(3063, H=5, D=D, E=128, dtype=BF16, N=len(offsets) - 1)
+    )
+    common = dict(offsets=offsets, reverse=reverse)
+    states, total = prefix_states(k, v, log_decay, **common)
+    again, some = prefix_states(k, v, log_decay, held=held, **common)
+    none, _ = prefix_states(k, v, log_decay, with_total=False, **common)
+    assert states.numel() and torch.equal(some, total[list(held)])
+    entering = torch.zeros_like(state)
+    entering[list(held)] = state[list(held)]
+    rows = torch.cat([state[list(held)], torch.zeros_like(state[:1])])
+    options = dict(scale=0.7, **common)
+    y = scan(q, k, v, log_decay, initial_state=entering, segment_states=states, **options)
+    for each in (again, none):
+        inputs = dict(initial_state=rows, held=held, segment_states=each)
+        assert torch.equal(y, scan(q, k, v, log_decay, **inputs, **options))
+    assert len(launches) == 3
+
+
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 1000, 4097])
 def test_wide_keys(T, launches):
     q, k, v, log_decay, state = cases.make_inputs(T, B=2, H=5, D=256, E=128, dtype=BF16)

@@ -34,6 +34,9 @@ def test_equals_one_rank(pool, layout):
             ((2, 4998), documents, False),
         )
     ]
+    # As in training: no states from outside, and none asked for.
+    alone = dict(initial=False, final=False, dtype=torch.float32)
+    problems += [Problem(5000, method, layout, None, documents, **alone) for method in METHODS]
     sharded.check(pool, 2, *problems, Problem(2, layout=layout, dtype=torch.float32))
 
 
@@ -96,6 +99,17 @@ def test_the_ring_of_all_gpus(everyone, layout, pool_of):
             (None, on_borders, False),
         )
     ]
+    problems.append(
+        Problem(
+            5000,
+            "ring",
+            layout,
+            documents=documents,
+            dtype=torch.float32,
+            initial=False,
+            final=False,
+        )
+    )
     # One hop: nothing passes.
     problems.append(Problem(5000, "ring", layout, dtype=torch.float32, rates=-1.0))
     sharded.check(pool_of(everyone), size, *problems)

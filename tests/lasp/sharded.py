@@ -22,6 +22,7 @@ class Problem:
 
     lengths: tokens of every rank; None: the even cut. documents: boundaries, or None for a batch.
     rates: decay of all heads in place of those of `cases`. split: the operator in two calls.
+    final: whether final states are asked for.
     """
 
     total: int
@@ -33,6 +34,7 @@ class Problem:
     dtype: torch.dtype = torch.float64
     rates: float | None = None
     split: bool = False
+    final: bool = True
 
     def inputs(self):
         """(q, k, v, log_decay, initial_state, cu_seqlens) of the whole sequence."""
@@ -49,7 +51,8 @@ class Problem:
 
     def truth(self):
         *inputs, cu_seqlens = self.inputs()
-        return cases.expected(*inputs, scale=0.3, cu_seqlens=cu_seqlens)
+        options = dict(scale=0.3, cu_seqlens=cu_seqlens)
+        return cases.expected(*inputs, with_final=self.final, **options)
 
     def positions(self, size):
         """Global positions of the tokens of each rank, in the order it holds them."""
@@ -88,7 +91,7 @@ def run(group, problem):
     options = dict(
         scale=0.3,
         initial_state=initial,
-        output_final_state=True,
+        output_final_state=problem.final,
         cu_seqlens=cu_seqlens,
         group=group,
         exchange=problem.method,
@@ -97,18 +100,29 @@ def run(group, problem):
     )
     if problem.split:
         started = lasp.start_state(*leaves[1:], log_decay.to(device), **options)
-        o, final = lasp.attend(leaves[0], started)
+        result = lasp.attend(leaves[0], started)
     else:
-        o, final = lasp.lightning_attention(*leaves, log_decay.to(device), **options)
+        result = lasp.lightning_attention(*leaves, log_decay.to(device), **options)
+    if not problem.final:
+        result.backward(do[:, here].to(device))
+        return _named(result, None, leaves, initial)
+    o, final = result
     # The whole sequence's gradients, cut as the outputs are; only a final state has one.
     mine = [problem.owner(size, n) == rank for n in range(num_states)]
     dfinal = dfinal * torch.tensor(mine)[:, None, None, None]
     torch.autograd.backward((o, final), (do[:, here].to(device), dfinal.to(device)))
+    return _named(o, final, leaves, initial)
+
+
+def _named(o, final, leaves, initial):
+    """The results by name, on the CPU; None: not asked for."""
     results = dict(o=o, state=final, **dict(zip(("dq", "dk", "dv"), leaves, strict=True)))
-    results = {n: (x.grad if n[0] == "d" else x.detach()).cpu() for n, x in results.items()}
-    if initial is not None:
-        results["dinitial"] = initial.grad.cpu()
-    return results
+    results["dinitial"] = initial
+    return {
+        name: (x.grad if name[0] == "d" else x.detach()).cpu()
+        for name, x in results.items()
+        if x is not None
+    }
 
 
 def run_all(group, problems):
@@ -125,10 +139,11 @@ def check(pool, size, *problems, bound=None, timeout=None):
             name: torch.cat([each[name] for each in of_ranks], dim=1)[:, back]
             for name in ("o", "dq", "dk", "dv")
         }
-        states = [each["state"] for each in of_ranks]
-        joined["state"] = torch.stack(
-            [states[problem.owner(size, n)][n] for n in range(len(states[0]))]
-        )
+        if problem.final:
+            states = [each["state"] for each in of_ranks]
+            joined["state"] = torch.stack(
+                [states[problem.owner(size, n)][n] for n in range(len(states[0]))]
+            )
         if problem.initial:
             joined["dinitial"] = sum(e["dinitial"] for e in of_ranks if "dinitial" in e)
         limit = bound or (1e-12 if problem.dtype == torch.float64 else 2e-6)

@@ -4,6 +4,7 @@ import random
 from itertools import pairwise
 
 import pytest
+import torch
 
 from lasp import shard
 from lasp.pieces import cut_documents
@@ -31,6 +32,39 @@ def test_every_token_and_document_has_one_place(layout, seed):
         total = sum(lengths)
         inner = sorted(chance.randint(0, total) for _ in range(chance.randrange(5)))
         check_cut((0, *inner, total), lengths, layout)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("layout", shard.LAYOUTS)
+def test_states_at_edges_are_those_of_all_rows(layout, reverse):
+    chance = random.Random(0)
+    for _ in range(100):
+        size = chance.choice([1, 2, 3, 4])
+        lengths = tuple(2 * chance.choice([0, 1, 3]) for _ in range(size))
+        inner = sorted(chance.randint(0, sum(lengths)) for _ in range(chance.randrange(8)))
+        for rank in range(size):
+            check_edges(cut_documents((0, *inner, sum(lengths)), lengths, rank, layout), reverse)
+
+
+def check_edges(cut, reverse):
+    edges, num_rows = cut.at_edges(), len(cut.offsets) - 1
+    rows = torch.randn(num_rows, 1, 2, 3)
+    leaving = rows[list(edges.held(False, reverse))]
+    for piece in range(len(cut.lengths)):
+        expected = cut.leaving(rows, piece, reverse)
+        torch.testing.assert_close(edges.leaving(leaving, piece, reverse), expected, rtol=0, atol=0)
+    received = [
+        torch.randn(1, 1, 2, 3) if (span.unfinished if reverse else span.begun) else None
+        for span in cut.spans
+    ]
+    expected, entering = (each.entering(None, received, reverse) for each in (cut, edges))
+    if expected is None:
+        assert entering is None
+        return
+    held = edges.held(True, reverse)
+    assert len(entering) == len(held) + 1
+    found = [entering[held.index(n) if n in held else -1] for n in range(num_rows)]
+    torch.testing.assert_close(torch.stack(found), expected, rtol=0, atol=0)
 
 
 def check_cut(offsets, lengths, layout):

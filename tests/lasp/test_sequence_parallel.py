@@ -43,7 +43,18 @@ def problems(size, layout, packed):
             cut = lengths if i else None
             # Both forms of the operator, in turn.
             split = (METHODS.index(method) + i) % 2 == 0
-            yield Problem(sum(lengths), method, layout, cut, documents, split=split)
+            # With states from and to the outside; with none, as in training; with one of the two.
+            for initial, final in ((True, True), (False, False), (split, not split)):
+                yield Problem(
+                    sum(lengths),
+                    method,
+                    layout,
+                    cut,
+                    documents,
+                    initial=initial,
+                    split=split,
+                    final=final,
+                )
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
@@ -118,6 +129,42 @@ def test_final_states_of_documents_that_go_on_elsewhere(pool, layout):
                 *part, log_decay, initial_state=state[n : n + 1], scale=0.3
             )
             assert cases.relative_error(actual, expected[0]) < 1e-12
+
+
+def rows_of_states(group, problem):
+    """How many states each step of the arithmetic is given or gives."""
+    rows = []
+    ops = operators.ops
+    prefix_states, scan, scan_pair = ops.prefix_states, ops.scan, ops.scan_pair
+
+    def noted(function):
+        def call(*args, initial_state=None, **kwargs):
+            rows.append(0 if initial_state is None else len(initial_state))
+            return function(*args, initial_state=initial_state, **kwargs)
+
+        return call
+
+    def prefix_noted(*args, **kwargs):
+        states, total = prefix_states(*args, **kwargs)
+        rows.append(0 if total is None else len(total))
+        return states, total
+
+    ops.prefix_states, ops.scan, ops.scan_pair = prefix_noted, noted(scan), noted(scan_pair)
+    try:
+        sharded.run(group, problem)
+    finally:
+        ops.prefix_states, ops.scan, ops.scan_pair = prefix_states, scan, scan_pair
+    return rows
+
+
+@pytest.mark.parametrize(("layout", "most"), [("contiguous", 2), ("zigzag", 3)])
+def test_states_do_not_grow_with_the_documents(pool, layout, most):
+    # One across every border between ranks, and many that are whole on one.
+    documents = (0, *range(1, 60, 2), 60)
+    problem = Problem(60, layout=layout, documents=documents, initial=False, final=False)
+    for rows in pool.run(rows_of_states, problem, size=3):
+        # Forward and backward: states, o or dq, dk and dv (one after the other).
+        assert len(rows) >= 5 and 0 < max(rows) <= most
 
 
 def infinite_document(group, method):

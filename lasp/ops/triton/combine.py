@@ -52,6 +52,7 @@ def combine_kernel(
     p_states += (first_slot * H + i_h) * SIZE
     if WITH_TOTAL:
         p_total += (i_n * H + i_h) * SIZE
+        m_total = m_s & (i_n >= 0)
     b_state = tl.zeros([BLOCK], dtype=tl.float32)
     # In place: later slots, whose loads may already be in flight, lie elsewhere.
     for i in tl.range(0, count, num_stages=NUM_STAGES):
@@ -63,8 +64,8 @@ def combine_kernel(
     if WITH_TOTAL:
         # What remains is a document's last segment, which may be short, or in reverse its first.
         b_remains = b_decay if REVERSE else b_last_decay
-        b_own = tl.load(p_total + o_s, mask=m_s, other=0.0)
-        tl.store(p_total + o_s, b_state * b_remains + b_own, mask=m_s)
+        b_own = tl.load(p_total + o_s, mask=m_total, other=0.0)
+        tl.store(p_total + o_s, b_state * b_remains + b_own, mask=m_total)
 
 
 def combine(
@@ -77,18 +78,17 @@ def combine(
     reverse: bool,
     total: torch.Tensor | None,
 ) -> None:
-    """Add up what `local_states` left: `total` [N, H, D, E] over the document (None: not wanted),
+    """Add up what `local_states` left: `total` [R, H, D, E] over the document (None: not wanted),
     and, in the documents that the plan says, every slot of `states` [S, H, D, E] over all before
     it."""
     _, num_heads, key_dim, value_dim = states.shape
     size = key_dim * value_dim
-    num_documents = plan.num_combined if total is None else plan.num_documents
-    programs = num_documents * num_heads * triton.cdiv(size, COMBINE_BLOCK)
+    programs = plan.num_combined * num_heads * triton.cdiv(size, COMBINE_BLOCK)
     if programs == 0:
         return
     numbers = (seq_len, plan.segments_per_row, plan.segment_length, num_heads)
     # In packed documents also where there is nothing to store: one kernel for any of them.
-    store = plan.packed or plan.num_combined > 0
+    store = plan.packed or (plan.segments_per_row > 2 and not plan.folded)
     bound = _bind(numbers, size, reverse, plan.packed, store, total is not None)
     bound(programs, states, total, log_decay, documents)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -107,24 +108,53 @@ def _width(dtype: torch.dtype) -> int:
     return dtype.itemsize
 
 
+class States(NamedTuple):
+    """Which packed documents have a state that enters from outside, or whose total is wanted.
+
+    Attributes:
+        held: row i of the states is that of document held[i]; None: row n of document n.
+        zeros: one row more, of zeros, is that of all other documents.
+    """
+
+    held: tuple[int, ...] | None = None
+    zeros: bool = False
+
+    def rows(self, num_documents: int) -> list[int]:
+        """The row of every document; -1: none."""
+        if self.held is None:
+            return list(range(num_documents))
+        rows = [len(self.held) if self.zeros else -1] * num_documents
+        for row, document in enumerate(self.held):
+            rows[document] = row
+        return rows
+
+    def num_rows(self, num_documents: int) -> int:
+        """How many rows the states have."""
+        return num_documents if self.held is None else len(self.held) + self.zeros
+
+
+ALL, NONE = States(), States(held=())
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Segments of every document, document after document.
 
     Dense: each of `num_documents` batch rows has `segments_per_row` segments. Packed: `tables` on
-    the host holds, in int64, one row (document, first token, document start, document stop, slot)
-    per segment, the longest first: programs start in this order, and the short ones fill what the
-    long ones leave. Then one row (first slot, slots, tokens in the last segment, document, 0) per
-    document, that with most slots first. A document always has a segment, an empty document one
-    without tokens.
+    the host holds, in int64, one row (state, first token, document start, document stop, slot) per
+    segment, the longest first: programs start in this order, and the short ones fill what the long
+    ones leave. Then one row (first slot, slots, tokens in the last segment, state, 0) per document,
+    the combined ones first. A document always has a segment, an empty document one without tokens.
+    `state` is the document's row among `num_states` initial states or totals; -1: it has none.
 
     Segment states have a slot for every border between two segments, `num_slots` or fewer in all.
     It holds what one segment adds, and the scan sums over slots, if `folded`; otherwise all that
-    crosses the border, which a kernel of its own adds up in the `num_combined` documents with more
-    than one slot.
+    crosses the border. A kernel of its own adds that up, and totals, in the `num_combined`
+    documents that have more than one slot to write or a total.
     """
 
     num_documents: int
+    num_states: int
     num_segments: int
     num_slots: int
     num_combined: int
@@ -196,6 +226,7 @@ def make_plan(
     v: torch.Tensor,
     offsets: tuple[int, ...] | None,
     segment_length: int | None = None,
+    states: States = ALL,
 ) -> Plan:
     """Plan for k [B, T, H, D] and v [B, T, H, E]; `segment_length` overrides the chosen one."""
     batch, seq_len, num_heads, key_dim = k.shape
@@ -205,12 +236,14 @@ def make_plan(
             seq_len, num_documents, offsets is not None, key_dim, v.shape[-1], num_heads
         )
     fold = not is_large(batch * seq_len * num_heads, key_dim, v.shape[-1])
-    return _plan(batch, seq_len, offsets, segment_length, fold, k.is_cuda)
+    return _plan(batch, seq_len, offsets, segment_length, fold, k.is_cuda, states)
 
 
-def make_single_plan(k: torch.Tensor, offsets: tuple[int, ...] | None) -> Plan:
+def make_single_plan(
+    k: torch.Tensor, offsets: tuple[int, ...] | None, states: States = ALL
+) -> Plan:
     """Plan of one segment per document for k [B, T, H, D]."""
-    return _plan(k.shape[0], k.shape[1], offsets, k.shape[1], False, k.is_cuda)
+    return _plan(k.shape[0], k.shape[1], offsets, k.shape[1], False, k.is_cuda, states)
 
 
 def _num_slots(seq_len: int, num_documents: int, packed: bool, segment_length: int) -> int:
@@ -227,32 +260,52 @@ def _plan(
     segment_length: int,
     fold: bool,
     pinned: bool,
+    states: States,
 ) -> Plan:
     segment_length = max(segment_length, 1)
     if offsets is None:
         slots = _num_slots(seq_len, batch, False, segment_length)
         per_row = max(1, -(-seq_len // segment_length))
         folded = fold and 2 <= per_row - 1 <= MAX_FOLD
-        combined = batch if per_row > 2 and not folded else 0
-        return Plan(batch, batch * per_row, slots, combined, segment_length, per_row, folded, None)
+        return Plan(
+            num_documents=batch,
+            num_states=batch,
+            num_segments=batch * per_row,
+            num_slots=slots,
+            num_combined=batch if states.held is None or (per_row > 2 and not folded) else 0,
+            segment_length=segment_length,
+            segments_per_row=per_row,
+            folded=folded,
+            tables=None,
+        )
     assert batch == 1 and offsets[0] == 0 and offsets[-1] == seq_len, (batch, seq_len, offsets)
     segments: list[tuple[int, ...]] = []
     documents: list[tuple[int, ...]] = []
+    state_rows = states.rows(len(offsets) - 1)
     for document, (start, stop) in enumerate(itertools.pairwise(offsets)):
         assert start <= stop, offsets
         count = max(1, -(-(stop - start) // segment_length))
         last = stop - start - (count - 1) * segment_length
-        slot = len(segments) - document
-        documents.append((slot, count - 1, last, document, 0))
+        slot, state = len(segments) - document, state_rows[document]
+        documents.append((slot, count - 1, last, state, 0))
         segments += [
-            (document, start + i * segment_length, start, stop, slot + i) for i in range(count)
+            (state, start + i * segment_length, start, stop, slot + i) for i in range(count)
         ]
     segments.sort(key=lambda row: min(row[3] - row[1], segment_length), reverse=True)
-    documents.sort(key=lambda row: row[1], reverse=True)
-    combined = sum(slots > 1 for _, slots, *_ in documents)
-    tables = torch.tensor(segments + documents, dtype=torch.int64).view(-1, 5)
+    combined = [row for row in documents if row[1] > 1 or row[3] >= 0]
+    others = [row for row in documents if not (row[1] > 1 or row[3] >= 0)]
+    tables = torch.tensor(segments + combined + others, dtype=torch.int64).view(-1, 5)
     if pinned:
         # A copy from pageable memory would make the host wait.
         tables = tables.pin_memory()
-    slots = _num_slots(seq_len, len(documents), True, segment_length)
-    return Plan(len(documents), len(segments), slots, combined, segment_length, 0, False, tables)
+    return Plan(
+        num_documents=len(documents),
+        num_states=states.num_rows(len(documents)),
+        num_segments=len(segments),
+        num_slots=_num_slots(seq_len, len(documents), True, segment_length),
+        num_combined=len(combined),
+        segment_length=segment_length,
+        segments_per_row=0,
+        folded=False,
+        tables=tables,
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lasp.ops.triton.combine import combine
-from lasp.ops.triton.plan import make_plan
+from lasp.ops.triton.plan import NONE, States, make_plan
 from lasp.ops.triton.state import local_states
 from lasp.ops.triton.tiles import addressable, check_operands, decay_or_zeros, on_device_of
 
@@ -26,6 +26,7 @@ def prefix_states(
     log_decay: torch.Tensor | None,
     *,
     offsets: tuple[int, ...] | None = None,
+    held: tuple[int, ...] | None = None,
     reverse: bool = False,
     scale: float = 1.0,
     with_total: bool = True,
@@ -40,23 +41,23 @@ def prefix_states(
         reverse: sum_i scale * l^(i+1) k_i v_i^T    (k=q, v=do: the gradient of the entering state)
 
     The segment states are what `scan` needs of the segments before each (reverse: after each); it
-    knows how to read them. `with_total=False` saves the work of the total, which is then None. S
-    depends on shapes alone, so
-    packed documents may leave some unused; the tensor is empty, of shape [0], where every document
-    is sure to be one segment. The order of every sum is fixed by the shapes: the same inputs give
-    the same bits. `offsets` packs documents (0, ..., T) into a batch of one. Raises ValueError for
-    dtypes or head dims that the kernels do not have. `segment_length` is for tests.
+    knows how to read them. `with_total=False` saves the work of the total, which is then None;
+    with `held` it is that of those packed documents alone, in that order. S depends on shapes
+    alone, so packed documents may leave some unused; the tensor is empty, of shape [0], where every
+    document is sure to be one segment. The order of every sum is fixed by the shapes: the same
+    inputs give the same bits. `offsets` packs documents (0, ..., T) into a batch of one. Raises
+    ValueError for dtypes or head dims that the kernels do not have. `segment_length` is for tests.
     """
     check_operands(k=k, v=v)
     assert k.shape[:3] == v.shape[:3], (k.shape, v.shape)
     seq_len, num_heads, key_dim = k.shape[1:]
-    plan = make_plan(k, v, offsets, segment_length)
+    plan = make_plan(k, v, offsets, segment_length, States(held) if with_total else NONE)
     shape = (num_heads, key_dim, v.shape[-1])
     wide = dict(dtype=torch.float32, device=k.device)
     if seq_len == 0:
-        return torch.empty(0, **wide), torch.zeros(plan.num_documents, *shape, **wide)
+        return torch.empty(0, **wide), torch.zeros(plan.num_states, *shape, **wide)
     states = torch.empty((plan.num_slots, *shape) if plan.num_slots else 0, **wide)
-    total = torch.empty(plan.num_documents, *shape, **wide) if with_total else None
+    total = torch.empty(plan.num_states, *shape, **wide) if with_total else None
     k, v = addressable(k), addressable(v)
     log_decay = decay_or_zeros(log_decay, num_heads, k.device)
     with on_device_of(k):
@@ -72,6 +73,6 @@ def prefix_states(
             states=states,
             total=total,
         )
-        if not plan.single and (with_total or plan.num_combined):
+        if not plan.single:
             combine(states, log_decay, seq_len, plan, document_table, reverse=reverse, total=total)
     return states, total

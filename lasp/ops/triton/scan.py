@@ -14,7 +14,7 @@ import triton.language as tl
 
 from lasp.ops.triton import scan_hopper
 from lasp.ops.triton.launch import Bound
-from lasp.ops.triton.plan import Plan, make_plan, make_single_plan, scan_launch
+from lasp.ops.triton.plan import Plan, States, make_plan, make_single_plan, scan_launch
 from lasp.ops.triton.tiles import (
     Layout,
     addressable,
@@ -169,6 +169,7 @@ def scan(
     initial_state: torch.Tensor | None = None,
     segment_states: torch.Tensor | None = None,
     offsets: tuple[int, ...] | None = None,
+    held: tuple[int, ...] | None = None,
     reverse: bool = False,
     segment_length: int | None = None,
 ) -> torch.Tensor:
@@ -183,7 +184,9 @@ def scan(
     dk = scan(v, do, q, G^T, reverse) and dv = scan(k, q, do, G, reverse). These are the recurrences
     of Lightning Attention-2 (arXiv 2401.04658) with exchanged roles instead of further kernels.
 
-    `initial_state` S [N, H, A, X] float32 (any strides) enters each document, None is zero;
+    `initial_state` S [N, H, A, X] float32 (any strides) enters each document, None is zero; with
+    `held` it has a row for each of those packed documents, in that order, and a last one of zeros,
+    which stands for all others;
     `segment_states` [S, H, A, X] float32 (any strides) is what `prefix_states` returned for the
     same tokens; without it each document is walked by one program per head and value block.
     `offsets` packs documents (0, ..., T) into a batch of one. Returns y [B, T, H, X], contiguous,
@@ -195,7 +198,7 @@ def scan(
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if y.numel() == 0:
         return y
-    plan, segment_states = _plan(a, x, initial_state, segment_states, offsets, segment_length)
+    plan, segment_states = _plan(a, x, initial_state, segment_states, offsets, held, segment_length)
     operands = [addressable(operand) for operand in (a, b, x)]
     launch = scan_hopper.launch if scan_hopper.supported(operands, plan) else _launch
     states = dict(initial_state=initial_state, segment_states=segment_states)
@@ -214,6 +217,7 @@ def scan_pair(
     initial_state: torch.Tensor | None = None,
     segment_states: torch.Tensor | None = None,
     offsets: tuple[int, ...] | None = None,
+    held: tuple[int, ...] | None = None,
     reverse: bool = False,
     segment_length: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -225,7 +229,7 @@ def scan_pair(
     operands = [addressable(operand) for operand in (a, b, x, c)]
     if a.numel() == 0 or x.numel() == 0:
         return None
-    plan, segment_states = _plan(a, x, initial_state, segment_states, offsets, segment_length)
+    plan, segment_states = _plan(a, x, initial_state, segment_states, offsets, held, segment_length)
     if not scan_hopper.supported(operands, plan):
         return None
     results = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, b)]
@@ -265,17 +269,19 @@ def _plan(
     initial_state: torch.Tensor | None,
     segment_states: torch.Tensor | None,
     offsets: tuple[int, ...] | None,
+    held: tuple[int, ...] | None,
     segment_length: int | None,
 ) -> tuple[Plan, torch.Tensor | None]:
     """The plan of a scan, and the segment states if it reads any; asserts the states' shapes."""
     shape = (*a.shape[2:], x.shape[-1])
+    entering = States(held, zeros=held is not None)
     if segment_states is None or segment_states.numel() == 0:
-        plan = make_single_plan(a, offsets)
+        plan = make_single_plan(a, offsets, entering)
     else:
-        plan = make_plan(a, x, offsets, segment_length)
+        plan = make_plan(a, x, offsets, segment_length, entering)
         assert segment_states.shape == (plan.num_slots, *shape)
     if initial_state is not None:
-        assert initial_state.shape == (plan.num_documents, *shape)
+        assert initial_state.shape == (plan.num_states, *shape)
     return plan, None if plan.single else segment_states
 
 

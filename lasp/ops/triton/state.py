@@ -80,9 +80,12 @@ def state_kernel(
     o_v = o_c[:, None] * stride_vt + o_e[None, :]  # [BC, BE]
     b_state = tl.zeros([BD, BE], dtype=tl.float32)
     num_chunks = tl.cdiv(count, BC)
-    if PACKED and not WITH_TOTAL:
+    if PACKED:
         # Most documents are one segment, whose state nobody wants.
-        num_chunks = tl.where(beyond > 0, num_chunks, 0)
+        wanted = beyond > 0
+        if WITH_TOTAL:
+            wanted = wanted | (i_n >= 0)
+        num_chunks = tl.where(wanted, num_chunks, 0)
     # Tokens so far from where the state leaves that exp(-104) = 0 in float32 add nothing to it:
     # heads that forget quickly read a part of the segment only.
     b_reach = tl.minimum(104.0 / tl.maximum(-b_log_decay, 1e-9), 2.0**30).to(tl.int32)
@@ -113,6 +116,7 @@ def state_kernel(
     if beyond > 0:
         tl.store(p_states + (slot * H + i_h) * (D * E) + o_state, b_state, mask=m_state)
     elif WITH_TOTAL:
+        m_state = m_state & (i_n >= 0)
         tl.store(p_total + (i_n * H + i_h) * (D * E) + o_state, b_state, mask=m_state)
 
 
@@ -130,9 +134,9 @@ def local_states(
 ) -> None:
     """Write every segment's own state, as if it stood alone, in float32.
 
-    That of the segment that ends a document (reverse: begins it) goes to `total` [N, H, D, E], and
-    is left out for None; the others' to the slots of the borders they are followed by, in `states`
-    [S, H, D, E].
+    That of the segment that ends a document (reverse: begins it) goes to `total` [R, H, D, E], and
+    is left out for None or where the plan has no row for it; the others' to the slots of the
+    borders they are followed by, in `states` [S, H, D, E].
     """
     programs, bound = _bind(
         layout(k),

@@ -1,5 +1,7 @@
 """How packed documents are cut into segments."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -8,14 +10,14 @@ from lasp.ops.triton import plan
 OFFSETS = (0, 0, 70, 75, 203, 203, 300)
 
 
-def packed_plan(offsets, segment):
-    k = torch.empty(1, offsets[-1], 2, 16)
-    return plan.make_plan(k, k, offsets, segment)
+def packed_plan(segment, states=plan.ALL):
+    k = torch.empty(1, OFFSETS[-1], 2, 16)
+    return plan.make_plan(k, k, OFFSETS, segment, states)
 
 
 @pytest.mark.parametrize("segment", [32, 64, 128, 512])
 def test_packed_segments_hold_every_token_once_and_the_longest_come_first(segment):
-    made = packed_plan(OFFSETS, segment)
+    made = packed_plan(segment)
     segments = made.tables[: made.num_segments].tolist()
     spans = [(first, min(stop, first + segment)) for _, first, _, stop, _ in segments]
     assert sorted(t for span in spans for t in range(*span)) == list(range(OFFSETS[-1]))
@@ -28,15 +30,30 @@ def test_packed_segments_hold_every_token_once_and_the_longest_come_first(segmen
     assert all(0 <= slot < made.num_slots for slot in slots)
 
 
-@pytest.mark.parametrize(("segment", "combined"), [(32, 3), (64, 0), (512, 0)])
-def test_documents_with_several_borders_come_first(segment, combined):
-    made = packed_plan(OFFSETS, segment)
+@pytest.mark.parametrize("states", [plan.ALL, plan.NONE, plan.States((5, 1)), plan.States((2,))])
+@pytest.mark.parametrize("segment", [32, 64, 512])
+def test_what_is_combined_comes_first(segment, states):
+    made = packed_plan(segment, states)
     documents = made.tables[made.num_segments :].tolist()
-    slots = [count for _, count, *_ in documents]
-    assert slots == sorted(slots, reverse=True)
-    assert made.num_combined == combined == sum(count > 1 for count in slots)
-    for first, count, last, document, _ in documents:
-        start, stop = OFFSETS[document : document + 2]
-        assert stop - start == count * segment + last
-        held = [row for row in made.tables[: made.num_segments].tolist() if row[0] == document]
-        assert min(slot for *_, slot in held) == first
+    lengths = [stop - start for start, stop in pairwise(OFFSETS)]
+    held = range(len(lengths)) if states.held is None else states.held
+    wanted = [n for n, length in enumerate(lengths) if length > 2 * segment or n in held]
+    assert made.num_states == len(held) and made.num_combined == len(wanted)
+    state_of = {n: row for row, n in enumerate(held)}
+    others = [n for n in range(len(lengths)) if n not in wanted]
+    for n, (first, count, last, state, _) in zip(wanted + others, documents, strict=True):
+        assert state == state_of.get(n, -1)
+        assert count * segment + last == lengths[n] and (count == 0 or 0 < last <= segment)
+        slots = [
+            slot
+            for _, _, start, stop, slot in made.tables[: made.num_segments].tolist()
+            if (start, stop) == OFFSETS[n : n + 2]
+        ]
+        assert min(slots) == first
+
+
+def test_a_row_of_zeros_stands_for_documents_that_nothing_enters():
+    made = packed_plan(64, plan.States((3,), zeros=True))
+    assert made.num_states == 2
+    for state, _, start, stop, _ in made.tables[: made.num_segments].tolist():
+        assert state == (0 if (start, stop) == OFFSETS[3:5] else 1)

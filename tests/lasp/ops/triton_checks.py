@@ -99,6 +99,8 @@ def check_scan_and_prefix(
         segment_states=segment_states,
         **common,
     )
+    if offsets is not None:
+        check_held(a, b, x, log_decay, state, segment_states, total, scale, common)
     if segment is not None:
         assert segment_states.shape[0] > 0, "the case was meant to have several segments"
     assert y.dtype == dtype and y.is_contiguous() and total.dtype == torch.float32
@@ -120,6 +122,29 @@ def check_scan_and_prefix(
         ):
             error = relative_error(got, want)
             assert error <= bound, f"{name}, decay {DECAYS[h]}: {error:.3g}, allowed {bound:.3g}"
+
+
+def check_held(a, b, x, log_decay, state, segment_states, total, scale, common):
+    """States of some packed documents alone are those of all, bit for bit."""
+    num_documents = len(common["offsets"]) - 1
+    scale_of_total = scale if common["reverse"] else 1.0
+    for held in ((num_documents - 1, 2), (3,), ()):
+        states, some = kernels.prefix_states(
+            b, x, log_decay, scale=scale_of_total, held=held, **common
+        )
+        torch.testing.assert_close(states, segment_states, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(some, total[list(held)], rtol=0, atol=0)
+        entering = torch.zeros_like(state)
+        entering[list(held)] = state[list(held)]
+        rows = torch.cat([state[list(held)], torch.zeros_like(state[:1])])
+        got, want = (
+            kernels.scan(
+                a, b, x, log_decay, scale=scale, segment_states=segment_states,
+                initial_state=initial, **options, **common,
+            )
+            for initial, options in ((rows, {"held": held}), (entering, {}))
+        )  # fmt: skip
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 def check_no_decay_same_bits():
