@@ -48,6 +48,8 @@ _hosts: WeakKeyDictionary[
     ProcessGroup, tuple[dist.ProcessGroupGloo, dist.Backend, slate.Slate | None]
 ]
 _hosts = WeakKeyDictionary()
+# The newest comparison of each group.
+_newest: WeakKeyDictionary[ProcessGroup, Comparison] = WeakKeyDictionary()
 
 
 class Call(dict):
@@ -96,9 +98,22 @@ def timeout_of(group: ProcessGroup) -> timedelta:
 
 
 class Comparison:
-    """A comparison under way."""
+    """A comparison under way.
+
+    One that nobody confirmed, as where an exception came in between, is settled by the group's
+    next: the other ranks may be waiting to tell what differs.
+    """
 
     def __init__(self, group, call, problem):
+        before = _newest.get(group)
+        if before is not None:
+            try:
+                before._settle()
+            except ValueError as error:
+                raise ValueError(
+                    f"in the call before, which this rank left early: {error}"
+                ) from None
+        self._settled = False
         self._hosts, self._shared = _hosts_of(group)
         self._call, self._problem = call, problem
         if problem is None and isinstance(call, Call):
@@ -112,23 +127,32 @@ class Comparison:
         else:
             asked = _AllAtOnce if self._hosts.size() <= _FEW_RANKS else _InRounds
             self._asked = asked(fingerprint, self._hosts)
+        _newest[group] = self
 
     def confirm(self) -> None:
         """Raise ValueError on every rank unless all passed the same call and none has a problem."""
-        if not self._asked.all_equal():
-            self._explain()
+        self._settle()
         if self._problem is not None:
             raise ValueError(self._problem)
+
+    def _settle(self):
+        if self._settled:
+            return
+        self._settled = True
+        if not self._asked.all_equal():
+            self._explain()
 
     def _explain(self):
         call = {**self._call, "exchanges so far": self._exchanges}
         texts = [self._problem or "", *(_brief(value) for value in call.values())]
         try:
             gathered = _gather_texts(texts, self._hosts)
-        except RuntimeError:
-            # Who did not come to explain is past this call, and would take the next for its own.
+        except RuntimeError as error:
+            # Who comes later would take the next call for its own.
             if self._shared is not None:
                 self._shared.give_up("the ranks of the group disagreed, and not all said on what")
+            if self._problem is not None:
+                raise ValueError(self._problem) from error
             raise
         if self._problem is not None:
             raise ValueError(self._problem)

@@ -52,7 +52,7 @@ def combine_kernel(
     p_states += (first_slot * H + i_h) * SIZE
     if WITH_TOTAL:
         p_total += (i_n * H + i_h) * SIZE
-        m_total = m_s & (i_n >= 0)
+        m_total = o_s < tl.where(i_n >= 0, SIZE, 0)
     b_state = tl.zeros([BLOCK], dtype=tl.float32)
     # In place: later slots, whose loads may already be in flight, lie elsewhere.
     for i in tl.range(0, count, num_stages=NUM_STAGES):

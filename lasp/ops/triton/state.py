@@ -116,8 +116,8 @@ def state_kernel(
     if beyond > 0:
         tl.store(p_states + (slot * H + i_h) * (D * E) + o_state, b_state, mask=m_state)
     elif WITH_TOTAL:
-        m_state = m_state & (i_n >= 0)
-        tl.store(p_total + (i_n * H + i_h) * (D * E) + o_state, b_state, mask=m_state)
+        m_total = (o_d < tl.where(i_n >= 0, D, 0))[:, None] & m_e[None, :]  # [BD, BE]
+        tl.store(p_total + (i_n * H + i_h) * (D * E) + o_state, b_state, mask=m_total)
 
 
 def local_states(

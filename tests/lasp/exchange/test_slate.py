@@ -11,10 +11,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -26,8 +29,14 @@ from lasp.exchange import guard, slate
 DEADLINE = 60
 
 
+class Died(NamedTuple):
+    """In place of what a process gives that ends without giving anything."""
+
+    code: int
+
+
 def run(function, *args, size, folder):
-    """What `function(group, *args)` gives on each rank, or the exit code of those that died.
+    """What `function(group, *args)` gives on each rank.
 
     Processes of their own, since some of them die; forked from one that has imported everything.
     """
@@ -49,7 +58,7 @@ def run(function, *args, size, folder):
                 outcomes.append(pipe.recv())
             except EOFError:
                 process.join()
-                outcomes.append(process.exitcode)
+                outcomes.append(Died(process.exitcode))
     finally:
         for process, pipe in started:
             pipe.close()
@@ -167,7 +176,7 @@ def die(group, how):
 )
 def test_a_rank_that_dies_is_not_waited_for(tmp_path, how):
     first, dead, third = run(die, how, size=3, folder=tmp_path)
-    assert dead in (7, -signal.SIGKILL)
+    assert dead in (Died(7), Died(-signal.SIGKILL))
     for text, seconds in (first, third):
         assert "rank 1 of the group has ended" in text
         # The group's timeout is 30 seconds.
@@ -235,30 +244,56 @@ def test_a_question_without_an_answer_leaves_the_ranks_in_step(tmp_path):
         assert others == [[n % 8 != 4 for n in range(20)]] * 2
 
 
-def difference_unanswered(group):
-    """Rank 0 does not ask for an answer that all others explain."""
-    agrees(group, 0)
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), group)
+def difference_unanswered(group, by_messages):
+    """Rank 0 does not ask for an answer that the others get: its next call does."""
+    with mock.patch.object(slate, "join", lambda *_: None) if by_messages else nullcontext():
+        agrees(group, 0)
     if dist.get_rank(group) == 0:
         guard.compare(group, {"a": 1})
+    with pytest.raises(ValueError) as caught:
+        guard.compare(group, {"a": 2}).confirm()
+    return str(caught.value), [agrees(group, n) for n in range(5)]
+
+
+@pytest.mark.parametrize("by_messages", [False, True])
+def test_an_unanswered_difference_is_explained_to_every_rank(by_messages, tmp_path):
+    outcomes = run(difference_unanswered, by_messages, size=3, folder=tmp_path)
+    for rank, (text, later) in enumerate(outcomes):
+        assert "disagree on a (rank 0: 1, rank 1: 2, rank 2: 2)" in text
+        assert ("in the call before" in text) == (rank == 0)
+        assert later == [True] * 5
+
+
+def difference_unexplained(group):
+    """Rank 0 makes its next call when the others have given it up."""
+    agrees(group, 0)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), group)
+    if dist.get_rank(group) == 0:
+        guard.compare(group, {"a": 1})
+        time.sleep(4)
     else:
         with pytest.raises(RuntimeError):
             guard.compare(group, {"a": 2}).confirm()
     return error_of(group)
 
 
-def test_an_unanswered_difference_is_an_error_on_every_rank(tmp_path):
-    for text, seconds in run(difference_unanswered, size=3, folder=tmp_path):
-        assert "rank" in text and seconds < 20
+def test_a_difference_that_is_not_explained_ends_the_group(tmp_path):
+    (first, _), *others = run(difference_unexplained, size=3, folder=tmp_path)
+    assert "rank 1 of the group has given up" in first
+    for text, _ in others:
+        assert "the ranks of the group disagreed, and not all said on what" in text
 
 
 def in_one_flight(group, odd):
-    """Two questions before an answer, and the answers in the other order."""
-    first = guard.compare(group, {"a": 1 if dist.get_rank(group) == odd else 0})
-    second = guard.compare(group, {"a": 0})
-    second.confirm()
+    """Two questions before an answer: the second waits for the first's."""
+    first = guard.compare(group, {"a": 0})
+    second = guard.compare(group, {"a": 1 if dist.get_rank(group) == odd else 0})
+    first.confirm()
     with pytest.raises(ValueError, match=f"rank {odd}: 1"):
-        first.confirm()
+        second.confirm()
+    guard.compare(group, {"a": 1 if dist.get_rank(group) == odd else 0})
+    with pytest.raises(ValueError, match=f"the call before.*rank {odd}: 1"):
+        guard.compare(group, {"a": 0})
     return agrees(group, 0)
 
 
