@@ -31,7 +31,7 @@ def _times(rows: list[dict]) -> str:
         "",
         "In ms; in brackets the fraction of the copy roofline; `call` is the time from call to",
         "call, host included. Extra memory is the peak over q, k, v, do in a forward and backward,",
-        "in units of the size of q. The last column: how much longer than lasp a rival takes.",
+        "in units of the mean size of q and v. The last column: how much longer a rival takes.",
         "",
         "| B, T, H, D, E | decay | implementation | forward | backward | extra memory | error "
         "| times lasp |",

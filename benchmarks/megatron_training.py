@@ -48,7 +48,7 @@ APEX = ("optimizer", "norms", "weight gradients")
 apex_parser = argparse.ArgumentParser(add_help=False)
 apex_parser.add_argument("--apex", nargs="*", choices=APEX, help="what apex is to do; alone: all")
 asked = apex_parser.parse_known_args()[0].apex
-ASKED_OF_APEX = () if asked is None else tuple(asked) or APEX
+ASKED_OF_APEX = tuple(part for part in APEX if asked is not None and (part in asked or not asked))
 if "optimizer" not in ASKED_OF_APEX:
     # Megatron takes its Adam and its clipping unasked, when it is imported: it is to find none.
     sys.modules["apex"] = None
@@ -63,7 +63,7 @@ from examples import megatron_gpt  # noqa: E402 (Megatron is imported after the 
 from launch.metrics import peak_memory  # noqa: E402
 from parallel.megatron.apex import has_apex  # noqa: E402
 
-if "optimizer" not in ASKED_OF_APEX:
+if "norms" in ASKED_OF_APEX and "optimizer" not in ASKED_OF_APEX:
     del sys.modules["apex"]
 
 LAYOUTS = ("tp", "cp")
@@ -105,8 +105,6 @@ def measure_megatron(
 ) -> dict[str, Any]:
     """A row of steps with megatron-core."""
     sizes = dict(tp=1, cp=1) | {layout: dist.get_world_size()}
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(sizes["tp"], context_parallel_size=sizes["cp"])
     softmax = model == "softmax"
     iterations = arguments.softmax_iterations if softmax else arguments.iterations
@@ -139,7 +137,10 @@ def measure_megatron(
     used = megatron_gpt.ingredients(args)
     if softmax:
         used["core attention"] = "LaspSoftmaxAttention" if core is None else core.__name__
-    return row_of(arguments, model, layout, length, seconds) | dict(used=used, losses=losses)
+    row = row_of(arguments, model, layout, length, seconds) | dict(used=used, losses=losses)
+    # With it goes a buffer for gathered activations.
+    parallel_state.destroy_model_parallel()
+    return row
 
 
 def measure_launcher(
@@ -219,15 +220,16 @@ def reset_peak() -> None:
 
 def begin(arguments: argparse.Namespace) -> dict[str, Any]:
     """A report without rows, or with those that are kept."""
-    path, rows = arguments.out / "megatron.json", []
+    path, kept = arguments.out / "megatron.json", {"rows": []}
     if arguments.keep and path.exists():
-        rows = json.loads(path.read_text())["rows"]
+        kept = json.loads(path.read_text())
     return {
         "device": torch.cuda.get_device_name() if ON_GPU else "CPU",
         "gpus": dist.get_world_size(),
         "versions": versions.installed(*PACKAGES),
         "date": datetime.date.today().isoformat(),
-        "rows": rows,
+        "rows": kept["rows"],
+        "note": kept.get("note", ""),
     }
 
 
@@ -253,12 +255,14 @@ def table(report: dict) -> str:
         losses = row.get("losses")
         losses = f"{losses[0]:.4f}, {losses[-1]:.4f}" if losses else ""
         used = "; ".join(f"{part} {which}" for part, which in row["used"].items())
-        memory = "not known" if row["memory_gib"] is None else f"{row['memory_gib']:.1f}"
+        memory = "" if row["memory_gib"] is None else f"{row['memory_gib']:.1f}"
         lines.append(
             f"| {row['preset']} {name} | {row['layout']} | {row['seq_len']:,} "
             f"| {row['tokens_per_second']:,.0f} | {row['tokens_per_second'] / gpus:,.0f} "
             f"| {memory} | {len(row['steps'])} | {losses} | {used} |"
         )
+    if report.get("note"):
+        lines += ["", report["note"]]
     return "\n".join(lines) + "\n"
 
 

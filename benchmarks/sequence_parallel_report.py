@@ -148,13 +148,14 @@ def plot(report: dict, path: Path) -> None:
     rows = [r for r in report["rows"] if "zigzag" not in r["name"]]
     alone = {r["tokens"]: r["both_ms"] for r in rows if r["name"] == ALONE}
     figure, axes = plt.subplots(1, 2, figsize=(11, 4))
-    for name in dict.fromkeys(r["name"] for r in rows):
+    for number, name in enumerate(dict.fromkeys(r["name"] for r in rows)):
+        style = dict(label=name, color=f"C{number}", marker="o")
         mine = sorted((r for r in rows if r["name"] == name), key=lambda r: r["tokens"])
         tokens = [r["tokens"] for r in mine]
-        axes[0].plot(tokens, [r["both_ms"] for r in mine], marker="o", label=name)
+        axes[0].plot(tokens, [r["both_ms"] for r in mine], **style)
         if name != ALONE and all(t in alone for t in tokens):
             relative = [r["both_ms"] / alone[r["tokens"]] for r in mine]
-            axes[1].plot(tokens, relative, marker="o", label=name)
+            axes[1].plot(tokens, relative, **style)
     axes[0].set(ylabel="forward + backward, ms", yscale="log")
     axes[1].set(ylabel="relative to the same local work", yscale="log")
     for axis in axes:

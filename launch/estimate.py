@@ -47,11 +47,11 @@ __all__ = ["Estimate", "advice", "estimate", "fake_ranks", "format_estimate"]
 
 _GIB = 2**30
 # What an estimate leaves out: CUDA's context, NCCL's buffers, and what the allocator loses between
-# blocks. With blocks recomputed whole that is most: TNL 1b reserved 17.3 GiB above 94.1 of
-# activations on one H200, 9.9 above 47.2 on two, 3.8 above 23.9 on one (a test compares all rows of
-# benchmarks/results/training.json). In the other modes it reserved less than the estimate.
-_CONTEXT = 3.5 * _GIB
-_LOST_IN_FULL = 0.19
+# blocks. With blocks recomputed whole, on H200, TNL 1b reserved above it 3.8 GiB where activations
+# are 23.9 (one GPU), 6.1 where they are 23.9 (eight, FSDP), 9.8 where 47.2 (two), 17.5 where 94.1
+# (one): a part of them, and something. In the other modes compiled blocks reserved 6 and 10 GiB
+# less than the estimate, and what eager ones lose was not measured.
+_LOST_IN_FULL, _BESIDES_IN_FULL = 0.19, 3.5 * _GIB
 _RESERVE = 7 * _GIB
 # The largest job that can be planned, and that advice may come to.
 _MOST_RANKS = 1 << 16
@@ -92,7 +92,7 @@ class Estimate:
         return max(step, self.start)
 
     def fits(self, memory: float) -> bool:
-        """Whether a device of `memory` GiB holds it and a reserve."""
+        """Whether a device of `memory` GiB holds it and its reserve."""
         return self.total + self.reserve <= memory * _GIB
 
 
@@ -141,7 +141,7 @@ def estimate(config: Config, place: Place, shape: TNLConfig) -> Estimate:
         if place.dims.cp > 1
         else 0,
         start=4 * shape.num_parameters(),
-        reserve=int(_CONTEXT + _LOST_IN_FULL * activations if is_full else _RESERVE),
+        reserve=int(_BESIDES_IN_FULL + _LOST_IN_FULL * activations if is_full else _RESERVE),
     )
 
 

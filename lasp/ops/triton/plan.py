@@ -138,7 +138,7 @@ ALL, NONE = States(), States(held=())
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Segments of every document, document after document.
+    """How documents are cut into segments.
 
     Dense: each of `num_documents` batch rows has `segments_per_row` segments. Packed: `tables` on
     the host holds, in int64, one row (state, first token, document start, document stop, slot) per

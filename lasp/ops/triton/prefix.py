@@ -55,9 +55,12 @@ def prefix_states(
     shape = (num_heads, key_dim, v.shape[-1])
     wide = dict(dtype=torch.float32, device=k.device)
     if seq_len == 0:
-        return torch.empty(0, **wide), torch.zeros(plan.num_states, *shape, **wide)
+        total = torch.zeros(plan.num_states, *shape, **wide) if with_total else None
+        return torch.empty(0, **wide), total
     states = torch.empty((plan.num_slots, *shape) if plan.num_slots else 0, **wide)
     total = torch.empty(plan.num_states, *shape, **wide) if with_total else None
+    if plan.single and not with_total:
+        return states, None
     k, v = addressable(k), addressable(v)
     log_decay = decay_or_zeros(log_decay, num_heads, k.device)
     with on_device_of(k):

@@ -81,7 +81,7 @@ def state_kernel(
     b_state = tl.zeros([BD, BE], dtype=tl.float32)
     num_chunks = tl.cdiv(count, BC)
     if PACKED:
-        # Most documents are one segment, whose state nobody wants.
+        # The state that ends a document is not wanted, and most documents are one segment.
         wanted = beyond > 0
         if WITH_TOTAL:
             wanted = wanted | (i_n >= 0)

@@ -70,7 +70,7 @@ def compiled_scan(key_dim, value_dim, reverse, packed):
 
 
 @functools.cache
-def compiled_state(key_dim, value_dim, reverse, packed):
+def compiled_state(key_dim, value_dim, reverse, packed, with_total):
     launch = state_launch(key_dim, value_dim, torch.bfloat16, 1000)
     constants = dict(
         D=key_dim,
@@ -80,8 +80,7 @@ def compiled_state(key_dim, value_dim, reverse, packed):
         BC=launch.chunk,
         REVERSE=reverse,
         PACKED=packed,
-        # Packed documents take a branch of their own where no total is wanted.
-        WITH_TOTAL=not packed,
+        WITH_TOTAL=with_total,
         PRECISION="ieee",
     )
     types = {"p_k": "*bf16", "p_v": "*bf16", "scale": "fp32"}
@@ -137,10 +136,12 @@ def test_scan(key_dim, value_dim, reverse, packed):
 
 @pytest.mark.parametrize(("key_dim", "value_dim"), DIMS)
 @pytest.mark.parametrize(
-    ("reverse", "packed"), [(False, False), (True, True)], ids=["dense", "reverse, packed"]
+    ("reverse", "packed", "with_total"),
+    [(False, False, True), (True, True, True), (True, True, False)],
+    ids=["dense", "reverse, packed", "reverse, packed, no total"],
 )
-def test_state(key_dim, value_dim, reverse, packed):
-    compiled = compiled_state(key_dim, value_dim, reverse, packed)
+def test_state(key_dim, value_dim, reverse, packed, with_total):
+    compiled = compiled_state(key_dim, value_dim, reverse, packed, with_total)
     assert_tensor_cores_used_well(compiled)
     assert spilled_bytes(compiled) == 0
 
