@@ -138,8 +138,10 @@ class Comparison:
     def _settle(self):
         if self._settled:
             return
+        equal = self._asked.all_equal()
+        # Not earlier: after an exception in there the question is still open.
         self._settled = True
-        if not self._asked.all_equal():
+        if not equal:
             self._explain()
 
     def _explain(self):

@@ -47,7 +47,8 @@ class Slate:
 
     A rank writes its word of turn n in the place n % 2, number and turn in one store: whoever sees
     the turn sees the number. It overwrites turn n - 2, which nobody reads any more: it has seen
-    everybody's word of turn n - 1 (`ask` makes sure of it), and who writes that is done with n - 2.
+    everybody's word of turn n - 1, and who writes that is done with n - 2. So a question is asked
+    when the last one is answered, and not before.
 
     Args:
         words: unsigned, 64 bits each and aligned, so that the processor writes a word at once.
@@ -66,21 +67,16 @@ class Slate:
         self._words, self._rank, self._timeout, self._lives = words, rank, timeout, lives
         self._places = tuple([_LINE * (1 + r) + i for r in range(size)] for i in range(2))
         self._turn = 0
-        self._last: Question | None = None
         self._broken: str | None = None
 
     def ask(self, number: int) -> Question:
         """Begin to compare the upper 48 of the 64 bits of a number."""
         if self._broken is not None:
             raise RuntimeError(self._broken)
-        if self._last is not None:
-            # Waits only if nobody did, as where an exception came between question and answer.
-            self._last.all_equal()
         self._turn = self._turn % _TURNS + 1
         place = self._places[self._turn % 2][self._rank]
         self._words[place] = number & _NUMBER_BITS | self._turn
-        self._last = Question(self, self._turn)
-        return self._last
+        return Question(self, self._turn)
 
     def answer(self, turn: int) -> bool:
         """Whether all ranks wrote the same in this turn; RuntimeError if one does not come."""
@@ -133,13 +129,10 @@ class Question:
     """A number that this rank has written, and the others may have."""
 
     def __init__(self, slate: Slate, turn: int) -> None:
-        self._slate, self._turn, self._equal = slate, turn, None
+        self._slate, self._turn = slate, turn
 
     def all_equal(self) -> bool:
-        if self._equal is None:
-            self._equal = self._slate.answer(self._turn)
-            self._slate = None
-        return self._equal
+        return self._slate.answer(self._turn)
 
 
 class _Patience:
