@@ -31,7 +31,7 @@ from lasp.arguments import group_of, state_dtype
 from lasp.exchange import AffineMap, Line
 from lasp.ops.documents import decay_rates, document_offsets
 from lasp.ops.strides import with_unit_stride
-from lasp.pieces import Dense, Packed, cut_documents
+from lasp.pieces import Dense, Packed, cut_documents, stacked
 
 __all__ = ["attend", "attend_backward", "enter"]
 
@@ -119,7 +119,7 @@ class _Entering:
             received = self.pending.finish()
             packed = isinstance(self.pieces, Packed)
             if packed:
-                compact = _stacked(received, self.total)
+                compact = stacked(received, self.total)
             if self.with_final or not packed:
                 entering = self.pieces.entering(self.given, received, False)
             if not packed and entering is not None:
@@ -468,13 +468,6 @@ def _entering_rows(pieces, initial_state, entering):
     received = [entering[i : i + 1] if span.begun else None for i, span in enumerate(pieces.spans)]
     rows = pieces.entering(pieces.given(initial_state, False), received, False)
     return rows, None if rows is None else pieces.held(True, False)
-
-
-def _stacked(received, like):
-    zeros = None
-    if any(each is None for each in received):
-        zeros = like.new_zeros(1, *like.shape[1:])
-    return torch.cat([zeros if each is None else each for each in received])
 
 
 def _decay_over(log_decay, lengths: int | torch.Tensor, states: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ import torch
 
 from lasp import shard
 
-__all__ = ["Dense", "Edges", "Packed", "cut_documents"]
+__all__ = ["Dense", "Edges", "Packed", "cut_documents", "stacked"]
 
 
 @dataclass(frozen=True)
@@ -234,8 +234,15 @@ class Edges(Packed):
         some = next((each for each in received if each is not None), None)
         if some is None:
             return None
-        nothing = torch.zeros_like(some)
-        return torch.cat([*(nothing if each is None else each for each in received), nothing])
+        return stacked([*received, None], some)
+
+
+def stacked(states: list[torch.Tensor | None], like: torch.Tensor) -> torch.Tensor:
+    """Rows of states [1, H, D, E], of zeros for None; `like` has states of the same sizes."""
+    zeros = None
+    if any(each is None for each in states):
+        zeros = like.new_zeros(1, *like.shape[1:])
+    return torch.cat([zeros if each is None else each for each in states])
 
 
 @lru_cache(maxsize=256)

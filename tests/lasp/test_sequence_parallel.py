@@ -2,6 +2,7 @@
 
 import itertools
 import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -134,26 +135,22 @@ def test_final_states_of_documents_that_go_on_elsewhere(pool, layout):
 def rows_of_states(group, problem):
     """How many states each step of the arithmetic is given or gives."""
     rows = []
-    ops = operators.ops
-    prefix_states, scan, scan_pair = ops.prefix_states, ops.scan, ops.scan_pair
 
-    def noted(function):
+    def noting(name):
+        function = getattr(operators.ops, name)
+
         def call(*args, initial_state=None, **kwargs):
-            rows.append(0 if initial_state is None else len(initial_state))
-            return function(*args, initial_state=initial_state, **kwargs)
+            if initial_state is not None:
+                kwargs["initial_state"] = initial_state
+            results = function(*args, **kwargs)
+            states = results[1] if name == "prefix_states" else initial_state
+            rows.append(0 if states is None else len(states))
+            return results
 
-        return call
+        return mock.patch.object(operators.ops, name, call)
 
-    def prefix_noted(*args, **kwargs):
-        states, total = prefix_states(*args, **kwargs)
-        rows.append(0 if total is None else len(total))
-        return states, total
-
-    ops.prefix_states, ops.scan, ops.scan_pair = prefix_noted, noted(scan), noted(scan_pair)
-    try:
+    with noting("prefix_states"), noting("scan"), noting("scan_pair"):
         sharded.run(group, problem)
-    finally:
-        ops.prefix_states, ops.scan, ops.scan_pair = prefix_states, scan, scan_pair
     return rows
 
 

@@ -84,11 +84,12 @@ def combine(
     _, num_heads, key_dim, value_dim = states.shape
     size = key_dim * value_dim
     programs = plan.num_combined * num_heads * triton.cdiv(size, COMBINE_BLOCK)
-    if programs == 0:
+    # What crosses a row's only border is what one segment adds. In packed documents also where
+    # there is nothing to store: one kernel for any of them.
+    store = plan.packed or (plan.segments_per_row > 2 and not plan.folded)
+    if programs == 0 or not (store or total is not None):
         return
     numbers = (seq_len, plan.segments_per_row, plan.segment_length, num_heads)
-    # In packed documents also where there is nothing to store: one kernel for any of them.
-    store = plan.packed or (plan.segments_per_row > 2 and not plan.folded)
     bound = _bind(numbers, size, reverse, plan.packed, store, total is not None)
     bound(programs, states, total, log_decay, documents)
 

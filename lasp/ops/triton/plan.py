@@ -149,8 +149,8 @@ class Plan:
 
     Segment states have a slot for every border between two segments, `num_slots` or fewer in all.
     It holds what one segment adds, and the scan sums over slots, if `folded`; otherwise all that
-    crosses the border. A kernel of its own adds that up, and totals, in the `num_combined`
-    documents that have more than one slot to write or a total.
+    crosses the border. A kernel of its own adds that up, and totals, in `num_combined` documents:
+    of packed ones those that have more than one slot or a total.
     """
 
     num_documents: int
@@ -272,7 +272,7 @@ def _plan(
             num_states=batch,
             num_segments=batch * per_row,
             num_slots=slots,
-            num_combined=batch if states.held is None or (per_row > 2 and not folded) else 0,
+            num_combined=batch,
             segment_length=segment_length,
             segments_per_row=per_row,
             folded=folded,
