@@ -267,10 +267,10 @@ def test_an_unanswered_difference_is_explained_to_every_rank(by_messages, tmp_pa
 def difference_unexplained(group):
     """Rank 0 makes its next call when the others have given it up."""
     agrees(group, 0)
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), group)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), group)
     if dist.get_rank(group) == 0:
         guard.compare(group, {"a": 1})
-        time.sleep(4)
+        time.sleep(6)
     else:
         with pytest.raises(RuntimeError):
             guard.compare(group, {"a": 2}).confirm()
