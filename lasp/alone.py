@@ -64,6 +64,11 @@ def attend_backward(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """(dq, dk, dv); dk and dv None unless with_dkv."""
     do = with_unit_stride(do)
+    if with_dkv:
+        common = dict(scale=scale, initial_state=initial_state)
+        gradients = ops.scan_gradients(q, k, v, do, log_decay, **common)
+        if gradients is not None:
+            return gradients
     dq = ops.scan(
         do,
         v,
@@ -76,7 +81,7 @@ def attend_backward(
     if not with_dkv:
         return dq, None, None
     segment_grads = None
-    if not ops.one_pass(q, do):
+    if not ops.one_pass(q, do, reverse=True):
         segment_grads, _ = ops.prefix_states(
             q, do, log_decay, reverse=True, scale=scale, with_total=False
         )

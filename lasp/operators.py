@@ -219,12 +219,17 @@ def attend_backward(
     pieces = _pieces(q, cu_seqlens, group, layout, lengths)
     num_states = _num_states(q, cu_seqlens)
     q, k, v, do = (pieces.fold(x) for x in (q, k, v, with_unit_stride(do)))
+    if with_dkv and group is None and cu_seqlens is None and dfinal is None and not with_dinitial:
+        whole = dict(scale=scale, initial_state=initial_state)
+        gradients = ops.scan_gradients(q, k, v, do, log_decay, **whole)
+        if gradients is not None:
+            return *gradients, None
     common = dict(scale=scale, offsets=pieces.offsets)
     segment_grads = pending = given = dinitial = None
     after = pieces.at_edges() if dfinal is None and not with_dinitial else pieces
     if with_dkv:
         with_total = group is not None or with_dinitial
-        if with_total or not ops.one_pass(q, do, pieces.offsets):
+        if with_total or not ops.one_pass(q, do, pieces.offsets, reverse=True):
             segment_grads, total = ops.prefix_states(
                 q,
                 do,
@@ -280,13 +285,13 @@ def _attend_backward(*arguments):
 @torch.library.register_fake("lasp::enter")
 def _enter_fake(k, v, log_decay, initial_state, cu_seqlens, scale, with_final, needs_grad, *where):
     entering, final_state = _fake_states(k, v, initial_state, cu_seqlens, with_final, where)
-    return entering, _fake_segment_states(k, v, cu_seqlens, where), final_state
+    return entering, _fake_segment_states(k, v, cu_seqlens, with_final, where), final_state
 
 
 @torch.library.register_fake("lasp::start")
 def _start_fake(k, v, log_decay, initial_state, cu_seqlens, scale, with_final, needs_grad, *where):
     ticket = torch.empty((), dtype=torch.int64, device="cpu")
-    return _fake_segment_states(k, v, cu_seqlens, where), ticket
+    return _fake_segment_states(k, v, cu_seqlens, with_final, where), ticket
 
 
 @torch.library.register_fake("lasp::finish")
@@ -339,12 +344,13 @@ def _fake_states(k, v, initial_state, cu_seqlens, with_final, where):
     return entering, final_state
 
 
-def _fake_segment_states(k, v, cu_seqlens, where):
+def _fake_segment_states(k, v, cu_seqlens, with_final, where):
     group_name, _, layout, _ = where
     if group_name is not None and layout == "zigzag" and cu_seqlens is None:
         pieces = Dense((k.shape[1] // 2,) * 2)
         k, v = pieces.fold(k), pieces.fold(v)
-    return ops.fake_segment_states(k, v, cu_seqlens)
+    with_total = with_final or _resolve(where)[0] is not None
+    return ops.fake_segment_states(k, v, cu_seqlens, with_total)
 
 
 def _resolve(where):

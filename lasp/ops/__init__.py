@@ -18,6 +18,7 @@ __all__ = [
     "reference",
     "relay",
     "scan",
+    "scan_gradients",
     "scan_pair",
     "step",
 ]
@@ -39,25 +40,32 @@ def prefix_states(
     )
 
 
-def fake_segment_states(k, v, cu_seqlens):
-    """An empty tensor of the shape of what `prefix_states` returns first, for tracing."""
+def fake_segment_states(k, v, cu_seqlens, with_total):
+    """A tensor of the shape of what `prefix_states` returns first, or of none at all where it is
+    left out (`one_pass`, and nobody wants the total), for tracing."""
     state_dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
     if not k.is_cuda:
         return k.new_empty(0, dtype=state_dtype)
     from lasp.ops.triton.plan import segment_state_rows
+    from lasp.ops.triton.scan_chained import applies
 
-    num_documents = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     packed = cu_seqlens is not None
-    rows = segment_state_rows(k.shape[1], num_documents, packed, k.shape[3], v.shape[3], k.shape[2])
+    # How a sequence is cut depends on its length in no simple way: a traced graph is of one length.
+    batch, seq_len, num_heads, key_dim = map(int, k.shape)
+    value_dim = int(v.shape[-1])
+    num_documents = int(cu_seqlens.shape[0]) - 1 if packed else batch
+    if not packed and not with_total and applies(k, v, None):
+        return k.new_empty(0, dtype=state_dtype)
+    rows = segment_state_rows(seq_len, num_documents, packed, key_dim, value_dim, num_heads)
     if rows == 0:
         return k.new_empty(0, dtype=state_dtype)
-    return k.new_empty(rows, k.shape[2], k.shape[3], v.shape[3], dtype=state_dtype)
+    return k.new_empty(rows, num_heads, key_dim, value_dim, dtype=state_dtype)
 
 
-def one_pass(k, v, offsets=None):
-    """Whether a scan needs no `prefix_states`: every document is walked in one piece."""
+def one_pass(k, v, offsets=None, reverse=False):
+    """Whether a scan needs no states of segments: `prefix_states` has use for its total alone."""
     backend = _backend(k)
-    return backend is chunked or backend.is_single_segment(k, v, offsets=offsets)
+    return backend is chunked or backend.is_one_pass(k, v, offsets=offsets, reverse=reverse)
 
 
 def scan(
@@ -94,6 +102,16 @@ def scan_pair(
     y = backend.scan(a, b, x, log_decay, **states, **common)
     states = {k: None if s is None else s.transpose(-1, -2) for k, s in states.items()}
     return y, backend.scan(c, x, b, log_decay, **states, **common)
+
+
+def scan_gradients(q, k, v, do, log_decay, *, scale, initial_state=None):
+    """(dq, dk, dv) of whole sequences; see `lasp.ops.triton.scan.scan_gradients`. None where there
+    is no kernel for all of them: the caller scans for each."""
+    if not q.is_cuda:
+        return None
+    return _kernels().scan_gradients(
+        q, k, v, do, log_decay, scale=scale, initial_state=initial_state
+    )
 
 
 def step(q, k, v, state, log_decay, *, scale):

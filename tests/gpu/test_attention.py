@@ -120,6 +120,24 @@ def test_inductor_compiles_it(packed):
         assert cases.relative_error(compiled, eager) < 1e-2, name
 
 
+def test_lengths_may_vary_under_the_compiler():
+    def layer(q, k, v):
+        return lasp.lightning_attention(q * 2, k, v, log_decay).sin()
+
+    compiled = torch.compile(layer, dynamic=True)
+    for T in (1500, 700, 5000):
+        q, k, v, log_decay, _ = to_gpu(
+            cases.make_inputs(T, D=128, E=128, dtype=torch.bfloat16, state=False)[:4] + (None,)
+        )
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        results = []
+        for function in (layer, compiled):
+            o = function(*leaves)
+            results.append([o, *torch.autograd.grad(o.float().sum(), leaves)])
+        for name, eager, traced in zip(("o", "dq", "dk", "dv"), *results, strict=True):
+            assert cases.relative_error(traced, eager) < 1e-2, (T, name)
+
+
 def test_the_same_bits_every_time():
     inputs = to_gpu(cases.make_inputs(5000, B=2, H=4, D=128, E=128, dtype=torch.bfloat16))
     first = cases.forward_and_gradients(with_state, *inputs)

@@ -21,7 +21,7 @@ _runtime = triton.knobs.runtime
 
 
 class Bound:
-    """A kernel with all its arguments fixed but the leading ones: descriptors, then tensors.
+    """A kernel with all its arguments fixed but the first ones: `leading` ones, then tensors.
 
     A variant is compiled for `numbers`, `constants`, the tensors' dtypes and which of them are
     None: all that one `Bound` is made for. It is also compiled for whether each address is a
@@ -41,13 +41,13 @@ class Bound:
         self._direct = jit and torch.version.hip is None
         self._compiled: dict[tuple, Any] = {}
 
-    def __call__(self, programs: int, *tensors: torch.Tensor | None, descriptors=()) -> None:
+    def __call__(self, programs: int, *tensors: torch.Tensor | None, leading=()) -> None:
         """Run `programs` programs on the current device, the first tensor's, and current stream.
 
-        `descriptors` come before the tensors; all that a variant knows of them must be fixed.
+        `leading` are descriptors or numbers; all that a variant knows of them must be fixed.
         """
         if not self._direct or _is_watched(self._kernel):
-            self._launch(programs, descriptors, tensors)
+            self._launch(programs, leading, tensors)
             return
         device = tensors[0].get_device()
         addresses = [0 if x is None else x.data_ptr() for x in tensors]
@@ -56,7 +56,7 @@ class Bound:
         key = (device, *[address % 16 == 0 for address in addresses]) if odd else device
         compiled = self._compiled.get(key)
         if compiled is None:
-            compiled = self._launch(programs, descriptors, tensors)
+            compiled = self._launch(programs, leading, tensors)
             if all(hasattr(compiled, name) for name in ("run", "function", "packed_metadata")):
                 self._compiled[key] = compiled
             return
@@ -66,13 +66,13 @@ class Bound:
             compiled.function,
             compiled.packed_metadata,
             *(None, None, None),  # What hooks would get, and the two hooks.
-            *descriptors,
+            *leading,
             *addresses,
             *self._tail,
         )
 
-    def _launch(self, programs: int, descriptors: tuple, tensors: tuple) -> Any:
-        return self._kernel[(programs,)](*descriptors, *tensors, *self._numbers, **self._named)
+    def _launch(self, programs: int, leading: tuple, tensors: tuple) -> Any:
+        return self._kernel[(programs,)](*leading, *tensors, *self._numbers, **self._named)
 
 
 def _is_watched(kernel: Any) -> bool:

@@ -47,7 +47,8 @@ class Launch:
 
 # Keyed by (key dim rounded up to 64, 128 or 256; bytes per element). Value dims are cut into
 # blocks of `value`, so they need no key of their own. Four warps in 16-bit: more than one warpgroup
-# hits a wait race in triton 3.6. Chunks of 64 in 16-bit: 32 rows would drop wgmma for mma.sync.
+# hits a wait race in triton 3.6 (not in Gluon, where every wait and barrier is written out). Chunks
+# of 64 in 16-bit: 32 rows would drop wgmma for mma.sync.
 SCAN = {
     # 90% of the copy roofline on an H200 at (1, 32768, 32, 64) in 8 segments; two stages 73%.
     (64, 2): Launch(64, 64, 64, 4, 3),

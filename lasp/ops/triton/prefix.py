@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import torch
 
+from lasp.ops.triton import scan_chained
 from lasp.ops.triton.combine import combine
 from lasp.ops.triton.plan import NONE, States, make_plan
 from lasp.ops.triton.state import local_states
 from lasp.ops.triton.tiles import addressable, check_operands, decay_or_zeros, on_device_of
 
 
-def is_single_segment(
-    k: torch.Tensor, v: torch.Tensor, *, offsets: tuple[int, ...] | None = None
+def is_one_pass(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    offsets: tuple[int, ...] | None = None,
+    reverse: bool = False,
 ) -> bool:
-    """Whether `scan` over k [B, T, H, D] and v [B, T, H, E] walks each document in one piece.
+    """Whether `scan` over k [B, T, H, D] and v [B, T, H, E] needs no states of segments.
 
     If so, `prefix_states` is needed for its total alone: skip it where that has no use.
     """
-    return make_plan(k, v, offsets).num_slots == 0
+    chained = not reverse and scan_chained.applies(k, v, offsets)
+    return chained or make_plan(k, v, offsets).num_slots == 0
 
 
 def prefix_states(

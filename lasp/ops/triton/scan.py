@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lasp.ops.triton import scan_hopper
+from lasp.ops.triton import scan_chained, scan_hopper
 from lasp.ops.triton.launch import Bound
 from lasp.ops.triton.plan import Plan, States, make_plan, make_single_plan, scan_launch
 from lasp.ops.triton.tiles import (
@@ -188,7 +188,8 @@ def scan(
     `held` it has a row for each of those packed documents, in that order, and a last one of zeros,
     which stands for all others;
     `segment_states` [S, H, A, X] float32 (any strides) is what `prefix_states` returned for the
-    same tokens; without it each document is walked by one program per head and value block.
+    same tokens. Without it a kernel that makes them itself scans short sequences, where there is
+    one, and one program per head and value block walks through each document elsewhere.
     `offsets` packs documents (0, ..., T) into a batch of one. Returns y [B, T, H, X], contiguous,
     in a's dtype. Raises ValueError for dtypes or head dims that the kernels do not have.
     `segment_length` is for tests: it must be what `prefix_states` was given.
@@ -197,6 +198,10 @@ def scan(
     assert b.shape == a.shape and x.shape[:3] == a.shape[:3], (a.shape, b.shape, x.shape)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if y.numel() == 0:
+        return y
+    absent = segment_states is None or segment_states.numel() == 0
+    if absent and not reverse and scan_chained.applies(a, x, offsets):
+        _run_chained((a, b, x), (y,), log_decay, scale, initial_state)
         return y
     plan, segment_states = _plan(a, x, initial_state, segment_states, offsets, held, segment_length)
     operands = [addressable(operand) for operand in (a, b, x)]
@@ -245,6 +250,45 @@ def scan_pair(
         **states,
     )
     return tuple(results)
+
+
+def scan_gradients(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    do: torch.Tensor,
+    log_decay: torch.Tensor | None,
+    *,
+    scale: float,
+    initial_state: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """(dq, dk, dv) of whole sequences, whose final states have no gradient, in one launch.
+
+    q, k are [B, T, H, D], v, do [B, T, H, E], the initial state [B, H, D, E]. None where no kernel
+    makes all three.
+    """
+    check_operands(q=q, k=k, v=v, do=do)
+    if q.shape[-1] != v.shape[-1] or not scan_chained.applies(q, v, None):
+        return None
+    operands = (q, k, v, do)
+    results = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in operands[:3]]
+    state = None if initial_state is None else initial_state.mT
+    _run_chained(operands, results, log_decay, scale, state)
+    return tuple(results)
+
+
+def _run_chained(
+    operands: Sequence[torch.Tensor],
+    results: Sequence[torch.Tensor],
+    log_decay: torch.Tensor | None,
+    scale: float,
+    initial_state: torch.Tensor | None,
+) -> None:
+    """Write `results` of whole sequences by the chained scan, on the operands' device."""
+    a = operands[0]
+    log_decay = decay_or_zeros(log_decay, a.shape[2], a.device)
+    with on_device_of(a):
+        scan_chained.launch(operands, results, log_decay, scale=scale, initial_state=initial_state)
 
 
 def _run(

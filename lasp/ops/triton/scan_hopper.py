@@ -1,8 +1,4 @@
-"""The scan on Hopper GPUs for 16-bit heads of 65 to 256: `scan_hopper_kernel` and its launch.
-
-The kernel is written in Gluon, the layer under Triton's language, whose names move between
-versions: it is imported at the first call that can use it, and `scan` goes on without it otherwise.
-"""
+"""The scan on Hopper GPUs for 16-bit heads of 65 to 256: the launch of `scan_hopper_kernel`."""
 
 from __future__ import annotations
 
@@ -15,6 +11,7 @@ import torch
 import triton
 
 from lasp.ops.triton import plan as plans
+from lasp.ops.triton.hopper import has_gluon
 from lasp.ops.triton.launch import Bound
 from lasp.ops.triton.plan import Plan
 from lasp.ops.triton.tiles import Layout, layout, state_strides
@@ -44,8 +41,6 @@ NARROW = Cut(128, 1, 64, (168, 128, 24))
 # A state of 128 registers per thread. With fewer than 208 registers products wait for each other.
 WIDE_KEYS = Cut(256, 1, 64, (208, 72, 24))
 WIDE_VALUES = Cut(128, 2, 64, (208, 72, 24))
-# Gluon is experimental: only where it was tested against float64, for races and both assemblers.
-TRITON_VERSIONS = ("3.6.",)
 # What the copy engine can address: 16-byte steps below 2**40 bytes and 32-bit coordinates.
 STEP = 16
 MAX_STRIDE = 2**40
@@ -115,7 +110,7 @@ def launch(
         segment_states,
         log_decay,
         table,
-        descriptors=[
+        leading=[
             None if t is None else _descriptor(t, n)
             for t, n in zip((a, b, x, c, y, z), columns, strict=True)
         ],
@@ -227,17 +222,12 @@ def _known_descriptor(device: torch.device, tensor: Layout, columns: int) -> obj
 @functools.cache
 def _gluon(device: torch.device) -> SimpleNamespace | None:
     """What the launch needs of Gluon; None where the GPU or this Triton cannot do it."""
-    if not triton.__version__.startswith(TRITON_VERSIONS):
+    if not has_gluon(device):
         return None
-    if torch.version.hip is not None or torch.cuda.get_device_capability(device) != (9, 0):
-        return None
-    try:
-        from triton.experimental.gluon import language as gl
-        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-        from lasp.ops.triton.scan_hopper_kernel import scan_hopper_kernel
-    except (ImportError, AttributeError):
-        return None
+    from lasp.ops.triton.scan_hopper_kernel import scan_hopper_kernel
 
     @functools.cache
     def tile(dtype: torch.dtype, columns: int) -> tuple:

@@ -12,7 +12,7 @@ from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 
 from lasp.ops import triton as kernels  # noqa: E402
-from lasp.ops.triton import scan_hopper  # noqa: E402
+from lasp.ops.triton import scan_chained, scan_hopper  # noqa: E402
 from lasp.ops.triton.launch import Bound  # noqa: E402
 from lasp.ops.triton.scan import scan_kernel  # noqa: E402
 
@@ -69,11 +69,11 @@ def tensor_at(offset, size=64):
 def test_the_second_launch_is_direct(kernel):
     bound = Bound(kernel, NUMBERS, CONSTANTS, num_warps=4)
     x, y = tensor_at(0), tensor_at(0)
-    bound(3, x, None, descriptors=["described"])
+    bound(3, x, None, leading=["described"])
     [(grid, args, named)] = kernel.plain
     assert grid == (3,) and args[0] == "described" and args[1] is x and args[2:] == (None, *NUMBERS)
     assert named == CONSTANTS | {"num_warps": 4}
-    bound(5, y, None, descriptors=["another"])
+    bound(5, y, None, leading=["another"])
     assert len(kernel.plain) == 1
     # No pointer for None, constants last, hooks left out.
     given = (*(None,) * 3, "another", y.data_ptr(), 0, *NUMBERS, *CONSTANTS.values())
@@ -157,11 +157,18 @@ def hopper_scan(x, state):
     scan_hopper.launch((x, x, x), (x,), torch.zeros(x.shape[2]), plan, None, **how)
 
 
+def chained_scan(x, state):
+    how = dict(scale=1.0, initial_state=state)
+    scan_chained.launch((x, x, x), (x,), torch.zeros(x.shape[2]), **how)
+    scan_chained.launch((x, x, x, x), (x, x, x), torch.zeros(x.shape[2]), **how)
+
+
 LAUNCHES = {
     "step": lambda x, state: kernels.step(x[:, 0], x[:, 0], x[:, 0], state),
     "scan": lambda x, state: kernels.scan(x, x, x, None, scale=1.0, initial_state=state),
     "states": lambda x, state: kernels.prefix_states(x, x, None, segment_length=32),
     "hopper": hopper_scan,
+    "chained": chained_scan,
 }
 
 
@@ -170,8 +177,8 @@ def test_no_dtype_runs_what_another_was_compiled_for(name, monkeypatch):
     """A step in bfloat16 once ran the float32 kernel of its shapes: NaN, and writes beyond `o`."""
     seen = {}
 
-    def note(bound, programs, *tensors, descriptors=()):
-        given = (*(None if x is None else x.base for x in descriptors), *tensors)
+    def note(bound, programs, *tensors, leading=()):
+        given = (*(None if x is None else getattr(x, "base", None) for x in leading), *tensors)
         dtypes = tuple(None if x is None else x.dtype for x in given)
         seen.setdefault(bound, []).append(dtypes)
 
@@ -184,14 +191,16 @@ def test_no_dtype_runs_what_another_was_compiled_for(name, monkeypatch):
     )
     monkeypatch.setattr(scan_hopper, "_gluon", lambda device: gluon)
     dtypes = [torch.float32, torch.bfloat16, torch.float16]
-    if name == "hopper":
+    monkeypatch.setattr(scan_chained, "_kernel", lambda: None)
+    monkeypatch.setattr(scan_chained, "_make_flags", lambda *_: torch.zeros(1))
+    if name in ("hopper", "chained"):
         dtypes = dtypes[1:]
     try:
         for dtype in dtypes * 2:
             x = torch.zeros(2, 100, 3, 128, dtype=dtype)
             LAUNCHES[name](x, torch.zeros(2, 3, 128, 128))
     finally:
-        for remembered in (scan_hopper._bind, scan_hopper._known_descriptor):
+        for remembered in (scan_hopper._bind, scan_hopper._known_descriptor, scan_chained._bind):
             remembered.cache_clear()
     assert len(seen) >= len(dtypes)
     for launches in seen.values():

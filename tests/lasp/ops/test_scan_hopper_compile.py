@@ -1,51 +1,21 @@
 """The Hopper scan compiled for sm_90, which needs no GPU: tensor cores, registers, memory."""
 
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
 
-from triton import knobs  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import make_backend  # noqa: E402
-from triton.runtime.jit import create_function_from_signature  # noqa: E402
-
-from lasp.ops.triton import scan_hopper  # noqa: E402
+from lasp.ops.triton import hopper, scan_hopper  # noqa: E402
+from tests.lasp.ops import gluon_compile  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
-    not triton.__version__.startswith(scan_hopper.TRITON_VERSIONS),
+    not triton.__version__.startswith(hopper.TRITON_VERSIONS),
     reason="the kernel is not used with this Triton",
 )
-HOPPER = GPUTarget("cuda", 90, 32)
 # Loads and stores of spilled registers between products, of all roles together.
 SPILL_LIMIT = 12
-
-
-class Recorder:
-    """Stands for the kernel on a launch: keeps the arguments, compiles them for sm_90."""
-
-    def __init__(self, kernel):
-        self._kernel = kernel
-
-    def __getitem__(self, grid):
-        return self._compile
-
-    def _compile(self, *arguments, **constants):
-        from triton.experimental.gluon._runtime import GluonASTSource
-
-        kernel, backend = self._kernel, make_backend(HOPPER)
-        constants["sanitize_overflow"] = False
-        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-        bound, specialization, options = bind(*arguments, **constants)
-        options, signature, values, attributes = kernel._pack_args(
-            backend, constants, bound, specialization, options
-        )
-        source = GluonASTSource(kernel, signature, values, attributes)
-        self.compiled = triton.compile(source, target=HOPPER, options=options.__dict__)
 
 
 def compile_for_hopper(monkeypatch, key_dim, value_dim, *, reverse, packed, pair):
@@ -59,7 +29,7 @@ def compile_for_hopper(monkeypatch, key_dim, value_dim, *, reverse, packed, pair
         block = [1, scan_hopper.CHUNK, 1, columns]
         return block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
 
-    recorder = Recorder(scan_hopper_kernel)
+    recorder = gluon_compile.Recorder(scan_hopper_kernel)
     stand_in = scan_hopper.SimpleNamespace(kernel=recorder, descriptor=TensorDescriptor, tile=tile)
     monkeypatch.setattr(scan_hopper, "_gluon", lambda device: stand_in)
     scan_hopper._bind.cache_clear()
@@ -82,13 +52,6 @@ def compile_for_hopper(monkeypatch, key_dim, value_dim, *, reverse, packed, pair
     )
     scan_hopper._bind.cache_clear()
     return recorder.compiled
-
-
-def disassembled_blocks(cubin: Path):
-    """The kernel's basic blocks, each a list of instructions."""
-    tool = Path(knobs.nvidia.ptxas.path).with_name("nvdisasm")
-    text = subprocess.run([tool, cubin], capture_output=True, text=True, check=True).stdout
-    return [re.findall(r"\*/ +(.*?;)", block) for block in re.split(r"\n\s*\.L_x", text)]
 
 
 NARROW, WIDE_VALUES, WIDE_KEYS, PAIR = (
@@ -125,9 +88,7 @@ def test_scan(cut, reverse, packed, monkeypatch, tmp_path):
         monkeypatch, key_dim, value_dim, reverse=reverse, packed=packed, pair=pair
     )
     ptx = compiled.asm["ptx"]
-    products = r"wgmma\.mma_async[^{]*\{[^}]*\}, (%rd|\{)"
-    waits = r"wgmma\.wait_group\.sync\.aligned (\d+)"
-    events = ["".join(found) for found in re.findall(f"{products}|{waits}", ptx)]
+    events = gluon_compile.products_and_waits(ptx)
     assert len([e for e in events if not e.isdigit()]) == NUM_PRODUCTS[cut]
     assert {e for e in events if e.isdigit()} == {"0"}
     # Products with an operand in registers ("{") are waited for before any other begins.
@@ -135,18 +96,9 @@ def test_scan(cut, reverse, packed, monkeypatch, tmp_path):
     assert "cp.async.bulk.tensor.4d" in ptx and "setmaxnreg" in ptx
     assert compiled.metadata.shared <= 227 * 1024
 
-    source, cubin = tmp_path / "scan.ptx", tmp_path / "scan.cubin"
-    source.write_text(ptx)
-    report = subprocess.run(
-        [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "-o", cubin, source],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stderr
-    # C7510 to C7519: the assembler makes products wait for each other.
-    assert "C751" not in report, report
+    _, cubin = gluon_compile.assemble(ptx, tmp_path)
     # The prologue spills, once per program; the chunks must not.
-    blocks = disassembled_blocks(cubin)
+    blocks = gluon_compile.disassembled_blocks(cubin)
     busy = [i for block in blocks if any("HGMMA" in i for i in block) for i in block]
     assert sum("HGMMA" in i for i in busy) == NUM_PRODUCTS[cut]
     assert sum(bool(re.search(r"\b(STL|LDL)\b", i)) for i in busy) <= SPILL_LIMIT
