@@ -21,12 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-
-@gluon.jit
-def _exp2(x):
-    return gl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, is_pure=True, pack=1
-    )
+from lasp.ops.triton.hopper_parts import begin_score, exp2
 
 
 @gluon.jit
@@ -87,19 +82,10 @@ def _add_state(state, b_tile, x_tile, positions, rate, scale, distance):
     operand: gl.constexpr = gl.DotOperandLayout(0, state.type.layout, 2)
     # Rows beyond the segment are zeros.
     distance = gl.maximum(distance - positions[1].load(gl.SliceLayout(0, operand)), 0.0)
-    decay = scale * _exp2(rate * distance)
+    decay = scale * exp2(rate * distance)
     b_t = b_tile.permute((1, 0)).load(operand).to(gl.float32) * decay[None, :]
     state = warpgroup_mma(b_t.to(b_tile.dtype), x_tile, state, is_async=True)
     return warpgroup_mma_wait(0, deps=[state])
-
-
-@gluon.jit
-def _begin_score(a_tile, b_tile, mma_p: gl.constexpr):
-    """Begin a b^T."""
-    BR: gl.constexpr = a_tile.shape[0]
-    BC: gl.constexpr = b_tile.shape[0]
-    p = gl.zeros([BR, BC], gl.float32, mma_p)
-    return warpgroup_mma(a_tile, b_tile.permute((1, 0)), p, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -126,12 +112,12 @@ def _add_score(
         o_i = DISTANCE + gl.arange(0, BR, of_row)[:, None]
         o_j = gl.arange(0, BC, of_column)[None, :]
         distance = positions[0].load(of_row)[:, None] - positions[1].load(of_column)[None, :]
-        decay = gl.where(o_i >= o_j, _exp2(rate * (distance + DISTANCE)), 0.0)
+        decay = gl.where(o_i >= o_j, exp2(rate * (distance + DISTANCE)), 0.0)
         p = p * (decay * scale)
     else:
         # Every row comes after every column: a factor for each, and no exponent is positive.
-        row = scale * _exp2(rate * (DISTANCE - BC + positions[0].load(of_row)))
-        column = _exp2(rate * (BC - positions[1].load(of_column)))
+        row = scale * exp2(rate * (DISTANCE - BC + positions[0].load(of_row)))
+        column = exp2(rate * (BC - positions[1].load(of_column)))
         p = p * row[:, None] * column[None, :]
     p = gl.convert_layout(p.to(x_tile.dtype), gl.DotOperandLayout(0, mma_p, 2))
     y_l = warpgroup_mma(p, x_tile.slice(0, BC, 1), y[0], is_async=True)
@@ -248,11 +234,11 @@ def _scan_segment(
     a_0 = a_tiles.index(0)
     a_1 = a_tiles.index(1)
     zeros = gl.zeros([BR, BC], gl.float32, mma_p)
-    p = _begin_score(a_0, b_tiles.index(0), mma_p)
+    p = begin_score(a_0, b_tiles.index(0), mma_p)
     p = warpgroup_mma_wait(0, deps=[p])
     _publish(p_flags + i_p, number)
     y = (zeros, zeros)
-    p_next = _begin_score(a_0, b_tiles.index(1), mma_p)
+    p_next = begin_score(a_0, b_tiles.index(1), mma_p)
     y_l, y_r, p = _add_score(y, p, (p_next,), x_tiles.index(0), positions, factors, 0, mma_p)
 
     # Some rows of the states that enter the segments of this head.
@@ -282,21 +268,21 @@ def _scan_segment(
 
     # The other rows.
     _arrive(0)
-    p = _begin_score(a_1, b_tiles.index(0), mma_p)
+    p = begin_score(a_1, b_tiles.index(0), mma_p)
     p = warpgroup_mma_wait(0, deps=[p])
     p_ready = p_flags + gl.num_programs(0)
     _publish(p_ready + i_p, number)
     y = (zeros, zeros)
-    p_next = _begin_score(a_1, b_tiles.index(1), mma_p)
+    p_next = begin_score(a_1, b_tiles.index(1), mma_p)
     y_l, y_r, p = _add_score(y, p, (p_next,), x_tiles.index(0), positions, factors, 2 * BC, mma_p)
     _wait_until(p_ready + o_p, numbers)
     _fetch(s_tile, p_entering + i_e * (D * D), D, 0, D, D, by_row)
     async_copy.commit_group()
-    p_next = _begin_score(a_1, b_tiles.index(2), mma_p)
+    p_next = begin_score(a_1, b_tiles.index(2), mma_p)
     y_l, y_r, p = _add_score(
         (y_l, y_r), p, (p_next,), x_tiles.index(1), positions, factors, BC, mma_p
     )
-    p_next = _begin_score(a_1, b_tiles.index(3), mma_p)
+    p_next = begin_score(a_1, b_tiles.index(3), mma_p)
     y_l, y_r, p = _add_score(
         (y_l, y_r), p, (p_next,), x_tiles.index(2), positions, factors, 0, mma_p
     )

@@ -16,6 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from lasp.ops.triton.hopper_parts import begin_score, exp2
+
 
 @gluon.jit
 def _matrix(tile, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
@@ -87,14 +89,6 @@ def produce(
 
 
 @gluon.jit
-def _begin_score(a, b, mma: gl.constexpr):
-    """Begin the product a b^T."""
-    BC: gl.constexpr = a.shape[0]
-    zeros = gl.zeros([BC, BC], gl.float32, mma)
-    return warpgroup_mma(a, b.permute((1, 0)), zeros, use_acc=False, is_async=True)
-
-
-@gluon.jit
 def _store_score(
     p_tile,
     s,
@@ -116,9 +110,7 @@ def _store_score(
         distance = o_j - o_i  # [BC, BC]
     else:
         distance = o_i - o_j  # [BC, BC]
-    decay = gl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [rate * distance], gl.float32, is_pure=True, pack=1
-    )
+    decay = exp2(rate * distance)
     decay = gl.where(distance >= 0.0, decay * scale, 0.0)  # [BC, BC]
     p = warpgroup_mma_wait(0, deps=[s]) * decay
     if _is_short(row, count, BC):
@@ -187,7 +179,7 @@ def weigh(
         x = _matrix(tiles[2].index(stage), BC, NW * BX)
         w = _matrix(w_tiles.index(stage), BC, NW * BX)
         mbarrier.wait(full.index(stage), phase)
-        score = _begin_score(a, b, mma)
+        score = begin_score(a, b, mma)
         # No state leaves a short chunk: the decayed x needs no mask.
         for i_w in gl.static_range(NW):
             decayed = x.slice(i_w * BX, BX, 1).load(by_row).to(gl.float32) * column
@@ -207,7 +199,7 @@ def weigh(
         mbarrier.arrive(ready.index(NP * stage), count=1)
         if PAIR:
             c = _matrix(tiles[3].index(stage), BC, BA)
-            score = _begin_score(c, x, mma)
+            score = begin_score(c, x, mma)
             p_tile = p_tiles.index(NP * stage + 1)
             _store_score(p_tile, score, positions, rate, scale, row, count, REVERSE, mma)
             fence_async_shared()
