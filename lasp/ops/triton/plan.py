@@ -253,6 +253,12 @@ def _num_slots(seq_len: int, num_documents: int, packed: bool, segment_length: i
     return borders if packed else borders * num_documents
 
 
+def _is_combined(document: tuple[int, ...]) -> bool:
+    """Whether a document's row has more than one slot, or a state."""
+    _, slots, _, state, _ = document
+    return slots > 1 or state >= 0
+
+
 @lru_cache(maxsize=256)
 def _plan(
     batch: int,
@@ -293,9 +299,8 @@ def _plan(
             (state, start + i * segment_length, start, stop, slot + i) for i in range(count)
         ]
     segments.sort(key=lambda row: min(row[3] - row[1], segment_length), reverse=True)
-    combined = [row for row in documents if row[1] > 1 or row[3] >= 0]
-    others = [row for row in documents if not (row[1] > 1 or row[3] >= 0)]
-    tables = torch.tensor(segments + combined + others, dtype=torch.int64).view(-1, 5)
+    documents.sort(key=_is_combined, reverse=True)
+    tables = torch.tensor(segments + documents, dtype=torch.int64).view(-1, 5)
     if pinned:
         # A copy from pageable memory would make the host wait.
         tables = tables.pin_memory()
@@ -304,7 +309,7 @@ def _plan(
         num_states=states.num_rows(len(documents)),
         num_segments=len(segments),
         num_slots=_num_slots(seq_len, len(documents), True, segment_length),
-        num_combined=len(combined),
+        num_combined=sum(map(_is_combined, documents)),
         segment_length=segment_length,
         segments_per_row=0,
         folded=False,
