@@ -199,8 +199,7 @@ def scan(
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if y.numel() == 0:
         return y
-    absent = segment_states is None or segment_states.numel() == 0
-    if absent and not reverse and scan_chained.applies(a, x, offsets):
+    if not (reverse or _has_any(segment_states)) and scan_chained.applies(a, x, offsets):
         _run_chained((a, b, x), (y,), log_decay, scale, initial_state)
         return y
     plan, segment_states = _plan(a, x, initial_state, segment_states, offsets, held, segment_length)
@@ -307,6 +306,10 @@ def _run(
         launch(operands, results, log_decay, plan, table, **how)
 
 
+def _has_any(segment_states: torch.Tensor | None) -> bool:
+    return segment_states is not None and segment_states.numel() > 0
+
+
 def _plan(
     a: torch.Tensor,
     x: torch.Tensor,
@@ -319,11 +322,11 @@ def _plan(
     """The plan of a scan, and the segment states if it reads any; asserts the states' shapes."""
     shape = (*a.shape[2:], x.shape[-1])
     entering = States(held, zeros=held is not None)
-    if segment_states is None or segment_states.numel() == 0:
-        plan = make_single_plan(a, offsets, entering)
-    else:
+    if _has_any(segment_states):
         plan = make_plan(a, x, offsets, segment_length, entering)
         assert segment_states.shape == (plan.num_slots, *shape)
+    else:
+        plan = make_single_plan(a, offsets, entering)
     if initial_state is not None:
         assert initial_state.shape == (plan.num_states, *shape)
     return plan, None if plan.single else segment_states
