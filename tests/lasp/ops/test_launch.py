@@ -7,7 +7,6 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 
@@ -15,6 +14,7 @@ from lasp.ops import triton as kernels  # noqa: E402
 from lasp.ops.triton import scan_chained, scan_hopper  # noqa: E402
 from lasp.ops.triton.launch import Bound  # noqa: E402
 from lasp.ops.triton.scan import scan_kernel  # noqa: E402
+from tests.lasp.ops.hopper_compile import HOPPER  # noqa: E402
 
 NUMBERS = (7, 0.5)
 CONSTANTS = dict(D=64, REVERSE=True)
@@ -127,7 +127,7 @@ def test_what_cannot_be_run_directly_is_launched_plainly(kernel):
 
 def test_variants_depend_on_nothing_else():
     """What this Triton compiles a kernel for is what a `Bound` compares, and no more."""
-    backend = make_backend(GPUTarget("cuda", 90, 32))
+    backend = make_backend(HOPPER)
     bind = create_function_from_signature(scan_kernel.signature, scan_kernel.params, backend)
     names = scan_kernel.arg_names
     tensors = [name for name in names if name.startswith("p_")]

@@ -5,15 +5,12 @@ import re
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-from lasp.ops.triton import hopper, scan_chained  # noqa: E402
-from tests.lasp.ops import gluon_compile  # noqa: E402
+from lasp.ops.triton import scan_chained  # noqa: E402
+from tests.lasp.ops import hopper_compile  # noqa: E402
 
-pytestmark = pytest.mark.skipif(
-    not triton.__version__.startswith(hopper.TRITON_VERSIONS),
-    reason="the kernel is not used with this Triton",
-)
+pytestmark = hopper_compile.needs_tested_triton
 # Four chunks of 64 keys each for the state, six tiles of scores (128 keys and then twice 64), and
 # four of what enters (128 keys), 16 keys per instruction.
 NUM_PRODUCTS = 4 * 4 + 6 * (8 + 2 * 4) + 4 * 8
@@ -34,7 +31,7 @@ SPILL_LIMIT = 160
 def test_scan(T, key_dim, value_dim, with_state, gradients, monkeypatch, tmp_path):
     from lasp.ops.triton.scan_chained_kernel import scan_chained_kernel
 
-    recorder = gluon_compile.Recorder(scan_chained_kernel)
+    recorder = hopper_compile.Recorder(scan_chained_kernel)
     monkeypatch.setattr(scan_chained, "_kernel", lambda: recorder)
     flags = torch.zeros(1, dtype=torch.int64)
     monkeypatch.setattr(scan_chained, "_make_flags", lambda *_: flags)
@@ -47,13 +44,12 @@ def test_scan(T, key_dim, value_dim, with_state, gradients, monkeypatch, tmp_pat
     scan_chained._bind.cache_clear()
 
     ptx = recorder.compiled.asm["ptx"]
-    assert recorder.compiled.metadata.shared <= 227 * 1024
-    events = gluon_compile.products_and_waits(ptx)
+    assert recorder.compiled.metadata.shared <= hopper_compile.SHARED_MEMORY_LIMIT
+    events = hopper_compile.products_and_waits(ptx)
     assert len([e for e in events if not e.isdigit()]) == NUM_PRODUCTS
     # Operands in registers stay there until their products are done: two halves of y, one state.
     assert {e for e in events if e.isdigit()} == {"0"}
     assert "{%rd" not in "".join(events)
-    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], (0x\w+|\d+)", ptx)
-    assert copies and {int(size, 0) for size in copies} == {16}, "loads are not whole vectors"
-    report, _ = gluon_compile.assemble(ptx, tmp_path)
+    hopper_compile.assert_loads_are_whole_vectors(ptx)
+    report, _ = hopper_compile.assemble(ptx, tmp_path)
     assert int(re.search(r"(\d+) bytes spill stores", report)[1]) <= SPILL_LIMIT

@@ -5,15 +5,12 @@ import re
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-from lasp.ops.triton import hopper, scan_hopper  # noqa: E402
-from tests.lasp.ops import gluon_compile  # noqa: E402
+from lasp.ops.triton import scan_hopper  # noqa: E402
+from tests.lasp.ops import hopper_compile  # noqa: E402
 
-pytestmark = pytest.mark.skipif(
-    not triton.__version__.startswith(hopper.TRITON_VERSIONS),
-    reason="the kernel is not used with this Triton",
-)
+pytestmark = hopper_compile.needs_tested_triton
 # Loads and stores of spilled registers between products, of all roles together.
 SPILL_LIMIT = 12
 
@@ -29,7 +26,7 @@ def compile_for_hopper(monkeypatch, key_dim, value_dim, *, reverse, packed, pair
         block = [1, scan_hopper.CHUNK, 1, columns]
         return block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
 
-    recorder = gluon_compile.Recorder(scan_hopper_kernel)
+    recorder = hopper_compile.Recorder(scan_hopper_kernel)
     stand_in = scan_hopper.SimpleNamespace(kernel=recorder, descriptor=TensorDescriptor, tile=tile)
     monkeypatch.setattr(scan_hopper, "_gluon", lambda device: stand_in)
     scan_hopper._bind.cache_clear()
@@ -88,17 +85,17 @@ def test_scan(cut, reverse, packed, monkeypatch, tmp_path):
         monkeypatch, key_dim, value_dim, reverse=reverse, packed=packed, pair=pair
     )
     ptx = compiled.asm["ptx"]
-    events = gluon_compile.products_and_waits(ptx)
+    events = hopper_compile.products_and_waits(ptx)
     assert len([e for e in events if not e.isdigit()]) == NUM_PRODUCTS[cut]
     assert {e for e in events if e.isdigit()} == {"0"}
     # Products with an operand in registers ("{") are waited for before any other begins.
     assert "{%rd" not in "".join(events) and "{" in events
     assert "cp.async.bulk.tensor.4d" in ptx and "setmaxnreg" in ptx
-    assert compiled.metadata.shared <= 227 * 1024
+    assert compiled.metadata.shared <= hopper_compile.SHARED_MEMORY_LIMIT
 
-    _, cubin = gluon_compile.assemble(ptx, tmp_path)
+    _, cubin = hopper_compile.assemble(ptx, tmp_path)
     # The prologue spills, once per program; the chunks must not.
-    blocks = gluon_compile.disassembled_blocks(cubin)
+    blocks = hopper_compile.disassembled_blocks(cubin)
     busy = [i for block in blocks if any("HGMMA" in i for i in block) for i in block]
     assert sum("HGMMA" in i for i in busy) == NUM_PRODUCTS[cut]
     assert sum(bool(re.search(r"\b(STL|LDL)\b", i)) for i in busy) <= SPILL_LIMIT

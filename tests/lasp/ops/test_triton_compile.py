@@ -13,7 +13,6 @@ import pytest
 import torch
 import triton
 from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lasp.ops.triton.combine import combine_kernel
@@ -21,9 +20,12 @@ from lasp.ops.triton.plan import COMBINE_BLOCK, scan_launch, state_launch
 from lasp.ops.triton.scan import scan_kernel
 from lasp.ops.triton.state import state_kernel
 from lasp.ops.triton.step import step_kernel
+from tests.lasp.ops.hopper_compile import (
+    HOPPER,
+    SHARED_MEMORY_LIMIT,
+    assert_loads_are_whole_vectors,
+)
 
-HOPPER = GPUTarget("cuda", 90, 32)
-SHARED_MEMORY_LIMIT = 227 * 1024
 DIMS = [(64, 64), (128, 128), (96, 96), (256, 128), (128, 256)]
 # Bytes a thread spills in the scan. A state of 256 x 64 alone takes half of all registers, and no
 # other tile is better without leaving four warps or tiles of 64; see the launch table.
@@ -118,8 +120,7 @@ def assert_tensor_cores_used_well(compiled):
     # The transpose of a product is miscompiled on Hopper; loaded tiles are transposed in memory.
     assert "tt.trans" not in ttgir
     assert not re.search(r"local_alloc.*#linear", ttgir)
-    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], (0x\w+|\d+)", ptx)
-    assert copies and {int(size, 0) for size in copies} == {16}, "loads are not whole vectors"
+    assert_loads_are_whole_vectors(ptx)
     assert compiled.metadata.shared <= SHARED_MEMORY_LIMIT
 
 

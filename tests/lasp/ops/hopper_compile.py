@@ -1,16 +1,25 @@
-"""Compile the kernels written in Gluon for sm_90, without a GPU, and look at what came out."""
+"""Compile kernels for sm_90, without a GPU, and look at what came out; those in Gluon by launching
+a stand-in."""
 
 import re
 import subprocess
 from pathlib import Path
 
+import pytest
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from lasp.ops.triton import hopper
+
 HOPPER = GPUTarget("cuda", 90, 32)
+SHARED_MEMORY_LIMIT = 227 * 1024
+needs_tested_triton = pytest.mark.skipif(
+    not triton.__version__.startswith(hopper.TRITON_VERSIONS),
+    reason="the kernel is not used with this Triton",
+)
 
 
 class Recorder:
@@ -42,6 +51,11 @@ def products_and_waits(ptx: str) -> list[str]:
     products = r"wgmma\.mma_async[^{]*\{[^}]*\}, (%rd|\{)"
     waits = r"wgmma\.wait_group\.sync\.aligned (\d+)"
     return ["".join(found) for found in re.findall(f"{products}|{waits}", ptx)]
+
+
+def assert_loads_are_whole_vectors(ptx: str) -> None:
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], (0x\w+|\d+)", ptx)
+    assert copies and {int(size, 0) for size in copies} == {16}, "loads are not whole vectors"
 
 
 def assemble(ptx: str, folder: Path) -> tuple[str, Path]:
