@@ -1,13 +1,18 @@
 """The chained scan: right against float64, the same bits every time, and it never gets stuck."""
 
+import functools
+
 import pytest
 import torch
 
 import lasp
+from tests.gpu import test_launch
 from tests.gpu.kernel_reference import head_errors, plain_attention
 from tests.gpu.test_kernels import BF16, DECAYS, FP16, SCALE, kernels, make_operands  # noqa: F401
+from tests.gpu.test_launch import run
 from tests.lasp import cases
 
+make_leaves = functools.partial(test_launch.make_leaves, D=128)
 poisoned = pytest.mark.usefixtures("poisoned_memory")
 # Nothing is left of a token after it, and least of all in float32.
 MORE_DECAYS = (*DECAYS, -1e4, -3e38)
@@ -139,19 +144,6 @@ def test_where_it_runs(T, H, runs, launches):
     leaves, do, log_decay = make_leaves(T, H)
     run(leaves, do, log_decay)
     assert len(launches) == runs
-
-
-def make_leaves(T=1500, H=5, seed=0):
-    """q, k, v that need gradients, do and log_decay."""
-    q, k, v, do, *_ = (x[:, :, :1].repeat(1, 1, H, 1) for x in make_operands(T, 128, 128, BF16))
-    noise = torch.randn(H, device="cuda", generator=torch.Generator("cuda").manual_seed(seed))
-    leaves = [(x * noise[:, None]).to(BF16).detach().requires_grad_() for x in (q, k, v)]
-    return leaves, do.contiguous(), -(0.5 ** torch.arange(H, device="cuda", dtype=torch.float32))
-
-
-def run(leaves, do, log_decay):
-    o = lasp.lightning_attention(*leaves, log_decay)
-    return [o.detach(), *torch.autograd.grad(o, leaves, do)]
 
 
 def assert_equal(results, want):
