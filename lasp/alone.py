@@ -42,8 +42,8 @@ def attend(
     """(o, segment states for the backward, may be empty) of `lasp.lightning_attention`."""
     decay_rates(log_decay)
     segment_states = None
-    if not ops.one_pass(k, v):
-        segment_states, _ = ops.prefix_states(k, v, log_decay, with_total=False)
+    if ops.needs_chunk_states(k, v):
+        segment_states, _ = ops.chunk_states(k, v, log_decay, with_total=False)
     states = dict(initial_state=initial_state, segment_states=segment_states)
     o = ops.scan(q, k, v, log_decay, scale=scale, **states)
     if segment_states is None:
@@ -64,11 +64,6 @@ def attend_backward(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """(dq, dk, dv); dk and dv None unless with_dkv."""
     do = with_unit_stride(do)
-    if with_dkv:
-        common = dict(scale=scale, initial_state=initial_state)
-        gradients = ops.scan_gradients(q, k, v, do, log_decay, **common)
-        if gradients is not None:
-            return gradients
     dq = ops.scan(
         do,
         v,
@@ -81,11 +76,11 @@ def attend_backward(
     if not with_dkv:
         return dq, None, None
     segment_grads = None
-    if not ops.one_pass(q, do, reverse=True):
-        segment_grads, _ = ops.prefix_states(
+    if ops.needs_chunk_states(q, do):
+        segment_grads, _ = ops.chunk_states(
             q, do, log_decay, reverse=True, scale=scale, with_total=False
         )
-    dv, dk = ops.scan_pair(
+    dv, dk = ops.scan_dkdv(
         k, q, do, v, log_decay, scale=scale, segment_states=segment_grads, reverse=True
     )
     return dq, dk, dv

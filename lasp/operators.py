@@ -93,20 +93,20 @@ class _Entering:
             self.pieces = self.pieces.at_edges()
         k, v = self.pieces.fold(k), self.pieces.fold(v)
         with_total = group is not None or with_final
-        if with_total or not ops.one_pass(k, v, self.pieces.offsets):
-            self.segment_states, self.total = ops.prefix_states(
+        if with_total or ops.needs_chunk_states(k, v, offsets=self.pieces.offsets):
+            self.segment_states, self.total = ops.chunk_states(
                 k,
                 v,
                 log_decay,
                 offsets=self.pieces.offsets,
-                held=self.pieces.held(False, False),
+                state_rows=self.pieces.held(False, False),
                 with_total=with_total,
             )
         if with_total:
             self.given = self.pieces.given(initial_state, False)
         if group is not None:
             comparison.confirm()
-            line = Line(group, layout, False, self.pieces.crossing, ops.relay)
+            line = Line(group, layout, False, self.pieces.crossing, ops.send_recv_state)
             self.pending = _cross(
                 self.pieces, self.total, self.given, log_decay, rates, line, method
             )
@@ -190,7 +190,7 @@ def attend(q, k, v, log_decay, initial_state, entering, segment_states, cu_seqle
         initial_state=before,
         segment_states=_present(segment_states),
         offsets=pieces.offsets,
-        held=held,
+        state_rows=held,
     )
     return pieces.unfold(o)
 
@@ -219,29 +219,24 @@ def attend_backward(
     pieces = _pieces(q, cu_seqlens, group, layout, lengths)
     num_states = _num_states(q, cu_seqlens)
     q, k, v, do = (pieces.fold(x) for x in (q, k, v, with_unit_stride(do)))
-    if with_dkv and group is None and cu_seqlens is None and dfinal is None and not with_dinitial:
-        whole = dict(scale=scale, initial_state=initial_state)
-        gradients = ops.scan_gradients(q, k, v, do, log_decay, **whole)
-        if gradients is not None:
-            return *gradients, None
     common = dict(scale=scale, offsets=pieces.offsets)
     segment_grads = pending = given = dinitial = None
     after = pieces.at_edges() if dfinal is None and not with_dinitial else pieces
     if with_dkv:
         with_total = group is not None or with_dinitial
-        if with_total or not ops.one_pass(q, do, pieces.offsets, reverse=True):
-            segment_grads, total = ops.prefix_states(
+        if with_total or ops.needs_chunk_states(q, do, offsets=pieces.offsets):
+            segment_grads, total = ops.chunk_states(
                 q,
                 do,
                 log_decay,
-                held=after.held(False, True),
+                state_rows=after.held(False, True),
                 reverse=True,
                 with_total=with_total,
                 **common,
             )
         given = after.given(dfinal, True)
         if group is not None:
-            line = Line(group, layout, True, pieces.crossing, ops.relay)
+            line = Line(group, layout, True, pieces.crossing, ops.send_recv_state)
             rates = decay_rates(log_decay)
             pending = _cross(after, total, given, log_decay, rates, line, method)
 
@@ -254,7 +249,7 @@ def attend_backward(
         log_decay,
         initial_state=_transposed(before),
         segment_states=_transposed(_present(segment_states)),
-        held=held,
+        state_rows=held,
         **common,
     )
     dq = pieces.unfold(dq)
@@ -270,8 +265,8 @@ def attend_backward(
             total = torch.addcmul(total, decay, leaving)
         dinitial = pieces.taken(total, num_states, True)
     held = None if leaving is None else after.held(True, True)
-    states = dict(initial_state=leaving, segment_states=_present(segment_grads), held=held)
-    dv, dk = ops.scan_pair(k, q, do, v, log_decay, reverse=True, **states, **common)
+    states = dict(initial_state=leaving, segment_states=_present(segment_grads), state_rows=held)
+    dv, dk = ops.scan_dkdv(k, q, do, v, log_decay, reverse=True, **states, **common)
     return dq, pieces.unfold(dk), pieces.unfold(dv), dinitial
 
 
@@ -285,13 +280,13 @@ def _attend_backward(*arguments):
 @torch.library.register_fake("lasp::enter")
 def _enter_fake(k, v, log_decay, initial_state, cu_seqlens, scale, with_final, needs_grad, *where):
     entering, final_state = _fake_states(k, v, initial_state, cu_seqlens, with_final, where)
-    return entering, _fake_segment_states(k, v, cu_seqlens, with_final, where), final_state
+    return entering, _fake_segment_states(k, v, cu_seqlens, where), final_state
 
 
 @torch.library.register_fake("lasp::start")
 def _start_fake(k, v, log_decay, initial_state, cu_seqlens, scale, with_final, needs_grad, *where):
     ticket = torch.empty((), dtype=torch.int64, device="cpu")
-    return _fake_segment_states(k, v, cu_seqlens, with_final, where), ticket
+    return _fake_segment_states(k, v, cu_seqlens, where), ticket
 
 
 @torch.library.register_fake("lasp::finish")
@@ -344,13 +339,12 @@ def _fake_states(k, v, initial_state, cu_seqlens, with_final, where):
     return entering, final_state
 
 
-def _fake_segment_states(k, v, cu_seqlens, with_final, where):
+def _fake_segment_states(k, v, cu_seqlens, where):
     group_name, _, layout, _ = where
     if group_name is not None and layout == "zigzag" and cu_seqlens is None:
         pieces = Dense((k.shape[1] // 2,) * 2)
         k, v = pieces.fold(k), pieces.fold(v)
-    with_total = with_final or _resolve(where)[0] is not None
-    return ops.fake_segment_states(k, v, cu_seqlens, with_total)
+    return ops.fake_segment_states(k, v, cu_seqlens)
 
 
 def _resolve(where):

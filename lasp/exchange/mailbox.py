@@ -1,9 +1,9 @@
 """Memory that the ranks of one host write into each other's, where NVLink or PCIe lets them.
 
-Between such ranks a state goes without NCCL, by a kernel (`lasp.ops.relay`): a few microseconds per
-hop instead of twenty. Every rank of a group has a mailbox: for each direction an inbox of one state
-(twice its bytes) and counters. It is made at the group's first exchange of a size, serves states up
-to the next power of two, and lives as long as the group.
+Between such ranks a state goes without NCCL, by a kernel (`lasp.ops.send_recv_state`): a few
+microseconds per hop instead of twenty. Every rank of a group has a mailbox: for each direction an
+inbox of one state (twice its bytes) and counters. It is made at the group's first exchange of a
+size, serves states up to the next power of two, and lives as long as the group.
 
 A group uses it if all its ranks are on one host and reach each other's memory, unless any of them
 has LASP_PEER_MEMORY=0 in its environment. torch's symmetric memory maps it.
@@ -28,10 +28,6 @@ from lasp.exchange.peers import AffineMap
 
 __all__ = ["Mailbox", "find_mailbox"]
 
-# Programs of a relay. They hold multiprocessors while they wait, so few of them where other
-# kernels run meanwhile.
-PROGRAMS, FEW_PROGRAMS = 64, 16
-
 # Floats of the smallest mailbox: its inbox fills whole lines of 128 bytes, as all larger ones do.
 _LEAST = 16
 
@@ -52,7 +48,7 @@ def find_mailbox(
     All ranks of the group call this, with states of one size, and all get one or none does.
 
     Args:
-        relay: `lasp.ops.relay`, or None: messages.
+        relay: `lasp.ops.send_recv_state`, or None: messages.
 
     Raises:
         RuntimeError: a CUDA graph is being captured, and there is no mailbox of that size yet.
@@ -213,19 +209,19 @@ class Mailbox:
         """
         step, box = (1, 0) if upward else (-1, 1)
         local = each.local.contiguous()
-        for tensor in {each.local, local, each.log_decay, entering} - {None}:
+        goes_on = sends and entering is not None and each.passes
+        factor = each.factor if goes_on else None
+        for tensor in {each.local, local, factor, entering} - {None}:
             # Whoever starts an exchange may never finish it.
             tensor.record_stream(self._stream)
         self._relay(
             local,
-            each.log_decay,
-            each.length,
+            factor,
             entering,
             self._boxes[self._rank][box],
             self._boxes[self._rank - step][box] if entering is not None else None,
             self._boxes[self._rank + step][box] if sends else None,
-            passes=each.passes,
-            programs=FEW_PROGRAMS if few else PROGRAMS,
+            overlapped=few,
             limit_seconds=math.ceil(self.limit.total_seconds()),
         )
 

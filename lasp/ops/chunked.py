@@ -20,7 +20,7 @@ from itertools import pairwise
 
 import torch
 
-__all__ = ["prefix_states", "scan", "step"]
+__all__ = ["chunk_states", "needs_chunk_states", "scan", "scan_dkdv", "step"]
 
 # Long enough that the loop's overhead is small, short enough that C x C work stays small.
 SCAN_CHUNK = 128
@@ -42,14 +42,19 @@ def _without_autocast(function: Callable) -> Callable:
     return exact
 
 
+def needs_chunk_states(k, v, *, offsets=None) -> bool:
+    """False: `scan` needs no segment states, `chunk_states` is for its total alone."""
+    return False
+
+
 @_without_autocast
-def prefix_states(
+def chunk_states(
     k_BTHD: torch.Tensor,
     v_BTHE: torch.Tensor,
     log_decay: torch.Tensor | None,
     *,
     offsets: tuple[int, ...] | None = None,
-    held: tuple[int, ...] | None = None,
+    state_rows: tuple[int, ...] | None = None,
     reverse: bool = False,
     scale: float = 1.0,
     with_total: bool = True,
@@ -59,15 +64,15 @@ def prefix_states(
     Forward: sum_j lambda^(n-1-j) k_j v_j^T over a document of n tokens. Reverse (with q for k and
     do for v): sum_i scale * lambda^(i+1) k_i v_i^T, the gradient of the state that enters it.
 
-    Returns (segment_states, total), the latter None if not with_total. This backend keeps no
-    segments: the first is empty. With `held` the total is of those packed documents alone, in that
-    order.
+    Returns (segment_states, total), the latter None if not with_total. This backend has no
+    segments: the first is empty. With `state_rows` the total is that of these packed documents
+    alone, in this order.
     """
     if not with_total:
         return k_BTHD.new_empty(0, dtype=_compute_dtype(k_BTHD)), None
     pieces = _documents((k_BTHD, v_BTHE), offsets)
-    if held is not None:
-        pieces = [pieces[n] for n in held]
+    if state_rows is not None:
+        pieces = [pieces[n] for n in state_rows]
     totals = [_total(k, v, log_decay, reverse, scale) for k, v in pieces]
     total_NHDE = torch.cat(totals)
     return total_NHDE.new_empty(0), total_NHDE
@@ -84,25 +89,40 @@ def scan(
     initial_state: torch.Tensor | None = None,
     segment_states: torch.Tensor | None = None,
     offsets: tuple[int, ...] | None = None,
-    held: tuple[int, ...] | None = None,
+    state_rows: tuple[int, ...] | None = None,
     reverse: bool = False,
 ) -> torch.Tensor:
     """One pass over the tokens from a given state; returns y [B, T, H, E] in a's dtype.
 
     Forward: y_i = scale * (sum_{j<=i} lambda^(i-j) (a_i . b_j) x_j + lambda^(i+1) a_i S0).
     Reverse: y_j = scale * sum_{i>=j} lambda^(i-j) (a_j . b_i) x_i + lambda^(n-1-j) a_j G.
-    initial_state is S0 or G, [N, H, D, E]; None is zero. With `held` it has a row for each of those
-    packed documents, in that order, and a last one of zeros, which stands for all others.
+    initial_state is S0 or G, [N, H, D, E]; None is zero. With `state_rows` it has a row for each of
+    these packed documents, in this order, and a last one of zeros for all others.
     """
     y_BTHE = torch.empty(x_BTHE.shape, dtype=a_BTHD.dtype, device=a_BTHD.device)
     pieces = _documents((a_BTHD, b_BTHD, x_BTHE, y_BTHE), offsets)
     for n, piece in enumerate(pieces):
         state = initial_state
         if state is not None and offsets is not None:
-            row = n if held is None else held.index(n) if n in held else len(held)
+            row = (
+                n
+                if state_rows is None
+                else state_rows.index(n)
+                if n in state_rows
+                else len(state_rows)
+            )
             state = state[row : row + 1]
         _scan(*piece, log_decay, scale, state, reverse)
     return y_BTHE
+
+
+def scan_dkdv(
+    k, q, do, v, log_decay, *, initial_state=None, segment_states=None, **options
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dv = scan(k, q, do, G) and dk = scan(v, do, q, G^T), where G is the initial_state."""
+    dv = scan(k, q, do, log_decay, initial_state=initial_state, **options)
+    initial_state = None if initial_state is None else initial_state.mT
+    return dv, scan(v, do, q, log_decay, initial_state=initial_state, **options)
 
 
 @_without_autocast

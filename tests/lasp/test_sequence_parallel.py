@@ -143,13 +143,13 @@ def rows_of_states(group, problem):
             if initial_state is not None:
                 kwargs["initial_state"] = initial_state
             results = function(*args, **kwargs)
-            states = results[1] if name == "prefix_states" else initial_state
+            states = results[1] if name == "chunk_states" else initial_state
             rows.append(0 if states is None else len(states))
             return results
 
         return mock.patch.object(operators.ops, name, call)
 
-    with noting("prefix_states"), noting("scan"), noting("scan_pair"):
+    with noting("chunk_states"), noting("scan"), noting("scan_dkdv"):
         sharded.run(group, problem)
     return rows
 

@@ -331,7 +331,7 @@ def overlapping(group):
             (exchange, "start"),
             (exchange.Pending, "finish"),
             (lasp.ops, "scan"),
-            (lasp.ops, "scan_pair"),
+            (lasp.ops, "scan_dkdv"),
         ):
             patch.setattr(owner, name, noting(name, getattr(owner, name)))
         q, k, v, log_decay, _ = cases.make_inputs(8, state=False)
@@ -348,7 +348,7 @@ def test_work_runs_while_states_travel(pool):
     for forward, backward in pool.run(overlapping, size=2):
         assert forward == ["start", "work", "finish", "scan"]
         # dq needs nothing remote, dv and dk do.
-        assert backward == ["start", "scan", "finish", "scan_pair"]
+        assert backward == ["start", "scan", "finish", "scan_dkdv"]
 
 
 def profiled_ranges(group):

@@ -1,15 +1,16 @@
-"""The Hopper scan in Gluon: warps with roles, fed by the copy engine (see `scan_hopper`).
+"""The Hopper scan in Gluon: specialised warps, fed by the copy engine (see `scan`).
 
-A program is one head's segment and some value columns. A producer warp copies its chunks of a, b
-and x into a ring of buffers in shared memory. One warpgroup makes what needs no state: P = decay *
-(a b^T) and w = x * decay. Two more carry the states of some columns each, in float32 registers:
-y = decay * (a state) + P x, state = decay * state + b^T w.
+A program scans one head's segment for some value columns. The load warp copies its chunks of a, b
+and x into a ring of buffers in shared memory. The score warps, one warpgroup, compute what needs no
+state: P = decay * (a b^T) and w = x * decay. The state warps, two warpgroups, hold the states of
+some columns each, in float32 registers: y = decay * (a state) + P x, state = decay * state + b^T w.
 
-Or a program makes a pair of scans whole, of a, b, x and of c, x, b, with one warpgroup for each.
-They share all that is read and w, since b^T (x * decay) is the transpose of x^T (b * decay).
+With PAIR a program computes two scans for all columns, of a, b, x and of c, x, b, with one
+warpgroup for each. They share all operands and w, since b^T (x * decay) is the transpose of
+x^T (b * decay).
 
-Barriers of each buffer: `full`, the copies have landed; `weighed`, w is there; `ready`, P is;
-`empty`, every warpgroup has left it. A buffer can be full again only after it was empty, so nothing
+Barriers of each buffer: `full`, the copies have landed; `w_ready`, w is stored; `p_ready`, P is;
+`empty`, every warpgroup is done with it. A buffer is full again only after it was empty, so nothing
 else has to guard P and w.
 """
 
@@ -17,12 +18,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from lasp.ops.triton.scan_hopper_roles import carry, produce, weigh
-from lasp.ops.triton.tiles import locate_segment
+from lasp.ops.triton.hopper.warps import load_warp, score_warps, state_warps
+from lasp.ops.triton.segments import locate_segment
 
 
 @gluon.jit(do_not_specialize=["scale", "T", "segments_per_row", "segment_length"])
-def scan_hopper_kernel(
+def hopper_scan_kernel(
     a_descriptor,
     b_descriptor,
     x_descriptor,
@@ -53,7 +54,7 @@ def scan_hopper_kernel(
     BA: gl.constexpr,
     BX: gl.constexpr,
     BC: gl.constexpr,
-    COLUMNS: gl.constexpr,
+    BLOCKS: gl.constexpr,
     PART: gl.constexpr,
     STAGES: gl.constexpr,
     PAIR: gl.constexpr,
@@ -63,17 +64,17 @@ def scan_hopper_kernel(
     HAS_SEGMENT: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
-    """Hand out the shared memory and the roles; REGISTERS are those of the three worker roles.
+    """Allocate the shared memory and start the warps; REGISTERS are those of all but the first.
 
-    With PAIR, one program makes y = scan(a, b, x) and z = scan(c, x, b) whole: their states are
-    each other's transpose.
+    With PAIR, a program computes y = scan(a, b, x) and z = scan(c, x, b): the states of one are the
+    transposed states of the other.
     """
     BW: gl.constexpr = x_descriptor.block_type.shape[3]
     NX: gl.constexpr = (X + BW - 1) // BW
     i_p = gl.program_id(0)
     i_x = i_p % NX * BW
     i_h = i_p // NX % H
-    i_n, i_b, start, count, outside, slot = locate_segment(
+    i_n, i_b, start, count, outside, i_boundary = locate_segment(
         p_table, i_p // (NX * H), T, segments_per_row, segment_length, PACKED, REVERSE
     )
     p_y += (i_b * T + start) * H * X
@@ -86,11 +87,11 @@ def scan_hopper_kernel(
         initial = (p_initial, stride_ia, stride_ix)
         initial_mT = (p_initial, stride_ix, stride_ia)
     if HAS_SEGMENT:
-        p_segment += slot * stride_sn + i_h.to(gl.int64) * stride_sh
+        p_segment += i_boundary * stride_sn + i_h.to(gl.int64) * stride_sh
         segment = (p_segment, stride_sa, stride_sx)
         segment_mT = (p_segment, stride_sx, stride_sa)
     # The copy engine takes 32-bit coordinates and makes 64-bit addresses of them.
-    place = (i_b.to(gl.int32), i_h, start.to(gl.int32), count)
+    where = (i_b.to(gl.int32), i_h, start.to(gl.int32), count)
     log_decay = gl.load(p_log_decay + i_h)
 
     dtype: gl.constexpr = a_descriptor.dtype
@@ -107,22 +108,22 @@ def scan_hopper_kernel(
     row_decays = gl.allocate_shared_memory(gl.float32, [2, BC], row_layout)
     positions = gl.allocate_shared_memory(gl.float32, [BC], row_layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_layout)
-    weighed = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES * NP, 1], bar_layout)
+    w_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_layout)
+    p_ready = gl.allocate_shared_memory(gl.int64, [STAGES * NP, 1], bar_layout)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_layout)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(weighed.index(i), count=1)
+        mbarrier.init(w_ready.index(i), count=1)
         # One arrival of each warpgroup that reads the buffer.
         mbarrier.init(empty.index(i), count=3)
     for i in gl.static_range(STAGES * NP):
-        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(p_ready.index(i), count=1)
     fence_async_shared()
     gl.thread_barrier()
 
-    barriers = (full, weighed, ready, empty)
+    barriers = (full, w_ready, p_ready, empty)
     scratch = (p_tiles, y_tiles, row_decays)
-    entering = (initial, segment, outside)
+    state_in = (initial, segment, outside)
     factors = (log_decay, scale)
 
     # fmt: off
@@ -134,31 +135,31 @@ def scan_hopper_kernel(
         descriptors = (a_descriptor, b_descriptor, x_descriptor, c_descriptor)
         y_operands = (a_tiles, b_tiles, x_tiles, w_tiles)
         z_operands = (c_tiles, w_tiles, b_tiles, b_tiles)
-        entering_mT = (initial_mT, segment_mT, outside)
+        state_in_mT = (initial_mT, segment_mT, outside)
         gl.warp_specialize([
-            (carry, (y_operands, scratch, barriers, y_descriptor, p_y, entering, place, factors,
-                     i_x, H, 0, 0, 0,
-                     A, X, BC, BA, BX, COLUMNS, PART, STAGES, REVERSE, HAS_INITIAL, HAS_SEGMENT)),
-            (carry, (z_operands, scratch, barriers, z_descriptor, p_z, entering_mT, place, factors,
-                     i_x, H, 1, 1, 0,
-                     X, A, BC, BA, BX, COLUMNS, PART, STAGES, REVERSE, HAS_INITIAL, HAS_SEGMENT)),
-            (weigh, (tiles, p_tiles, w_tiles, positions, barriers, place, factors,
-                     BC, BA, BX, STAGES, REVERSE, PAIR)),
-            (produce, (descriptors, (0, 0, 0, 0), tiles, barriers, place, BC, STAGES, REVERSE)),
+            (state_warps, (y_operands, scratch, barriers, y_descriptor, p_y, state_in, where,
+                 factors, i_x, H, 0, 0, 0,
+                 A, X, BC, BA, BX, BLOCKS, PART, STAGES, REVERSE, HAS_INITIAL, HAS_SEGMENT)),
+            (state_warps, (z_operands, scratch, barriers, z_descriptor, p_z, state_in_mT, where,
+                 factors, i_x, H, 1, 1, 0,
+                 X, A, BC, BA, BX, BLOCKS, PART, STAGES, REVERSE, HAS_INITIAL, HAS_SEGMENT)),
+            (score_warps, (tiles, p_tiles, w_tiles, positions, barriers, where, factors,
+                 BC, BA, BX, STAGES, REVERSE, PAIR)),
+            (load_warp, (descriptors, (0, 0, 0, 0), tiles, barriers, where, BC, STAGES, REVERSE)),
         ], [4, 4, 1], REGISTERS)
     else:
         tiles = (a_tiles, b_tiles, x_tiles)
         descriptors = (a_descriptor, b_descriptor, x_descriptor)
         operands = (a_tiles, b_tiles, x_tiles, w_tiles)
         gl.warp_specialize([
-            (carry, (operands, scratch, barriers, y_descriptor, p_y, entering, place, factors,
-                     i_x, H, 0, 0, 0,
-                     A, X, BC, BA, BX, COLUMNS, PART, STAGES, REVERSE, HAS_INITIAL, HAS_SEGMENT)),
-            (carry, (operands, scratch, barriers, y_descriptor, p_y, entering, place, factors,
-                     i_x + BW // 2, H, 1, 0, BW // 2,
-                     A, X, BC, BA, BX, COLUMNS, PART, STAGES, REVERSE, HAS_INITIAL, HAS_SEGMENT)),
-            (weigh, (tiles, p_tiles, w_tiles, positions, barriers, place, factors,
-                     BC, BA, BX, STAGES, REVERSE, PAIR)),
-            (produce, (descriptors, (0, 0, i_x), tiles, barriers, place, BC, STAGES, REVERSE)),
+            (state_warps, (operands, scratch, barriers, y_descriptor, p_y, state_in, where,
+                 factors, i_x, H, 0, 0, 0,
+                 A, X, BC, BA, BX, BLOCKS, PART, STAGES, REVERSE, HAS_INITIAL, HAS_SEGMENT)),
+            (state_warps, (operands, scratch, barriers, y_descriptor, p_y, state_in, where,
+                 factors, i_x + BW // 2, H, 1, 0, BW // 2,
+                 A, X, BC, BA, BX, BLOCKS, PART, STAGES, REVERSE, HAS_INITIAL, HAS_SEGMENT)),
+            (score_warps, (tiles, p_tiles, w_tiles, positions, barriers, where, factors,
+                 BC, BA, BX, STAGES, REVERSE, PAIR)),
+            (load_warp, (descriptors, (0, 0, i_x), tiles, barriers, where, BC, STAGES, REVERSE)),
         ], [4, 4, 1], REGISTERS)
     # fmt: on
