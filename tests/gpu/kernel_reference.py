@@ -1,6 +1,6 @@
-"""What the kernels must compute, in plain torch: exact in float64, the error bar in other dtypes.
+"""What the kernels must compute, in plain torch: the truth in float64, the error bound in others.
 
-Independent of the kernels: one document at a time, and the reverse direction walks flipped tokens.
+Independent of the kernels: one document at a time, and in reverse the tokens are flipped.
 """
 
 from __future__ import annotations
@@ -64,6 +64,6 @@ def plain_attention(
 
 
 def head_errors(actual, truth, head_dim):
-    """||actual - truth|| / ||truth|| of each head: one that forgets nothing drowns the others."""
+    """||actual - truth|| / ||truth|| per head: one without decay would hide the others."""
     actual, truth = (x.double().movedim(head_dim, 0).flatten(1) for x in (actual, truth))
     return (actual - truth).norm(dim=1) / truth.norm(dim=1).clamp_min(1e-30)

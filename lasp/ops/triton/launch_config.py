@@ -214,8 +214,8 @@ def choose_scan(
     shape: ScanShape,
     dtype: torch.dtype,
     device: torch.device,
+    num_results: int,
     *,
-    num_results: int = 1,
     copyable: bool = True,
 ) -> ScanChoice:
     """The kernel that scans operands of this shape, dtype and device.

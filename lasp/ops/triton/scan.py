@@ -31,7 +31,7 @@ from lasp.ops.triton.launcher import (
     state_strides,
     strides,
 )
-from lasp.ops.triton.segments import DocumentStates, Segments, divide, locate_segment
+from lasp.ops.triton.segments import ALL, DocumentStates, Segments, divide, locate_segment
 
 
 @triton.jit(do_not_specialize=["scale", "T", "segments_per_row", "segment_length"])
@@ -243,11 +243,10 @@ def scan_dkdv(
 def _choose(operands: Sequence[torch.Tensor], offsets: tuple[int, ...] | None) -> ScanChoice:
     """The kernel for a, b, x, or for k, q, do, v."""
     a, _, x, *_ = operands
-    key = scan_shape(a, x, offsets), a.dtype, a.device
-    results = len(operands) - 2
-    choice = choose_scan(*key, num_results=results)
+    key = scan_shape(a, x, offsets), a.dtype, a.device, len(operands) - 2
+    choice = choose_scan(*key)
     if choice.kernel == "hopper" and not all(map(hopper_scan.copyable, operands)):
-        choice = choose_scan(*key, num_results=results, copyable=False)
+        choice = choose_scan(*key, copyable=False)
     return choice
 
 
@@ -273,7 +272,7 @@ def _run(
         assert segment_states.shape == (parts.num_boundaries, *shape), segment_states.shape
     else:
         parts = SegmentChoice(seq_len)
-    documents = DocumentStates(state_rows, zeros=state_rows is not None)
+    documents = ALL if state_rows is None else DocumentStates(state_rows, zeros=True)
     segments = divide(batch, seq_len, offsets, parts, documents, a.is_cuda)
     if initial_state is not None:
         assert initial_state.shape == (segments.num_states, *shape), initial_state.shape

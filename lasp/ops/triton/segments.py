@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -73,17 +73,17 @@ class Segments:
     folded: bool
     tables: torch.Tensor | None
 
-    @property
+    @cached_property
     def single(self) -> bool:
         """True if every document is one segment, so that no segment state is ever read."""
         return self.num_segments == self.num_documents
 
-    @property
+    @cached_property
     def packed(self) -> bool:
         """True for packed documents."""
         return self.tables is not None
 
-    @property
+    @cached_property
     def key(self) -> tuple[int, int, int, int, bool, bool]:
         """All that a launch depends on, to cache it by."""
         return (

@@ -22,6 +22,8 @@ import torch
 
 from tests.poison import ALLOCATORS, poisoned
 
+# Seconds, of one process: all of its cases wait for it.
+TIMEOUT = 280
 ROOT = Path(__file__).parents[4]
 
 
@@ -31,7 +33,7 @@ def errors(module: str, *arguments: str) -> dict[str, str | None]:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -83,6 +83,7 @@ CASES = {
 }
 
 
+@pytest.mark.timeout(interpreter.TIMEOUT + 20)
 @pytest.mark.parametrize("case", CASES)
 def test_states_arrive(case):
     error = interpreter.errors(__name__)[case]
