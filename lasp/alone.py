@@ -42,7 +42,7 @@ def attend(
     """(o, segment states for the backward, may be empty) of `lasp.lightning_attention`."""
     decay_rates(log_decay)
     segment_states = None
-    if ops.needs_chunk_states(k, v):
+    if ops.needs_segment_states(k, v):
         segment_states, _ = ops.chunk_states(k, v, log_decay, with_total=False)
     states = dict(initial_state=initial_state, segment_states=segment_states)
     o = ops.scan(q, k, v, log_decay, scale=scale, **states)
@@ -76,11 +76,9 @@ def attend_backward(
     if not with_dkv:
         return dq, None, None
     segment_grads = None
-    if ops.needs_chunk_states(q, do):
+    if ops.needs_segment_states(q, do):
         segment_grads, _ = ops.chunk_states(
             q, do, log_decay, reverse=True, scale=scale, with_total=False
         )
-    dv, dk = ops.scan_dkdv(
-        k, q, do, v, log_decay, scale=scale, segment_states=segment_grads, reverse=True
-    )
+    dk, dv = ops.scan_dkdv(q, k, v, do, log_decay, scale=scale, segment_states=segment_grads)
     return dq, dk, dv

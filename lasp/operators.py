@@ -93,15 +93,17 @@ class _Entering:
             self.pieces = self.pieces.at_edges()
         k, v = self.pieces.fold(k), self.pieces.fold(v)
         with_total = group is not None or with_final
-        if with_total or ops.needs_chunk_states(k, v, offsets=self.pieces.offsets):
+        if with_total or ops.needs_segment_states(k, v, cu_seqlens=self.pieces.offsets):
             self.segment_states, self.total = ops.chunk_states(
                 k,
                 v,
                 log_decay,
-                offsets=self.pieces.offsets,
+                cu_seqlens=self.pieces.offsets,
                 state_rows=self.pieces.held(False, False),
                 with_total=with_total,
             )
+            if self.segment_states is None:
+                self.segment_states = _empty(k)
         if with_total:
             self.given = self.pieces.given(initial_state, False)
         if group is not None:
@@ -189,7 +191,7 @@ def attend(q, k, v, log_decay, initial_state, entering, segment_states, cu_seqle
         scale=scale,
         initial_state=before,
         segment_states=_present(segment_states),
-        offsets=pieces.offsets,
+        cu_seqlens=pieces.offsets,
         state_rows=held,
     )
     return pieces.unfold(o)
@@ -219,12 +221,12 @@ def attend_backward(
     pieces = _pieces(q, cu_seqlens, group, layout, lengths)
     num_states = _num_states(q, cu_seqlens)
     q, k, v, do = (pieces.fold(x) for x in (q, k, v, with_unit_stride(do)))
-    common = dict(scale=scale, offsets=pieces.offsets)
+    common = dict(scale=scale, cu_seqlens=pieces.offsets)
     segment_grads = pending = given = dinitial = None
     after = pieces.at_edges() if dfinal is None and not with_dinitial else pieces
     if with_dkv:
         with_total = group is not None or with_dinitial
-        if with_total or ops.needs_chunk_states(q, do, offsets=pieces.offsets):
+        if with_total or ops.needs_segment_states(q, do, cu_seqlens=pieces.offsets):
             segment_grads, total = ops.chunk_states(
                 q,
                 do,
@@ -266,7 +268,7 @@ def attend_backward(
         dinitial = pieces.taken(total, num_states, True)
     held = None if leaving is None else after.held(True, True)
     states = dict(initial_state=leaving, segment_states=_present(segment_grads), state_rows=held)
-    dv, dk = ops.scan_dkdv(k, q, do, v, log_decay, reverse=True, **states, **common)
+    dk, dv = ops.scan_dkdv(q, k, v, do, log_decay, **states, **common)
     return dq, pieces.unfold(dk), pieces.unfold(dv), dinitial
 
 

@@ -14,7 +14,7 @@ from lasp.ops import chunked, reference
 __all__ = [
     "chunk_states",
     "fake_segment_states",
-    "needs_chunk_states",
+    "needs_segment_states",
     "reference",
     "scan",
     "scan_dkdv",
@@ -28,9 +28,9 @@ def chunk_states(k, *args, **options):
     return _backend(k).chunk_states(k, *args, **options)
 
 
-def needs_chunk_states(k, v, *, offsets=None):
+def needs_segment_states(k, v, *, cu_seqlens=None):
     """True if `scan` needs segment states; else `chunk_states` is for its total alone."""
-    return _backend(k).needs_chunk_states(k, v, offsets=offsets)
+    return _backend(k).needs_segment_states(k, v, cu_seqlens=cu_seqlens)
 
 
 def fake_segment_states(k, v, cu_seqlens):
@@ -49,9 +49,9 @@ def scan(a, *args, **options):
     return _backend(a).scan(a, *args, **options)
 
 
-def scan_dkdv(k, *args, **options):
-    """(dv, dk), two scans; see the backends."""
-    return _backend(k).scan_dkdv(k, *args, **options)
+def scan_dkdv(q, *args, **options):
+    """(dk, dv), two scans; see the backends."""
+    return _backend(q).scan_dkdv(q, *args, **options)
 
 
 def step(q, k, v, state, log_decay, *, scale):

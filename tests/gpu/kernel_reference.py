@@ -38,13 +38,13 @@ def plain_scan(a, b, x, state, *, log_decay, scale, reverse, dtype, block):
 
 
 def plain_attention(
-    q, k, v, do, S0, dS, *, log_decay, scale, offsets=None, dtype=torch.float64, block=64
+    q, k, v, do, S0, dS, *, log_decay, scale, cu_seqlens=None, dtype=torch.float64, block=64
 ):
     """{o, dq, dk, dv [B, T, H, .], final, dS0 [N, H, D, E]} for S0, dS [N, H, D, E]."""
-    if offsets is None:
+    if cu_seqlens is None:
         documents = [(row, slice(None)) for row in range(q.shape[0])]
     else:
-        pairs = zip(offsets, offsets[1:], strict=False)
+        pairs = zip(cu_seqlens, cu_seqlens[1:], strict=False)
         documents = [(0, slice(start, stop)) for start, stop in pairs]
     likes = dict(o=v, dq=q, dk=k, dv=v)
     out = {name: torch.empty_like(like, dtype=dtype) for name, like in likes.items()}

@@ -2,7 +2,7 @@
 
     k, v -> state kernel -> combine kernel -> segment states, total      (chunk_states)
     a, b, x, states -> scan kernel -> y                                  (scan: o, dq, dk and dv)
-    k, q, do, v, states -> Hopper scan -> dv, dk                         (scan_dkdv)
+    q, k, v, do, states -> Hopper scan -> dk, dv                         (scan_dkdv)
     q, k, v, state -> step kernel -> o, new state                        (step: decoding)
     state of the previous rank -> kernel -> state for the following one  (send_recv_state)
 
@@ -13,12 +13,12 @@ documents among programs, `launcher` caches launches, `hopper` is the scan for H
 
 from lasp.ops.triton.scan import scan, scan_dkdv
 from lasp.ops.triton.send_recv_state import send_recv_state
-from lasp.ops.triton.state import chunk_states, needs_chunk_states, segment_states_shape
+from lasp.ops.triton.state import chunk_states, needs_segment_states, segment_states_shape
 from lasp.ops.triton.step import step
 
 __all__ = [
     "chunk_states",
-    "needs_chunk_states",
+    "needs_segment_states",
     "scan",
     "scan_dkdv",
     "segment_states_shape",

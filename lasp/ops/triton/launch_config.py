@@ -175,9 +175,9 @@ class ScanChoice(NamedTuple):
     segments: SegmentChoice
 
 
-def scan_shape(a: torch.Tensor, x: torch.Tensor, offsets: tuple[int, ...] | None) -> ScanShape:
+def scan_shape(a: torch.Tensor, x: torch.Tensor, cu_seqlens: tuple[int, ...] | None) -> ScanShape:
     """The sizes of a scan of a [B, T, H, A] and x [B, T, H, X]."""
-    return ScanShape(*a.shape, x.shape[-1], offsets is not None)
+    return ScanShape(*a.shape, x.shape[-1], cu_seqlens is not None)
 
 
 @lru_cache(maxsize=1024)

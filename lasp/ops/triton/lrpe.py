@@ -42,25 +42,11 @@ def _cos_sin(o_n, p_turns, m_d, position, T, BD: tl.constexpr):
 
 @triton.jit(do_not_specialize=["position"])
 def lrpe_kernel(
-    p_q,
-    p_k,
-    p_turns,
-    p_out_q,
-    p_out_k,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    position,
-    N,
-    T,
-    H,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    BT: tl.constexpr,
-):
+    p_q, p_k, p_turns, p_out_q, p_out_k,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
+    position, N, T, H,
+    D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
     """Program (tile of BT among all N = B T tokens, head)."""
     # One grid axis: the others allow at most 65,535 programs.
     i_h = (tl.program_id(0) % H).to(tl.int64)
@@ -85,28 +71,11 @@ def lrpe_kernel(
 
 @triton.jit(do_not_specialize=["position"])
 def lrpe_backward_kernel(
-    p_grad_q,
-    p_grad_k,
-    p_q,
-    p_k,
-    p_turns,
-    p_into_q,
-    p_into_k,
-    p_rates,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    position,
-    N,
-    T,
-    H,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    BT: tl.constexpr,
-):
+    p_grad_q, p_grad_k, p_q, p_k, p_turns, p_into_q, p_into_k, p_rates,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
+    position, N, T, H,
+    D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
     """Program (head, row): every num_rows-th tile, and one row of the rates' gradient."""
     i_h = tl.program_id(0).to(tl.int64)
     i_r = tl.program_id(1)

@@ -36,48 +36,15 @@ from lasp.ops.triton.segments import ALL, DocumentStates, Segments, divide, loca
 
 @triton.jit(do_not_specialize=["scale", "T", "segments_per_row", "segment_length"])
 def scan_kernel(
-    p_a,
-    p_b,
-    p_x,
-    p_y,
-    p_initial,
-    p_segment,
-    p_log_decay,
-    p_table,
-    stride_ab,
-    stride_at,
-    stride_ah,
-    stride_bb,
-    stride_bt,
-    stride_bh,
-    stride_xb,
-    stride_xt,
-    stride_xh,
-    stride_in,
-    stride_ih,
-    stride_ia,
-    stride_ix,
-    stride_sn,
-    stride_sh,
-    stride_sa,
-    stride_sx,
-    scale,
-    T,
-    segments_per_row,
-    segment_length,
-    H,
-    A: tl.constexpr,
-    X: tl.constexpr,
-    BA: tl.constexpr,
-    BX: tl.constexpr,
-    BC: tl.constexpr,
-    REVERSE: tl.constexpr,
-    PACKED: tl.constexpr,
-    HAS_INITIAL: tl.constexpr,
-    HAS_SEGMENT: tl.constexpr,
-    FOLDED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    p_a, p_b, p_x, p_y, p_initial, p_segment, p_log_decay, p_table,
+    stride_ab, stride_at, stride_ah, stride_bb, stride_bt, stride_bh,
+    stride_xb, stride_xt, stride_xh,
+    stride_in, stride_ih, stride_ia, stride_ix, stride_sn, stride_sh, stride_sa, stride_sx,
+    scale, T, segments_per_row, segment_length, H,
+    A: tl.constexpr, X: tl.constexpr, BA: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr,
+    REVERSE: tl.constexpr, PACKED: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    HAS_SEGMENT: tl.constexpr, FOLDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     NX: tl.constexpr = (X + BX - 1) // BX
     # Value blocks of one head run next to each other: a and b come from L2 for all but the first.
     i_p = tl.program_id(0)
@@ -174,7 +141,7 @@ def scan(
     scale: float,
     initial_state: torch.Tensor | None = None,
     segment_states: torch.Tensor | None = None,
-    offsets: tuple[int, ...] | None = None,
+    cu_seqlens: tuple[int, ...] | None = None,
     state_rows: tuple[int, ...] | None = None,
     reverse: bool = False,
 ) -> torch.Tensor:
@@ -193,7 +160,7 @@ def scan(
     `state_rows` it has a row for each of those packed documents, in this order, and a last one of
     zeros for all others. `segment_states` [S, H, A, X] float32 (any strides) is what `chunk_states`
     returned for the same tokens; without it one program per head and value block scans each
-    document. `offsets` packs documents (0, ..., T) into a batch of one. Returns y [B, T, H, X],
+    document. `cu_seqlens` packs documents (0, ..., T) into a batch of one. Returns y [B, T, H, X],
     contiguous, in a's dtype. Raises ValueError for dtypes or head dims that the kernels do not
     support.
     """
@@ -203,47 +170,47 @@ def scan(
     if y.numel() == 0:
         return y
     operands = [addressable(operand) for operand in (a, b, x)]
-    choice = _choose(operands, offsets)
+    choice = _choose(operands, cu_seqlens)
     states = dict(initial_state=initial_state, segment_states=segment_states)
-    documents = dict(offsets=offsets, state_rows=state_rows)
+    documents = dict(cu_seqlens=cu_seqlens, state_rows=state_rows)
     _run(choice, operands, (y,), log_decay, scale=scale, reverse=reverse, **states, **documents)
     return y
 
 
 def scan_dkdv(
-    k: torch.Tensor,
     q: torch.Tensor,
-    do: torch.Tensor,
+    k: torch.Tensor,
     v: torch.Tensor,
+    do: torch.Tensor,
     log_decay: torch.Tensor | None,
     *,
     initial_state: torch.Tensor | None = None,
     segment_states: torch.Tensor | None = None,
     **options,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dv = scan(k, q, do, G) and dk = scan(v, do, q, G^T), in one launch if a kernel does both.
+    """dk = scan(v, do, q, G^T, reverse) and dv = scan(k, q, do, G, reverse): (dk, dv).
 
-    That launch reads q and do once. `initial_state` G and `segment_states` are those of dv; other
-    keywords, `reverse` among them, are those of `scan`.
+    One launch computes both and reads q and do once, if a kernel does that. `initial_state` G and
+    `segment_states` are those of dv; other keywords are those of `scan`.
     """
-    check_operands(k=k, q=q, do=do, v=v)
-    operands = [addressable(operand) for operand in (k, q, do, v)]
+    check_operands(q=q, k=k, v=v, do=do)
+    operands = k, q, do, v = [addressable(operand) for operand in (k, q, do, v)]
     states = dict(initial_state=initial_state, segment_states=segment_states)
     if k.numel() and v.numel():
-        choice = _choose(operands, options.get("offsets"))
+        choice = _choose(operands, options.get("cu_seqlens"))
         if choice.num_results == 2:
-            results = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (v, k)]
-            _run(choice, operands, results, log_decay, **states, **options)
-            return tuple(results)
-    dv = scan(k, q, do, log_decay, **states, **options)
-    states = {name: None if s is None or not s.numel() else s.mT for name, s in states.items()}
-    return dv, scan(v, do, q, log_decay, **states, **options)
+            dv, dk = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (v, k))
+            _run(choice, operands, (dv, dk), log_decay, reverse=True, **states, **options)
+            return dk, dv
+    dv = scan(k, q, do, log_decay, reverse=True, **states, **options)
+    states = {name: None if s is None else s.mT for name, s in states.items()}
+    return scan(v, do, q, log_decay, reverse=True, **states, **options), dv
 
 
-def _choose(operands: Sequence[torch.Tensor], offsets: tuple[int, ...] | None) -> ScanChoice:
-    """The kernel for a, b, x, or for k, q, do, v."""
+def _choose(operands: Sequence[torch.Tensor], cu_seqlens: tuple[int, ...] | None) -> ScanChoice:
+    """The kernel for a, b, x, or for the k, q, do, v of dv and dk."""
     a, _, x, *_ = operands
-    key = scan_shape(a, x, offsets), a.dtype, a.device, len(operands) - 2
+    key = scan_shape(a, x, cu_seqlens), a.dtype, a.device, len(operands) - 2
     choice = choose_scan(*key)
     if choice.kernel == "hopper" and not all(map(hopper_scan.copyable, operands)):
         choice = choose_scan(*key, copyable=False)
@@ -259,7 +226,7 @@ def _run(
     scale: float,
     initial_state: torch.Tensor | None,
     segment_states: torch.Tensor | None,
-    offsets: tuple[int, ...] | None = None,
+    cu_seqlens: tuple[int, ...] | None = None,
     state_rows: tuple[int, ...] | None = None,
     reverse: bool = False,
 ) -> None:
@@ -267,13 +234,13 @@ def _run(
     a, _, x, *_ = operands
     batch, seq_len, num_heads, _ = a.shape
     shape = (*a.shape[2:], x.shape[-1])
-    if segment_states is not None and segment_states.numel():
+    if segment_states is not None:
         parts = choice.segments
         assert segment_states.shape == (parts.num_boundaries, *shape), segment_states.shape
     else:
         parts = SegmentChoice(seq_len)
     documents = ALL if state_rows is None else DocumentStates(state_rows, zeros=True)
-    segments = divide(batch, seq_len, offsets, parts, documents, a.is_cuda)
+    segments = divide(batch, seq_len, cu_seqlens, parts, documents, a.is_cuda)
     if initial_state is not None:
         assert initial_state.shape == (segments.num_states, *shape), initial_state.shape
     if segments.single:

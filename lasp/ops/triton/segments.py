@@ -112,14 +112,14 @@ class Segments:
 def divide(
     batch: int,
     seq_len: int,
-    offsets: tuple[int, ...] | None,
+    cu_seqlens: tuple[int, ...] | None,
     choice: SegmentChoice,
     states: DocumentStates = ALL,
     pinned: bool = False,
 ) -> Segments:
     """The segments of [B, T, ...] operands; `pinned`: the tables will be copied to a GPU."""
     length = max(choice.length, 1)
-    if offsets is None:
+    if cu_seqlens is None:
         per_row = max(1, -(-seq_len // length))
         return Segments(
             num_documents=batch,
@@ -132,12 +132,16 @@ def divide(
             folded=choice.folded,
             tables=None,
         )
-    assert batch == 1 and offsets[0] == 0 and offsets[-1] == seq_len, (batch, seq_len, offsets)
+    assert batch == 1 and cu_seqlens[0] == 0 and cu_seqlens[-1] == seq_len, (
+        batch,
+        seq_len,
+        cu_seqlens,
+    )
     segments: list[tuple[int, ...]] = []
     documents: list[tuple[int, ...]] = []
-    rows = states.row_of(len(offsets) - 1)
-    for document, (start, stop) in enumerate(itertools.pairwise(offsets)):
-        assert start <= stop, offsets
+    rows = states.row_of(len(cu_seqlens) - 1)
+    for document, (start, stop) in enumerate(itertools.pairwise(cu_seqlens)):
+        assert start <= stop, cu_seqlens
         count = max(1, -(-(stop - start) // length))
         last = stop - start - (count - 1) * length
         boundary, row = len(segments) - document, rows[document]

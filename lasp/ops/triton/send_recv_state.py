@@ -73,25 +73,11 @@ def _store_release(p, number):
 
 @triton.jit(do_not_specialize=["limit_seconds"])
 def send_recv_state_kernel(
-    p_local,
-    p_factor,
-    p_state_in,
-    p_inbox,
-    p_counters,
-    p_previous,
-    p_outbox,
-    num_floats,
-    num_chunks,
-    stride,
-    num_factors,
-    limit_seconds,
-    SIZE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    RECEIVES: tl.constexpr,
-    SENDS: tl.constexpr,
-    HAS_FACTOR: tl.constexpr,
-    WAITS: tl.constexpr,
-):
+    p_local, p_factor, p_state_in, p_inbox, p_counters, p_previous, p_outbox,
+    num_floats, num_chunks, stride, num_factors, limit_seconds,
+    SIZE: tl.constexpr, CHUNK: tl.constexpr, RECEIVES: tl.constexpr, SENDS: tl.constexpr,
+    HAS_FACTOR: tl.constexpr, WAITS: tl.constexpr,
+):  # fmt: skip
     p_received = p_counters
     p_sent = p_counters + stride
     p_consumed = p_counters + 2 * stride

@@ -36,34 +36,13 @@ from lasp.ops.triton.segments import NONE, DocumentStates, Segments, divide, loc
 
 @triton.jit(do_not_specialize=["scale", "T", "segments_per_row", "segments_run", "segment_length"])
 def state_kernel(
-    p_k,
-    p_v,
-    p_states,
-    p_total,
-    p_log_decay,
-    p_table,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    scale,
-    T,
-    segments_per_row,
-    segments_run,
-    segment_length,
-    H,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    BD: tl.constexpr,
-    BE: tl.constexpr,
-    BC: tl.constexpr,
-    REVERSE: tl.constexpr,
-    PACKED: tl.constexpr,
-    WITH_TOTAL: tl.constexpr,
+    p_k, p_v, p_states, p_total, p_log_decay, p_table,
+    stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    scale, T, segments_per_row, segments_run, segment_length, H,
+    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BC: tl.constexpr,
+    REVERSE: tl.constexpr, PACKED: tl.constexpr, WITH_TOTAL: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     ND: tl.constexpr = (D + BD - 1) // BD
     NE: tl.constexpr = (E + BE - 1) // BE
     # Blocks of one head run next to each other: what they both read comes from L2 the second time.
@@ -143,22 +122,11 @@ def state_kernel(
 
 @triton.jit(do_not_specialize=["T", "segments_per_row", "segment_length"])
 def combine_kernel(
-    p_states,
-    p_total,
-    p_log_decay,
-    p_documents,
-    T,
-    segments_per_row,
-    segment_length,
-    H,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    REVERSE: tl.constexpr,
-    PACKED: tl.constexpr,
-    STORE: tl.constexpr,
-    WITH_TOTAL: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-):
+    p_states, p_total, p_log_decay, p_documents,
+    T, segments_per_row, segment_length, H,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr,
+    STORE: tl.constexpr, WITH_TOTAL: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
     NB: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     i_p = tl.program_id(0)
     i_h = (i_p // NB % H).to(tl.int64)
@@ -197,14 +165,14 @@ def combine_kernel(
         tl.store(p_total + o_s, b_state * b_rest_decay + b_own, mask=m_total)
 
 
-def needs_chunk_states(
-    k: torch.Tensor, v: torch.Tensor, *, offsets: tuple[int, ...] | None = None
+def needs_segment_states(
+    k: torch.Tensor, v: torch.Tensor, *, cu_seqlens: tuple[int, ...] | None = None
 ) -> bool:
     """True if `scan` over k [B, T, H, D] and v [B, T, H, E] needs segment states.
 
     If not, call `chunk_states` only for its total. In reverse the answer is the same.
     """
-    return choose_segments(scan_shape(k, v, offsets)).num_boundaries > 0
+    return choose_segments(scan_shape(k, v, cu_seqlens)).num_boundaries > 0
 
 
 def segment_states_shape(
@@ -221,16 +189,16 @@ def chunk_states(
     v: torch.Tensor,
     log_decay: torch.Tensor | None,
     *,
-    offsets: tuple[int, ...] | None = None,
+    cu_seqlens: tuple[int, ...] | None = None,
     state_rows: tuple[int, ...] | None = None,
     reverse: bool = False,
     scale: float = 1.0,
     with_total: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """States of k [B, T, H, D] and v [B, T, H, E], from zero at the start of every document.
 
     Returns (segment_states [S, H, D, E], total [N, H, D, E]), both float32. With
-    l = exp(log_decay) and a document of n tokens, the total is
+    l = exp(log_decay) and a document of n tokens, the total, its local state, is
 
         forward: sum_j l^(n-1-j) k_j v_j^T          (`scale` is not used)
         reverse: sum_i scale * l^(i+1) k_i v_i^T    (k=q, v=do: the gradient of the initial state)
@@ -238,24 +206,24 @@ def chunk_states(
     The segment states are what `scan` needs of the segments before each (reverse: after each), in
     a form that it knows. `with_total=False` saves the work of the total, which is then None; with
     `state_rows` it is that of these packed documents alone, in this order. S depends on shapes
-    alone, so packed documents may leave some rows unused; the tensor is empty, of shape [0], if
-    every document is sure to be one segment. Shapes fix the order of every sum: the same inputs
-    give the same bits. `offsets` packs documents (0, ..., T) into a batch of one. Raises ValueError
-    for dtypes or head dims that the kernels do not support.
+    alone, so packed documents may leave some rows unused; if every document is sure to be one
+    segment, they are None. Shapes fix the order of every sum: the same inputs give the same bits.
+    `cu_seqlens` packs documents (0, ..., T) into a batch of one. Raises ValueError for dtypes or
+    head dims that the kernels do not support.
     """
     check_operands(k=k, v=v)
     assert k.shape[:3] == v.shape[:3], (k.shape, v.shape)
     batch, seq_len, num_heads, key_dim = k.shape
-    choice = choose_segments(scan_shape(k, v, offsets))
+    choice = choose_segments(scan_shape(k, v, cu_seqlens))
     documents = DocumentStates(state_rows) if with_total else NONE
-    segments = divide(batch, seq_len, offsets, choice, documents, k.is_cuda)
+    segments = divide(batch, seq_len, cu_seqlens, choice, documents, k.is_cuda)
     shape = (num_heads, key_dim, v.shape[-1])
     wide = dict(dtype=torch.float32, device=k.device)
     if seq_len == 0:
         total = torch.zeros(segments.num_states, *shape, **wide) if with_total else None
-        return torch.empty(0, **wide), total
+        return None, total
     rows = segments.num_boundaries
-    states = torch.empty((rows, *shape) if rows else 0, **wide)
+    states = torch.empty(rows, *shape, **wide) if rows else None
     total = torch.empty(segments.num_states, *shape, **wide) if with_total else None
     if segments.single and not with_total:
         return states, None
@@ -268,7 +236,8 @@ def chunk_states(
         )
         # The sum of the segment that ends a document (reverse: begins it) goes to the total.
         if programs:
-            launch(programs, k, v, states, total, log_decay, segment_table)
+            first = total if states is None else states
+            launch(programs, k, v, first, total, log_decay, segment_table)
         if not segments.single:
             _combine(states, total, log_decay, document_table, segments, reverse=reverse, T=seq_len)
     return states, total

@@ -23,30 +23,12 @@ from lasp.ops.triton.launcher import (
 
 @triton.jit(do_not_specialize=["scale"])
 def step_kernel(
-    p_q,
-    p_k,
-    p_v,
-    p_state,
-    p_o,
-    p_new,
-    p_log_decay,
-    stride_qb,
-    stride_qh,
-    stride_kb,
-    stride_kh,
-    stride_vb,
-    stride_vh,
-    stride_sb,
-    stride_sh,
-    stride_sd,
-    stride_se,
-    scale,
-    H,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    BD: tl.constexpr,
-    BE: tl.constexpr,
-):
+    p_q, p_k, p_v, p_state, p_o, p_new, p_log_decay,
+    stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_sb, stride_sh,
+    stride_sd, stride_se,
+    scale, H,
+    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
     NE: tl.constexpr = (E + BE - 1) // BE
     i_p = tl.program_id(0)
     i_e = i_p % NE

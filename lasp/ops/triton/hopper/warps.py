@@ -71,15 +71,9 @@ def _next(stage, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def load_warp(
-    descriptors,
-    columns,
-    tiles,
-    barriers,
-    where,
-    BC: gl.constexpr,
-    STAGES: gl.constexpr,
-    REVERSE: gl.constexpr,
-):
+    descriptors, columns, tiles, barriers, where,
+    BC: gl.constexpr, STAGES: gl.constexpr, REVERSE: gl.constexpr,
+):  # fmt: skip
     """Fill the buffers. Rows outside the tensors arrive as zeros, other segments' rows as data."""
     full, w_ready, p_ready, empty = barriers
     i_b, i_h, start, count = where
@@ -105,15 +99,9 @@ def load_warp(
 @gluon.jit
 def _store_score(
     p_tile,
-    b_s,
-    positions,
-    rate,
-    scale,
-    row,
-    count,
-    REVERSE: gl.constexpr,
-    mma: gl.constexpr,
-):
+    b_s, positions, rate, scale, row, count,
+    REVERSE: gl.constexpr, mma: gl.constexpr,
+):  # fmt: skip
     """End the product and store P = decay * (a b^T), zero beyond the segment."""
     BC: gl.constexpr = p_tile.shape[0]
     # Computed again for every chunk from positions in shared memory: the states need the registers
@@ -153,18 +141,10 @@ def _zero_rows_outside(tile, row, count, by_row: gl.constexpr):
 def score_warps(
     tiles,
     p_tiles,
-    w_tiles,
-    positions,
-    barriers,
-    where,
-    factors,
-    BC: gl.constexpr,
-    BA: gl.constexpr,
-    BX: gl.constexpr,
-    STAGES: gl.constexpr,
-    REVERSE: gl.constexpr,
-    PAIR: gl.constexpr,
-):
+    w_tiles, positions, barriers, where, factors,
+    BC: gl.constexpr, BA: gl.constexpr, BX: gl.constexpr, STAGES: gl.constexpr,
+    REVERSE: gl.constexpr, PAIR: gl.constexpr,
+):  # fmt: skip
     """Compute P and w, the decayed x, of every chunk; in a short one, zero the rows outside it."""
     full, w_ready, p_ready, empty = barriers
     i_b, i_h, start, count = where
@@ -225,20 +205,10 @@ def score_warps(
 
 @gluon.jit
 def _load_state_in(
-    initial,
-    segment,
-    log_decay,
-    outside,
-    i_a,
-    i_x,
-    A: gl.constexpr,
-    X: gl.constexpr,
-    KEYS: gl.constexpr,
-    BX: gl.constexpr,
-    HAS_INITIAL: gl.constexpr,
-    HAS_SEGMENT: gl.constexpr,
-    mma: gl.constexpr,
-):
+    initial, segment, log_decay, outside, i_a, i_x,
+    A: gl.constexpr, X: gl.constexpr, KEYS: gl.constexpr, BX: gl.constexpr,
+    HAS_INITIAL: gl.constexpr, HAS_SEGMENT: gl.constexpr, mma: gl.constexpr,
+):  # fmt: skip
     """Return a block of the state that enters the segment, transposed: [BX, KEYS]."""
     o_a = i_a + gl.arange(0, KEYS, gl.SliceLayout(0, mma))[None, :]
     o_x = i_x + gl.arange(0, BX, gl.SliceLayout(1, mma))[:, None]
@@ -280,31 +250,12 @@ def _add_product(b_y, b_state, a, i_a: gl.constexpr, PART: gl.constexpr, mma: gl
 
 @gluon.jit
 def state_warps(
-    operands,
-    scratch,
-    barriers,
-    y_descriptor,
-    p_y,
-    state_in,
-    where,
-    factors,
-    i_x,
-    H,
-    i_w: gl.constexpr,
-    i_p: gl.constexpr,
-    i_t: gl.constexpr,
-    A: gl.constexpr,
-    X: gl.constexpr,
-    BC: gl.constexpr,
-    BA: gl.constexpr,
-    BX: gl.constexpr,
-    BLOCKS: gl.constexpr,
-    PART: gl.constexpr,
-    STAGES: gl.constexpr,
-    REVERSE: gl.constexpr,
-    HAS_INITIAL: gl.constexpr,
+    operands, scratch, barriers, y_descriptor, p_y, state_in, where, factors, i_x, H,
+    i_w: gl.constexpr, i_p: gl.constexpr, i_t: gl.constexpr, A: gl.constexpr, X: gl.constexpr,
+    BC: gl.constexpr, BA: gl.constexpr, BX: gl.constexpr, BLOCKS: gl.constexpr,
+    PART: gl.constexpr, STAGES: gl.constexpr, REVERSE: gl.constexpr, HAS_INITIAL: gl.constexpr,
     HAS_SEGMENT: gl.constexpr,
-):
+):  # fmt: skip
     """Take the states of BLOCKS value blocks through the segment and write their y.
 
     The tiles of `operands` are a, b, x and w: y = decay * (a state) + P x, and state = decay *

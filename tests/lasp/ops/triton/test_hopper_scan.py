@@ -47,13 +47,13 @@ def test_scan_compiles(case, reverse, packed, compiled, tmp_path):
     x = torch.zeros(1, T, H, value_dim, dtype=torch.bfloat16)
     states = dict(initial_state=torch.zeros(1 + packed, H, key_dim, value_dim))
     states["segment_states"] = torch.zeros(1, H, key_dim, value_dim)
-    options = dict(scale=1.0, offsets=(0, 300, T) if packed else None, reverse=reverse)
+    options = dict(scale=1.0, cu_seqlens=(0, 300, T) if packed else None)
     constants = dict(segment_length=512, LARGE_VALUES=0, has_gluon=lambda device: True)
     with launch_constants(**constants):
         if pair:
             kernels.scan_dkdv(a, a, x, x, None, **states, **options)
         else:
-            kernels.scan(a, a, x, None, **states, **options)
+            kernels.scan(a, a, x, None, reverse=reverse, **states, **options)
     (kernel,) = compiled
     ptx = kernel.asm["ptx"]
     events = compiler.products_and_waits(ptx)

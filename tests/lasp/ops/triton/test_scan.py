@@ -20,11 +20,11 @@ DECAYS = (0.0, -0.03, -1.0, -50.0)
 FP32_BOUND = 1e-5
 
 
-def documents_of(T, offsets, batch):
+def documents_of(T, cu_seqlens, batch):
     """[(batch row, first token, end)] of every document."""
-    if offsets is None:
+    if cu_seqlens is None:
         return [(row, 0, T) for row in range(batch)]
-    return [(0, start, stop) for start, stop in zip(offsets, offsets[1:], strict=False)]
+    return [(0, start, stop) for start, stop in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
 
 
 def token_loop(a, b, x, log_decay, scale, initial, documents, reverse, dtype):
@@ -59,7 +59,7 @@ def token_loop(a, b, x, log_decay, scale, initial, documents, reverse, dtype):
 
 
 def check_scan(
-    *, T, D, E, B=1, offsets=None, dtype=torch.float32, segment=None, reverse=False, fused=True,
+    *, T, D, E, B=1, cu_seqlens=None, dtype=torch.float32, segment=None, reverse=False, fused=True,
     scale=0.3, initial=True, fold=MAX_FOLD,
 ):  # fmt: skip
     """`chunk_states` and `scan` on random operands with every decay, one head each."""
@@ -74,26 +74,26 @@ def check_scan(
         a = torch.randn(T, B, H, D, generator=generator).to(dtype).transpose(0, 1)
         b = torch.randn(1, T, H, D, generator=generator).to(dtype).expand(B, T, H, D)
         x = torch.randn(B, H, T, E, generator=generator).to(dtype).transpose(1, 2)
-    documents = documents_of(T, offsets, B)
+    documents = documents_of(T, cu_seqlens, B)
     # Transposed in memory, as the states of the backward are.
     state = torch.randn(len(documents), H, E, D, generator=generator).transpose(-1, -2)
     if not initial:
         state = torch.zeros_like(state)
-    common = dict(offsets=offsets, reverse=reverse)
+    common = dict(cu_seqlens=cu_seqlens, reverse=reverse)
     scale_of_states = scale if reverse else 1.0
 
     with launch_constants(segment_length=segment, MAX_FOLD=fold):
-        assert kernels.needs_chunk_states(b, x, offsets=offsets) == (segment is not None)
+        assert kernels.needs_segment_states(b, x, cu_seqlens=cu_seqlens) == (segment is not None)
         segment_states, total = kernels.chunk_states(
             b, x, log_decay, scale=scale_of_states, **common
         )
-        shape = kernels.segment_states_shape(b.shape, E, offsets is not None)
-        assert segment_states.shape == shape
+        shape = kernels.segment_states_shape(b.shape, E, cu_seqlens is not None)
+        assert shape == ((0,) if segment_states is None else segment_states.shape)
         alone, no_total = kernels.chunk_states(
             b, x, log_decay, scale=scale_of_states, with_total=False, **common
         )
         assert no_total is None
-        torch.testing.assert_close(alone, segment_states, rtol=0, atol=0, equal_nan=True)
+        assert_equal(alone, segment_states)
         y = kernels.scan(
             a,
             b,
@@ -104,7 +104,7 @@ def check_scan(
             segment_states=segment_states,
             **common,
         )
-        if offsets is not None:
+        if cu_seqlens is not None:
             check_state_rows(a, b, x, log_decay, state, segment_states, total, scale, common)
     assert y.dtype == dtype and y.is_contiguous() and total.dtype == torch.float32
 
@@ -127,15 +127,23 @@ def check_scan(
             assert error <= bound, f"{name}, decay {DECAYS[h]}: {error:.3g}, allowed {bound:.3g}"
 
 
+def assert_equal(states, others):
+    """The same bits, with NaN where the poison was left, or both None."""
+    if others is None:
+        assert states is None
+    else:
+        torch.testing.assert_close(states, others, rtol=0, atol=0, equal_nan=True)
+
+
 def check_state_rows(a, b, x, log_decay, state, segment_states, total, scale, common):
     """States of some packed documents alone are those of all, bit for bit."""
-    num_documents = len(common["offsets"]) - 1
+    num_documents = len(common["cu_seqlens"]) - 1
     scale_of_total = scale if common["reverse"] else 1.0
     for rows in ((num_documents - 1, 2), (3,), ()):
         states, some = kernels.chunk_states(
             b, x, log_decay, scale=scale_of_total, state_rows=rows, **common
         )
-        torch.testing.assert_close(states, segment_states, rtol=0, atol=0, equal_nan=True)
+        assert_equal(states, segment_states)
         torch.testing.assert_close(some, total[list(rows)], rtol=0, atol=0)
         entering = torch.zeros_like(state)
         entering[list(rows)] = state[list(rows)]
@@ -186,7 +194,7 @@ def check_gradients():
         states = dict(initial_state=S0.mT, segment_states=forward.mT)
         dq = kernels.scan(do, v, k, log_decay, scale=scale, **states)
         states = dict(initial_state=dS, segment_states=backward)
-        dv, dk = kernels.scan_dkdv(k, q, do, v, log_decay, scale=scale, reverse=True, **states)
+        dk, dv = kernels.scan_dkdv(q, k, v, do, log_decay, scale=scale, **states)
     dS0 = dS0 + (log_decay * T).exp()[:, None, None] * dS
     for name, got, truth in zip(("dq", "dk", "dv", "dS0"), (dq, dk, dv, dS0), want, strict=True):
         error = relative_error(got, truth)
@@ -195,12 +203,14 @@ def check_gradients():
 
 def check_empty():
     """No tokens: totals are zero and nothing is launched on an empty grid."""
-    for offsets, documents in ((None, 2), ((0, 0, 0, 0), 3)):
-        empty = torch.empty(1 if offsets else 2, 0, 3, 16)
-        segment_states, total = kernels.chunk_states(empty, empty, None, offsets=offsets)
-        assert segment_states.numel() == 0
+    for cu_seqlens, documents in ((None, 2), ((0, 0, 0, 0), 3)):
+        empty = torch.empty(1 if cu_seqlens else 2, 0, 3, 16)
+        segment_states, total = kernels.chunk_states(empty, empty, None, cu_seqlens=cu_seqlens)
+        assert segment_states is None
         assert total.shape == (documents, 3, 16, 16) and bool((total == 0).all())
-        y = kernels.scan(empty, empty, empty, None, scale=1.0, initial_state=total, offsets=offsets)
+        y = kernels.scan(
+            empty, empty, empty, None, scale=1.0, initial_state=total, cu_seqlens=cu_seqlens
+        )
         assert y.shape == empty.shape
     no_batch = torch.empty(0, 5, 3, 16)
     assert kernels.chunk_states(no_batch, no_batch, None)[1].shape == (0, 3, 16, 16)
@@ -276,22 +286,22 @@ GROUPS = {
         "float64 is refused": check_float64_refused,
     },
     "packed": {
-        "short documents": scan_case(T=149, D=16, E=32, offsets=PACKED),
-        "short documents, reverse": scan_case(T=149, D=32, E=16, offsets=PACKED, reverse=True),
+        "short documents": scan_case(T=149, D=16, E=32, cu_seqlens=PACKED),
+        "short documents, reverse": scan_case(T=149, D=32, E=16, cu_seqlens=PACKED, reverse=True),
         "documents in segments of 64": scan_case(
-            T=203, D=16, E=32, offsets=LONG_PACKED, segment=64
+            T=203, D=16, E=32, cu_seqlens=LONG_PACKED, segment=64
         ),
         "documents in segments of 64, reverse": scan_case(
-            T=203, D=32, E=16, offsets=LONG_PACKED, segment=64, reverse=True
+            T=203, D=32, E=16, cu_seqlens=LONG_PACKED, segment=64, reverse=True
         ),
         "documents of up to four segments": scan_case(
-            T=203, D=16, E=32, offsets=LONG_PACKED, segment=32
+            T=203, D=16, E=32, cu_seqlens=LONG_PACKED, segment=32
         ),
         "documents of up to four segments, reverse": scan_case(
-            T=203, D=32, E=16, offsets=LONG_PACKED, segment=32, reverse=True
+            T=203, D=32, E=16, cu_seqlens=LONG_PACKED, segment=32, reverse=True
         ),
         "segments that no document fills": scan_case(
-            T=149, D=16, E=32, offsets=PACKED, segment=128
+            T=149, D=16, E=32, cu_seqlens=PACKED, segment=128
         ),
     },
     "fp16": {
@@ -299,8 +309,10 @@ GROUPS = {
         "100 tokens, four segments, reverse": scan_case(
             T=200, D=64, E=48, dtype=half, segment=64, reverse=True, fused=False, B=2
         ),
-        "packed": scan_case(T=149, D=16, E=80, dtype=half, offsets=PACKED),
-        "packed, reverse": scan_case(T=149, D=80, E=16, dtype=half, offsets=PACKED, reverse=True),
+        "packed": scan_case(T=149, D=16, E=80, dtype=half, cu_seqlens=PACKED),
+        "packed, reverse": scan_case(
+            T=149, D=80, E=16, dtype=half, cu_seqlens=PACKED, reverse=True
+        ),
         "head dims 256 and 128": scan_case(T=70, D=256, E=128, dtype=half),
         "step": lambda: check_step(dtype=half),
     },
@@ -335,7 +347,7 @@ SPILL_LIMIT = {64: 0, 96: 64, 128: 64, 256: 640}
 def test_scan_compiles_to_tensor_cores(key_dim, value_dim, reverse, packed, compiled):
     a = torch.zeros(1, 512, 4, key_dim, dtype=torch.bfloat16)
     x = torch.zeros(1, 512, 4, value_dim, dtype=torch.bfloat16)
-    options = dict(offsets=(0, 300, 512) if packed else None, reverse=reverse)
+    options = dict(cu_seqlens=(0, 300, 512) if packed else None, reverse=reverse)
     states = dict(initial_state=torch.zeros(1 + packed, 4, key_dim, value_dim))
     states["segment_states"] = torch.zeros(3, 4, key_dim, value_dim)
     with launch_constants(segment_length=128):

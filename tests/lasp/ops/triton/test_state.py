@@ -23,10 +23,10 @@ DIMS = [(64, 64), (128, 128), (96, 96), (256, 128), (128, 256)]
 def test_states_compile_to_tensor_cores(key_dim, value_dim, reverse, packed, with_total, compiled):
     k = torch.zeros(1, 2048, 16, key_dim, dtype=torch.bfloat16)
     v = torch.zeros(1, 2048, 16, value_dim, dtype=torch.bfloat16)
-    offsets = (0, 700, 2048) if packed else None
+    cu_seqlens = (0, 700, 2048) if packed else None
     with launch_constants(segment_length=64):
         kernels.chunk_states(
-            k, v, None, offsets=offsets, reverse=reverse, scale=0.3, with_total=with_total
+            k, v, None, cu_seqlens=cu_seqlens, reverse=reverse, scale=0.3, with_total=with_total
         )
     state, combine = compiled
     assert (state.name, combine.name) == ("state_kernel", "combine_kernel")
