@@ -50,7 +50,7 @@ CASES = {
 }
 
 
-@pytest.mark.timeout(interpreter.TIMEOUT + 20)
+@pytest.mark.timeout(interpreter.TIMEOUT + 100)
 @pytest.mark.parametrize("case", CASES)
 def test_matches_the_equation(case):
     error = interpreter.errors(__name__)[case]

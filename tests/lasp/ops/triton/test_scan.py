@@ -323,7 +323,7 @@ GROUPS = {
 }
 
 
-@pytest.mark.timeout(interpreter.TIMEOUT + 20)
+@pytest.mark.timeout(interpreter.TIMEOUT + 100)
 @pytest.mark.parametrize(
     ("group", "case"),
     [pytest.param(group, case, id=case) for group, cases in GROUPS.items() for case in cases],

@@ -83,7 +83,7 @@ CASES = {
 }
 
 
-@pytest.mark.timeout(interpreter.TIMEOUT + 20)
+@pytest.mark.timeout(interpreter.TIMEOUT + 100)
 @pytest.mark.parametrize("case", CASES)
 def test_states_arrive(case):
     error = interpreter.errors(__name__)[case]
