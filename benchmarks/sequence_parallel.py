@@ -198,7 +198,8 @@ def measure_exchanges(ranks: Ranks, methods: list[str], seconds: float) -> list[
     """Time of an exchange alone, by method, layout and size of the state; and of all_gather."""
     rows = []
     rings = ["ring, messages"]
-    if exchange.mailbox.find_mailbox(ranks.group, torch.zeros(1, device=ranks.device), ops.relay):
+    state, kernel = torch.zeros(1, device=ranks.device), ops.send_recv_state
+    if exchange.mailbox.find_mailbox(ranks.group, state, kernel):
         rings.append("ring, memory")
     methods = [name for each in methods for name in (rings if each == "ring" else [each])]
     for mib in STATE_SIZES_MIB:
@@ -207,7 +208,7 @@ def measure_exchanges(ranks: Ranks, methods: list[str], seconds: float) -> list[
         log_decay = torch.full((H,), -1e-4, device=ranks.device)
 
         def once(method, layout, state=state, log_decay=log_decay):
-            relay = None if method == "ring, messages" else ops.relay
+            relay = None if method == "ring, messages" else kernel
             line = exchange.Line(ranks.group, layout, relay=relay)
             maps = [exchange.AffineMap(state, log_decay, 4096) for _ in line.here]
             exchange.start(maps, line, method=method.split(",")[0]).finish()
@@ -242,7 +243,7 @@ def overlap(ranks: Ranks, attention: Attention, shape) -> dict:
     events.sort(key=lambda e: e.time_range.start)
     lined_up = max(i for i, e in enumerate(events) if "AllReduce" in e.name)
     spans = [
-        (e.time_range.start, e.time_range.end, "nccl" in e.name.lower() or "relay" in e.name)
+        (e.time_range.start, e.time_range.end, "nccl" in e.name.lower() or "send_recv" in e.name)
         for e in events[lined_up + 1 :]
     ]
     work = [(start, stop) for start, stop, communicates in spans if not communicates]

@@ -1,16 +1,13 @@
-"""What the LRPE kernels compute under Triton's interpreter, against the equation in float64.
+"""The LRPE kernels: in Triton's interpreter against float64, and compiled for Hopper."""
 
-Not a test module: test_triton_lrpe.py runs it; see interpreter.py.
-"""
-
-from __future__ import annotations
-
+import pytest
 import torch
 
-from lasp.ops.triton.lrpe import MAX_ROWS, TOKENS, lrpe, lrpe_backward
+from lasp.ops.triton.launch_config import LRPE_MAX_ROWS, LRPE_TOKENS
+from lasp.ops.triton.lrpe import lrpe, lrpe_backward
 from tests.lasp.cases import relative_error
-from tests.lasp.ops import interpreter
-from tests.lasp.ops.triton_checks import poison_empty
+from tests.lasp.ops.triton import interpreter
+from tests.lasp.ops.triton.compiler import spilled_bytes
 
 
 def equation(x, theta, position):
@@ -47,10 +44,31 @@ CASES = {
     "one token far out": lambda: check(B=2, T=1, position=2**22 - 5),
     "63 tokens, half a tile of values": lambda: check(B=3, T=63, H=3, D=24, position=17),
     "100 tokens, 128 values, float16": lambda: check(T=100, D=128, dtype=torch.float16),
-    "more tiles than rows": lambda: check(T=TOKENS * MAX_ROWS + 33, H=1, position=2**20 + 17),
+    "more tiles than rows": lambda: check(
+        T=LRPE_TOKENS * LRPE_MAX_ROWS + 33, H=1, position=2**20 + 17
+    ),
 }
 
 
+@pytest.mark.timeout(interpreter.TIMEOUT + 100)
+@pytest.mark.parametrize("case", CASES)
+def test_matches_the_equation(case):
+    error = interpreter.errors(__name__)[case]
+    assert error is None, error
+
+
+def test_compiles_to_vector_loads_without_spills(compiled):
+    q, k = torch.zeros(2, 1, 64, 4, 128, dtype=torch.bfloat16)
+    grads = torch.zeros(2, 1, 64, 4, 256, dtype=torch.bfloat16)
+    theta = torch.zeros(4, 128)
+    lrpe(q, k, theta, 0)
+    lrpe_backward(*grads, q, k, theta, 0)
+    assert [kernel.name for kernel in compiled] == ["lrpe_kernel", "lrpe_backward_kernel"]
+    for kernel in compiled:
+        assert spilled_bytes(kernel) == 0
+        assert "ld.global.v4.b32" in kernel.asm["ptx"], "loads are not whole vectors"
+        assert "st.global.v4.b32" in kernel.asm["ptx"], "stores are not whole vectors"
+
+
 if __name__ == "__main__":
-    poison_empty()
     interpreter.report(CASES)

@@ -1,10 +1,10 @@
-"""Checks that run where Triton is an interpreter, in a process of their own.
+"""Checks that run in Triton's interpreter, in a process of their own.
 
-TRITON_INTERPRET is read when triton is imported, so a test runs the module that has the checks as a
-program, and reads from its output which of them failed:
+TRITON_INTERPRET is read when triton is imported, so a test module runs itself as a program, and
+reads from its output which of its cases failed:
 
-    errors = interpreter.errors("tests.lasp.ops.lrpe_checks")    # {case: traceback or None}
-    if __name__ == "__main__": interpreter.report(CASES)         # in that module
+    errors = interpreter.errors(__name__)                       # {case: traceback or None}
+    if __name__ == "__main__": interpreter.report(CASES)
 """
 
 from __future__ import annotations
@@ -20,25 +20,29 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["errors", "report"]
+from tests.poison import ALLOCATORS, poisoned
 
-ROOT = Path(__file__).parents[3]
+# Seconds, of one process: all of its cases wait for it.
+TIMEOUT = 280
+ROOT = Path(__file__).parents[4]
 
 
 @functools.cache
 def errors(module: str, *arguments: str) -> dict[str, str | None]:
-    """The traceback of each case that failed, None of each that did not."""
+    """The traceback of each case that failed, None for each that did not."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def report(cases: dict[str, Callable[[], object]]) -> None:
-    """Run all cases and write one line of JSON."""
+    """Run all cases in poisoned memory and write one line of JSON."""
+    for owner, name in ALLOCATORS:
+        setattr(owner, name, poisoned(getattr(owner, name)))
     torch.set_num_threads(1)
     torch.manual_seed(0)
     found = dict.fromkeys(cases)
