@@ -10,7 +10,6 @@ import lasp
 from lasp import shard
 from lasp.exchange import mailbox
 from tests.distributed import Pool
-from tests.gpu import RANKS_TIMEOUT
 from tests.lasp import cases, sharded
 from tests.lasp.exchange import test_guard, test_messages
 from tests.lasp.sharded import METHODS, Problem
@@ -61,7 +60,7 @@ def test_checkpointing(pool, how, split):
 def everyone():
     """A process on every GPU."""
     size = torch.cuda.device_count()
-    pool = Pool({size: tuple(range(size))}, backend="nccl", timeout=RANKS_TIMEOUT)
+    pool = Pool((size,), backend="nccl")
     yield pool
     pool.stop()
 
