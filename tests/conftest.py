@@ -7,7 +7,7 @@ import torch
 
 from tests.cleanup import end_descendants_with_this_process
 from tests.distributed import Pool
-from tests.poison import ALLOCATORS, poisoned
+from tests.poison import poison
 
 GPU_TESTS = Path(__file__).parent / "gpu"
 
@@ -41,7 +41,7 @@ def pool8():
 
 
 @pytest.fixture
-def poisoned_memory(monkeypatch):
+def poisoned_memory():
     """torch.empty and its kin return NaN, so that an element that is never written is seen."""
-    for owner, name in ALLOCATORS:
-        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+    with poison():
+        yield
