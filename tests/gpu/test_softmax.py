@@ -5,8 +5,8 @@ import torch
 
 import lasp
 from lasp.ops import softmax as pieces
-from tests.lasp import test_softmax as on_cpu
 from tests.lasp.cases import relative_error
+from tests.operator import test_softmax as on_cpu
 
 LOW = [torch.bfloat16, torch.float16]
 

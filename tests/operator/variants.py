@@ -91,6 +91,8 @@ VARIANTS = {
     "strong_decay": Variant(decay=strong_decay, initial=True, final=True),
     "one_head": Variant(heads=1, sizes=(1, 1), initial=True, final=True),
     "odd_sizes": Variant(heads=3, sizes=(33, 7), initial=True, final=True),
+    "wide_keys": Variant(heads=2, sizes=(256, 128), initial=True, final=True),
+    "wide_values": Variant(heads=2, sizes=(96, 200)),
     "initial_state": Variant(initial=True),
     "final_state": Variant(final=True),
     "both_states": Variant(initial=True, final=True),
