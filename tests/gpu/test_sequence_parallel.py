@@ -7,36 +7,15 @@ import torch
 import torch.distributed as dist
 
 import lasp
-from lasp import shard
 from lasp.exchange import mailbox
 from tests.distributed import Pool
 from tests.lasp import cases, sharded
 from tests.lasp.exchange import test_guard, test_messages
-from tests.lasp.sharded import METHODS, Problem
+from tests.lasp.sharded import LAYOUTS, Problem
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.device_count() < 2, reason="needs two CUDA GPUs of one host"
 )
-
-
-@pytest.mark.parametrize("layout", shard.LAYOUTS)
-def test_equals_one_rank(pool, layout):
-    # Few lengths: each rank compiles kernels for every one.
-    documents = (0, 1700, 1700, 5000)
-    problems = [
-        Problem(5000, method, layout, lengths, each, dtype=torch.float32, split=split)
-        for method in METHODS
-        for lengths, each, split in (
-            (None, None, False),
-            ((4998, 2), None, True),
-            (None, documents, True),
-            ((2, 4998), documents, False),
-        )
-    ]
-    # As in training: no states from outside, and none asked for.
-    alone = dict(initial=False, final=False, dtype=torch.float32)
-    problems += [Problem(5000, method, layout, None, documents, **alone) for method in METHODS]
-    sharded.check(pool, 2, *problems, Problem(2, layout=layout, dtype=torch.float32))
 
 
 @pytest.mark.parametrize(
@@ -47,11 +26,10 @@ def test_disagreement_is_a_value_error_on_both(pool, field, known):
     test_guard.check_disagreement(pool, field, known, size=2)
 
 
-@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("how", ["reentrant", "non-reentrant", "kept"])
-def test_checkpointing(pool, how, split):
+def test_checkpointing(pool, how):
     sends = {"reentrant": [2, 1], "non-reentrant": [2, 1], "kept": [1, 1]}[how]
-    results = pool.run(test_messages.checkpointed, how, split, size=2)
+    results = pool.run(test_messages.checkpointed, how, size=2)
     assert all(equal for equal, _ in results)
     assert [count for _, count in results] == sends
 
@@ -82,33 +60,17 @@ class ByMessage:
 
 
 @pytest.mark.parametrize("pool_of", [ByMessage, lambda pool: pool], ids=["messages", "memory"])
-@pytest.mark.parametrize("layout", shard.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_ring_of_all_gpus(everyone, layout, pool_of):
     size = torch.cuda.device_count()
     uneven = (5000 - 2 * (size - 1), *(2,) * (size - 1))
     empty = (*(0,) * (size - 1), 5000)
     documents = (0, 1700, 1700, 5000)
-    on_borders = sharded.documents_that("on", shard.split_lengths(5000, size, layout), layout)
-    problems = [
-        Problem(5000, "ring", layout, lengths, each, dtype=torch.float32, split=split)
-        for lengths, each, split in (
-            (None, None, False),
-            (uneven, documents, True),
-            (empty, None, False),
-            (None, on_borders, False),
-        )
-    ]
-    problems.append(
-        Problem(
-            5000,
-            "ring",
-            layout,
-            documents=documents,
-            dtype=torch.float32,
-            initial=False,
-            final=False,
-        )
-    )
+    on_boundaries = sharded.documents_that("on", sharded.even(5000, size, layout), layout)
+    cuts = [(None, None), (uneven, documents), (empty, None), (None, on_boundaries)]
+    problems = [Problem(5000, "ring", layout, *cut, dtype=torch.float32) for cut in cuts]
+    as_in_training = dict(initial=False, final=False, dtype=torch.float32)
+    problems.append(Problem(5000, "ring", layout, documents=documents, **as_in_training))
     # One hop: nothing passes.
     problems.append(Problem(5000, "ring", layout, dtype=torch.float32, rates=-1.0))
     sharded.check(pool_of(everyone), size, *problems)
@@ -140,7 +102,7 @@ def delayed_bits(group, layout, trials):
     return True, bool(mailbox._mailboxes[group])
 
 
-@pytest.mark.parametrize("layout", shard.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_random_delays_change_no_bit(everyone, layout):
     size = torch.cuda.device_count()
     assert everyone.run(delayed_bits, layout, 200, size=size) == [(True, True)] * size

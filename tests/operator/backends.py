@@ -39,6 +39,8 @@ BACKENDS = {
     "gpu_float32": Backend(torch.float32, "cuda", "gpus", (128, 128)),
     "gpu_float16": Backend(torch.float16, "cuda", "gpus", (128, 128)),
     "gpu_bfloat16": Backend(torch.bfloat16, "cuda", "gpus", (128, 128)),
+    "gpu_bfloat16_64": Backend(torch.bfloat16, "cuda", "gpus", (64, 64)),
+    "gpu_bfloat16_96_80": Backend(torch.bfloat16, "cuda", "gpus", (96, 80)),
     # Small states: a host of eight GPUs compiles every kernel eight times.
     "gpus_float32": Backend(torch.float32, "cuda", "gpus"),
 }
