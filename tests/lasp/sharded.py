@@ -95,14 +95,11 @@ class Problem:
 
     def chunks(self, size):
         """(start, stop) of the chunks of each rank, in the order it holds them."""
-        lengths = self.lengths or even(self.total, size, self.layout)
-        edges = boundaries(lengths, self.layout)
-        held = [(r,) if self.layout == "contiguous" else (r, -2 - r) for r in range(size)]
-        return [[(edges[c], edges[c + 1]) for c in chunks] for chunks in held]
+        return chunks_of(self.lengths or even(self.total, size, self.layout), self.layout)
 
     def positions(self, size):
         """Global positions of the tokens of each rank, in the order it holds them."""
-        return [[t for chunk in chunks for t in range(*chunk)] for chunks in self.chunks(size)]
+        return positions_of(self.lengths or even(self.total, size, self.layout), self.layout)
 
     def owner(self, size, document):
         """The rank that has a document's final state; document 0 of a batch is all of it."""
@@ -162,6 +159,20 @@ def boundaries(lengths, layout):
         halves = [length // 2 for length in lengths]
         lengths = (*halves, *halves[::-1])
     return (0, *accumulate(lengths))
+
+
+def chunks_of(lengths, layout):
+    """(start, stop) of the chunks of each rank, in the order it holds them."""
+    edges, ranks = boundaries(lengths, layout), range(len(lengths))
+    held = [(r,) if layout == "contiguous" else (r, -2 - r) for r in ranks]
+    return [[(edges[c], edges[c + 1]) for c in chunks] for chunks in held]
+
+
+def positions_of(lengths, layout):
+    """Global positions of the tokens of each rank, in the order it holds them."""
+    return [
+        [t for chunk in of_rank for t in range(*chunk)] for of_rank in chunks_of(lengths, layout)
+    ]
 
 
 def documents_that(meet, lengths, layout):

@@ -32,29 +32,6 @@ def test_autocast_changes_no_bit():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_packed_documents_equal_separate_ones():
-    q, k, v, log_decay, _ = cases.make_inputs(120, state=False)
-    cu_seqlens = torch.tensor([0, 50, 120], dtype=torch.int32)
-    packed = lasp.lightning_attention(q, k, v, log_decay, cu_seqlens=cu_seqlens)
-    parts = [
-        lasp.lightning_attention(q[:, s], k[:, s], v[:, s], log_decay)
-        for s in (slice(0, 50), slice(50, 120))
-    ]
-    torch.testing.assert_close(packed, torch.cat(parts, dim=1), rtol=0, atol=1e-13)
-
-
-def test_a_sequence_continues_from_its_state():
-    q, k, v, log_decay, state = cases.make_inputs(500)
-    whole, whole_state = with_state(q, k, v, log_decay, initial_state=state)
-    outputs = []
-    for start, stop in ((0, 1), (1, 130), (130, 130), (130, 500)):
-        part = slice(start, stop)
-        o, state = with_state(q[:, part], k[:, part], v[:, part], log_decay, initial_state=state)
-        outputs.append(o)
-    torch.testing.assert_close(torch.cat(outputs, 1), whole, rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(state, whole_state, rtol=1e-11, atol=1e-11)
-
-
 def test_any_strides_give_the_same_bits():
     q, k, v, log_decay, _ = cases.make_inputs(100, B=2, D=16, E=16, dtype=torch.float32)
     fused = torch.cat([q, k, v], dim=-1)

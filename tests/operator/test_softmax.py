@@ -6,7 +6,9 @@ import torch.distributed as dist
 
 import lasp
 from parallel import recompute
-from tests.lasp.cases import relative_error
+from tests.lasp.cases import assert_close, relative_error
+from tests.lasp.sharded import positions_of
+from tests.operator.variants import cut
 
 DOCUMENTS = {
     None: None,
@@ -40,31 +42,8 @@ def definition(inputs, **options):
     return results(lasp.reference.softmax, *(x.double() for x in inputs), **options)
 
 
-def assert_close(actual, truth, bound, what):
-    for name, wanted in truth.items():
-        assert actual[name].shape == wanted.shape, f"{what} {name}"
-        if wanted.numel():
-            error = relative_error(actual[name], wanted)
-            assert error <= bound, f"{what} {name}: relative error {error:.3g}"
-
-
-def lengths_of(T, size, how):
-    """Tokens of every rank."""
-    if how == "even":
-        return [T * (rank + 1) // size - T * rank // size for rank in range(size)]
-    uneven = {1: [1], 2: [0.9, 0.1], 3: [0, 0.3, 0.7], 4: [0.4, 0, 0.6, 0]}[size]
-    lengths = [round(part * T) for part in uneven]
-    lengths[uneven.index(max(uneven))] += T - sum(lengths)
-    return lengths
-
-
 def positions(lengths, layout):
-    """Which tokens of the global sequence each rank holds, in the order in which it does."""
-    if layout == "contiguous":
-        return list(torch.arange(sum(lengths)).split(lengths))
-    halves = [length // 2 for length in lengths]
-    places = torch.arange(sum(lengths)).split(halves + halves[::-1])
-    return [torch.cat([places[rank], places[-1 - rank]]) for rank in range(len(lengths))]
+    return [torch.tensor(each, dtype=torch.long) for each in positions_of(lengths, layout)]
 
 
 def sharded(group, cases, dtype):
@@ -101,28 +80,21 @@ def check(pool, size, cases, dtype=torch.float64, bound=1e-13):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_equals_one_rank(pool, size):
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_ranks_equal_the_definition(pool, layout, size):
     cases = [
-        ("contiguous", lengths_of(T, size, how), None, how == "even")
-        for how in ("even", "uneven")
-        for T in (1, 2, 63, 100)
+        (layout, cut(how, T, size, layout), None, (how == "even") == (layout == "contiguous"))
+        for how in ("even", "uneven", "empty")
+        for T in ((1, 2, 63, 100) if layout == "contiguous" else (2, 4, 100))
     ]
     check(pool, size, cases)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_zigzag_equals_one_rank(pool, size):
-    uneven = [[10], [2, 30], [8, 0, 22], [4, 20, 0, 14]][size - 1]
-    cases = [("zigzag", lengths, None, True) for lengths in ([2] * size, [14] * size, uneven)]
-    check(pool, size, cases)
-
-
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_packed_documents_equal_one_rank(pool, size):
-    kinds = [kind for kind in DOCUMENTS if kind]
-    lengths = [lengths_of(100, size, how) for how in ("even", "uneven")]
-    cases = [("contiguous", each, kind, False) for each in lengths for kind in kinds]
-    cases += [("zigzag", [24] * size, kind, False) for kind in kinds]
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_packed_documents_over_ranks_equal_the_definition(pool, layout, size):
+    lengths = [cut(how, 100, size, layout) for how in ("even", "uneven", "empty")]
+    cases = [(layout, each, kind, False) for each in lengths for kind in DOCUMENTS if kind]
     check(pool, size, cases)
 
 
