@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 
 import lasp
-from lasp.exchange import mailbox
+from lasp.exchange import symmetric_memory
 from tests.distributed import Pool
 from tests.lasp import cases, sharded
-from tests.lasp.exchange import test_guard, test_messages
+from tests.lasp.exchange import test_consistency, test_messages
 from tests.lasp.sharded import LAYOUTS, Problem
 
 pytestmark = pytest.mark.skipif(
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
     [("dtype", True), ("heads", False), ("decay", True), ("exchange", True), ("lengths", False)],
 )
 def test_disagreement_is_a_value_error_on_both(pool, field, known):
-    test_guard.check_disagreement(pool, field, known, size=2)
+    test_consistency.check_disagreement(pool, field, known, size=2)
 
 
 @pytest.mark.parametrize("how", ["reentrant", "non-reentrant", "kept"])
@@ -45,7 +45,7 @@ def everyone():
 
 def by_message(group, problems):
     """The same with messages in place of memory."""
-    with mock.patch("lasp.exchange.ring.find_mailbox", return_value=None):
+    with mock.patch("lasp.exchange.ring.find_buffer", return_value=None):
         return sharded.run_all(group, problems)
 
 
@@ -99,7 +99,7 @@ def delayed_bits(group, layout, trials):
         first = first or found
         if not all(torch.equal(now, before) for now, before in zip(found, first, strict=True)):
             return False, True
-    return True, bool(mailbox._mailboxes[group])
+    return True, bool(symmetric_memory._buffers[group])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -150,13 +150,13 @@ def memory_of_an_exchange(group, H):
     before = torch.cuda.memory_allocated()
     lasp.lightning_attention(k, k, k, log_decay, group=group)
     torch.cuda.synchronize()
-    mapped = mailbox._mailboxes[group][k.device, H * 128 * 128]
+    mapped = symmetric_memory._buffers[group][k.device, H * 128 * 128]
     assert free_before >= torch.cuda.mem_get_info()[0]
     kept = mapped._memory.numel() * 8 + torch.cuda.memory_allocated() - before
     return kept / (H * 128 * 128 * 4)
 
 
-def test_a_mailbox_is_four_states_whatever_the_number_of_ranks(everyone):
+def test_a_buffer_is_four_states_for_any_number_of_ranks(everyone):
     size = torch.cuda.device_count()
     for states in everyone.run(memory_of_an_exchange, 8, size=size):
         assert 4 <= states < 4.1

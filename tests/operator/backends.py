@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,6 +65,7 @@ def take_cpu_tensors_for_the_gpus():
     torch.Tensor.is_cuda = property(lambda tensor: tensor.device.type == "cpu")
     torch.Tensor.pin_memory = lambda tensor: tensor
     torch.cuda.current_device = lambda: -1
+    torch.cuda.current_stream = lambda device=None: SimpleNamespace(cuda_stream=0)
     torch.cuda.is_current_stream_capturing = lambda: False
 
 

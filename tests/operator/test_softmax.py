@@ -273,7 +273,7 @@ def bad_on_one_rank(group, what):
     ("what", "message"),
     [
         ("layout", "disagree on layout"),
-        ("odd", "holds 9 tokens: the zigzag layout is two equal parts"),
+        ("odd", "holds 9 tokens: the zigzag layout is two equal chunks"),
         ("lengths", r"shard_lengths is \[10, 11\]"),
         ("documents", "disagree on cu_seqlens"),
         ("end", "ends at 21"),
