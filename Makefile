@@ -1,4 +1,5 @@
-# Two commands for a newcomer: `make train` and `make test`. Both set themselves up in .venv.
+# Two commands for a newcomer: `make train` and `make test`; `make check` is the part of the tests that
+# guards the operator. All set themselves up in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +7,7 @@ BIN := $(VENV)/bin
 # One thread per process: the launcher and the tests run several processes on few cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup train test test-all lint clean
+.PHONY: setup train check test test-all lint clean
 
 setup: $(VENV)/.installed
 
@@ -20,6 +21,10 @@ train: setup
 	$(BIN)/python launch/prepare_data.py
 	$(BIN)/torchrun --standalone --nproc_per_node 2 launch/train.py \
 	  --job.config_file launch/configs/quickstart.toml
+
+# For whoever edits a kernel: the operator on every backend of this machine against the definition.
+check: setup
+	$(BIN)/python -m pytest tests/operator -m 'not slow'
 
 test: setup lint
 	$(BIN)/python -m pytest -m 'not slow'

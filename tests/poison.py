@@ -1,4 +1,7 @@
-"""Fresh memory full of NaN, so that an element nobody writes is seen."""
+"""Fresh memory full of NaN, so that an element that is never written is seen."""
+
+import contextlib
+from unittest import mock
 
 import torch
 
@@ -14,3 +17,12 @@ def poisoned(make):
         return made.fill_(float("nan")) if made.is_floating_point() else made
 
     return call
+
+
+@contextlib.contextmanager
+def poison():
+    """All allocations of this block return NaN."""
+    with contextlib.ExitStack() as stack:
+        for owner, name in ALLOCATORS:
+            stack.enter_context(mock.patch.object(owner, name, poisoned(getattr(owner, name))))
+        yield

@@ -1,13 +1,26 @@
-"""What may know of what: the rooms of the house keep to their own business."""
+"""Which module may import which: each room keeps to its own business."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.distributed import JOB_TIMEOUT
+
 ROOT = Path(__file__).parent.parent
+PRODUCT = ("lasp", "parallel", "launch")
+
+
+def files_of(*places):
+    """The Python files in these folders, and these files themselves."""
+    for place in places:
+        path = ROOT / place
+        found = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+        assert found, f"{place} holds no Python file"
+        yield from found
 
 
 def imported_names(path):
@@ -17,6 +30,7 @@ def imported_names(path):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Attribute) and "." in (chain := ast.unparse(node)):
             # `torch.distributed.x` after a plain `import torch`.
@@ -24,32 +38,75 @@ def imported_names(path):
     return names
 
 
-def offenders(folder, *forbidden):
-    files = sorted((ROOT / folder).rglob("*.py"))
-    assert files, f"{folder} holds no Python file"
+def offenders(place, *forbidden):
     return [
         f"{path.relative_to(ROOT)}: {name}"
-        for path in files
+        for path in files_of(place)
         for name in imported_names(path)
         if any(name == word or name.startswith(word + ".") for word in forbidden)
     ]
 
 
+ATTENTION = ("lasp.attention", "lasp.functional", "lasp.library", "lasp.softmax_attention")
+
+
 @pytest.mark.parametrize(
-    "folder, forbidden",
+    "place, forbidden",
     [
-        ("lasp/ops", ("torch.distributed", "lasp.exchange", "lasp.attention", "lasp.tnl")),
-        ("lasp/exchange", ("lasp.ops", "lasp.attention", "lasp.tnl", "triton")),
-        ("lasp", ("parallel", "launch")),
-        ("parallel", ("triton", "lasp.ops", "launch")),
+        (
+            "lasp/ops",
+            ("torch.distributed", "lasp.exchange", "lasp.context", "lasp.tnl", *ATTENTION),
+        ),
+        ("lasp/exchange", ("lasp.ops", "lasp.decay", "lasp.tnl", "triton", *ATTENTION)),
+        ("lasp", ("parallel", "launch", "benchmarks", "tests")),
+        ("parallel", ("triton", "lasp.ops", "launch", "benchmarks", "tests")),
+        ("launch", ("triton", "benchmarks", "tests")),
     ],
 )
-def test_rooms_do_not_look_into_others(folder, forbidden):
-    assert offenders(folder, *forbidden) == []
+def test_rooms_do_not_import_others(place, forbidden):
+    assert offenders(place, *forbidden) == []
 
 
-def test_the_check_sees_what_it_forbids():
+def test_the_check_finds_what_it_forbids():
     assert offenders("lasp/exchange", "torch.distributed")
+
+
+def import_graph(sources):
+    """{module: modules that it imports}, of {module: source}; `from package import module` is an
+    import of the module, and not of the package."""
+    graph = {}
+    for module, source in sources.items():
+        graph[module] = imports = set()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                imports.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    name = f"{node.module}.{alias.name}"
+                    imports.add(name if name in sources else node.module)
+        imports &= sources.keys()
+    return graph
+
+
+def find_cycle(sources):
+    """Modules that import each other in a circle, or None."""
+    try:
+        graphlib.TopologicalSorter(import_graph(sources)).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return None
+
+
+def test_the_cycle_finder_finds_cycles():
+    sources = {"p": "from p import a", "p.a": "from p.b import x", "p.b": "import p.c", "p.c": ""}
+    assert find_cycle(sources) is None
+    assert set(find_cycle(sources | {"p.c": "from p import a"})) == {"p.a", "p.b", "p.c"}
+    assert set(find_cycle(sources | {"p.c": "def f():\n    from p import y"})) == {
+        "p",
+        "p.a",
+        "p.b",
+        "p.c",
+    }
 
 
 IMPORT_ALONE = """
@@ -77,7 +134,7 @@ def test_importing_needs_no_gpu_no_triton_no_group_and_prints_nothing():
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=60,
+        timeout=JOB_TIMEOUT,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

@@ -3,12 +3,11 @@
 import pytest
 
 from tests.distributed import Pool
-from tests.gpu import RANKS_TIMEOUT
 
 
 @pytest.fixture(scope="module")
 def pool():
-    """One process on each of two GPUs, which leave them with the module."""
-    pool = Pool({2: (0, 1)}, backend="nccl", timeout=RANKS_TIMEOUT)
+    """One process on each of two GPUs; both end with the module."""
+    pool = Pool((2,), backend="nccl")
     yield pool
     pool.stop()

@@ -1,4 +1,4 @@
-"""The whole operator on a GPU: precision, packed documents, strides, compilation, memory."""
+"""The operator on a GPU: synchronisation, compilation, and the same bits every time."""
 
 import functools
 
@@ -13,41 +13,6 @@ with_state = functools.partial(lasp.lightning_attention, output_final_state=True
 
 def to_gpu(inputs):
     return [None if x is None else x.cuda() for x in inputs]
-
-
-def check(inputs, slack_forward=2.0, slack_backward=3.0, **kwargs):
-    """The operator on the GPU errs at most 2x (gradients 3x) as much as plain torch there."""
-    on_gpu = to_gpu(inputs)
-    kwargs = {n: x.cuda() if torch.is_tensor(x) else x for n, x in kwargs.items()}
-    truth = cases.expected(*on_gpu, **kwargs)
-    low = [None if x is None else x.to(inputs[0].dtype) for x in on_gpu]
-    plain = cases.forward_and_gradients(lasp.reference.quadratic, *low, **kwargs)
-    actual = cases.forward_and_gradients(with_state, *on_gpu, **kwargs)
-    for name, value in truth.items():
-        slack = slack_forward if name in ("o", "state") else slack_backward
-        allowed = slack * cases.relative_error(plain[name], value) + 1e-6
-        error = cases.relative_error(actual[name], value)
-        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("T", [1, 63, 1000, 4097])
-def test_matches_the_definition(T, dtype):
-    torch.backends.cuda.matmul.allow_tf32 = False
-    q, k, v, log_decay, state = cases.make_inputs(T, B=2, H=5, D=128, E=128, dtype=dtype)
-    check((q / 8, k / 8, v, log_decay, state), scale=0.7)
-
-
-@pytest.mark.parametrize("D, E", [(64, 64), (256, 128), (96, 80)])
-def test_head_sizes(D, E):
-    q, k, v, log_decay, state = cases.make_inputs(1500, H=5, D=D, E=E, dtype=torch.bfloat16)
-    check((q / 8, k / 8, v, log_decay, state))
-
-
-def test_packed_documents():
-    offsets = torch.tensor([0, 1, 16, 16, 500, 3000, 3063], dtype=torch.int32)
-    q, k, v, log_decay, state = cases.make_inputs(3063, H=5, D=64, E=64, dtype=torch.float16, N=6)
-    check((q / 8, k / 8, v, log_decay, state), cu_seqlens=offsets)
 
 
 def test_host_offsets_need_no_synchronisation():
@@ -86,18 +51,6 @@ def test_a_changed_decay_is_checked_again():
     log_decay.neg_()
     with pytest.raises(ValueError, match="must be <= 0"):
         lasp.lightning_attention(q, k, v, log_decay)
-
-
-def test_steps_equal_one_pass():
-    q, k, v, log_decay, state = to_gpu(
-        cases.make_inputs(50, B=3, H=5, D=128, E=96, dtype=torch.bfloat16)
-    )
-    q, k = q / 8, k / 8
-    o, final = with_state(q, k, v, log_decay, initial_state=state)
-    for t in range(50):
-        o_t, state = lasp.lightning_attention_step(q[:, t], k[:, t], v[:, t], state, log_decay)
-        assert cases.relative_error(o_t, o[:, t]) < 1e-2
-    assert cases.relative_error(state, final) < 1e-2
 
 
 @pytest.mark.parametrize("packed", [False, True])

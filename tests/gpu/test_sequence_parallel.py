@@ -7,37 +7,15 @@ import torch
 import torch.distributed as dist
 
 import lasp
-from lasp import shard
-from lasp.exchange import mailbox
+from lasp.exchange import symmetric_memory
 from tests.distributed import Pool
-from tests.gpu import RANKS_TIMEOUT
 from tests.lasp import cases, sharded
-from tests.lasp.exchange import test_guard, test_messages
-from tests.lasp.sharded import METHODS, Problem
+from tests.lasp.exchange import test_consistency, test_messages
+from tests.lasp.sharded import LAYOUTS, Problem
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.device_count() < 2, reason="needs two CUDA GPUs of one host"
 )
-
-
-@pytest.mark.parametrize("layout", shard.LAYOUTS)
-def test_equals_one_rank(pool, layout):
-    # Few lengths: each rank compiles kernels for every one.
-    documents = (0, 1700, 1700, 5000)
-    problems = [
-        Problem(5000, method, layout, lengths, each, dtype=torch.float32, split=split)
-        for method in METHODS
-        for lengths, each, split in (
-            (None, None, False),
-            ((4998, 2), None, True),
-            (None, documents, True),
-            ((2, 4998), documents, False),
-        )
-    ]
-    # As in training: no states from outside, and none asked for.
-    alone = dict(initial=False, final=False, dtype=torch.float32)
-    problems += [Problem(5000, method, layout, None, documents, **alone) for method in METHODS]
-    sharded.check(pool, 2, *problems, Problem(2, layout=layout, dtype=torch.float32))
 
 
 @pytest.mark.parametrize(
@@ -45,14 +23,13 @@ def test_equals_one_rank(pool, layout):
     [("dtype", True), ("heads", False), ("decay", True), ("exchange", True), ("lengths", False)],
 )
 def test_disagreement_is_a_value_error_on_both(pool, field, known):
-    test_guard.check_disagreement(pool, field, known, size=2)
+    test_consistency.check_disagreement(pool, field, known, size=2)
 
 
-@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("how", ["reentrant", "non-reentrant", "kept"])
-def test_checkpointing(pool, how, split):
+def test_checkpointing(pool, how):
     sends = {"reentrant": [2, 1], "non-reentrant": [2, 1], "kept": [1, 1]}[how]
-    results = pool.run(test_messages.checkpointed, how, split, size=2)
+    results = pool.run(test_messages.checkpointed, how, size=2)
     assert all(equal for equal, _ in results)
     assert [count for _, count in results] == sends
 
@@ -61,14 +38,14 @@ def test_checkpointing(pool, how, split):
 def everyone():
     """A process on every GPU."""
     size = torch.cuda.device_count()
-    pool = Pool({size: tuple(range(size))}, backend="nccl", timeout=RANKS_TIMEOUT)
+    pool = Pool((size,), backend="nccl")
     yield pool
     pool.stop()
 
 
 def by_message(group, problems):
     """The same with messages in place of memory."""
-    with mock.patch("lasp.exchange.ring.find_mailbox", return_value=None):
+    with mock.patch("lasp.exchange.ring.find_buffer", return_value=None):
         return sharded.run_all(group, problems)
 
 
@@ -83,33 +60,17 @@ class ByMessage:
 
 
 @pytest.mark.parametrize("pool_of", [ByMessage, lambda pool: pool], ids=["messages", "memory"])
-@pytest.mark.parametrize("layout", shard.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_ring_of_all_gpus(everyone, layout, pool_of):
     size = torch.cuda.device_count()
     uneven = (5000 - 2 * (size - 1), *(2,) * (size - 1))
     empty = (*(0,) * (size - 1), 5000)
     documents = (0, 1700, 1700, 5000)
-    on_borders = sharded.documents_that("on", shard.split_lengths(5000, size, layout), layout)
-    problems = [
-        Problem(5000, "ring", layout, lengths, each, dtype=torch.float32, split=split)
-        for lengths, each, split in (
-            (None, None, False),
-            (uneven, documents, True),
-            (empty, None, False),
-            (None, on_borders, False),
-        )
-    ]
-    problems.append(
-        Problem(
-            5000,
-            "ring",
-            layout,
-            documents=documents,
-            dtype=torch.float32,
-            initial=False,
-            final=False,
-        )
-    )
+    on_boundaries = sharded.documents_that("on", sharded.even(5000, size, layout), layout)
+    cuts = [(None, None), (uneven, documents), (empty, None), (None, on_boundaries)]
+    problems = [Problem(5000, "ring", layout, *cut, dtype=torch.float32) for cut in cuts]
+    as_in_training = dict(initial=False, final=False, dtype=torch.float32)
+    problems.append(Problem(5000, "ring", layout, documents=documents, **as_in_training))
     # One hop: nothing passes.
     problems.append(Problem(5000, "ring", layout, dtype=torch.float32, rates=-1.0))
     sharded.check(pool_of(everyone), size, *problems)
@@ -138,10 +99,10 @@ def delayed_bits(group, layout, trials):
         first = first or found
         if not all(torch.equal(now, before) for now, before in zip(found, first, strict=True)):
             return False, True
-    return True, bool(mailbox._mailboxes[group])
+    return True, bool(symmetric_memory._buffers[group])
 
 
-@pytest.mark.parametrize("layout", shard.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_random_delays_change_no_bit(everyone, layout):
     size = torch.cuda.device_count()
     assert everyone.run(delayed_bits, layout, 200, size=size) == [(True, True)] * size
@@ -189,13 +150,13 @@ def memory_of_an_exchange(group, H):
     before = torch.cuda.memory_allocated()
     lasp.lightning_attention(k, k, k, log_decay, group=group)
     torch.cuda.synchronize()
-    mapped = mailbox._mailboxes[group][k.device, H * 128 * 128]
+    mapped = symmetric_memory._buffers[group][k.device, H * 128 * 128]
     assert free_before >= torch.cuda.mem_get_info()[0]
     kept = mapped._memory.numel() * 8 + torch.cuda.memory_allocated() - before
     return kept / (H * 128 * 128 * 4)
 
 
-def test_a_mailbox_is_four_states_whatever_the_number_of_ranks(everyone):
+def test_a_buffer_is_four_states_for_any_number_of_ranks(everyone):
     size = torch.cuda.device_count()
     for states in everyone.run(memory_of_an_exchange, 8, size=size):
         assert 4 <= states < 4.1

@@ -1,12 +1,12 @@
-"""Softmax attention on GPUs: every kernel behind it, pieces joined, over two GPUs."""
+"""Softmax attention on GPUs: every kernel behind it, merged blocks, over two GPUs."""
 
 import pytest
 import torch
 
 import lasp
-from lasp.ops import softmax as pieces
-from tests.lasp import test_softmax as on_cpu
+from lasp.ops import sdpa
 from tests.lasp.cases import relative_error
+from tests.operator import test_softmax as on_cpu
 
 LOW = [torch.bfloat16, torch.float16]
 
@@ -32,13 +32,13 @@ def check(inputs, **options):
 
 def backends(monkeypatch):
     """The kernels that calls from now on take."""
-    taken, choose = [], pieces._backend
+    taken, choose = [], sdpa._backend
 
     def noting(*args):
         taken.append(choose(*args))
         return taken[-1]
 
-    monkeypatch.setattr(pieces, "_backend", noting)
+    monkeypatch.setattr(sdpa, "_backend", noting)
     return taken
 
 
@@ -68,25 +68,25 @@ def test_packed_documents(dtype):
 
 
 @pytest.mark.parametrize("backend", ["cudnn", "flash", "efficient"])
-def test_every_kernel_joins_pieces(backend, monkeypatch):
-    """One problem in one piece and in three, whichever kernel torch would choose."""
-    monkeypatch.setattr(pieces, "_backend", lambda *args: backend)
+def test_every_kernel_merges_score_blocks(backend, monkeypatch):
+    """One problem in one block and in three, whichever kernel torch would choose."""
+    monkeypatch.setattr(sdpa, "_backend", lambda *args: backend)
     q, k, v, do = (x.cuda() for x in on_cpu.make_inputs(500, D=64, dtype=torch.bfloat16))
     truth = on_cpu.definition((q, k, v, do))
     plain = on_cpu.results(lasp.reference.softmax, q, k, v, do)
     cut = [
-        pieces.Piece((0, 200), (0, 200), True),
-        pieces.Piece((200, 500), (200, 500), True),
-        pieces.Piece((200, 500), (0, 200), False),
+        sdpa.ScoreBlock((0, 200), (0, 200), True),
+        sdpa.ScoreBlock((200, 500), (200, 500), True),
+        sdpa.ScoreBlock((200, 500), (0, 200), False),
     ]
-    options = dict(scale=1 / 8, steady=True)
+    options = dict(scale=1 / 8, repeats=True)
     # As they come from other ranks: a token's key and value lie together, tokens first.
     gathered = torch.stack((k.transpose(0, 1), v.transpose(0, 1)), dim=1)
     together = [x.transpose(0, 1) for x in gathered.unbind(1)]
-    whole = [pieces.Piece((0, 500), (0, 500), True)]
+    whole = [sdpa.ScoreBlock((0, 500), (0, 500), True)]
     for parts, keys_values in ((whole, (k, v)), (cut, (k, v)), (cut, together)):
-        o, lse = pieces.attend(q, *keys_values, parts, **options)
-        grads = pieces.attend_backward(do, q, *keys_values, o, lse, parts, **options)
+        o, lse = sdpa.attn_fwd(q, *keys_values, parts, **options)
+        grads = sdpa.attn_bwd(do, q, *keys_values, o, lse, parts, **options)
         for (name, wanted), actual in zip(truth.items(), (o, *grads), strict=True):
             allowed = 3 * relative_error(plain[name], wanted)
             error = relative_error(actual, wanted)

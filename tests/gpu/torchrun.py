@@ -1,17 +1,15 @@
-"""torchrun on the GPUs of this host, which leaves no rank behind on them."""
+"""torchrun on the GPUs of this host."""
 
 import os
-import signal
 import subprocess
 import sys
 
-from tests.distributed import end_with_parent
-from tests.gpu import RANKS_TIMEOUT
+from tests.distributed import JOB_TIMEOUT
 from tests.launch.runs import ROOT
 
 
 def run(processes, script, *arguments):
-    """What it printed, (stdout, stderr); an AssertionError if it fails or takes too long."""
+    """What it printed, (stdout, stderr); AssertionError if it fails or takes too long."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", str(processes), script, *arguments]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -22,16 +20,14 @@ def run(processes, script, *arguments):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Each rank has a session of its own: torchrun alone can end them, and on SIGTERM it does.
-        preexec_fn=lambda: end_with_parent(signal.SIGTERM),
     )
     late = ""
     try:
-        out, err = process.communicate(timeout=RANKS_TIMEOUT)
+        out, err = process.communicate(timeout=JOB_TIMEOUT)
     except subprocess.TimeoutExpired:
         process.terminate()
         # It gives the ranks 30 s before it kills them.
         out, err = process.communicate(timeout=60)
-        late = f"{script} was not done in {RANKS_TIMEOUT} s\n"
+        late = f"{script} was not done in {JOB_TIMEOUT} s\n"
     assert process.returncode == 0 and not late, late + out[-2000:] + err[-6000:]
     return out, err

@@ -36,19 +36,24 @@ def make_output_grads(o, final_state, seed=1):
 def forward_and_gradients(function, q, k, v, log_decay, initial_state, with_final=True, **kwargs):
     """All that an implementation computes, by name: o, state, dq, dk, dv, dinitial; without the
     final state also the gradients are of o alone."""
-    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    if initial_state is not None:
-        initial_state = initial_state.detach().clone().requires_grad_()
-        leaves.append(initial_state)
-    o, state = function(*leaves[:3], log_decay, initial_state=initial_state, **kwargs)
+    leaves = dict(dq=q, dk=k, dv=v, dinitial=initial_state)
+    if log_decay is not None and log_decay.dim() > 1:
+        leaves["dlog_decay"] = log_decay
+    leaves = {
+        name: x.detach().clone().requires_grad_() for name, x in leaves.items() if x is not None
+    }
+    o, state = function(
+        *(leaves[name] for name in ("dq", "dk", "dv")),
+        leaves.get("dlog_decay", log_decay),
+        initial_state=leaves.get("dinitial"),
+        **kwargs,
+    )
     do, dstate = make_output_grads(o, state)
     torch.autograd.backward((o, state), (do, dstate if with_final else torch.zeros_like(dstate)))
-    grads = [leaf.grad for leaf in leaves]
-    names = ("o", "state", "dq", "dk", "dv", "dinitial")
-    results = dict(zip(names, (o.detach(), state.detach(), *grads), strict=False))
+    results = dict(o=o.detach(), state=state.detach())
     if not with_final:
         del results["state"]
-    return results
+    return results | {name: leaf.grad for name, leaf in leaves.items()}
 
 
 def expected(q, k, v, log_decay, initial_state, **kwargs):

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import lasp
+from tests.lasp import cases
 
 
 def call(**changes):
@@ -89,5 +91,48 @@ def test_a_step_refuses_a_whole_sequence_and_a_wrong_state():
         lasp.lightning_attention_step(q, q, v, state, torch.tensor([0.5, 0.5]))
 
 
-def test_good_input_is_taken():
+def test_good_input_is_accepted():
     assert call().shape == (1, 10, 2, 6)
+
+
+def misfit(group, what):
+    T = {"odd": 3, "length": 11}.get(what, 10)
+    q, k, v, log_decay, state = cases.make_inputs(T)
+    documents = {"short": (0, 8, 19), "length": (0, 8, 20)}.get(what)
+    cu_seqlens = None if documents is None else torch.tensor(documents, dtype=torch.int32)
+    lengths = {"ranks": (10, 10, 10), "short": (10, 10), "number": (1.5, 2)}.get(what)
+    layout = {"odd": "zigzag", "spiral": "spiral"}.get(what, "contiguous")
+    options = dict(cu_seqlens=cu_seqlens, shard_lengths=lengths, layout=layout)
+    if what == "gradient" and dist.get_rank(group) == 0:
+        options["initial_state"] = state.requires_grad_()
+    lasp.lightning_attention(q, k, v, log_decay, group=group, **options)
+
+
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("odd", "holds 3 tokens in zigzag"),
+        ("length", "holds 11 tokens, but its shard is 10"),
+        ("ranks", "shard_lengths has 3 entries, the group 2 ranks"),
+        ("short", "are 20 tokens together, but cu_seqlens ends at 19"),
+        ("number", r"shard_lengths is \(1.5, 2\): give the tokens"),
+        ("spiral", "layout is 'spiral': choose one of contiguous, zigzag"),
+        ("gradient", "neither k nor v does"),
+    ],
+)
+def test_shards_that_do_not_fit_are_refused_on_every_rank(pool, what, message):
+    for outcome in pool.outcomes(misfit, what, size=2):
+        with pytest.raises(ValueError, match=message):
+            raise outcome
+
+
+def not_a_member(group):
+    q, k, v, log_decay, _ = cases.make_inputs(5, state=False)
+    # What `new_group` returns to ranks that are not in it.
+    lasp.lightning_attention(q, k, v, log_decay, group=dist.GroupMember.NON_GROUP_MEMBER)
+
+
+def test_a_group_without_this_rank_is_refused(pool):
+    (outcome,) = pool.outcomes(not_a_member, size=1)
+    with pytest.raises(ValueError, match="not a member of `group`"):
+        raise outcome

@@ -5,15 +5,15 @@ import torch
 import torch.distributed as dist
 
 import lasp
-from lasp.exchange import comm as tokens
-from lasp.ops import sdpa as pieces
 from parallel import recompute
-from tests.lasp.cases import relative_error
+from tests.lasp.cases import assert_close, relative_error
+from tests.lasp.sharded import positions_of
+from tests.operator.variants import cut
 
 DOCUMENTS = {
     None: None,
     "inside": (0, 0.13, 0.4, 0.55, 0.9, 1),
-    "on borders": (0, 0.25, 0.5, 0.5, 0.75, 1),
+    "on boundaries": (0, 0.25, 0.5, 0.5, 0.75, 1),
     "across": (0, 0.05, 0.97, 1),
 }
 
@@ -42,31 +42,8 @@ def definition(inputs, **options):
     return results(lasp.reference.softmax, *(x.double() for x in inputs), **options)
 
 
-def assert_close(actual, truth, bound, what):
-    for name, wanted in truth.items():
-        assert actual[name].shape == wanted.shape, f"{what} {name}"
-        if wanted.numel():
-            error = relative_error(actual[name], wanted)
-            assert error <= bound, f"{what} {name}: relative error {error:.3g}"
-
-
-def lengths_of(T, size, how):
-    """Tokens of every rank."""
-    if how == "even":
-        return [T * (rank + 1) // size - T * rank // size for rank in range(size)]
-    uneven = {1: [1], 2: [0.9, 0.1], 3: [0, 0.3, 0.7], 4: [0.4, 0, 0.6, 0]}[size]
-    lengths = [round(part * T) for part in uneven]
-    lengths[uneven.index(max(uneven))] += T - sum(lengths)
-    return lengths
-
-
 def positions(lengths, layout):
-    """Which tokens of the global sequence each rank holds, in the order in which it does."""
-    if layout == "contiguous":
-        return list(torch.arange(sum(lengths)).split(lengths))
-    halves = [length // 2 for length in lengths]
-    places = torch.arange(sum(lengths)).split(halves + halves[::-1])
-    return [torch.cat([places[rank], places[-1 - rank]]) for rank in range(len(lengths))]
+    return [torch.tensor(each, dtype=torch.long) for each in positions_of(lengths, layout)]
 
 
 def sharded(group, cases, dtype):
@@ -103,28 +80,21 @@ def check(pool, size, cases, dtype=torch.float64, bound=1e-13):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_equals_one_rank(pool, size):
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_ranks_equal_the_definition(pool, layout, size):
     cases = [
-        ("contiguous", lengths_of(T, size, how), None, how == "even")
-        for how in ("even", "uneven")
-        for T in (1, 2, 63, 100)
+        (layout, cut(how, T, size, layout), None, (how == "even") == (layout == "contiguous"))
+        for how in ("even", "uneven", "empty")
+        for T in ((1, 2, 63, 100) if layout == "contiguous" else (2, 4, 100))
     ]
     check(pool, size, cases)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_zigzag_equals_one_rank(pool, size):
-    uneven = [[10], [2, 30], [8, 0, 22], [4, 20, 0, 14]][size - 1]
-    cases = [("zigzag", lengths, None, True) for lengths in ([2] * size, [14] * size, uneven)]
-    check(pool, size, cases)
-
-
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_packed_documents_equal_one_rank(pool, size):
-    kinds = [kind for kind in DOCUMENTS if kind]
-    lengths = [lengths_of(100, size, how) for how in ("even", "uneven")]
-    cases = [("contiguous", each, kind, False) for each in lengths for kind in kinds]
-    cases += [("zigzag", [24] * size, kind, False) for kind in kinds]
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_packed_documents_over_ranks_equal_the_definition(pool, layout, size):
+    lengths = [cut(how, 100, size, layout) for how in ("even", "uneven", "empty")]
+    cases = [(layout, each, kind, False) for each in lengths for kind in DOCUMENTS if kind]
     check(pool, size, cases)
 
 
@@ -162,12 +132,21 @@ def test_any_strides():
     assert_close(actual, truth, 1e-13, "strided")
 
 
-def test_scores_far_apart_join(monkeypatch):
+def test_scores_far_apart_join():
     """A part whose weights underflow beside the other's adds nothing, and no NaN."""
-    monkeypatch.setattr(pieces, "_MERGE_BLOCK", 7)
     q, k, v, do = make_inputs(40, past=25)
     k[:, :25] *= 200
     assert_close(results(lasp.softmax_attention, q, k, v, do), definition((q, k, v, do)), 1e-11, "")
+
+
+def test_parts_of_long_sequences_join():
+    """More tokens than are joined at a time; a few of them are compared."""
+    past, T = 10, 16400
+    q, k, v, _ = make_inputs(T, B=1, H=1, G=1, past=past)
+    o = lasp.softmax_attention(q, k, v)
+    for stop in (10, 16390, T):
+        few = (q[:, stop - 10 : stop], k[:, : past + stop], v[:, : past + stop])
+        assert relative_error(o[:, stop - 10 : stop], lasp.reference.softmax(*few)) < 1e-13
 
 
 def with_a_past(group):
@@ -196,60 +175,52 @@ class Attend(torch.nn.Module):
         return lasp.softmax_attention(q, k, v, group=self.group, shard_lengths=(32, 32))
 
 
-def counted(group, how):
-    """(collectives of the forward, of the backward), and whether gradients are the plain ones."""
+def collectives(call):
+    """What `call` returns, and the names of the collectives that it runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        result = call()
+    return result, sorted(e.name for e in profile.events() if e.name.startswith("c10d::"))
+
+
+def collectives_of(group, how):
+    """Those of the forward, those of the backward, and whether gradients are the plain ones."""
     q, k, v, do = (x.chunk(2, 1)[dist.get_rank(group)] for x in make_inputs(64))
     plain = results(lasp.softmax_attention, q, k, v, do, group=group)
-    gather, swap, counts = tokens.all_gather_flat, dist.all_to_all_single, [0]
-
-    def counting(call):
-        def wrapped(*args, **kwargs):
-            counts[-1] += 1
-            return call(*args, **kwargs)
-
-        return wrapped
-
-    tokens.all_gather_flat, dist.all_to_all_single = counting(gather), counting(swap)
     attend = Attend(group)
     if how == "kept":
         attend = recompute.checkpointed(attend)
-    try:
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        o = attend(*leaves)
-        counts.append(0)
-        grads = torch.autograd.grad(o, leaves, do)
-    finally:
-        tokens.all_gather_flat, dist.all_to_all_single = gather, swap
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    o, forward = collectives(lambda: attend(*leaves))
+    grads, backward = collectives(lambda: torch.autograd.grad(o, leaves, do))
     same = all(
         torch.equal(a, plain[name]) for a, name in zip(grads, ("dq", "dk", "dv"), strict=True)
     )
-    return counts, same
+    return forward, backward, same
 
 
 @pytest.mark.parametrize("how", ["plain", "kept"])
-def test_collectives(pool, how):
-    """Keys and values come once in each direction, gradients go once; recomputation adds none."""
-    assert pool.run(counted, how, size=2) == [([1, 2], True)] * 2
+def test_keys_and_values_travel_once_and_recomputation_adds_nothing(pool, how):
+    gather, swap = "c10d::_allgather_base_", "c10d::alltoall_base_"
+    expected = ([gather], [gather, swap], True)
+    assert pool.run(collectives_of, how, size=2) == [expected] * 2
 
 
-def alone(group):
-    """Documents that end at the borders: no rank needs another's keys."""
-    gather, tokens.all_gather_flat = tokens.all_gather_flat, None
-    try:
-        return sharded(group, [("contiguous", [25] * 4, "on borders", True)], torch.float64)
-    finally:
-        tokens.all_gather_flat = gather
+def within_ranks(group):
+    """Documents that end at the boundaries of ranks: no rank needs another's keys."""
+    cases = [("contiguous", [25] * 4, "on boundaries", True)]
+    return collectives(lambda: sharded(group, cases, torch.float64))
 
 
 def test_documents_within_ranks_send_nothing(pool):
     inputs = make_inputs(100, B=1)
-    truth = definition(inputs, cu_seqlens=make_offsets(100, "on borders"))
-    for rank, outcome in enumerate(pool.run(alone, size=4)):
+    truth = definition(inputs, cu_seqlens=make_offsets(100, "on boundaries"))
+    for rank, (outcome, names) in enumerate(pool.run(within_ranks, size=4)):
+        assert names == []
         wanted = {name: x[:, 25 * rank : 25 * rank + 25] for name, x in truth.items()}
         assert_close(outcome[0], wanted, 1e-13, f"rank {rank}")
 
 
-def test_compiled_without_a_break():
+def test_compiles_without_a_graph_break():
     compiled = torch.compile(lasp.softmax_attention, backend="aot_eager", fullgraph=True)
     inputs = make_inputs(30)
     assert_close(results(compiled, *inputs), definition(inputs), 1e-13, "compiled")
