@@ -145,7 +145,7 @@ def set_up(args, softmax_core=None):
     bare.config.grad_scale_func = optimizer.scale_loss
     if dist.get_rank() == 0:
         print(" | ".join(f"{part}: {which}" for part, which in ingredients(args).items()))
-    # Cuts batches the way the model's layers read them; see parallel/megatron/layout.py.
+    # Cuts batches the way the model's layers read them; see parallel/megatron/context_parallel.py.
     split = BatchSplitter(model, args.linear_cp_layout)
     return Run(model, bare, optimizer, split, source)
 

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 
 from lasp import SequenceShard
 from lasp.tnl import TNL, TNLConfig
-from lasp.tnl.lrpe import LRPE
-from lasp.tnl.norm import SRMSNorm
+from lasp.tnl.layers import SRMSNorm
+from lasp.tnl.positions import LRPE
+from parallel.activation_checkpoint import checkpointed
 from parallel.compile import compile_blocks
-from parallel.recompute import checkpointed
 
 # The released head sizes: D = 128, and K = 256 in layer 0.
 CONFIG = TNLConfig(vocab_size=200, dim=256, num_layers=3, num_heads=2, glu_dim=384, init_std=0.06)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 import lasp
 from lasp.exchange import tokens
 from lasp.ops import softmax as pieces
-from parallel import recompute
+from parallel import activation_checkpoint
 from tests.lasp.cases import relative_error
 
 DOCUMENTS = {
@@ -212,7 +212,7 @@ def counted(group, how):
     tokens.all_gather_flat, dist.all_to_all_single = counting(gather), counting(swap)
     attend = Attend(group)
     if how == "kept":
-        attend = recompute.checkpointed(attend)
+        attend = activation_checkpoint.checkpointed(attend)
     try:
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         o = attend(*leaves)

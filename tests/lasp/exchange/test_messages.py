@@ -12,7 +12,7 @@ import lasp
 from lasp import exchange, shard
 from lasp.exchange import AffineMap, Line, peers
 from lasp.exchange.mailbox import Mailbox
-from parallel import recompute
+from parallel import activation_checkpoint
 from tests.lasp import cases, sharded
 from tests.lasp.sharded import METHODS, Problem
 
@@ -257,7 +257,7 @@ class Layer(torch.nn.Module):
 
 
 def keeping(layer, use_reentrant, x):
-    once = recompute.keeping_exchanges(layer)
+    once = activation_checkpoint.keeping_exchanges(layer)
     return torch.utils.checkpoint.checkpoint(once, x, use_reentrant=use_reentrant)
 
 
@@ -274,7 +274,7 @@ def checkpointed(group, how, split):
     if "by hand" in how:
         layer = functools.partial(keeping, Layer(group, split), "non-reentrant" not in how)
     elif "kept" in how:
-        layer = recompute.checkpointed(Layer(group, split))
+        layer = activation_checkpoint.checkpointed(Layer(group, split))
     else:
         layer = functools.partial(
             torch.utils.checkpoint.checkpoint,
@@ -302,8 +302,8 @@ def checkpointed(group, how, split):
     ],
 )
 def test_checkpointing(pool, how, sends, split):
-    # Plain checkpointing repeats the forward's exchange, on every rank alike; with what
-    # parallel.recompute has for it the entering state is kept and nothing is sent twice.
+    # Plain checkpointing repeats the forward's exchange, on every rank alike; with
+    # parallel.activation_checkpoint the entering state is kept and nothing is sent twice.
     results = pool.run(checkpointed, how, split, size=3, timeout=110)
     assert all(equal for equal, _ in results)
     assert [count for _, count in results] == sends

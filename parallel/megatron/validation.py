@@ -1,41 +1,33 @@
-"""What Megatron's core-attention slot may ask of a causal attention, and what it may not."""
+"""Checks of what Megatron may ask of a causal core attention; every error is a ValueError."""
 
 from __future__ import annotations
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 
-__all__ = ["check_build", "document_borders", "process_groups"]
+__all__ = ["check_call", "check_config"]
 
 
-def process_groups(given: ProcessGroupCollection | None) -> ProcessGroupCollection:
-    """The groups that Megatron passed, or its global ones. No group is ever created here."""
-    if given is not None:
-        return given
-    return ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
-
-
-def check_build(config, attn_mask_type, attention_type, attention_dropout) -> None:
-    """Raise ValueError for a config that these attentions do not serve."""
+def check_config(config, attn_mask_type, attention_type, attention_dropout) -> None:
+    """Refuse a config that the core attentions do not support."""
     dropout = config.attention_dropout if attention_dropout is None else attention_dropout
     if attention_type != "self":
-        raise ValueError(f"attention_type is {attention_type!r}: only 'self' is served.")
+        raise ValueError(f"attention_type is {attention_type!r}: only 'self' is supported.")
     _check_mask(attn_mask_type)
     if dropout:
         raise ValueError(
-            f"attention_dropout is {dropout}: there is none here (linear attention has no scores "
+            f"attention_dropout is {dropout}: it is not supported (linear attention has no scores "
             "to drop). Set it to 0 (--attention-dropout 0.0)."
         )
     if config.multi_latent_attention:
         raise ValueError(
-            "config.multi_latent_attention is True: its heads have other sizes in queries and "
-            "values, which is not served. Use a base spec without it."
+            "config.multi_latent_attention is True: heads whose queries and values differ in size "
+            "are not supported. Use a base spec without it."
         )
     if getattr(config, "window_size", None) is not None:
         raise ValueError(
-            f"config.window_size is {config.window_size}: there are no windows here (a decay does "
-            "that). Leave it at None."
+            f"config.window_size is {config.window_size}: windows are not supported (a decay "
+            "serves the same purpose). Leave it at None."
         )
 
 
@@ -47,42 +39,38 @@ def _check_mask(mask_type):
         )
 
 
-def document_borders(
+def check_call(
     core, query, key, attn_mask_type, attention_bias, packed_seq_params
 ) -> torch.Tensor | None:
-    """Check a call of `core`: the borders of its packed documents, or None.
-
-    Raises:
-        ValueError: a call that `core` does not serve.
-    """
+    """Refuse a call that `core` does not support; cu_seqlens of packed documents, or None."""
     if attention_bias is not None:
-        raise ValueError("attention_bias is given: there is none here (nor scores to add it to).")
+        raise ValueError("attention_bias is given, and is not supported. Leave it at None.")
     _check_mask(attn_mask_type)
     if query.shape[0] != key.shape[0]:
         raise ValueError(
             f"{query.shape[0]} queries meet {key.shape[0]} keys: Megatron's inference with a "
-            "key-value cache is not served. Generate with the native model "
+            "key-value cache is not supported. Generate with the native model "
             "(parallel.megatron.from_megatron)."
         )
     size = core.cp_group.size()
-    if core.sequence_layout == "contiguous" and size > 1 and not core.layout_agreed:
+    if core.sequence_layout == "contiguous" and size > 1 and not core.layout_confirmed:
         raise ValueError(
             f"layout='contiguous' over {size} context-parallel ranks, but the batches may be "
             "Megatron's zigzag ones, which would train on scrambled sequences: build "
-            "parallel.megatron.BatchSplitter(model) and cut batches with it."
+            "parallel.megatron.BatchSplitter(model) and shard batches with it."
         )
     if packed_seq_params is None:
         return None
     if packed_seq_params.qkv_format != "thd":
         raise ValueError(
             f"packed_seq_params.qkv_format is {packed_seq_params.qkv_format!r}: only 'thd' is "
-            "served."
+            "supported."
         )
     if size > 1 and core.sequence_layout != "contiguous":
         raise ValueError(
             f"packed_seq_params (thd) over {size} context-parallel ranks in zigzag: Megatron "
-            "cuts each document over the ranks by itself, which is not served. Use "
-            "layout='contiguous' (the packed sequence is cut as a whole)."
+            "shards each document by itself, which is not supported. Use layout='contiguous' "
+            "(the packed sequence is sharded as a whole)."
         )
     padded = packed_seq_params.cu_seqlens_q_padded
     return packed_seq_params.cu_seqlens_q if padded is None else padded
