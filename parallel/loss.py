@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -75,17 +76,9 @@ def chunked_cross_entropy(
     group = None
     if isinstance(weight_VD, DTensor):
         weight_VD, group = _local_rows(weight_VD)
-    return _ChunkedCrossEntropy.apply(
-        hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
-        weight_VD,
-        labels_BT.reshape(-1),
-        ignore_index,
-        chunk_size,
-        dtype,
-        with_gradients,
-        group,
-        compiled,
-    )
+    options = _Options(ignore_index, chunk_size, dtype, with_gradients, group, compiled)
+    hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+    return _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, labels_BT.reshape(-1), options)
 
 
 def _local_rows(weight: DTensor) -> tuple[Tensor, ProcessGroup]:
@@ -99,20 +92,19 @@ def _local_rows(weight: DTensor) -> tuple[Tensor, ProcessGroup]:
     return weight.to_local(), mesh.get_group()
 
 
+class _Options(NamedTuple):
+    ignore_index: int
+    chunk_size: int
+    dtype: torch.dtype  # of the matmuls
+    with_gradients: bool
+    group: ProcessGroup | None  # the ranks that hold the vocabulary
+    compiled: bool
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx,
-        hidden_ND,
-        weight_VD,
-        labels_N,
-        ignore_index,
-        chunk_size,
-        dtype,
-        with_gradients,
-        group,
-        compiled,
-    ):
+    def forward(ctx, hidden_ND, weight_VD, labels_N, options):
+        ignore_index, chunk_size, dtype, with_gradients, group, compiled = options
         first_row = 0 if group is None else group.rank() * weight_VD.shape[0]
         log_norm_and_label, softmax_minus_one_hot = _passes(compiled)
         with _no_autocast(hidden_ND):
@@ -156,11 +148,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_total):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        wanted_hidden, wanted_weight = ctx.needs_input_grad[:2]
-        scaled_hidden = grad_hidden * grad_total.to(grad_hidden.dtype) if wanted_hidden else None
-        scaled_weight = grad_weight * grad_total.to(grad_weight.dtype) if wanted_weight else None
-        return scaled_hidden, scaled_weight, None, None, None, None, None, None, None
+        scaled = [
+            grad * grad_total.to(grad.dtype) if needed else None
+            for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        ]
+        return *scaled, None, None
 
 
 def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

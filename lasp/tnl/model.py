@@ -108,9 +108,18 @@ class TNL(nn.Module):
             ValueError: shapes that do not fit each other, the shard or the config.
         """
         shard = self._check(tokens, shard, states, padding_mask)
-        if self.config.num_softmax_layers:
-            with_states = states is not None or return_states
-            _refuse_in_hybrid(padding_mask is not None, cu_seqlens is not None and with_states)
+        if self.config.num_softmax_layers and padding_mask is not None:
+            raise ValueError(
+                "padding_mask is given, but softmax layers do not support padding: pass sequences "
+                "of equal length (generate from prompts of different lengths one by one), or pack "
+                "them with cu_seqlens."
+            )
+        with_states = states is not None or return_states
+        if self.config.num_softmax_layers and cu_seqlens is not None and with_states:
+            raise ValueError(
+                "cu_seqlens is given together with states, but softmax layers keep the past of a "
+                "row, not of each document: pass documents as rows."
+            )
         position = shard.start + (0 if states is None else states.position)
         states_in = [None] * len(self.blocks)
         # Documents may begin on any rank; the operator uses the states of those that begin here.
@@ -168,17 +177,3 @@ class TNL(nn.Module):
                         f"{state.shape[2]} tokens: pass the states that this model returned."
                     )
         return shard
-
-
-def _refuse_in_hybrid(padding: bool, packed_with_states: bool) -> None:
-    if padding:
-        raise ValueError(
-            "padding_mask is given, but softmax layers do not support padding: pass sequences of "
-            "equal length (generate from prompts of different lengths one by one), or pack them "
-            "with cu_seqlens."
-        )
-    if packed_with_states:
-        raise ValueError(
-            "cu_seqlens is given together with states, but softmax layers keep the past of a row, "
-            "not of each document: pass documents as rows."
-        )

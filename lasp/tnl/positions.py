@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-__all__ = ["LRPE", "apply_lrpe", "apply_rope"]
+__all__ = ["LRPE", "apply_rope"]
 
 # Tokens per table of cosines (LRPE: on the CPU only, the Triton kernels need no table). Only one
 # table and one row of angles per block are ever held in float64.
@@ -92,9 +92,9 @@ class LRPE(nn.Module):
             )
         theta = self._local_theta(q.shape[2])
         if len(starts) == 1:
-            return apply_lrpe(q, k, theta, *starts)
+            return _ApplyLRPE.apply(q, k, theta, *starts)
         chunks = zip(*(x.chunk(len(starts), dim=1) for x in (q, k)), starts, strict=True)
-        outs = [apply_lrpe(q_chunk, k_chunk, theta, start) for q_chunk, k_chunk, start in chunks]
+        outs = [_ApplyLRPE.apply(q_c, k_c, theta, start) for q_c, k_c, start in chunks]
         return tuple(torch.cat(out, dim=1) for out in zip(*outs, strict=True))
 
     def _local_theta(self, num_heads: int) -> torch.Tensor:
@@ -117,13 +117,6 @@ class LRPE(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}"
-
-
-def apply_lrpe(
-    q: torch.Tensor, k: torch.Tensor, theta: torch.Tensor, position: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`LRPE.forward` with the given rates, float32 [H, 1, D]."""
-    return _ApplyLRPE.apply(q, k, theta, position)
 
 
 class _ApplyLRPE(torch.autograd.Function):

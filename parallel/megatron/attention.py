@@ -52,7 +52,16 @@ class _CoreAttention(MegatronModule):
     """The part of a causal core attention that does not depend on the kind of attention."""
 
     def __init__(
-        self, config, attn_mask_type, attention_type, attention_dropout, pg_collection, layout
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType | None = None,
+        *,
+        attention_type: str = "self",
+        attention_dropout: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        layout: str | None = None,
+        **unused,
     ) -> None:
         super().__init__(config=config)
         check_config(config, attn_mask_type, attention_type, attention_dropout)
@@ -112,7 +121,7 @@ class LaspCoreAttention(_CoreAttention):
 
     Only D x D states cross ranks, not keys and values. Options go in the spec:
     `ModuleSpec(module=LaspCoreAttention, params=dict(exchange="all_gather"))`; the other arguments
-    are Megatron's. It has no parameters.
+    are Megatron's, by keyword. It has no parameters.
 
     Args:
         layout: "zigzag" (Megatron's batches) or "contiguous" (see `BatchSplitter`); None:
@@ -136,13 +145,8 @@ class LaspCoreAttention(_CoreAttention):
         config: TransformerConfig,
         layer_number: int,
         attn_mask_type: AttnMaskType | None = None,
-        attention_type: str = "self",
-        attention_dropout: float | None = None,
-        softmax_scale: float | None = None,
-        cp_comm_type: str | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
         *,
-        layout: str | None = None,
+        cp_comm_type: str | None = None,
         exchange: str | None = None,
         decay: str = "tnl",
         decay_index: int | Sequence[int | None] | None = None,
@@ -150,11 +154,9 @@ class LaspCoreAttention(_CoreAttention):
         feature_map: str = "silu",
         output_norm: bool = True,
         scale: float = 1.0,
-        **unused,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            config, attn_mask_type, attention_type, attention_dropout, pg_collection, layout
-        )
+        super().__init__(config, layer_number, attn_mask_type, **options)
         self.exchange = _exchange(exchange, cp_comm_type)
         self.feature_map = _look_up(FEATURE_MAPS, "feature_map", feature_map)
         self.scale = scale
@@ -214,18 +216,11 @@ class LaspSoftmaxAttention(_CoreAttention):
         config: TransformerConfig,
         layer_number: int,
         attn_mask_type: AttnMaskType | None = None,
-        attention_type: str = "self",
-        attention_dropout: float | None = None,
-        softmax_scale: float | None = None,
-        cp_comm_type: str | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
         *,
-        layout: str | None = None,
-        **unused,
+        softmax_scale: float | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            config, attn_mask_type, attention_type, attention_dropout, pg_collection, layout
-        )
+        super().__init__(config, layer_number, attn_mask_type, **options)
         if config.softmax_type != "vanilla":
             raise ValueError(
                 f"config.softmax_type is {config.softmax_type!r}: only 'vanilla' is supported."

@@ -37,7 +37,6 @@ __all__ = [
     "get_lasp_gpt_layer_spec",
     "get_tnl_block_spec",
     "get_tnl_layer_spec",
-    "layer_params_of",
     "mlp_spec",
     "softmax_spec",
     "srms_norm",
@@ -125,7 +124,8 @@ def get_tnl_block_spec(
         ValueError: layer types of other letters, or whose number does not divide the layers.
     """
     if tnl is not None:
-        layer_params = layer_params_of(tnl) | layer_params
+        of_model = dict(lrpe_layers=tnl.lrpe_layers, feature_map=tnl.activation)
+        layer_params = of_model | dict(scale_embedding=tnl.scale_embedding) | layer_params
         layer_types = layer_types or tnl.layer_types
     layer_types = layer_types or "L"
     if layer_types.strip("LS") or config.num_layers % len(layer_types):
@@ -148,20 +148,10 @@ def get_tnl_block_spec(
         )
         config.hetereogenous_dist_checkpoint = True
     first = get_transformer_layer_offset(config, vp_stage, pp_rank)
-    count = get_num_layers_to_build(config, vp_stage, pp_rank)
-    here = range(first, first + count)
+    numbers = range(first, first + get_num_layers_to_build(config, vp_stage, pp_rank))
     return TransformerBlockSubmodules(
-        layer_specs=[layers[layer_types[i % len(layer_types)]] for i in here],
+        layer_specs=[layers[layer_types[i % len(layer_types)]] for i in numbers],
         layer_norm=srms_norm(norm),
-    )
-
-
-def layer_params_of(tnl: TNLConfig) -> dict[str, Any]:
-    """What `tnl` says about options of `get_tnl_layer_spec`."""
-    return dict(
-        lrpe_layers=tnl.lrpe_layers,
-        feature_map=tnl.activation,
-        scale_embedding=tnl.scale_embedding,
     )
 
 
