@@ -93,11 +93,13 @@ def _local_rows(weight: DTensor) -> tuple[Tensor, ProcessGroup]:
 
 
 class _Options(NamedTuple):
+    """`dtype` is that of the matmuls; `group` holds the shards of the vocabulary."""
+
     ignore_index: int
     chunk_size: int
-    dtype: torch.dtype  # of the matmuls
+    dtype: torch.dtype
     with_gradients: bool
-    group: ProcessGroup | None  # the ranks that hold the vocabulary
+    group: ProcessGroup | None
     compiled: bool
 
 
