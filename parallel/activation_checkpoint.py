@@ -34,8 +34,8 @@ __all__ = [
 # The operators whose results are saved, by name, so that this module imports none of them.
 # A softmax layer saves its output: this spares a second gather and the quadratic work.
 EXCHANGE_OPS = ("lasp::enter", "lasp::start", "lasp::finish", "lasp::softmax_attend")
-# Slow to compute for their size. The rest of a block (norms, gates, activations) is cheap and as
-# large again.
+# Slow to recompute for their size. The other operators of a block (norms, gates, activations) are
+# cheap, and their results take as much memory again.
 _EXPENSIVE_OPS = ("lasp::attend", "aten::mm", "aten::addmm", "aten::bmm")
 _SAVED_OPS = {"full": EXCHANGE_OPS, "selective": EXCHANGE_OPS + _EXPENSIVE_OPS}
 

@@ -23,7 +23,6 @@ except ImportError:
 
     LINEAR, _LINEAR_SLOT = "M", "mamba_layer"
 
-from parallel.megatron.attention import LaspSoftmaxAttention
 from parallel.megatron.norm import MegatronSRMSNorm
 from parallel.megatron.specs import mlp_spec, softmax_spec, tnl_mixer_spec, tnl_style_layer
 from parallel.megatron.tnl import TNLTransformerLayer
@@ -88,19 +87,16 @@ def get_tnl_hybrid_stack_spec(
             "* (softmax attention), - (channel mixer) and | (between pipeline stages)."
         )
     backend = backend or LocalSpecProvider()
-    if softmax_core is None:
-        softmax_core = ModuleSpec(
-            module=LaspSoftmaxAttention, params=dict(layout=core_params.get("layout"))
-        )
     mixers = [position for position, symbol in enumerate(symbols) if symbol != "-"]
     index = {position: i for i, position in enumerate(mixers)}
     decay_index = [index.get(position) for position in range(len(symbols))]
     core_params = dict(decay_index=decay_index, num_decay_layers=len(mixers)) | core_params
     mixer = tnl_mixer_spec(backend, [mixers[i] for i in lrpe_layers], feature_map, core_params)
     common = dict(scale_embedding=scale_embedding)
+    softmax = softmax_spec(softmax_core, backend, core_params.get("layout"))
     layers = {
         _LINEAR_SLOT: tnl_style_layer(mixer, None, module=TNLMixerLayer, **common),
-        "attention_layer": tnl_style_layer(softmax_spec(softmax_core, backend), None, **common),
+        "attention_layer": tnl_style_layer(softmax, None, **common),
         "mlp_layer": tnl_style_layer(None, mlp_spec(backend), **common),
     }
     return ModuleSpec(module=TNLHybridStack, submodules=_Submodules(**layers))

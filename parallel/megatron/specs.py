@@ -135,13 +135,9 @@ def get_tnl_block_spec(
         )
     layers = {"L": get_tnl_layer_spec(backend=backend, norm=norm, **layer_params)}
     if "S" in layer_types:
-        if softmax_core is None:
-            softmax_core = ModuleSpec(
-                module=LaspSoftmaxAttention, params=dict(layout=layer_params.get("layout"))
-            )
         provider = backend or LocalSpecProvider()
         layers["S"] = tnl_style_layer(
-            softmax_spec(softmax_core, provider),
+            softmax_spec(softmax_core, provider, layer_params.get("layout")),
             mlp_spec(provider),
             norm=norm,
             scale_embedding=layer_params.get("scale_embedding", True),
@@ -202,8 +198,9 @@ def tnl_mixer_spec(backend, lrpe_layers, feature_map, core_params) -> ModuleSpec
     )
 
 
-def softmax_spec(core, backend) -> ModuleSpec:
-    """The spec of Megatron's softmax attention around a core attention."""
+def softmax_spec(core, backend, layout) -> ModuleSpec:
+    """The spec of Megatron's softmax attention around a core; None: `LaspSoftmaxAttention`."""
+    core = core or ModuleSpec(module=LaspSoftmaxAttention, params=dict(layout=layout))
     return ModuleSpec(
         module=SelfAttention,
         params=dict(attn_mask_type=AttnMaskType.causal),

@@ -1,5 +1,7 @@
 """Generation continues as full forwards would."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -9,9 +11,12 @@ from lasp.tnl.generation import prefill, sample
 CONFIG = TNLConfig(vocab_size=50, dim=32, num_layers=3, num_heads=4, glu_dim=48, init_std=0.2)
 
 
-def make(dtype=torch.float32):
+HYBRID = dataclasses.replace(CONFIG, layer_types="LSL", num_key_value_heads=2)
+
+
+def make(dtype=torch.float32, config=CONFIG):
     torch.manual_seed(0)
-    return TNL(CONFIG).to(dtype)
+    return TNL(config).to(dtype)
 
 
 def prompt_of(batch, length):
@@ -35,9 +40,10 @@ def test_decoding_gives_the_logits_of_one_pass(length, dtype, tolerance):
     assert states.position == length + 20
 
 
+@pytest.mark.parametrize("config", [CONFIG, HYBRID], ids=["linear", "hybrid"])
 @torch.no_grad()
-def test_greedy_generation_repeats_the_argmax_of_full_forwards():
-    model, tokens = make(torch.float64), prompt_of(2, 9)
+def test_greedy_generation_repeats_the_argmax_of_full_forwards(config):
+    model, tokens = make(torch.float64, config), prompt_of(2, 9)
     generated = model.generate(tokens, 12, prefill_chunk=4)
     assert torch.equal(generated, generate(model, tokens, 12))
     for _ in range(12):

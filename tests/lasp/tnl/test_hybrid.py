@@ -115,26 +115,6 @@ def test_a_state_can_be_continued_twice():
     assert torch.equal(first, again)
 
 
-def test_greedy_generation_repeats_the_argmax_of_full_forwards():
-    model = make()
-    tokens = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(1))
-    generated = model.generate(tokens, 6, prefill_chunk=4)
-    with torch.no_grad():
-        for _ in range(6):
-            tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], 1)
-    assert torch.equal(generated, tokens)
-
-
-@torch.no_grad()
-def test_packed_documents_equal_separate_ones():
-    """Positions differ, but only differences of positions matter."""
-    model = make()
-    tokens = torch.randint(50, (1, 30), generator=torch.Generator().manual_seed(2))
-    packed = model(tokens, cu_seqlens=torch.tensor([0, 11, 11, 30], dtype=torch.int32))
-    rows = [model(tokens[:, :11]), model(tokens[:, 11:])]
-    torch.testing.assert_close(packed, torch.cat(rows, 1))
-
-
 def test_gradients_reach_every_weight():
     model = make()
     tokens = torch.arange(20).view(1, 20)

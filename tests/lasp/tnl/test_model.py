@@ -71,9 +71,11 @@ def test_shard_offset_is_the_lrpe_position():
         torch.testing.assert_close(logits, model(tokens), rtol=1e-3, atol=1e-4)
 
 
-def test_packed_documents_equal_separate_ones():
-    model, tokens = make(torch.float64), tokens_of(1, 60)
-    packed = model(tokens, cu_seqlens=torch.tensor([0, 23, 60], dtype=torch.int32))
+@pytest.mark.parametrize("layer_types", ["L", "LSL"])
+def test_packed_documents_equal_separate_ones(layer_types):
+    """Their positions differ, but only differences of positions matter."""
+    model, tokens = make(torch.float64, layer_types=layer_types), tokens_of(1, 60)
+    packed = model(tokens, cu_seqlens=torch.tensor([0, 23, 23, 60], dtype=torch.int32))
     separate = torch.cat([model(tokens[:, :23]), model(tokens[:, 23:])], 1)
     torch.testing.assert_close(packed, separate)
 
