@@ -1,10 +1,10 @@
-"""What parallelism needs to know about a TransNormerLLM: what tensor parallelism shards, and how.
+"""The TNL-specific part of parallelism: what tensor parallelism shards, and what needs float32.
 
-Applied from outside; the model itself knows nothing of it. The projections into a mixer are sharded
-by output features (heads of q, k, v, u; the inner width of SGLU), the projection out of it by input
-features, embedding and head by vocabulary (`parallel.loss` never gathers their logits). Particular
-to TNL: the norm of the token mixer runs over the heads of all ranks, and decays and LRPE rates
-belong to heads.
+The model itself has no code for it. The projections into a mixer are sharded by output features
+(heads of q, k, v, u; the inner width of SGLU), the projection out of it by input features,
+embedding and head by vocabulary (`parallel.loss` never gathers their logits). Particular to TNL:
+the norm of the token mixer runs over the heads of all ranks, and decays and LRPE rates belong to
+heads.
 """
 
 from __future__ import annotations

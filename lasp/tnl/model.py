@@ -155,7 +155,7 @@ class TNL(nn.Module):
         shard = SequenceShard.whole(tokens.shape[1]) if shard is None else shard
         if shard.length != tokens.shape[1]:
             raise ValueError(
-                f"{tokens.shape[1]} tokens were given, but the shard owns tokens "
+                f"{tokens.shape[1]} tokens were given, but the shard holds tokens "
                 f"{shard.ranges} of {shard.total}: pass shard.take(tokens)."
             )
         if padding_mask is not None and padding_mask.shape != tokens.shape:

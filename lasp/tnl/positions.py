@@ -1,9 +1,9 @@
 """Positions of queries and keys, exact at any length: LRPE for linear attention, RoPE for softmax.
 
-LRPE maps each token alone, x -> [x cos(theta p), x sin(theta p)], so that
+LRPE maps each token by itself, x -> [x cos(theta p), x sin(theta p)], so that
 q_i . k_j = sum_d q_d k_d cos(theta_d (i - j)) (arXiv 2405.17381 eq. 9, its real part, as in the
 released code). RoPE rotates channels c and c + D/2 by the angle p * base^(-2c / D), so that
-q_i . k_j depends on i - j alone (arXiv 2104.09864 eq. 34).
+q_i . k_j depends only on i - j (arXiv 2104.09864 eq. 34).
 
 The position p counts in the global sequence, because phases must agree between ranks. Angles are
 formed in float64: at p = 10^6 a float32 angle is off by up to a sixteenth of a radian.

@@ -23,7 +23,7 @@ from lasp.exchange import METHODS
 from parallel.megatron.activation_checkpoint import SavedExchanges
 from parallel.megatron.context_parallel import sequence_layout
 from parallel.megatron.norm import HeadsNorm
-from parallel.megatron.validation import check_call, check_config
+from parallel.megatron.validation import check_call, check_choice, check_config
 
 __all__ = ["FEATURE_MAPS", "LaspCoreAttention", "LaspSoftmaxAttention", "process_groups"]
 
@@ -158,7 +158,8 @@ class LaspCoreAttention(_CoreAttention):
     ) -> None:
         super().__init__(config, layer_number, attn_mask_type, **options)
         self.exchange = _exchange(exchange, cp_comm_type)
-        self.feature_map = _look_up(FEATURE_MAPS, "feature_map", feature_map)
+        check_choice("feature_map", feature_map, FEATURE_MAPS)
+        self.feature_map = FEATURE_MAPS[feature_map]
         self.scale = scale
 
         num_heads = config.num_attention_heads
@@ -166,9 +167,8 @@ class LaspCoreAttention(_CoreAttention):
         if isinstance(decay_index, Sequence):
             decay_index = decay_index[layer_number - 1]
         index = layer_number - 1 if decay_index is None else decay_index
-        log_decay = _look_up(_DECAYS, "decay", decay)(
-            num_heads, index, num_decay_layers or config.num_layers
-        )
+        check_choice("decay", decay, _DECAYS)
+        log_decay = _DECAYS[decay](num_heads, index, num_decay_layers or config.num_layers)
         first = self.tp_group.rank() * self.num_heads_per_tp
         # A plain attribute: Float16Module would cast a buffer to bfloat16.
         self._log_decay = None if log_decay is None else log_decay[first:][: self.num_heads_per_tp]
@@ -244,10 +244,7 @@ def process_groups(pg_collection: ProcessGroupCollection | None) -> ProcessGroup
 
 def _exchange(exchange, comm_type):
     if exchange is not None:
-        if exchange not in METHODS:
-            raise ValueError(
-                f"exchange is {exchange!r}: choose one of {', '.join(sorted(METHODS))}."
-            )
+        check_choice("exchange", exchange, sorted(METHODS))
         return exchange
     if comm_type not in _EXCHANGES:
         raise ValueError(
@@ -255,9 +252,3 @@ def _exchange(exchange, comm_type):
             "'all_gather'; or name the exchange in the spec (exchange='doubling')."
         )
     return _EXCHANGES[comm_type]
-
-
-def _look_up(table, option, name):
-    if name not in table:
-        raise ValueError(f"{option} is {name!r}: choose one of {', '.join(table)}.")
-    return table[name]

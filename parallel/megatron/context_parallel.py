@@ -22,6 +22,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from lasp.shard import LAYOUTS, token_ranges
+from parallel.megatron.validation import check_choice
 
 __all__ = [
     "BatchSplitter",
@@ -58,8 +59,7 @@ def segments(total: int, layout: str, rank: int, size: int) -> tuple[tuple[int, 
 def sequence_layout(config: TransformerConfig | None, layout: str | None) -> str:
     """`layout`, or if None that of Megatron's config, or zigzag; ValueError for an unknown one."""
     layout = layout or getattr(config, "linear_cp_layout", None) or "zigzag"
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout is {layout!r}: choose one of {', '.join(LAYOUTS)}.")
+    check_choice("layout", layout, LAYOUTS)
     return layout
 
 

@@ -32,6 +32,7 @@ from parallel.megatron.tnl import (
     TNLTransformerLayer,
     identity,
 )
+from parallel.megatron.validation import check_choice
 
 __all__ = [
     "get_lasp_gpt_layer_spec",
@@ -216,8 +217,7 @@ def softmax_spec(core, backend, layout) -> ModuleSpec:
 
 def srms_norm(norm: str) -> type:
     """The class for Megatron's norm slots; ValueError for an unknown name."""
-    if norm not in _NORMS:
-        raise ValueError(f"norm is {norm!r}: choose one of {', '.join(_NORMS)}.")
+    check_choice("norm", norm, _NORMS)
     return _NORMS[norm]
 
 

@@ -1,11 +1,19 @@
-"""Checks of what Megatron may ask of a causal core attention; every error is a ValueError."""
+"""Checks of options, configs and calls of a core attention; every error is a ValueError."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 
-__all__ = ["check_call", "check_config"]
+__all__ = ["check_call", "check_choice", "check_config"]
+
+
+def check_choice(option: str, value: object, choices: Iterable[str]) -> None:
+    """Refuse a value that is not among the choices."""
+    if value not in choices:
+        raise ValueError(f"{option} is {value!r}: choose one of {', '.join(choices)}.")
 
 
 def check_config(config, attn_mask_type, attention_type, attention_dropout) -> None:
@@ -48,8 +56,8 @@ def check_call(
     _check_mask(attn_mask_type)
     if query.shape[0] != key.shape[0]:
         raise ValueError(
-            f"{query.shape[0]} queries meet {key.shape[0]} keys: Megatron's inference with a "
-            "key-value cache is not supported. Generate with the native model "
+            f"{query.shape[0]} queries and {key.shape[0]} keys are given: Megatron's inference "
+            "with a key-value cache is not supported. Generate with the native model "
             "(parallel.megatron.from_megatron)."
         )
     size = core.cp_group.size()

@@ -42,14 +42,16 @@ def test_causal():
     assert (a[:, 25:] - b[:, 25:]).abs().amax(-1).min() > 1e-3
 
 
-@pytest.mark.parametrize("cuts", [(0, 100), (0, 1, 64, 100), (0, 63, 64, 65, 100), (0, 0, 50, 100)])
+@pytest.mark.parametrize(
+    "boundaries", [(0, 100), (0, 1, 64, 100), (0, 63, 64, 65, 100), (0, 0, 50, 100)]
+)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 @torch.no_grad()
-def test_reading_in_chunks_is_reading_at_once(cuts, dtype, tolerance):
+def test_reading_in_chunks_is_reading_at_once(boundaries, dtype, tolerance):
     model, tokens = make(dtype), tokens_of(2, 100)
     expected, final = model(tokens, return_states=True)
     states, parts = None, []
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in zip(boundaries, boundaries[1:], strict=False):
         logits, states = model(tokens[:, start:stop], states=states, return_states=True)
         parts.append(logits)
     error = (torch.cat(parts, 1) - expected).abs().max() / expected.abs().max()

@@ -19,7 +19,7 @@ MESSAGES = {
     "decay index": "layer is 3: layers are counted from 0 to num_layers - 1 = 2",
     "feature map": "feature_map is 'relu'",
     "unconfirmed layout": "layout='contiguous' over 2 context-parallel ranks",
-    "key-value cache": "4 queries meet 8 keys",
+    "key-value cache": "4 queries and 8 keys are given",
     "heads": "query has 2 heads: this rank was built for 4",
     "bias": "attention_bias is given",
     "mask in the call": "attn_mask_type is no_mask",

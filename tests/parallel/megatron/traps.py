@@ -179,7 +179,7 @@ def splits():
 
 
 def final_norm_where_megatron_has_none():
-    """(name of the final norm of the block spec, what a bare layer spec says) when Megatron's
+    """(name of the final norm of the block spec, the error of a bare layer spec) when Megatron's
     choice of a final norm refuses RMSNorm, as it does once a package named apex can be imported."""
 
     class Refuses:
@@ -274,8 +274,8 @@ def decay_on_a_stage_of_the_hybrid_stack():
     set_up_groups(1, 1, 2)
     stage = parallel_state.get_pipeline_model_parallel_rank()
     build, pattern_name = hybrid_host()
-    border = "|" if LINEAR == "G" else ""
-    pattern = f"{LINEAR}-{border}{LINEAR}-"
+    separator = "|" if LINEAR == "G" else ""
+    pattern = f"{LINEAR}-{separator}{LINEAR}-"
     fields = config(num_layers=4)
     model = build(
         fields,
