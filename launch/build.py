@@ -10,11 +10,11 @@ from torch import nn
 from lasp.tnl import TNL, TNLConfig
 from launch.plan import autocast_dtype, data_parallel_engine
 from launch.step import LossModel
+from parallel.activation_checkpoint import checkpoint_blocks
 from parallel.compile import compile_blocks
 from parallel.data import replicate, shard
 from parallel.mesh import sharding_mesh
-from parallel.recompute import recompute
-from parallel.tensor import tensor_parallel
+from parallel.tnl import float32_blocks, tensor_parallel
 
 if TYPE_CHECKING:
     from launch.config import Config
@@ -33,8 +33,7 @@ def build_model(config: Config, world: World, shape: TNLConfig) -> LossModel:
     if world.dims.tp > 1:
         by_tokens = config.parallelism.tensor_parallel_shard_sequence
         tensor_parallel(model, world.mesh["tp"], shard_sequence=by_tokens)
-    wanted = config.activation_checkpoint
-    recompute(model.blocks, wanted.mode, offload=wanted.offload)
+    checkpoint_blocks(model.blocks, config.activation_checkpoint.mode)
     compiled = config.compile.enable
     if compiled is None:
         compiled = world.device.type == "cuda"
@@ -49,13 +48,11 @@ def over_ranks(loss_model: LossModel, config: Config, world: World) -> nn.Module
     reduce_dtype = getattr(torch, config.training.mixed_precision_reduce)
     engine = data_parallel_engine(config, world.dims)
     if engine == "fsdp":
-        blocks = loss_model.model.blocks
         return shard(
             loss_model,
             sharding_mesh(world.mesh),
-            blocks=blocks,
-            # Angles need float32 rates, in a forward in bfloat16 too.
-            exact=[block for block in blocks if block.token_mixer.lrpe is not None],
+            blocks=loss_model.model.blocks,
+            exact=float32_blocks(loss_model.model),
             param_dtype=autocast_dtype(config, world.device),
             reduce_dtype=reduce_dtype,
             reshard_after_forward=config.parallelism.fsdp_reshard_after_forward == "always",

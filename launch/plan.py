@@ -15,7 +15,7 @@ from lasp.shard import split_lengths
 from lasp.tnl import TNLConfig
 from launch.config import typed
 from launch.errors import ConfigError
-from parallel.tensor import CUT_SIZES, check_divides
+from parallel.tnl import SHARDED_SIZES, check_divides
 
 if TYPE_CHECKING:
     from launch.config import Config
@@ -95,7 +95,7 @@ def check_layout(config: Config, place: Place) -> None:
     data_parallel_engine(config, place.dims)
     if tp == 1:
         return
-    check_tensor_parallel(model_config(config, None), tp, CUT_SIZES[:-1])
+    check_tensor_parallel(model_config(config, None), tp, SHARDED_SIZES[:-1])
     length, layout = config.training.seq_len, config.parallelism.context_parallel_layout
     # Every rank's part, of which zigzag makes some two tokens longer than others.
     parts = split_lengths(length, cp, layout)
@@ -110,7 +110,9 @@ def check_layout(config: Config, place: Place) -> None:
         )
 
 
-def check_tensor_parallel(model: TNLConfig, tp: int, sizes: tuple[str, ...] = CUT_SIZES) -> None:
+def check_tensor_parallel(
+    model: TNLConfig, tp: int, sizes: tuple[str, ...] = SHARDED_SIZES
+) -> None:
     """Raise ConfigError, with the numbers, where tp ranks cannot cut the model."""
     try:
         check_divides(model, tp, sizes)

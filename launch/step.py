@@ -22,7 +22,7 @@ from launch.world import World
 from parallel.compile import eagerly
 from parallel.data import accumulate, reshard
 from parallel.loss import chunked_cross_entropy
-from parallel.mesh import whole
+from parallel.mesh import full_tensor
 
 __all__ = ["LossModel", "Outcome", "Run", "step_indices", "take_step", "validate"]
 
@@ -133,7 +133,7 @@ def take_step(run: Run, stop_requested: bool) -> Outcome:
         loss_sum += loss.detach()
     # Of gradients that are cut over ranks this is the norm of the whole.
     gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
-    norm = whole(torch.nn.utils.get_total_norm(gradients))
+    norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
     nonfinite = ~(loss_sum.isfinite() & norm.isfinite())
     writing = run.pending is not None and not run.pending.is_through
     flags = [torch.full_like(loss_sum, flag) for flag in (stop_requested, writing)]

@@ -68,7 +68,7 @@ from launch.step import Outcome, Run, step_indices, take_step, validate
 from launch.tokenizer import ByteTokenizer, Tokenizer
 from launch.world import Place, World, find_place, open_world
 from parallel.compile import eagerly
-from parallel.mesh import whole
+from parallel.mesh import full_tensor
 
 _DISK_FAILED = 74
 # Bytes besides the weights that a sample may take: the largest matrix, gathered; states, logits.
@@ -380,7 +380,7 @@ def whole_model(run: Run) -> TNL | None:
             model = TNL(run.model.config)
     for name, value in state.items():
         # One at a time: only the first rank ever holds more than its part and one whole matrix.
-        value = whole(value)
+        value = full_tensor(value)
         if model is not None:
             model.get_parameter(name).detach().copy_(value)
     return model

@@ -1,13 +1,16 @@
+"""LRPE and RoPE against their equations, far out and across table blocks."""
+
 import copy
 
 import pytest
 import torch
 
-from lasp.tnl.lrpe import LRPE
+from lasp.tnl.positions import LRPE, apply_rope
+from tests.lasp.tnl.equations import rope
 
 
-def naive(x, theta, position):
-    """The equation, in float64."""
+def lrpe_equation(x, theta, position):
+    """LRPE in float64."""
     steps = torch.arange(position, position + x.shape[1], dtype=torch.float64)
     angle = theta.double().squeeze(1) * steps[:, None, None]
     x = x.double()
@@ -17,11 +20,11 @@ def naive(x, theta, position):
 @pytest.mark.parametrize("position", [0, 1, 1000, 2**20 + 17, 2**22 - 5000])
 def test_angles_are_exact_far_out(position):
     lrpe = LRPE(2, 24)
-    length = 5000  # more than two blocks, the last one partial
+    length = 5000  # more than two table blocks, the last one partial
     ones = torch.ones(1, length, 2, 24)
     out, _ = lrpe(ones, ones, position)
     assert out.dtype == torch.float32
-    assert (out - naive(ones, lrpe.theta, position)).abs().max() < 3e-7
+    assert (out - lrpe_equation(ones, lrpe.theta, position)).abs().max() < 3e-7
 
 
 @pytest.mark.parametrize("length", [0, 1, 63, 100, 2049])
@@ -32,7 +35,7 @@ def test_gradients_equal_autograd_of_the_equation(length, position, poisoned_mem
     q, k = (torch.randn(2, length, 2, 4, dtype=torch.float64, requires_grad=True) for _ in "qk")
     theta = lrpe.theta.detach().double().requires_grad_()
     out = lrpe(q, k, position)
-    expected = tuple(naive(x, theta, position) for x in (q, k))
+    expected = tuple(lrpe_equation(x, theta, position) for x in (q, k))
     weights = [torch.randn_like(x) for x in out]
     torch.testing.assert_close(out, expected, rtol=1e-8, atol=1e-8)
     *grads, grad_theta = torch.autograd.grad(out, (q, k, lrpe.theta), weights)
@@ -60,10 +63,20 @@ def test_bfloat16_inputs_are_rounded_once():
     q = torch.randn(1, 100, 2, 4).bfloat16()
     out, _ = lrpe(q, q, 2**20)
     assert out.dtype == torch.bfloat16
-    expected = naive(q, lrpe.theta, 2**20)
-    # All but those that lie within the float32 table's error of a tie.
+    expected = lrpe_equation(q, lrpe.theta, 2**20)
+    # All but values within the float32 table's error of a rounding boundary.
     assert (out == expected.bfloat16()).double().mean() > 0.99
     torch.testing.assert_close(out, expected.bfloat16())
+
+
+def test_zigzag_chunks_have_their_own_positions():
+    torch.manual_seed(0)
+    lrpe = LRPE(2, 4)
+    q, k = torch.randn(2, 1, 20, 2, 4)
+    outs = lrpe(q, k, 7, 1000)
+    for out, x in zip(outs, (q, k), strict=True):
+        chunks = [lrpe(c, c, start)[0] for c, start in zip(x.chunk(2, 1), (7, 1000), strict=True)]
+        assert torch.equal(out, torch.cat(chunks, 1))
 
 
 def test_product_depends_on_the_distance_only():
@@ -110,7 +123,7 @@ def test_meta_initialisation_gives_the_same_theta():
     assert lrpe.theta[0, 0, 0] == 1.0
 
 
-def test_keep_heads_is_a_slice():
+def test_keep_heads_keeps_their_rates():
     lrpe, full = LRPE(4, 4), LRPE(4, 4)
     lrpe.keep_heads(slice(1, 3))
     assert torch.equal(lrpe.theta, full.theta[1:3])
@@ -124,3 +137,23 @@ def test_theta_in_low_precision_is_refused():
     x = torch.ones(1, 1, 1, 4)
     with pytest.raises(ValueError, match="param_dtype=torch.float32"):
         lrpe(x, x, 0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 2e-7), (torch.bfloat16, 5e-3)]
+)
+def test_rope_is_the_equation(dtype, bound, poisoned_memory):
+    # More than one table block (8192 tokens), and two ranges, as in a zigzag shard.
+    ranges = ((10**6, 10**6 + 8195), (7, 12))
+    torch.manual_seed(0)
+    x = torch.randn(1, 8200, 2, 6).to(dtype).requires_grad_()
+    weight = torch.randn(x.shape).to(dtype)
+    position = torch.cat([torch.arange(*each) for each in ranges])
+    y = apply_rope(x, ranges, 100.0)
+    (grad,) = torch.autograd.grad(y, x, weight)
+    assert y.dtype == grad.dtype == dtype
+    for actual, wanted in (
+        (y, rope(x, position, 100.0)),
+        (grad, rope(weight, -position, 100.0)),
+    ):
+        assert (actual - wanted).norm() / wanted.norm() < bound

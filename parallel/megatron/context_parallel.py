@@ -1,9 +1,10 @@
-"""How a sequence lies over the context-parallel ranks: zigzag (Megatron's own) or contiguous.
+"""Batches and positions sharded over context-parallel ranks: zigzag (Megatron's own) or contiguous.
 
-With P ranks, "contiguous" gives rank r the r-th of P parts. "zigzag" cuts 2P blocks and gives rank
-r the blocks r and 2P - 1 - r, which balances causal softmax attention. A batch cut one way and a
-model built for the other give a plausible loss and wrong gradients. So the layout is declared once,
-in the spec; `BatchSplitter` reads it from the model, and a contiguous core refuses to run without.
+With P ranks, "contiguous" gives rank r the r-th of P chunks; "zigzag" gives it chunks r and
+2P - 1 - r of 2P, which balances causal softmax attention. A batch in one layout and a model built
+for the other give a plausible loss and wrong gradients. So the layout is declared once, in the
+spec; `BatchSplitter` reads it from the model, and a contiguous core attention refuses to run
+without.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import (
     MultimodalRotaryEmbedding,
     RotaryEmbedding,
 )
+from megatron.core.parallel_state import get_context_parallel_group
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from lasp.shard import LAYOUTS, places, token_ranges
+from lasp.shard import LAYOUTS, token_ranges
+from parallel.megatron.validation import check_choice
 
 __all__ = [
     "BatchSplitter",
@@ -29,8 +32,8 @@ __all__ = [
     "split_batch",
 ]
 
-
-_NOT_OF_TOKENS = frozenset(
+# Entries of a batch that have no token dimension.
+_NOT_SHARDED = frozenset(
     ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hybrid_cp_group")
 )
 
@@ -39,107 +42,111 @@ def segments(total: int, layout: str, rank: int, size: int) -> tuple[tuple[int, 
     """(start, stop) of the tokens that a rank of `size` holds, in local order.
 
     Raises:
-        ValueError: an unknown layout, or a length that it does not cut evenly, as Megatron needs.
+        ValueError: an unknown layout, or a length that it does not shard evenly, as Megatron needs.
     """
-    count = size * len(places(rank, size, layout))
+    layout = sequence_layout(None, layout)
+    count = size * (2 if layout == "zigzag" else 1)
     if size == 1:
         return ((0, total),)
     if total % count:
         raise ValueError(
-            f"a sequence of {total} tokens does not cut into {count} equal parts ({layout} over "
+            f"a sequence of {total} tokens does not split into {count} equal chunks ({layout} over "
             f"{size} context-parallel ranks): choose a multiple of {count}."
         )
     return token_ranges(total, size, rank, layout)
 
 
-def sequence_layout(config: TransformerConfig, layout: str | None) -> str:
-    """`layout`, or where it is None what Megatron's config says; ValueError if there is no such."""
+def sequence_layout(config: TransformerConfig | None, layout: str | None) -> str:
+    """`layout`, or if None that of Megatron's config, or zigzag; ValueError for an unknown one."""
     layout = layout or getattr(config, "linear_cp_layout", None) or "zigzag"
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout is {layout!r}: choose one of {', '.join(LAYOUTS)}.")
+    check_choice("layout", layout, LAYOUTS)
     return layout
 
 
 def split_batch(
     batch: dict[str, torch.Tensor | None], layout: str, cp_group: ProcessGroup
 ) -> dict[str, torch.Tensor | None]:
-    """This rank's part of every tensor of a batch, in Megatron's local order.
+    """This rank's shard of every tensor of a batch, in Megatron's local order.
 
     Args:
-        batch: tensors [b, s, ...] (tokens, labels, loss_mask, position_ids), "attention_mask"
-            [b, 1, s, s]; None stays None, and so does what Megatron says about packed documents
-            (cu_seqlens, max_seqlen, ...). The sequence is whole, labels already shifted.
+        batch: tensors [b, s, ...] of the full sequence (tokens, labels, loss_mask, position_ids),
+            labels already shifted; "attention_mask" [b, 1, s, s]. None and Megatron's description
+            of packed documents (cu_seqlens, max_seqlen, ...) are returned unchanged.
 
     Raises:
-        ValueError: an unknown layout, or a length that it cannot cut evenly.
+        ValueError: an unknown layout, or a length that it does not shard evenly.
     """
     rank, size = cp_group.rank(), cp_group.size()
     split = {}
     for name, x in batch.items():
-        if x is not None and size > 1 and name not in _NOT_OF_TOKENS:
+        if x is not None and size > 1 and name not in _NOT_SHARDED:
             dim = 2 if name == "attention_mask" else 1
-            here = segments(x.shape[dim], layout, rank, size)
-            x = torch.cat([x.narrow(dim, start, stop - start) for start, stop in here], dim)
+            ranges = segments(x.shape[dim], layout, rank, size)
+            x = torch.cat([x.narrow(dim, start, stop - start) for start, stop in ranges], dim)
         split[name] = x
     return split
 
 
 class BatchSplitter:
-    """Cuts batches the way a model was built to read them.
+    """Shards batches in the layout that a model was built for.
 
         split = BatchSplitter(model)          # once, after building the model
         batch = split(batch)                  # in place of Megatron's get_batch_on_this_cp_rank
 
-    Reads the layout from the model's lasp attention layers. For "contiguous" it also gives the
-    model a rotary embedding that counts contiguously, since Megatron's own always counts zigzag.
+    Reads the layout from the model's lasp attention layers. For "contiguous" it also replaces the
+    model's rotary embedding, since Megatron's own always counts positions in zigzag.
 
     Args:
         model: a model or a list of model chunks, wrapped in DDP and the like or not.
-        layout: needed only where no layer says it (a pipeline stage of softmax layers alone).
+        layout: needed only if no layer has one (a pipeline stage with Megatron's softmax layers
+            only).
 
     Raises:
-        ValueError: layers that disagree, or that cannot read the layout.
+        ValueError: layers that disagree, or that do not support the layout.
     """
 
     def __init__(self, model: nn.Module | Iterable[nn.Module], layout: str | None = None) -> None:
         chunks = [model] if isinstance(model, nn.Module) else list(model)
         modules = [module for chunk in chunks for module in chunk.modules()]
-        readers = [module for module in modules if hasattr(module, "sequence_layout")]
-        layouts = {module.sequence_layout for module in readers} | ({layout} - {None})
+        cores = [module for module in modules if hasattr(module, "sequence_layout")]
+        layouts = {core.sequence_layout for core in cores} | ({layout} - {None})
         if len(layouts) != 1:
             raise ValueError(
                 f"the model's attention layers (and the argument) name the layouts {layouts}: "
                 "there must be exactly one. Give every layer spec the same layout=."
             )
         self.layout = layouts.pop()
-        zigzag_only = {type(m).__name__ for m in modules} & {"TEDotProductAttention"}
-        groups = [module.cp_group for module in readers]
-        self.cp_group = groups[0] if groups else _default_cp_group()
+        self.cp_group = cores[0].cp_group if cores else get_context_parallel_group()
         if self.layout == "contiguous" and self.cp_group.size() > 1:
-            if zigzag_only:
-                raise ValueError(
-                    f"the model holds {', '.join(zigzag_only)}, which reads zigzag only, beside "
-                    "layers with layout='contiguous': use layout='zigzag'."
-                )
             for module in modules:
-                rotary = getattr(module, "rotary_pos_emb", None)
-                if isinstance(rotary, MultimodalRotaryEmbedding):
-                    raise ValueError(
-                        "the model's rotary embedding is MultimodalRotaryEmbedding, which counts "
-                        "zigzag, beside layers with layout='contiguous': use layout='zigzag'."
-                    )
-                if isinstance(rotary, RotaryEmbedding):
-                    module.rotary_pos_emb = ContiguousRotaryEmbedding(rotary)
-        for module in readers:
-            module.layout_agreed = True
+                _make_contiguous(module)
+        for core in cores:
+            core.layout_confirmed = True
 
     def __call__(self, batch: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
         """As `split_batch`."""
         return split_batch(batch, self.layout, self.cp_group)
 
 
+def _make_contiguous(module: nn.Module) -> None:
+    """Replace the module's rotary embedding; refuse what supports zigzag only."""
+    rotary = getattr(module, "rotary_pos_emb", None)
+    zigzag_only = None
+    if type(module).__name__ == "TEDotProductAttention":
+        zigzag_only = "TEDotProductAttention"
+    elif isinstance(rotary, MultimodalRotaryEmbedding):
+        zigzag_only = "MultimodalRotaryEmbedding"
+    if zigzag_only:
+        raise ValueError(
+            f"the model has a {zigzag_only}, which supports zigzag only, beside layers with "
+            "layout='contiguous': use layout='zigzag'."
+        )
+    if isinstance(rotary, RotaryEmbedding):
+        module.rotary_pos_emb = ContiguousRotaryEmbedding(rotary)
+
+
 class ContiguousRotaryEmbedding(nn.Module):
-    """Megatron's RotaryEmbedding, cut contiguously over the context-parallel ranks."""
+    """Megatron's RotaryEmbedding, sharded contiguously over the context-parallel ranks."""
 
     def __init__(self, stock: RotaryEmbedding) -> None:
         super().__init__()
@@ -157,7 +164,7 @@ class ContiguousRotaryEmbedding(nn.Module):
         if group is None or group.size() == 1:
             return self.stock.get_emb(max_seq_len, offset)
         if packed_seq:
-            # Megatron picks angles out of the table document by document, in zigzag.
+            # Megatron selects angles document by document, in zigzag.
             raise ValueError(
                 f"packed_seq_params (thd) over {group.size()} context-parallel ranks with rotary "
                 "positions: Megatron counts them in zigzag. Use position_embedding_type='none', "
@@ -168,9 +175,3 @@ class ContiguousRotaryEmbedding(nn.Module):
 
     def get_rotary_seq_len(self, *args, **kwargs) -> int:
         return self.stock.get_rotary_seq_len(*args, **kwargs)
-
-
-def _default_cp_group():
-    from megatron.core import parallel_state
-
-    return parallel_state.get_context_parallel_group()

@@ -1,4 +1,4 @@
-"""The softmax layers of a hybrid: mixer, RoPE, cache, config."""
+"""The softmax layers of a hybrid: mixer, cache, config."""
 
 import pytest
 import torch
@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from lasp import SequenceShard
 from lasp.tnl import TNL, TNLConfig, TNLState
 from lasp.tnl.convert import to_released
-from lasp.tnl.layers import GatedLinearAttention
-from lasp.tnl.rope import _BLOCK, rotate
-from lasp.tnl.softmax import SoftmaxAttention
+from lasp.tnl.layers import GatedLinearAttention, SoftmaxAttention
+from tests.lasp.tnl.equations import rope
 
 CONFIG = TNLConfig(
     vocab_size=50,
@@ -28,43 +27,14 @@ def make(config=CONFIG, dtype=torch.float64):
     return TNL(config).to(dtype)
 
 
-def turned(x, position, base):
-    """RoPE by its definition: one complex number per pair of channels."""
-    D = x.shape[-1]
-    rates = base ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
-    angle = position.double()[:, None, None] * rates
-    pairs = torch.complex(*x.double().chunk(2, dim=-1)) * torch.polar(torch.ones_like(angle), angle)
-    return torch.cat([pairs.real, pairs.imag], dim=-1)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 2e-7), (torch.bfloat16, 5e-3)]
-)
-def test_rope(dtype, bound, poisoned_memory):
-    # Over the border of a block of tokens, and in two ranges, as in a zigzag shard.
-    ranges = ((10**6, 10**6 + _BLOCK + 3), (7, 12))
-    torch.manual_seed(0)
-    x = torch.randn(1, _BLOCK + 8, 2, 6).to(dtype).requires_grad_()
-    weight = torch.randn(x.shape).to(dtype)
-    position = torch.cat([torch.arange(*each) for each in ranges])
-    y = rotate(x, ranges, 100.0)
-    (grad,) = torch.autograd.grad(y, x, weight)
-    assert y.dtype == grad.dtype == dtype
-    for actual, wanted in (
-        (y, turned(x, position, 100.0)),
-        (grad, turned(weight, -position, 100.0)),
-    ):
-        assert (actual - wanted).norm() / wanted.norm() < bound
-
-
-def test_mixer_by_hand():
-    """Every query against every key of its group, one at a time."""
+def test_mixer_is_attention_token_by_token():
+    """Each query against each earlier key of its group."""
     mixer = make().blocks[1].token_mixer
     x = torch.randn(1, 5, 32, dtype=torch.float64)
     y, _ = mixer(x, SequenceShard.whole(5))
-    q = turned((x @ mixer.q_proj.weight.T).view(1, 5, 4, 8), torch.arange(5), 10000.0)
+    q = rope((x @ mixer.q_proj.weight.T).view(1, 5, 4, 8), torch.arange(5), 10000.0)
     k, v = (x @ mixer.kv_proj.weight.T).view(1, 5, 2, 2, 8).unbind(3)
-    k = turned(k, torch.arange(5), 10000.0)
+    k = rope(k, torch.arange(5), 10000.0)
     rows = []
     for t in range(5):
         heads = []
@@ -76,7 +46,7 @@ def test_mixer_by_hand():
 
 
 def zigzag(group):
-    """(this rank's tokens, the mixer's output, its gradient, the past it leaves)."""
+    """(this rank's positions, the mixer's output, its gradient, the keys and values it returns)."""
     shard = SequenceShard.split(22, group, layout="zigzag")
     x = torch.randn(2, 22, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x = shard.take(x).requires_grad_()
@@ -86,7 +56,7 @@ def zigzag(group):
 
 
 def test_zigzag_shards(pool):
-    """The layout that shares softmax's work evenly: positions and keys come from two places."""
+    """Positions and keys come from two chunks of the sequence."""
     x = torch.randn(2, 22, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x.requires_grad_()
     y, past = make().blocks[1].token_mixer(x, SequenceShard.whole(22), return_state=True)
@@ -97,44 +67,25 @@ def test_zigzag_shards(pool):
         torch.testing.assert_close(past_here, past[:, :, : here.max() + 1])
 
 
-@pytest.mark.parametrize("layer", [0, 1])
-def test_compiled_block_equals_eager(layer):
-    block, shard = make().blocks[layer], SequenceShard.whole(13)
-    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
-    results = []
-    for call in (block, compiled):
-        x = torch.randn(1, 13, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        y, _ = call(x.requires_grad_(), shard)
-        (grad,) = torch.autograd.grad(y.square().sum(), x)
-        results.append((y, grad))
-    for eager, other in zip(*results, strict=True):
-        torch.testing.assert_close(other, eager)
-
-
 @pytest.mark.parametrize(
     ("kinds", "expected"), [("L", "LLLL"), ("LS", "LSLS"), ("SLLS", "SLLS"), ("S", "SSSS")]
 )
-def test_layer_types(kinds, expected):
+def test_layer_types_repeat(kinds, expected):
     config = TNLConfig.preset("tiny", layer_types=kinds, num_key_value_heads=2)
     model = TNL(config)
     mixers = {"L": GatedLinearAttention, "S": SoftmaxAttention}
-    for block, kind in zip(model.blocks, expected, strict=True):
-        assert type(block.token_mixer) is mixers[kind]
+    assert [type(block.token_mixer) for block in model.blocks] == [
+        mixers[kind] for kind in expected
+    ]
     assert sum(p.numel() for p in model.parameters()) == config.num_parameters()
-    assert (model.blocks[0].token_mixer.lrpe is not None) == (expected[0] == "L")
+    assert any(name.endswith("theta") for name in model.state_dict()) == (expected[0] == "L")
 
 
-def test_default_model_is_as_before():
-    names = [name for name, _ in make(TNLConfig.preset("tiny")).named_parameters()]
-    assert TNLConfig.preset("tiny").layer_types == "L"
-    assert not any("q_proj" in name or "kv_proj" in name for name in names)
-
-
-def test_flops_by_hand():
+def test_flops_of_softmax_layers_by_hand():
     config = TNLConfig(vocab_size=10, dim=4, num_layers=2, num_heads=2, glu_dim=6, layer_types="SL")
     matrices = 10 * 4 + (4 + 5) * 16 + 2 * 3 * 4 * 6
     linear = 2 * (2 * 2 * 2 + 2 * 2 * 2)
-    # Five tokens meet 1 + 2 + 3 + 4 + 5 = 15 keys: a score and a value each, two heads of D = 2.
+    # Five tokens attend to 15 keys in all: a score and a value each, two heads of D = 2.
     softmax = 15 * 2 * (2 * 2 + 2 * 2) / 5
     assert config.flops_per_token(training=False) == 2 * matrices + linear
     assert config.flops_per_token(training=False, seq_len=5) == 2 * matrices + linear + softmax
@@ -146,43 +97,22 @@ def test_flops_by_hand():
 def test_decoding_gives_the_logits_of_one_pass(chunk):
     model = make()
     tokens = torch.randint(50, (2, 40), generator=torch.Generator().manual_seed(0))
-    states, pieces = None, []
+    states, parts = None, []
     for part in tokens.split(chunk, dim=1):
         logits, states = model(part, states=states, return_states=True)
-        pieces.append(logits)
-    torch.testing.assert_close(torch.cat(pieces, 1), model(tokens))
+        parts.append(logits)
+    torch.testing.assert_close(torch.cat(parts, 1), model(tokens))
     assert states.layers[1].shape == (2, 2, 40, 2, 8)
 
 
 @torch.no_grad()
-def test_two_continuations_of_one_state():
-    """A state is a value: reading on from it twice gives the same twice."""
+def test_a_state_can_be_continued_twice():
     model, tokens = make(), torch.arange(12).view(1, 12)
     _, state = model(tokens, return_states=True)
     first, _ = model(tokens[:, :1], states=state, return_states=True)
     model(tokens[:, 5:9], states=state, return_states=True)
     again, _ = model(tokens[:, :1], states=state, return_states=True)
     assert torch.equal(first, again)
-
-
-def test_greedy_generation_repeats_the_argmax_of_full_forwards():
-    model = make()
-    tokens = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(1))
-    generated = model.generate(tokens, 6, prefill_chunk=4)
-    with torch.no_grad():
-        for _ in range(6):
-            tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], 1)
-    assert torch.equal(generated, tokens)
-
-
-@torch.no_grad()
-def test_packed_documents_are_rows():
-    """But for RoPE and LRPE, which only differences of positions enter."""
-    model = make()
-    tokens = torch.randint(50, (1, 30), generator=torch.Generator().manual_seed(2))
-    packed = model(tokens, cu_seqlens=torch.tensor([0, 11, 11, 30], dtype=torch.int32))
-    rows = [model(tokens[:, :11]), model(tokens[:, 11:])]
-    torch.testing.assert_close(packed, torch.cat(rows, 1))
 
 
 def test_gradients_reach_every_weight():
@@ -204,7 +134,7 @@ def test_gradients_reach_every_weight():
         ({"rope_base": 0.0}, "rope_base"),
     ],
 )
-def test_config_refusals(fields, message):
+def test_bad_configs_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         TNLConfig.preset("tiny", **fields)
 
@@ -212,16 +142,16 @@ def test_config_refusals(fields, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"padding_mask": torch.ones(1, 4)}, "softmax layers know no padding"),
+        ({"padding_mask": torch.ones(1, 4)}, "softmax layers do not support padding"),
         ({"cu_seqlens": torch.tensor([0, 4]), "return_states": True}, "together with states"),
-        ({"states": TNLState([torch.zeros(2, 1, 3, 2, 8)] * 4, 5)}, "remembers 3 tokens"),
+        ({"states": TNLState([torch.zeros(2, 1, 3, 2, 8)] * 4, 5)}, "holds keys of 3 tokens"),
     ],
 )
-def test_model_refusals(options, message):
+def test_unsupported_calls_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         make()(torch.zeros(1, 4, dtype=torch.int64), **options)
 
 
-def test_no_released_layout():
+def test_a_hybrid_does_not_convert_to_a_released_checkpoint():
     with pytest.raises(ValueError, match="released models have no softmax"):
         to_released(make().state_dict(), CONFIG)
