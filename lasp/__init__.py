@@ -13,6 +13,7 @@ from lasp.softmax import softmax_attention
 
 __all__ = [
     "SequenceShard",
+    "__version__",
     "attend",
     "decay",
     "lightning_attention",
@@ -21,3 +22,6 @@ __all__ = [
     "softmax_attention",
     "start_state",
 ]
+
+# The only place: pyproject.toml reads it from here.
+__version__ = "0.2.0.dev0"
