@@ -36,6 +36,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import megatron_report
 import torch
 import torch.distributed as dist
 import training
@@ -93,9 +94,9 @@ def main() -> None:
                 if dist.get_rank() == 0:
                     report["rows"] = [r for r in report["rows"] if key(r) != key(row)] + [row]
                     print(json.dumps(row), flush=True)
-                    write(report, arguments.out)
+                    megatron_report.write(report, arguments.out)
     if dist.get_rank() == 0:
-        print(table(report), flush=True)
+        print(megatron_report.table(report), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -236,41 +237,6 @@ def begin(arguments: argparse.Namespace) -> dict[str, Any]:
 def key(row: dict[str, Any]) -> tuple:
     names = ("model", "preset", "layout", "seq_len")
     return *(row[name] for name in names), *row["apex"]
-
-
-def table(report: dict) -> str:
-    """The report as Markdown."""
-    gpus = report["gpus"]
-    lines = [
-        f"{gpus} x {report['device']}, {versions.line(report['versions'])}, {report['date']}. One "
-        "sequence per step, all layers recomputed, memory per GPU.",
-        "",
-        "| model | layout | sequence | tokens/s | per GPU | memory, GiB | steps | first, last loss "
-        "| used |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in report["rows"]:
-        host = {"TNL": "TNL, megatron-core", "softmax": "softmax, megatron-core"}
-        name = host.get(row["model"], "TNL, launch/train.py")
-        losses = row.get("losses")
-        losses = f"{losses[0]:.4f}, {losses[-1]:.4f}" if losses else ""
-        used = "; ".join(f"{part} {which}" for part, which in row["used"].items())
-        memory = "" if row["memory_gib"] is None else f"{row['memory_gib']:.1f}"
-        lines.append(
-            f"| {row['preset']} {name} | {row['layout']} | {row['seq_len']:,} "
-            f"| {row['tokens_per_second']:,.0f} | {row['tokens_per_second'] / gpus:,.0f} "
-            f"| {memory} | {len(row['steps'])} | {losses} | {used} |"
-        )
-    if report.get("note"):
-        lines += ["", report["note"]]
-    return "\n".join(lines) + "\n"
-
-
-def write(report: dict, folder: Path) -> None:
-    """The report as JSON and as a table."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "megatron.json").write_text(json.dumps(report, indent=1) + "\n")
-    (folder / "megatron.md").write_text(table(report))
 
 
 def parse_arguments() -> argparse.Namespace:
