@@ -8,9 +8,22 @@ from pathlib import Path
 import chart
 import versions
 
-__all__ = ["plot", "table", "write"]
+__all__ = ["docs_table", "plot", "table", "write"]
 
-LASP = "lasp"
+LASP, BASELINE = "lasp", "fla chunk_simple_gla"
+# Shapes of the table in docs/benchmarks.md. The chart has more lengths; short calls are bound by
+# the host.
+IN_DOCS = (
+    (1, 131072, 16, 128, 128),
+    (1, 1048576, 16, 128, 128),
+    (8, 2048, 32, 128, 128),
+    (2, 8192, 32, 128, 128),
+    (1, 65536, 64, 128, 128),
+    (1, 32768, 32, 64, 64),
+    (1, 32768, 32, 96, 96),
+    (1, 131072, 16, 256, 128),
+    (1, 32768, 16, 256, 256),
+)
 
 
 def table(report: dict) -> str:
@@ -25,6 +38,32 @@ def table(report: dict) -> str:
         report.get("note", ""),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def docs_table(report: dict) -> str:
+    """The table of docs/benchmarks.md, as Markdown: lasp, and the baseline's time over it."""
+    lines = [
+        "| B, T, H, D, E | forward | backward | extra memory | fla takes | its extra memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for shape in IN_DOCS:
+        same = [r for r in report["rows"] if (tuple(r["shape"]), r["decay"]) == (shape, "middle")]
+        found = {row["name"]: row for row in same if not row["note"]}
+        if LASP not in found:
+            continue
+        mine = found[LASP]
+        cells = [
+            f"{mine[w + '_ms']:.3f} ms ({mine[w + '_fraction']:.0%})"
+            for w in ("forward", "backward")
+        ]
+        cells.append(f"{mine['extra_units']:.1f}")
+        if BASELINE in found:
+            extra = f"{found[BASELINE]['extra_units']:.1f}"
+            cells += [_times_lasp(found[BASELINE], same), extra]
+        else:
+            cells += ["", ""]
+        lines.append(f"| {', '.join(map(str, shape))} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _times(rows: list[dict]) -> str:

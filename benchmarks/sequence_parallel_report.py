@@ -8,7 +8,7 @@ from pathlib import Path
 import chart
 import cost_model
 
-__all__ = ["RESULTS", "plot", "table", "write"]
+__all__ = ["RESULTS", "docs_table", "plot", "table", "write"]
 
 RESULTS = Path(__file__).parent / "results"
 ALONE = "lasp, no group"
@@ -20,6 +20,15 @@ CHARTED = {
     "lasp ring, messages": "ring, messages",
     "lasp all_gather": "all_gather (LASP-2)",
     "lasp doubling": "doubling",
+    "head all-to-all + fla": "heads for tokens, fla",
+}
+# Columns of the table in docs/benchmarks.md, likewise.
+IN_DOCS = {
+    "lasp ring": "ring",
+    "lasp ring, messages": "ring, messages",
+    "lasp all_gather": "all_gather",
+    "lasp doubling": "doubling",
+    "lasp ring, zigzag": "ring, zigzag",
     "head all-to-all + fla": "heads for tokens, fla",
 }
 # Published figures, to compare the projection with.
@@ -48,6 +57,27 @@ def table(report: dict) -> str:
         report.get("note", ""),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def docs_table(reports: list[dict]) -> str:
+    """The table of docs/benchmarks.md, as Markdown: forward and backward over the local work."""
+    lines = [
+        "| GPUs | tokens per rank | no group | " + " | ".join(IN_DOCS.values()) + " |",
+        "|---|---|---|" + "---|" * len(IN_DOCS),
+    ]
+    for report in sorted(reports, key=lambda report: report["ranks"]):
+        times = {(row["name"], row["tokens"]): row["both_ms"] for row in report["rows"]}
+        for name, tokens in sorted(times, key=lambda key: key[1]):
+            if name != ALONE:
+                continue
+            alone = times[name, tokens]
+            cells = [
+                f"{times[other, tokens] / alone:.2f}x" if (other, tokens) in times else ""
+                for other in IN_DOCS
+            ]
+            head = f"| {report['ranks']} | {tokens:,} | {alone:.3f} ms "
+            lines.append(f"{head}| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _times(rows: list[dict]) -> str:

@@ -8,7 +8,11 @@ from pathlib import Path
 import chart
 import versions
 
-__all__ = ["readme_table", "table", "write"]
+__all__ = ["docs_table", "readme_table", "table", "write"]
+
+
+# Measured once and removed since: kept in the JSON, left out of the docs.
+REMOVED = ("full, inputs on host",)
 
 
 def table(report: dict) -> str:
@@ -36,6 +40,18 @@ def table(report: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def docs_table(report: dict) -> str:
+    """The table of docs/benchmarks.md, as Markdown: all rows but those of the README's table."""
+    shown = [id(row) for rows in by_gpus(report).values() for row in rows]
+    return _rows_table(
+        [
+            row
+            for row in report["rows"]
+            if id(row) not in shown and row["name"] not in REMOVED and not row.get("note")
+        ]
+    )
+
+
 def by_gpus(report: dict) -> dict[int, list[dict]]:
     """TNL on one sequence per step, all blocks recomputed, cut over all GPUs: number of GPUs ->
     rows by rising length. The newest row counts where a length was measured twice."""
@@ -53,22 +69,27 @@ def by_gpus(report: dict) -> dict[int, list[dict]]:
 
 def readme_table(report: dict) -> str:
     """The table of the README, as Markdown: one sequence per step, and softmax to compare with."""
-    lines = [
-        "| model | GPUs | one sequence | tokens/s | tokens/s per GPU | MFU | memory per GPU |",
-        "|---|---|---|---|---|---|---|",
-    ]
     rows = [row for rows in by_gpus(report).values() for row in rows]
-    softmax = [
-        row for row in report["rows"] if row["model"].startswith("softmax") and not row.get("note")
+    softmax = [row for row in report["rows"] if row["model"].startswith("softmax")]
+    return _rows_table(rows + [row for row in softmax if not row.get("note")], layout=False)
+
+
+def _rows_table(rows: list[dict], *, layout: bool = True) -> str:
+    lines = [
+        f"| model | GPUs |{' layout, recomputation |' * layout} one sequence | tokens/s "
+        "| tokens/s per GPU | MFU | memory per GPU |",
+        "|---|---|" + "---|" * layout + "---|---|---|---|---|",
     ]
-    for row in rows + softmax:
+    for row in rows:
         length = f"{row['seq_len']:,} tokens"
         if row["tokens_per_step"] > row["seq_len"]:
-            length = f"{row['seq_len']:,} tokens (x {row['tokens_per_step'] // row['seq_len']})"
+            length += f" (x {row['tokens_per_step'] // row['seq_len']})"
         mfu = f"{row['mfu']:.1%}" if row["mfu"] else ""
+        name = f" {row['name']} |" if layout else ""
         lines.append(
-            f"| {row['model']} | {row['gpus']} | {length} | {row['tokens_per_second']:,.0f} "
-            f"| {row['tokens_per_second_per_gpu']:,.0f} | {mfu} | {row['memory_gib']:.1f} GiB |"
+            f"| {row['model']} | {row['gpus']} |{name} {length} "
+            f"| {row['tokens_per_second']:,.0f} | {row['tokens_per_second_per_gpu']:,.0f} | {mfu} "
+            f"| {row['memory_gib']:.1f} GiB |"
         )
     return "\n".join(lines) + "\n"
 
