@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import statistics
 import sys
@@ -37,6 +38,7 @@ import sequence_parallel_report as reports
 
 import lasp
 from lasp import exchange, ops, shard
+from lasp.exchange import ChunkChain, Transition, symmetric_memory
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 STATE_SIZES_MIB = (0.25, 1, 4)
@@ -193,19 +195,20 @@ def measure_exchanges(ranks: Ranks, methods: list[str], seconds: float) -> list[
     """Time of an exchange alone by method, layout and state size, and of NCCL's all-gather."""
     rows = []
     rings = ["ring, messages"]
-    if exchange.mailbox.find_mailbox(ranks.group, torch.zeros(1, device=ranks.device), ops.relay):
+    small = torch.zeros(1, device=ranks.device)
+    if symmetric_memory.find_buffer(ranks.group, small, ops.send_recv_state):
         rings.append("ring, memory")
     methods = [name for each in methods for name in (rings if each == "ring" else [each])]
     for mib in STATE_SIZES_MIB:
         H = max(1, int(16 * mib))
         state = torch.randn(1, H, 128, 128, device=ranks.device)
-        log_decay = torch.full((H,), -1e-4, device=ranks.device)
+        factor = torch.full((H, 1, 1), math.exp(-1e-4 * 4096), device=ranks.device)
 
-        def once(method, layout, state=state, log_decay=log_decay):
-            relay = None if method == "ring, messages" else ops.relay
-            line = exchange.Line(ranks.group, layout, relay=relay)
-            maps = [exchange.AffineMap(state, log_decay, 4096) for _ in line.here]
-            exchange.start(maps, line, method=method.split(",")[0]).finish()
+        def once(method, layout, state=state, factor=factor):
+            kernel = None if method == "ring, messages" else ops.send_recv_state
+            chain = ChunkChain(ranks.group, layout, send_recv_state=kernel)
+            transitions = [Transition(state, factor)] * len(chain.local_chunks)
+            exchange.start(transitions, chain, method=method.split(",")[0]).wait()
 
         gathered = state.new_empty(ranks.size * state.numel())
         calls = {"nccl all-gather": lambda s=state, g=gathered: gather(s, g)}
@@ -237,7 +240,7 @@ def overlap(ranks: Ranks, attention: Attention, shape) -> dict:
     events.sort(key=lambda e: e.time_range.start)
     lined_up = max(i for i, e in enumerate(events) if "AllReduce" in e.name)
     spans = [
-        (e.time_range.start, e.time_range.end, "nccl" in e.name.lower() or "relay" in e.name)
+        (e.time_range.start, e.time_range.end, "nccl" in e.name.lower() or "send_recv" in e.name)
         for e in events[lined_up + 1 :]
     ]
     work = [(start, stop) for start, stop, communicates in spans if not communicates]

@@ -24,8 +24,8 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
-from lasp.tnl.lrpe import LRPE
-from lasp.tnl.norm import SRMSNorm
+from lasp.tnl.layers import SRMSNorm
+from lasp.tnl.positions import LRPE
 from parallel.compile import compiler_options
 from parallel.loss import chunked_cross_entropy
 

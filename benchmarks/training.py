@@ -42,12 +42,12 @@ import training_report
 import versions
 from torch.distributed import DeviceMesh
 
-from launch.config import load_config
+from launch.config import Config, load_config
+from launch.distributed import DistContext, RankInfo, get_rank_info
 from launch.metrics import peak_flops, peak_memory
-from launch.plan import batching
-from launch.step import take_step
+from launch.resolve import batching
 from launch.train import set_up
-from launch.world import World, find_place
+from launch.trainer import train_step
 from parallel.mesh import ParallelDims, build_mesh
 
 RESULTS = Path(__file__).parent / "results"
@@ -144,33 +144,33 @@ def run_case(case: Case, arguments: argparse.Namespace, folder: Path) -> dict[st
         return None
     torch._dynamo.reset()
     config = load_config(command_line(case, arguments, folder))
-    place = place_among(config, case.processes)
-    if place.device.type == "cuda":
-        torch.cuda.set_device(place.device)
+    info = rank_info_among(config, case.processes)
+    if info.device.type == "cuda":
+        torch.cuda.set_device(info.device)
         torch.cuda.reset_peak_memory_stats()
-    mesh = mesh_of(place.dims, place.device.type) if case.processes > 1 else None
-    batch = batching(config, place)
-    world = World(place, mesh)
-    run = set_up(config, world, batch)
+    mesh = mesh_of(info.dims, info.device.type) if case.processes > 1 else None
+    batch = batching(config, info)
+    context = DistContext(info, mesh)
+    state = set_up(config, context, batch)
     began, seconds = time.perf_counter(), []
     for _ in range(arguments.warmup + arguments.steps):
-        synchronize(place.device)
+        synchronize(info.device)
         start = time.perf_counter()
-        take_step(run, False)
-        synchronize(place.device)
+        train_step(state)
+        synchronize(info.device)
         seconds.append(time.perf_counter() - start)
     measured = statistics.median(seconds[arguments.warmup :])
-    shape = run.model.config
+    shape = state.model.config
     flops = shape.flops_per_token(training=True, seq_len=case.seq_len)
-    rate, peak = batch.tokens_per_step / measured, peak_flops(place.device)
-    memory = max(world.gather(peak_memory(place.device)))
+    rate, peak = batch.tokens_per_step / measured, peak_flops(info.device)
+    memory = max(context.gather(peak_memory(info.device)))
     return {
         "suite": case.suite,
         "name": case.name,
         "model": f"{case.model} {arguments.preset}",
         "parameters": shape.num_parameters(),
         "gpus": case.processes,
-        "mesh": place.dims.degrees,
+        "mesh": info.dims.degrees,
         "seq_len": case.seq_len,
         "tokens_per_step": batch.tokens_per_step,
         "step_seconds": measured,
@@ -211,14 +211,14 @@ def command_line(case: Case, arguments: argparse.Namespace, folder: Path) -> lis
     return line
 
 
-def place_among(config: Any, processes: int) -> Any:
-    """`find_place` for a job of the first `processes` ranks."""
+def rank_info_among(config: Config, processes: int) -> RankInfo:
+    """`get_rank_info` for a job of the first `processes` ranks."""
     before = dict(os.environ)
     try:
         if processes == 1:
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
                 os.environ.pop(name, None)
-        return find_place(config)
+        return get_rank_info(config)
     finally:
         os.environ.update(before)
 
