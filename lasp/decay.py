@@ -4,13 +4,64 @@ The decay of lightning attention is a constant of the head (and, in TransNormerL
 lambda = exp(log_decay). Published models disagree on the formula; each has its own function here.
 Layers are counted from 0, over the whole model, and heads over all tensor-parallel ranks: build the
 full vector, then slice it.
+
+`Decay` is what the operator asks: the exchange of states sees its factors and nothing else of it.
 """
+
+from __future__ import annotations
 
 import math
 
 import torch
 
-__all__ = ["alibi_slopes", "ling", "minimax", "retention", "tnl"]
+from lasp.ops.host_values import compute_once, decay_rates
+
+__all__ = ["Decay", "alibi_slopes", "ling", "minimax", "retention", "tnl"]
+
+# exp of anything less is zero.
+_UNDERFLOW = {torch.float32: -104.0, torch.float64: -746.0}
+
+
+class Decay:
+    """The decay of a call: one constant per head.
+
+    Args:
+        log_decay: float32 [H], finite and <= 0; None: no decay.
+    """
+
+    __slots__ = ("log_decay",)
+
+    def __init__(self, log_decay: torch.Tensor | None) -> None:
+        self.log_decay = log_decay
+
+    def rates(self) -> tuple[float, ...] | None:
+        """log_decay as host floats; ValueError for values that are not allowed."""
+        return decay_rates(self.log_decay)
+
+    def factor(self, length: int, states: torch.Tensor) -> torch.Tensor:
+        """What remains of states [B, H, D, E] after `length` tokens: [H, 1, 1], of their dtype."""
+        if self.log_decay is None:
+            return states.new_ones(states.shape[1], 1, 1)
+        dtype = states.dtype
+        stream = torch.cuda.current_stream(states.device).cuda_stream if states.is_cuda else None
+        return compute_once(
+            self.log_decay,
+            ("factor", length, dtype, stream),
+            lambda log_decay: torch.exp(log_decay.to(dtype)[:, None, None] * length),
+        )
+
+    def factors(self, lengths: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """`factor` for rows of different `lengths`: int64 [N] -> [N, H, 1, 1]."""
+        if self.log_decay is None:
+            return states.new_ones(states.shape[1], 1, 1)
+        lengths = lengths.to(states.device, non_blocking=True).to(states.dtype)
+        log_decay = self.log_decay.to(states.dtype)[:, None, None]
+        return torch.exp(lengths[:, None, None, None] * log_decay)
+
+    def is_zero_after(self, length: int, dtype: torch.dtype) -> bool:
+        """True if nothing remains of any state after `length` tokens, in `dtype`."""
+        rates = self.rates()
+        return rates is not None and max(rates) * length < _UNDERFLOW[dtype]
 
 
 def alibi_slopes(num_heads: int) -> list[float]:

@@ -1,16 +1,15 @@
-"""Which part of a global sequence a rank owns, and in which order it holds it.
+"""Which part of a global sequence a rank holds, and in which order.
 
-One owner for every number that depends on the rank, so that the model, the data loader and the
-operator cannot disagree. The sequence is cut into *places*, counted from its beginning:
+Every number that depends on the rank comes from here, so that the model, the data loader and the
+operator cannot disagree. The sequence is split into chunks, counted from its beginning:
 
-    contiguous   P places: rank r holds place r
-    zigzag       2P places: rank r holds places r and 2P-1-r, one after the other along T, both of
-                 the same length: every rank has the same share of a causal softmax's work
+    contiguous   P chunks: rank r holds chunk r
+    zigzag       2P chunks: rank r holds chunks r and 2P-1-r, one after the other along T and of
+                 equal length: every rank has the same share of a causal softmax's work
 
     8 tokens, 2 ranks:   contiguous  0 1 2 3 | 4 5 6 7      zigzag  0 1 6 7 | 2 3 4 5
 
-The functions take lengths and ranks as numbers and need no process group, apart from `to_zigzag`
-and `to_contiguous`, which move the tokens of a tensor between ranks.
+The functions take lengths and ranks as numbers and need no process group.
 """
 
 from __future__ import annotations
@@ -25,11 +24,9 @@ from torch.distributed import ProcessGroup
 __all__ = [
     "LAYOUTS",
     "SequenceShard",
-    "place_borders",
-    "places",
+    "chunk_boundaries",
+    "chunks_of_rank",
     "split_lengths",
-    "to_contiguous",
-    "to_zigzag",
     "token_order",
     "token_ranges",
 ]
@@ -38,17 +35,19 @@ LAYOUTS = ("contiguous", "zigzag")
 
 
 def split_lengths(total: int, size: int, layout: str = "contiguous") -> tuple[int, ...]:
-    """Tokens of each of `size` ranks in an even cut of `total`.
+    """Tokens of each of `size` ranks when `total` tokens are split evenly.
 
-    Where it does not come out even, the first ranks hold one token more (zigzag: one more in both
-    of their places); with fewer tokens than ranks the last are empty. Raises ValueError for an odd
-    total in zigzag.
+    If they do not divide evenly, the first ranks hold one token more (zigzag: one more in each of
+    their chunks); with fewer tokens than ranks the last ranks hold none.
+
+    Raises:
+        ValueError: an odd total in zigzag.
     """
     _check_layout(layout)
     if layout == "zigzag":
         if total % 2:
             raise ValueError(
-                f"a zigzag cut of {total} tokens: both places of a rank have the same length, so "
+                f"a zigzag split of {total} tokens: both chunks of a rank have the same length, so "
                 "the total must be even. Pad the sequence by one token."
             )
         return tuple(2 * half for half in split_lengths(total // 2, size))
@@ -56,20 +55,24 @@ def split_lengths(total: int, size: int, layout: str = "contiguous") -> tuple[in
     return tuple(short + (rank < longer) for rank in range(size))
 
 
-def places(rank: int, size: int, layout: str = "contiguous") -> tuple[int, ...]:
-    """The places that a rank holds, in the order it holds them."""
+def chunks_of_rank(rank: int, size: int, layout: str = "contiguous") -> tuple[int, ...]:
+    """The chunks that a rank holds, in the order it holds them."""
     _check_layout(layout)
     return (rank,) if layout == "contiguous" else (rank, 2 * size - 1 - rank)
 
 
-def place_borders(lengths: tuple[int, ...], layout: str = "contiguous") -> tuple[int, ...]:
-    """Where each place begins, and at last the total, for ranks of `lengths` tokens."""
+def chunk_boundaries(lengths: tuple[int, ...], layout: str = "contiguous") -> tuple[int, ...]:
+    """The first token of each chunk, and the total, for ranks of `lengths` tokens.
+
+    Raises:
+        ValueError: an odd length in zigzag.
+    """
     _check_layout(layout)
     if layout == "zigzag":
         odd = [length for length in lengths if length % 2]
         if odd:
             raise ValueError(
-                f"a rank holds {odd[0]} tokens in zigzag: its two places have the same length, so "
+                f"a rank holds {odd[0]} tokens in zigzag: its two chunks have the same length, so "
                 "every rank's number of tokens must be even."
             )
         halves = tuple(length // 2 for length in lengths)
@@ -80,16 +83,17 @@ def place_borders(lengths: tuple[int, ...], layout: str = "contiguous") -> tuple
 def token_ranges(
     total: int, size: int, rank: int, layout: str = "contiguous"
 ) -> tuple[tuple[int, int], ...]:
-    """The (start, stop) of global tokens that a rank holds in an even cut, one per place."""
-    borders = place_borders(split_lengths(total, size, layout), layout)
-    return tuple((borders[place], borders[place + 1]) for place in places(rank, size, layout))
+    """The (start, stop) of global tokens that a rank holds in an even split, one per chunk."""
+    boundaries = chunk_boundaries(split_lengths(total, size, layout), layout)
+    chunks = chunks_of_rank(rank, size, layout)
+    return tuple((boundaries[chunk], boundaries[chunk + 1]) for chunk in chunks)
 
 
 def token_order(total: int, size: int, layout: str = "contiguous") -> torch.Tensor:
     """Global positions, int64 [total], in the order in which the ranks hold them.
 
-    `x[:, order]` of a whole tensor, split into `split_lengths`, gives the ranks' parts; and
-    `joined[:, order.argsort()]` puts the ranks' concatenated parts back into sequence order.
+    `x[:, order]` of a full tensor, split into `split_lengths`, gives the ranks' shards; and
+    `joined[:, order.argsort()]` puts the ranks' concatenated shards back into sequence order.
     """
     ranges = (token_ranges(total, size, rank, layout) for rank in range(size))
     return torch.cat([torch.arange(*each) for of_rank in ranges for each in of_rank])
@@ -97,19 +101,19 @@ def token_order(total: int, size: int, layout: str = "contiguous") -> torch.Tens
 
 @dataclass(frozen=True)
 class SequenceShard:
-    """A rank's tokens of a sequence of `total` tokens, one shard of those that `group` holds.
+    """A rank's tokens of a sequence of `total` tokens that the ranks of `group` hold.
 
     Contiguous: tokens [start, stop). Zigzag: these and their mirror image, [total - stop,
-    total - start). `ranges` says both.
+    total - start). `ranges` gives both.
 
     Attributes:
         start, stop: token offsets in the global sequence; start == stop is an empty shard.
         total: tokens of the global sequence.
-        group: the ranks that hold the sequence, in order; None: the whole of it is here.
+        group: the ranks that hold the sequence, in order; None: this process holds all of it.
         exchange: how states cross ranks, as in `lasp.lightning_attention`.
         layout: "contiguous" or "zigzag", likewise.
-        lengths: tokens of every rank, in group order; `split` knows them. None: a softmax layer
-            asks the other ranks for theirs, in every call.
+        lengths: tokens of every rank, in group order; `split` sets them. None: a softmax layer
+            gathers them from the other ranks in every call.
     """
 
     start: int
@@ -130,7 +134,7 @@ class SequenceShard:
         if self.layout == "zigzag" and 2 * self.stop > self.total:
             raise ValueError(
                 f"a zigzag shard's start..stop are in the first half of the sequence, the second "
-                f"place is their mirror image; got {self.start}..{self.stop} of {self.total}."
+                f"chunk is their mirror image; got {self.start}..{self.stop} of {self.total}."
             )
         if self.lengths is not None and sum(self.lengths) != self.total:
             raise ValueError(
@@ -139,13 +143,13 @@ class SequenceShard:
             )
         if self.group is None and self.length != self.total:
             raise ValueError(
-                f"tokens {self.start}..{self.stop} of {self.total} are a part of the sequence, but "
-                "group is None: pass the process group whose ranks hold the rest."
+                f"tokens {self.start}..{self.stop} of {self.total} are a part of the sequence, "
+                "but group is None: pass the process group whose ranks hold the rest."
             )
 
     @classmethod
     def whole(cls, total: int) -> SequenceShard:
-        """The whole sequence on this device."""
+        """The full sequence on this device."""
         return cls(0, total, total)
 
     @classmethod
@@ -156,7 +160,7 @@ class SequenceShard:
         exchange: str = "ring",
         layout: str = "contiguous",
     ) -> SequenceShard:
-        """This rank's part of an even cut, as `split_lengths` has it."""
+        """This rank's shard of an even split, see `split_lengths`."""
         if group is None:
             return cls.whole(total)
         rank, size = dist.get_rank(group), dist.get_world_size(group)
@@ -183,17 +187,17 @@ class SequenceShard:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank holds the sequence's first place."""
+        """True if this rank holds the first chunk of the sequence."""
         return self.rank == 0
 
     @property
     def is_last(self) -> bool:
-        """Whether this rank holds the sequence's last place (zigzag: the first rank does)."""
+        """True if this rank holds the last chunk of the sequence (zigzag: the first rank does)."""
         return self.rank == (0 if self.layout == "zigzag" else self.size - 1)
 
     @property
     def ranges(self) -> tuple[tuple[int, int], ...]:
-        """(start, stop) of global tokens, one per place, in the order they are held."""
+        """(start, stop) of global tokens, one per chunk, in the order they are held."""
         first = (self.start, self.stop)
         if self.layout == "contiguous":
             return (first,)
@@ -201,17 +205,17 @@ class SequenceShard:
 
     @property
     def token_slice(self) -> slice:
-        """Where a contiguous shard lies in the global sequence: `tokens[:, shard.token_slice]`."""
+        """The slice of a contiguous shard in the sequence: `tokens[:, shard.token_slice]`."""
         if self.layout != "contiguous":
             raise ValueError("a zigzag shard is two ranges and no slice: use shard.take(tokens).")
         return slice(self.start, self.stop)
 
     def take(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
-        """This shard's part of a tensor whose dimension `dim` is the global sequence."""
+        """This shard of a tensor whose dimension `dim` is the global sequence."""
         if x.shape[dim] != self.total:
             raise ValueError(
                 f"x has {x.shape[dim]} entries along dimension {dim}, the sequence {self.total} "
-                "tokens: pass the whole sequence's tensor."
+                "tokens: pass the tensor of the full sequence."
             )
         parts = [x.narrow(dim, start, stop - start) for start, stop in self.ranges]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
@@ -219,75 +223,6 @@ class SequenceShard:
     def positions(self, device: torch.device | str | None = None) -> torch.Tensor:
         """Global positions of this shard's tokens, int64 [length]."""
         return torch.cat([torch.arange(*each, device=device) for each in self.ranges])
-
-
-def to_zigzag(x: torch.Tensor, group: ProcessGroup | None, dim: int = 1) -> torch.Tensor:
-    """A contiguous part of a sequence, exchanged for the zigzag one. All ranks call it.
-
-    The operators of this library take either layout as it is and need no conversion; this is for
-    code that has the other one. One all-to-all, in which a rank sends its tokens once;
-    differentiable.
-
-    Args:
-        x: this rank's part; its size along `dim` is even and the same on all ranks.
-        group: the ranks that hold the sequence; None: x is all of it and is returned.
-    """
-    return _relayout(x, group, dim, True)
-
-
-def to_contiguous(x: torch.Tensor, group: ProcessGroup | None, dim: int = 1) -> torch.Tensor:
-    """A zigzag part of a sequence, exchanged for the contiguous one: undoes `to_zigzag`."""
-    return _relayout(x, group, dim, False)
-
-
-def _relayout(x, group, dim, to_zigzag):
-    if x.shape[dim] % 2:
-        raise ValueError(
-            f"x has {x.shape[dim]} tokens along dimension {dim}: a rank holds two places of the "
-            "same length, so the number must be even, and the same on all ranks."
-        )
-    if group is None or dist.get_world_size(group) == 1:
-        return x
-    return _Relayout.apply(x, group, dim, to_zigzag)
-
-
-class _Relayout(torch.autograd.Function):
-    """The exchange of places between ranks; its gradient is the exchange back."""
-
-    @staticmethod
-    def forward(ctx, x, group, dim, to_zigzag):
-        ctx.group, ctx.dim, ctx.to_zigzag = group, dim, to_zigzag
-        return _move_places(x, group, dim, to_zigzag)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return _move_places(grad, ctx.group, ctx.dim, not ctx.to_zigzag), None, None, None
-
-
-def _move_places(x, group, dim, to_zigzag):
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    contiguous = [place // 2 for place in range(2 * size)]
-    zigzag = [min(place, 2 * size - 1 - place) for place in range(2 * size)]
-    here, there = (contiguous, zigzag) if to_zigzag else (zigzag, contiguous)
-    # Places travel sorted by the other rank; both sides hold theirs in ascending order.
-    sent = sorted((to, place) for place, at, to in _moves(here, there) if at == rank)
-    received = sorted((at, place) for place, at, to in _moves(here, there) if to == rank)
-    halves = dict(zip(sorted(place for _, place in sent), x.movedim(dim, 0).chunk(2), strict=True))
-    message = torch.cat([halves[place] for _, place in sent])
-    half = message.shape[0] // 2
-    arrived = torch.empty_like(message)
-    splits = [
-        [half * sum(peer == other for peer, _ in moved) for other in range(size)]
-        for moved in (received, sent)
-    ]
-    dist.all_to_all_single(arrived, message, *splits, group=group)
-    halves = dict(zip((place for _, place in received), arrived.chunk(2), strict=True))
-    return torch.cat([halves[place] for place in sorted(halves)]).movedim(0, dim)
-
-
-def _moves(here, there):
-    return zip(range(len(here)), here, there, strict=True)
 
 
 def _check_layout(layout: str) -> None:

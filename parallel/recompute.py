@@ -30,10 +30,10 @@ __all__ = ["Exchanges", "HostMemory", "checkpointed", "keeping_exchanges", "reco
 
 # By name and not by object, so that this module needs no import of the operators. A softmax layer
 # keeps its output: that spares a second gathering, and the quadratic work.
-_EXCHANGES = ("lasp::enter", "lasp::start", "lasp::finish", "lasp::softmax_attend")
+_EXCHANGES = ("lasp::state_fwd", "lasp::softmax_fwd")
 # What takes long to compute for its size: products and attention. The rest of a block, norms, gates
 # and activations, is as large again and cheap.
-_EXPENSIVE = ("lasp::attend", "aten::mm", "aten::addmm", "aten::bmm")
+_EXPENSIVE = ("lasp::attn_fwd", "aten::mm", "aten::addmm", "aten::bmm")
 
 
 def recompute(blocks: Sequence[nn.Module], mode: str, *, offload: bool = False) -> None:

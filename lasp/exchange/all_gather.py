@@ -1,7 +1,7 @@
-"""LASP-2: every rank gathers all maps and folds those before it (arXiv 2502.07563).
+"""LASP-2: every rank gathers all transitions and applies those before its own chunks.
 
-One collective instead of P - 1 hops, at the price of P states received and held per rank (zigzag:
-2P). All ranks take part, or none where no document crosses a border.
+(arXiv 2502.07563.) One collective instead of P - 1 hops, at the price of P states received and held
+per rank (zigzag: 2P). Either all ranks take part, or, if no document crosses a boundary, none.
 """
 
 from __future__ import annotations
@@ -10,30 +10,31 @@ from collections.abc import Generator
 
 import torch
 
-from lasp.exchange.peers import AffineMap, Line, all_gather_flat, pack, unpack
+from lasp.exchange.comm import all_gather_flat
+from lasp.exchange.topology import ChunkChain, Transition
 
 __all__ = ["all_gather"]
 
 
 def all_gather(
-    line: Line, maps: list[AffineMap]
+    chain: ChunkChain, transitions: list[Transition]
 ) -> Generator[None, None, list[torch.Tensor | None]]:
     """See `lasp.exchange.start`."""
-    if not any(line.linked(place, place + 1) for place in range(line.size)):
-        return [None] * len(maps)
-    message = pack(*(x for each in maps for x in (each.local, each.factor)))
-    gathered, work = all_gather_flat(message, line.group)
+    if not any(chain.same_document(chunk, chunk + 1) for chunk in range(chain.num_chunks)):
+        return [None] * len(transitions)
+    message = torch.cat([each.pack() for each in transitions])
+    gathered, work = all_gather_flat(message, chain.group)
     yield
     work.wait()
-    messages = gathered.view(line.num_ranks, len(maps), -1)
-    leaving, entering = None, []
-    for place in range(line.here[-1] + 1):
-        linked = line.linked(place - 1, place)
-        if place in line.here:
-            # Not a view: it would keep all that was gathered.
-            entering.append(leaving.clone() if linked else None)
-        rank = line.group_rank(place)
-        local, factor = unpack(messages[rank, line.places_of(rank).index(place)], maps[0])
-        passes = leaving is not None and line.runs_through(place)
-        leaving = torch.addcmul(local, factor, leaving) if passes else local
-    return entering
+    messages = gathered.view(chain.num_ranks, len(transitions), -1)
+    state, states_in = None, []
+    for chunk in range(chain.local_chunks[-1] + 1):
+        if chunk in chain.local_chunks:
+            # Cloned: a view would keep everything that was gathered.
+            enters = chain.same_document(chunk - 1, chunk)
+            states_in.append(state.clone() if enters else None)
+        rank = chain.group_rank(chunk)
+        message = messages[rank, chain.chunks_of(rank).index(chunk)]
+        each = transitions[0].unpack(message)
+        state = each.apply(state if chain.passes_through(chunk) else None)
+    return states_in

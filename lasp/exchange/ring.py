@@ -1,12 +1,12 @@
-"""LASP: the state goes point to point from place to place (arXiv 2404.02882). The default.
+"""LASP: the state goes point to point from chunk to chunk (arXiv 2404.02882). The default.
 
 A rank receives one state, adds its own and sends one on: P - 1 hops one after another, one state
-sent per rank whatever the length of the sequence, memory for one received state. In zigzag the
+sent per rank whatever the length of the sequence, and memory for one received state. In zigzag the
 state goes up the ranks and comes down again: two of each per rank, 2P - 2 hops. A rank whose decay
-forgets whatever enters sends before it has received: with all ranks such, it is one hop.
+leaves nothing of an incoming state sends before it has received; if all ranks do, it is one hop.
 
-GPUs that reach each other's memory pass the state on by a kernel (see `lasp.exchange.mailbox`),
-others by messages of the process group.
+GPUs that reach each other's memory pass the state on by a kernel
+(`lasp.exchange.symmetric_memory`), others by messages of the process group.
 """
 
 from __future__ import annotations
@@ -16,105 +16,99 @@ from collections.abc import Generator
 import torch
 import torch.distributed as dist
 
-from lasp.exchange.mailbox import Mailbox, find_mailbox
-from lasp.exchange.peers import AffineMap, Line, send
+from lasp.exchange.comm import send
+from lasp.exchange.symmetric_memory import StateBuffer, find_buffer
+from lasp.exchange.topology import ChunkChain, Transition
 
 __all__ = ["ring"]
 
-# From so many values of k or v on, dq takes longer than a relay that runs beside it.
-LONG = 2**25
 
-
-def ring(line: Line, maps: list[AffineMap]) -> Generator[None, None, list[torch.Tensor | None]]:
+def ring(
+    chain: ChunkChain, transitions: list[Transition], *, overlapped: bool = False
+) -> Generator[None, None, list[torch.Tensor | None]]:
     """See `lasp.exchange.start`."""
-    mailbox = find_mailbox(line.group, maps[0].local, line.relay)
-    if mailbox is not None:
-        return (yield from _by_memory(line, maps, mailbox))
-    return (yield from _by_messages(line, maps))
+    buffer = find_buffer(chain.group, transitions[0].local, chain.send_recv_state)
+    if buffer is not None:
+        return (yield from _in_memory(chain, transitions, buffer, overlapped))
+    return (yield from _by_messages(chain, transitions))
 
 
-def _by_memory(line: Line, maps: list[AffineMap], mailbox: Mailbox):
-    entering, leaving = [], None
-    arriving = [
+def _in_memory(
+    chain: ChunkChain, transitions: list[Transition], buffer: StateBuffer, overlapped: bool
+):
+    states_in, state = [], None
+    local = chain.local_chunks
+    receiving = [
         torch.empty_like(each.local, memory_format=torch.contiguous_format)
-        if line.linked(place - 1, place) and place - 1 not in line.here
+        if chain.same_document(chunk - 1, chunk) and chunk - 1 not in local
         else None
-        for place, each in zip(line.here, maps, strict=True)
+        for chunk, each in zip(local, transitions, strict=True)
     ]
-    # In the backward dq is to be computed meanwhile: a relay that waits for others then gets the
-    # few multiprocessors which that leaves free, and takes longer. Not worth it for a short dq; and
-    # a state that is known is sent before that begins, for all others wait for it.
-    beside = line.reverse and sum(each.length for each in maps) * _width(maps) >= LONG
-    beside = beside and any(each is not None for each in arriving)
-    with mailbox.on_its_stream():
-        for place, each, came in zip(line.here, maps, arriving, strict=True):
-            receives, goes_on = came is not None, line.linked(place, place + 1)
-            sends = goes_on and place + 1 not in line.here
-            if leaving is not None:
-                # It comes from this rank's other place, so what leaves is known.
-                came = leaving
-                each = AffineMap(each.after(came), passes=False)
+    # A kernel that waits for other ranks beside the caller's kernels gets the few multiprocessors
+    # that they leave, and takes longer. That pays only under long kernels. A state that is known is
+    # sent before they start, because all other ranks wait for it.
+    overlapped = overlapped and any(each is not None for each in receiving)
+    with buffer.on_stream():
+        for chunk, each, state_in in zip(local, transitions, receiving, strict=True):
+            receives, goes_on = state_in is not None, chain.same_document(chunk, chunk + 1)
+            sends = goes_on and chunk + 1 not in local
+            if state is not None:
+                # It comes from this rank's other chunk, so the outgoing state is known.
+                state_in = state
+                each = Transition(each.apply(state_in), None)
             if receives or sends:
-                mailbox.pass_on(
+                buffer.put(
                     each,
-                    came if receives else None,
-                    upward=_goes_up(line, place),
+                    state_in if receives else None,
+                    upward=_goes_up(chain, chunk),
                     sends=sends,
-                    few=beside,
+                    overlapped=overlapped,
                 )
             if goes_on and not sends:
-                leaving = mailbox.lent(each.after(came))
-            entering.append(came)
-    if line.reverse and not beside:
-        mailbox.join()
+                state = buffer.record_stream(each.apply(state_in))
+            states_in.append(state_in)
+    if chain.reverse and not overlapped:
+        buffer.join()
     yield
-    mailbox.join()
-    return entering
+    buffer.join()
+    return states_in
 
 
-def _width(maps: list[AffineMap]) -> int:
-    """Values of one token of k or v."""
-    _, num_heads, D, E = maps[0].local.shape
-    return num_heads * max(D, E)
+def _goes_up(chain: ChunkChain, chunk: int) -> bool:
+    """True if states enter a chunk from the rank below and leave it to the rank above."""
+    if chunk + 1 < chain.num_chunks and chunk + 1 not in chain.local_chunks:
+        return chain.group_rank(chunk + 1) > chain.group_rank(chunk)
+    return chain.group_rank(chunk - 1) < chain.group_rank(chunk)
 
 
-def _goes_up(line: Line, place: int) -> bool:
-    """Whether states come to a place from the rank below, and go to the one above."""
-    if place + 1 < line.size and place + 1 not in line.here:
-        return line.group_rank(place + 1) > line.group_rank(place)
-    return line.group_rank(place - 1) < line.group_rank(place)
-
-
-def _by_messages(line: Line, maps: list[AffineMap]):
-    # All ranks post their messages in the order of the places that send them. So they never wait
-    # for each other in a circle, even where a backend runs the messages of a rank one by one.
-    entering, receiving, sending = [], [], []
-    leaving = None
-    for place, each in zip(line.here, maps, strict=True):
-        came = work = None
-        if line.linked(place - 1, place):
-            if place - 1 in line.here:
-                came = leaving
+def _by_messages(chain: ChunkChain, transitions: list[Transition]):
+    # All ranks post their messages in the order of the chunks that send them. So they never wait
+    # for each other in a circle, even if a backend runs the messages of a rank one by one.
+    states_in, receiving, sending = [], [], []
+    state = None
+    for chunk, each in zip(chain.local_chunks, transitions, strict=True):
+        state_in = work = None
+        if chain.same_document(chunk - 1, chunk):
+            if chunk - 1 in chain.local_chunks:
+                state_in = state
             else:
-                came = torch.empty_like(each.local, memory_format=torch.contiguous_format)
-                prev = line.global_rank(place - 1)
-                work = dist.irecv(came, src=prev, group=line.group)
+                state_in = torch.empty_like(each.local, memory_format=torch.contiguous_format)
+                previous = chain.global_rank(chunk - 1)
+                work = dist.irecv(state_in, src=previous, group=chain.group)
                 receiving.append(work)
-        entering.append(came)
-        if not line.linked(place, place + 1):
+        states_in.append(state_in)
+        if not chain.same_document(chunk, chunk + 1):
             continue
-        if work is not None and each.passes:
-            # Computed here, so that nothing but one sum is left to do once the state has come.
-            _ = each.factor
+        if work is not None and each.factor is not None:
             yield
             receiving.pop().wait()
-        leaving = each.after(came).contiguous()
-        if place + 1 not in line.here:
-            next_rank = line.global_rank(place + 1)
-            if (work := send(leaving, next_rank, line.group)) is not None:
-                # With what it reads.
-                sending.append((work, leaving))
+        state = each.apply(state_in).contiguous()
+        if chunk + 1 not in chain.local_chunks:
+            following = chain.global_rank(chunk + 1)
+            if (work := send(state, following, chain.group)) is not None:
+                # Kept together with the tensor that it reads.
+                sending.append((work, state))
     yield
     for work in [*receiving, *(work for work, _ in sending)]:
         work.wait()
-    return entering
+    return states_in

@@ -1,8 +1,8 @@
 """Lightning attention in chunked plain torch: the CPU backend, and the kernels explained.
 
 Within a chunk of C tokens attention is a masked C x C product; between chunks only the state
-passes (Lightning Attention-2, arXiv 2401.04658, algorithms 1 and 2). One function, `scan`, is the
-forward and, with its arguments exchanged, every gradient:
+is passed on (Lightning Attention-2, arXiv 2401.04658, algorithms 1 and 2). One function, `scan`, is
+the forward and, with its arguments exchanged, every gradient:
 
     o  = scan(q, k, v, S0)                    dq = scan(do, v, k, S0^T)
     dv = scan(k, q, do, G, reverse=True)      dk = scan(v, do, q, G^T, reverse=True)
@@ -20,15 +20,15 @@ from itertools import pairwise
 
 import torch
 
-__all__ = ["prefix_states", "scan", "step"]
+__all__ = ["chunk_states", "needs_segment_states", "scan", "scan_dkdv", "step"]
 
-# Long enough that the loop's overhead is small, short enough that C x C work stays small.
+# Long enough for little loop overhead, short enough for little C x C work.
 SCAN_CHUNK = 128
 STATE_CHUNK = 2048
 
 
 def _without_autocast(function: Callable) -> Callable:
-    """Autocast reaches the products in here, and would make them, and the states, bfloat16."""
+    """Runs `function` without autocast, which would make products and states bfloat16."""
 
     @wraps(function)
     def exact(first, *args, **kwargs):
@@ -42,35 +42,38 @@ def _without_autocast(function: Callable) -> Callable:
     return exact
 
 
+def needs_segment_states(k_BTHD, v_BTHE, *, cu_seqlens=None) -> bool:
+    """True if `scan` needs the segment states of `chunk_states`. This backend never does."""
+    return False
+
+
 @_without_autocast
-def prefix_states(
+def chunk_states(
     k_BTHD: torch.Tensor,
     v_BTHE: torch.Tensor,
     log_decay: torch.Tensor | None,
     *,
-    offsets: tuple[int, ...] | None = None,
-    held: tuple[int, ...] | None = None,
+    cu_seqlens: tuple[int, ...] | None = None,
+    state_rows: tuple[int, ...] | None = None,
     reverse: bool = False,
     scale: float = 1.0,
     with_total: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The state that each document adds up by itself, [N, H, D, E].
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The state that the tokens of each document add up to, [N, H, D, E].
 
     Forward: sum_j lambda^(n-1-j) k_j v_j^T over a document of n tokens. Reverse (with q for k and
     do for v): sum_i scale * lambda^(i+1) k_i v_i^T, the gradient of the state that enters it.
 
-    Returns (segment_states, total), the latter None if not with_total. This backend keeps no
-    segments: the first is empty. With `held` the total is of those packed documents alone, in that
-    order.
+    Returns (segment_states, local_state), the latter None if not with_total. This backend has no
+    segments: the first is None. With `state_rows` only these packed documents have a local state,
+    in that order.
     """
     if not with_total:
-        return k_BTHD.new_empty(0, dtype=_compute_dtype(k_BTHD)), None
-    pieces = _documents((k_BTHD, v_BTHE), offsets)
-    if held is not None:
-        pieces = [pieces[n] for n in held]
-    totals = [_total(k, v, log_decay, reverse, scale) for k, v in pieces]
-    total_NHDE = torch.cat(totals)
-    return total_NHDE.new_empty(0), total_NHDE
+        return None, None
+    rows = _rows((k_BTHD, v_BTHE), cu_seqlens)
+    if state_rows is not None:
+        rows = [rows[n] for n in state_rows]
+    return None, torch.cat([_local_state(k, v, log_decay, reverse, scale) for k, v in rows])
 
 
 @_without_autocast
@@ -83,26 +86,46 @@ def scan(
     scale: float,
     initial_state: torch.Tensor | None = None,
     segment_states: torch.Tensor | None = None,
-    offsets: tuple[int, ...] | None = None,
-    held: tuple[int, ...] | None = None,
+    cu_seqlens: tuple[int, ...] | None = None,
+    state_rows: tuple[int, ...] | None = None,
     reverse: bool = False,
 ) -> torch.Tensor:
     """One pass over the tokens from a given state; returns y [B, T, H, E] in a's dtype.
 
     Forward: y_i = scale * (sum_{j<=i} lambda^(i-j) (a_i . b_j) x_j + lambda^(i+1) a_i S0).
     Reverse: y_j = scale * sum_{i>=j} lambda^(i-j) (a_j . b_i) x_i + lambda^(n-1-j) a_j G.
-    initial_state is S0 or G, [N, H, D, E]; None is zero. With `held` it has a row for each of those
-    packed documents, in that order, and a last one of zeros, which stands for all others.
+    initial_state is S0 or G, [N, H, D, E]; None is zero. With `state_rows` it has a row for each of
+    these packed documents, in that order, and a last one of zeros, for all others.
     """
     y_BTHE = torch.empty(x_BTHE.shape, dtype=a_BTHD.dtype, device=a_BTHD.device)
-    pieces = _documents((a_BTHD, b_BTHD, x_BTHE, y_BTHE), offsets)
-    for n, piece in enumerate(pieces):
+    for n, tensors in enumerate(_rows((a_BTHD, b_BTHD, x_BTHE, y_BTHE), cu_seqlens)):
         state = initial_state
-        if state is not None and offsets is not None:
-            row = n if held is None else held.index(n) if n in held else len(held)
+        if state is not None and cu_seqlens is not None:
+            row = n
+            if state_rows is not None:
+                row = state_rows.index(n) if n in state_rows else len(state_rows)
             state = state[row : row + 1]
-        _scan(*piece, log_decay, scale, state, reverse)
+        _scan(*tensors, log_decay, scale, state, reverse)
     return y_BTHE
+
+
+def scan_dkdv(
+    q_BTHD: torch.Tensor,
+    k_BTHD: torch.Tensor,
+    v_BTHE: torch.Tensor,
+    do_BTHE: torch.Tensor,
+    log_decay: torch.Tensor | None,
+    *,
+    initial_state: torch.Tensor | None = None,
+    segment_states: torch.Tensor | None = None,
+    **options,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dk, dv) by two reverse scans; the states are gradients G [N, H, D, E], options as `scan`."""
+    states = dict(initial_state=initial_state, segment_states=segment_states)
+    transposed = {name: None if s is None else s.mT for name, s in states.items()}
+    dv = scan(k_BTHD, q_BTHD, do_BTHE, log_decay, reverse=True, **states, **options)
+    dk = scan(v_BTHE, do_BTHE, q_BTHD, log_decay, reverse=True, **transposed, **options)
+    return dk, dv
 
 
 @_without_autocast
@@ -124,7 +147,7 @@ def step(
     return o_BHE.to(q_BHD.dtype), state_BHDE
 
 
-def _total(k_BTHD, v_BTHE, log_decay, reverse, scale):
+def _local_state(k_BTHD, v_BTHE, log_decay, reverse, scale):
     B, T, H, D = k_BTHD.shape
     compute = _compute_dtype(k_BTHD)
     rate_H = _rates(log_decay, H, k_BTHD)
@@ -156,19 +179,19 @@ def _scan(a_BTHD, b_BTHD, x_BTHE, y_BTHE, log_decay, scale, initial_state, rever
             weights_HCC = scale * masked.exp()
             read_HC = torch.exp(rate_H[:, None] * read_C) * (1.0 if reverse else scale)
             write_HC = torch.exp(rate_H[:, None] * write_C) * (scale if reverse else 1.0)
-            carry_H11 = torch.exp(rate_H * (stop - start))[:, None, None]
+            chunk_decay_H11 = torch.exp(rate_H * (stop - start))[:, None, None]
         a_BHCD, b_BHCD, x_BHCE = (_heads_first(t[:, start:stop]) for t in (a_BTHD, b_BTHD, x_BTHE))
         y_BHCE = (a_BHCD @ b_BHCD.transpose(-1, -2) * weights_HCC) @ x_BHCE
         y_BHCE += (a_BHCD @ state_BHDE) * read_HC[..., None]
         update_BHDE = b_BHCD.transpose(-1, -2) @ (x_BHCE * write_HC[..., None])
-        state_BHDE = carry_H11 * state_BHDE + update_BHDE
+        state_BHDE = chunk_decay_H11 * state_BHDE + update_BHDE
         y_BTHE[:, start:stop] = y_BHCE.transpose(1, 2)
 
 
 def _chunk_exponents(length, reverse, device):
-    """How often the decay applies: between two tokens [C, C] (negative where one may not see the
-    other), from the state that enters the chunk to a token [C], from a token to the state that
-    leaves it [C]."""
+    """How many times the decay applies: between two tokens [C, C] (negative where one may not see
+    the other), from the state that enters the chunk to a token [C], and from a token to the state
+    that leaves it [C]."""
     position = torch.arange(length, device=device)
     distance = position[:, None] - position[None, :]
     from_start, to_end = position + 1, length - 1 - position
@@ -178,15 +201,15 @@ def _chunk_exponents(length, reverse, device):
 
 
 def _chunks(length, size, reverse):
-    borders = [(start, min(start + size, length)) for start in range(0, length, size)]
-    return borders[::-1] if reverse else borders
+    boundaries = [(start, min(start + size, length)) for start in range(0, length, size)]
+    return boundaries[::-1] if reverse else boundaries
 
 
-def _documents(tensors, offsets):
-    """The dense batch as it is, or one piece [1, n, H, .] per packed document."""
-    if offsets is None:
+def _rows(tensors, cu_seqlens):
+    """The batch as it is, or tensors [1, n, H, .] for each packed document."""
+    if cu_seqlens is None:
         return [tensors]
-    return [[t[:, start:stop] for t in tensors] for start, stop in pairwise(offsets)]
+    return [[t[:, start:stop] for t in tensors] for start, stop in pairwise(cu_seqlens)]
 
 
 def _heads_first(x_BCHD):

@@ -57,9 +57,9 @@ class Problem:
     def positions(self, size):
         """Global positions of the tokens of each rank, in the order it holds them."""
         lengths = self.lengths or shard.split_lengths(self.total, size, self.layout)
-        borders = shard.place_borders(lengths, self.layout)
+        borders = shard.chunk_boundaries(lengths, self.layout)
         return [
-            [t for p in shard.places(rank, size, self.layout) for t in range(*borders[p : p + 2])]
+            [t for p in shard.chunks_of_rank(rank, size, self.layout) for t in range(*borders[p : p + 2])]
             for rank in range(size)
         ]
 
@@ -98,11 +98,7 @@ def run(group, problem):
         layout=problem.layout,
         shard_lengths=problem.lengths,
     )
-    if problem.split:
-        started = lasp.start_state(*leaves[1:], log_decay.to(device), **options)
-        result = lasp.attend(leaves[0], started)
-    else:
-        result = lasp.lightning_attention(*leaves, log_decay.to(device), **options)
+    result = lasp.lightning_attention(*leaves, log_decay.to(device), **options)
     if not problem.final:
         result.backward(do[:, here].to(device))
         return _named(result, None, leaves, initial)
@@ -153,7 +149,7 @@ def check(pool, size, *problems, bound=None, timeout=None):
 
 def documents_that(meet, lengths, layout):
     """Boundaries of documents: on borders between places, across them, or both with empty ones."""
-    borders = shard.place_borders(lengths, layout)
+    borders = shard.chunk_boundaries(lengths, layout)
     total = borders[-1]
     if meet == "on":
         return borders

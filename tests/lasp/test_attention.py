@@ -215,19 +215,14 @@ def test_shapes_alone(final):
 def test_operators_are_registered_soundly():
     q, k, v, log_decay, state = cases.make_inputs(70, dtype=torch.float32)
     alone = (None, "ring", "contiguous", None)
-    enter, start = torch.ops.lasp.enter.default, torch.ops.lasp.start.default
-    arguments = (k, v, log_decay, state, None, 1.0, True, True, *alone)
-    torch.library.opcheck(enter, arguments)
-    # Tickets differ from call to call, so only what is returned can be compared with the fake.
-    torch.library.opcheck(start, arguments, test_utils=("test_schema", "test_faketensor"))
-    _, ticket = start(*arguments)
-    again = torch.ops.lasp.finish(ticket, k, v, state, None, True, *alone)
-    entering, segments, final = enter(*arguments)
-    assert torch.equal(again[1], final) and torch.equal(again[0], entering)
-    rest = (log_decay, state, entering, segments, None, 1.0)
-    torch.library.opcheck(torch.ops.lasp.attend.default, (q, k, v, *rest, *alone))
+    state_fwd = torch.ops.lasp.state_fwd.default
+    torch.library.opcheck(state_fwd, (k, v, log_decay, state, None, 1.0, True, True, *alone))
+    entering, segments, final = state_fwd(k, v, log_decay, state, None, 1.0, True, True, *alone)
+    rest = (log_decay, state, None, entering, segments, 1.0)
+    torch.library.opcheck(torch.ops.lasp.attn_fwd.default, (q, k, v, *rest, *alone))
+    rest = (log_decay, state, None, None, entering, segments, 1.0)
     torch.library.opcheck(
-        torch.ops.lasp.attend_backward.default, (v, None, q, k, v, *rest, True, True, *alone)
+        torch.ops.lasp.attn_bwd.default, (v, q, k, v, *rest, True, True, *alone)
     )
 
 
@@ -240,7 +235,7 @@ def test_whoever_looks_at_operators_sees_them():
         watched = cases.forward_and_gradients(with_state, *inputs)
     cases.assert_close(watched, alone, 0, "watched")
     seen = {event.name for event in profile.events()}
-    assert {"lasp::enter", "lasp::attend", "lasp::attend_backward"} <= seen
+    assert {"lasp::state_fwd", "lasp::attn_fwd", "lasp::attn_bwd"} <= seen
     seen.clear()
 
     class Mode(torch.utils._python_dispatch.TorchDispatchMode):
@@ -251,4 +246,4 @@ def test_whoever_looks_at_operators_sees_them():
     with Mode():
         watched = cases.forward_and_gradients(with_state, *inputs)
     cases.assert_close(watched, alone, 0, "under a mode")
-    assert {"lasp::enter", "lasp::attend", "lasp::attend_backward"} <= seen
+    assert {"lasp::state_fwd", "lasp::attn_fwd", "lasp::attn_bwd"} <= seen

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lasp
 from lasp import shard
-from lasp.exchange import Line
+from lasp.exchange import ChunkChain
 from tests.lasp import cases, sharded
 from tests.lasp.sharded import Problem
 
@@ -47,7 +47,7 @@ def in_groups_of_equal_size(group):
     found, kept = [sums(group)], []
     for order in ((3, 2, 1, 0), (0, 1, 2, 3), (3, 2, 1, 0)):
         other = dist.new_group(list(order), sort_ranks=False)
-        found.append((sums(other), sums(group), sums(other), Line(other, reverse=True).here))
+        found.append((sums(other), sums(group), sums(other), ChunkChain(other, reverse=True).local_chunks))
         dist.destroy_process_group(other)
         kept.append(weakref.ref(other))
         del other
@@ -168,6 +168,6 @@ def both_ways(group, layout, packed, initial, with_final):
 def test_who_watches_sees_operators_and_nothing_else_differs(pool, layout, packed, more):
     for results in pool.run(both_ways, layout, packed, more, more, size=2):
         for (plain, _), (watched, calls) in zip(results[::2], results[1::2], strict=True):
-            assert calls == ["enter", "attend", "attend_backward"]
+            assert calls == ["state_fwd", "attn_fwd", "attn_bwd"]
             assert len(plain) == len(watched)
             assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 import lasp
-from lasp import operators, shard
+from lasp import shard
+from lasp.ops import chunked
 from tests.distributed import Pool
 from tests.lasp import cases, sharded
 from tests.lasp.sharded import METHODS, Problem
@@ -137,19 +138,19 @@ def rows_of_states(group, problem):
     rows = []
 
     def noting(name):
-        function = getattr(operators.ops, name)
+        function = getattr(chunked, name)
 
         def call(*args, initial_state=None, **kwargs):
             if initial_state is not None:
                 kwargs["initial_state"] = initial_state
             results = function(*args, **kwargs)
-            states = results[1] if name == "prefix_states" else initial_state
+            states = results[1] if name == "chunk_states" else initial_state
             rows.append(0 if states is None else len(states))
             return results
 
-        return mock.patch.object(operators.ops, name, call)
+        return mock.patch.object(chunked, name, call)
 
-    with noting("prefix_states"), noting("scan"), noting("scan_pair"):
+    with noting("chunk_states"), noting("scan"), noting("scan_dkdv"):
         sharded.run(group, problem)
     return rows
 
@@ -190,9 +191,6 @@ def compiled(group, layout, documents, split):
     options = dict(group=group, layout=layout, cu_seqlens=cu_seqlens)
 
     def layer(q, k, v):
-        if split:
-            started = lasp.start_state(k, v, log_decay, **options)
-            return lasp.attend(q * 2, started).sin()
         return lasp.lightning_attention(q * 2, k, v, log_decay, **options).sin()
 
     results = []
@@ -255,22 +253,3 @@ def test_a_group_that_this_rank_is_not_in(pool):
         raise outcome
 
 
-def test_a_started_state_is_attended_to_once():
-    q, k, v, log_decay, _ = cases.make_inputs(5, state=False)
-    started = lasp.start_state(k, v, log_decay)
-    with pytest.raises(ValueError, match=r"q is torch.float64 \[1, 4, 3, 16\]"):
-        lasp.attend(q[:, 1:], started)
-    o = lasp.attend(q, started)
-    assert torch.equal(o, lasp.lightning_attention(q, k, v, log_decay))
-    with pytest.raises(ValueError, match="once: call start_state again"):
-        lasp.attend(q, started)
-
-
-def test_a_started_state_that_nobody_attends_to_is_not_kept():
-    _, k, v, log_decay, _ = cases.make_inputs(5, state=False)
-    before = set(operators._started)
-    started = lasp.start_state(k, v, log_decay)
-    (ticket,) = set(operators._started) - before
-    state = weakref.ref(operators._started[ticket])
-    del started
-    assert state() is None and ticket not in operators._started

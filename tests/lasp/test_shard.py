@@ -70,9 +70,9 @@ def test_zigzag_mirrors_the_sequence(pool, total, size):
 def test_even_zigzag_is_that_of_softmax_context_parallelism():
     # Rank r of P: chunks r and 2P-1-r of 2P.
     assert shards.token_order(8, 2, "zigzag").tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
-    assert shards.places(1, 4, "zigzag") == (1, 6)
-    assert shards.place_borders((4, 2, 0), "zigzag") == (0, 2, 3, 3, 3, 4, 6)
-    assert shards.place_borders((4, 1, 0)) == (0, 4, 5, 5)
+    assert shards.chunks_of_rank(1, 4, "zigzag") == (1, 6)
+    assert shards.chunk_boundaries((4, 2, 0), "zigzag") == (0, 2, 3, 3, 3, 4, 6)
+    assert shards.chunk_boundaries((4, 1, 0)) == (0, 4, 5, 5)
 
 
 def moved(group, total):
@@ -103,9 +103,9 @@ def test_what_zigzag_cannot_cut():
     with pytest.raises(ValueError, match="cut of 7 tokens.*even.*Pad"):
         shards.split_lengths(7, 2, "zigzag")
     with pytest.raises(ValueError, match="holds 3 tokens in zigzag"):
-        shards.place_borders((4, 3), "zigzag")
+        shards.chunk_boundaries((4, 3), "zigzag")
     with pytest.raises(ValueError, match="layout is 'spiral': choose one of contiguous, zigzag"):
-        shards.places(0, 2, "spiral")
+        shards.chunks_of_rank(0, 2, "spiral")
     with pytest.raises(ValueError, match="has 3 tokens.*must be even"):
         shards.to_zigzag(torch.zeros(1, 3), None)
     with pytest.raises(ValueError, match="first half.*got 2..6 of 8"):

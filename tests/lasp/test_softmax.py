@@ -5,8 +5,8 @@ import torch
 import torch.distributed as dist
 
 import lasp
-from lasp.exchange import tokens
-from lasp.ops import softmax as pieces
+from lasp.exchange import comm as tokens
+from lasp.ops import sdpa as pieces
 from parallel import recompute
 from tests.lasp.cases import relative_error
 
@@ -164,7 +164,7 @@ def test_any_strides():
 
 def test_scores_far_apart_join(monkeypatch):
     """A part whose weights underflow beside the other's adds nothing, and no NaN."""
-    monkeypatch.setattr(pieces, "_BLOCK", 7)
+    monkeypatch.setattr(pieces, "_MERGE_BLOCK", 7)
     q, k, v, do = make_inputs(40, past=25)
     k[:, :25] *= 200
     assert_close(results(lasp.softmax_attention, q, k, v, do), definition((q, k, v, do)), 1e-11, "")
@@ -302,7 +302,7 @@ def bad_on_one_rank(group, what):
     ("what", "message"),
     [
         ("layout", "disagree on layout"),
-        ("odd", "holds 9 tokens: the zigzag layout is two equal parts"),
+        ("odd", "holds 9 tokens: the zigzag layout is two equal chunks"),
         ("lengths", r"shard_lengths is \[10, 11\]"),
         ("documents", "disagree on cu_seqlens"),
         ("end", "ends at 21"),

@@ -1,4 +1,4 @@
-"""What travels between ranks: how much, how often, and in any timing."""
+"""What crosses ranks: how much, how often, and with any timing."""
 
 import functools
 import random
@@ -10,18 +10,19 @@ import torch.distributed as dist
 
 import lasp
 from lasp import exchange, shard
-from lasp.exchange import AffineMap, Line, peers
-from lasp.exchange.mailbox import Mailbox
-from parallel import recompute
+from lasp.exchange import ChunkChain, Transition, comm
+from lasp.exchange.symmetric_memory import StateBuffer
+from lasp.ops import chunked
+from parallel import recompute as activation_checkpoint
 from tests.lasp import cases, sharded
 from tests.lasp.sharded import METHODS, Problem
 
 
 class Sent:
-    """Bytes of every state this rank sends, by message or in memory; `delay` seconds at most before
-    each message.
+    """Bytes of every state that this rank sends, by message or in memory, with a delay of up to
+    `delay` seconds before each message.
 
-    Comparisons of the guard are integers, and not counted.
+    The consistency check sends integers, which are not counted.
     """
 
     def __init__(self, delay=0.0, seed=0):
@@ -29,14 +30,14 @@ class Sent:
         self._delay, self._chance = delay, random.Random(seed)
 
     def __enter__(self):
-        self._calls = dist.isend, peers._all_gather, Mailbox.pass_on
+        self._calls = dist.isend, comm._all_gather, StateBuffer.put
         dist.isend = self._counting(dist.isend, 0)
-        peers._all_gather = self._counting(peers._all_gather, 1)
-        Mailbox.pass_on = self._counting_relays(Mailbox.pass_on)
+        comm._all_gather = self._counting(comm._all_gather, 1)
+        StateBuffer.put = self._counting_puts(StateBuffer.put)
         return self
 
     def __exit__(self, *error):
-        dist.isend, peers._all_gather, Mailbox.pass_on = self._calls
+        dist.isend, comm._all_gather, StateBuffer.put = self._calls
 
     def _counting(self, call, place):
         def wrapped(*args, **kwargs):
@@ -47,17 +48,18 @@ class Sent:
 
         return wrapped
 
-    def _counting_relays(self, call):
-        def wrapped(mailbox, each, entering, *, sends, **options):
+    def _counting_puts(self, call):
+        def wrapped(buffer, transition, state_in, *, sends, **options):
             if sends:
-                self.bytes.append(each.local.numel() * each.local.element_size())
-            return call(mailbox, each, entering, sends=sends, **options)
+                local = transition.local
+                self.bytes.append(local.numel() * local.element_size())
+            return call(buffer, transition, state_in, sends=sends, **options)
 
         return wrapped
 
 
 def delayed_bits(group, problems, trials):
-    """The same problems again and again, each message sent after a random delay."""
+    """The same problems repeatedly, each message sent after a random delay."""
     with Sent(delay=0.001, seed=dist.get_rank(group)):
         return [sharded.run_all(group, problems) for _ in range(trials)]
 
@@ -106,7 +108,7 @@ def test_the_ring_sends_one_state_whatever_the_length(pool):
             assert backward == ([STATE] if rank > 0 else [])
 
 
-def test_the_ring_in_zigzag_sends_one_state_per_place(pool):
+def test_the_ring_in_zigzag_sends_one_state_per_chunk(pool):
     # Up to the last rank, which passes the state to itself, and down again.
     for rank, totals in enumerate(pool.run(count_messages, "ring", "zigzag", size=3)):
         for forward, backward in totals:
@@ -115,10 +117,10 @@ def test_the_ring_in_zigzag_sends_one_state_per_place(pool):
 
 def test_all_gather_is_one_collective(pool):
     message = STATE + 3 * 4
-    for layout, places in (("contiguous", 1), ("zigzag", 2)):
+    for layout, chunks in (("contiguous", 1), ("zigzag", 2)):
         for totals in pool.run(count_messages, "all_gather", layout, size=3):
             for forward, backward in totals:
-                assert forward == backward == [places * message]
+                assert forward == backward == [chunks * message]
 
 
 def test_doubling_sends_a_logarithm_of_states(pool):
@@ -130,7 +132,7 @@ def test_doubling_sends_a_logarithm_of_states(pool):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_only_ranks_that_share_a_document_exchange(pool, method):
-    # Shards of one unit; a document over ranks 1 and 2, the other borders between documents.
+    # Shards of one unit; a document over ranks 1 and 2, the other boundaries between documents.
     results = pool.run(count_messages, method, "contiguous", (0, 1, 3, 4), size=4)
     for rank, totals in enumerate(results):
         for forward, backward in totals:
@@ -144,26 +146,26 @@ def test_only_ranks_that_share_a_document_exchange(pool, method):
 
 
 def send_before_receiving(group):
-    """What enters; the last rank has it before the first rank has begun."""
+    """The state that enters; the last rank has it before the first rank has started."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     first, last = (dist.get_global_rank(group, place) for place in (0, size - 1))
     token = torch.zeros(1)
     if rank == 0:
         dist.recv(token, src=last, group=group, tag=7)
     state = torch.full((1, 2, 3, 4), float(rank))
-    each = AffineMap(state, passes=False)
-    (entering,) = exchange.start([each], Line(group), method="ring").finish()
+    each = Transition(state, None)
+    (entering,) = exchange.start([each], ChunkChain(group), method="ring").wait()
     if rank == size - 1:
         dist.send(token, dst=first, group=group, tag=7)
     return None if entering is None else float(entering.mean())
 
 
-def test_the_ring_is_one_hop_where_nothing_passes(pool):
+def test_the_ring_is_one_hop_if_nothing_passes_through(pool):
     assert pool.run(send_before_receiving, size=4) == [None, 0.0, 1.0, 2.0]
 
 
 def returned_and_sent(group, layout):
-    """Whether a final state lies where a message does, which NCCL may still have to send."""
+    """True if a final state shares memory with a message, which NCCL may still be sending."""
     sent, isend = [], dist.isend
     q, k, v, log_decay, _ = cases.make_inputs(6, state=False)
     with pytest.MonkeyPatch.context() as patch:
@@ -180,7 +182,7 @@ def test_a_final_state_may_be_written_to(pool, layout):
 
 
 def kept_tensors(group, method):
-    """Bytes that the backward will need beyond q, k, v; with a group and alone."""
+    """Bytes saved for the backward beyond q, k, v, with a group minus on one device."""
     sizes = []
     for each in (group, None):
         q, k, v, log_decay, _ = cases.make_inputs(64, dtype=torch.float32)
@@ -223,45 +225,42 @@ def new_states(group, method):
 
     state = torch.full((1, 2, 16, 16), float(rank))
     for reverse in (False, True):
-        each = AffineMap(state)
+        each = Transition(state, state.new_ones(2, 1, 1))
         with Operators():
-            exchange.start([each], Line(group, reverse=reverse), method=method).finish()
+            exchange.start([each], ChunkChain(group, reverse=reverse), method=method).wait()
     return sum(made)
 
 
 def test_memory_of_the_ring_does_not_grow_with_the_ranks(pool):
-    # What comes and what goes on, in each direction; at an end only what comes, in one of them.
+    # What is received and what is sent on, in each direction; less at the ends.
     for size, states in ((2, 1), (3, 4), (4, 4)):
         assert max(pool.run(new_states, "ring", size=size)) == states
     assert max(pool.run(new_states, "all_gather", size=4)) > 8
 
 
 class Layer(torch.nn.Module):
-    """An attention whose inputs are recomputed, in one call or in two."""
+    """An attention whose inputs are recomputed."""
 
-    def __init__(self, group, split):
+    def __init__(self, group):
         super().__init__()
         inputs = cases.make_inputs(50, dtype=torch.float32, state=False)
         self.q, self.k, self.v, self.log_decay, _ = inputs
         self.to_device = sharded.device_of(group)
-        self.group, self.split = group, split
+        self.group = group
 
     def forward(self, x):
         q, k, v, log_decay = (
             t.to(self.to_device) for t in (self.q, self.k, self.v, self.log_decay)
         )
-        if self.split:
-            started = lasp.start_state(k * x, v, log_decay, group=self.group)
-            return lasp.attend(q * x, started)
         return lasp.lightning_attention(q * x, k * x, v, log_decay, group=self.group)
 
 
 def keeping(layer, use_reentrant, x):
-    once = recompute.keeping_exchanges(layer)
+    once = activation_checkpoint.keeping_exchanges(layer)
     return torch.utils.checkpoint.checkpoint(once, x, use_reentrant=use_reentrant)
 
 
-def checkpointed(group, how, split):
+def checkpointed(group, how):
     """(gradients as without checkpointing?, states this rank sent with it)."""
     x = torch.ones(1, 50, 3, 16, device=sharded.device_of(group), requires_grad=True)
 
@@ -272,24 +271,23 @@ def checkpointed(group, how, split):
         return grad, len(sent.bytes)
 
     if "by hand" in how:
-        layer = functools.partial(keeping, Layer(group, split), "non-reentrant" not in how)
+        layer = functools.partial(keeping, Layer(group), "non-reentrant" not in how)
     elif "kept" in how:
-        layer = recompute.checkpointed(Layer(group, split))
+        layer = activation_checkpoint.checkpointed(Layer(group))
     else:
         layer = functools.partial(
             torch.utils.checkpoint.checkpoint,
-            Layer(group, split),
+            Layer(group),
             use_reentrant=how == "reentrant",
         )
     if "compiled" in how:
         kept = layer
         layer = torch.compile(lambda x: kept(x), backend="aot_eager", fullgraph=True)
-    plain_grad, _ = gradient_and_sends(Layer(group, split))
+    plain_grad, _ = gradient_and_sends(Layer(group))
     grad, sends = gradient_and_sends(layer)
     return torch.allclose(grad, plain_grad, rtol=1e-6, atol=1e-6), sends
 
 
-@pytest.mark.parametrize("split", [False, True], ids=["joint", "split"])
 @pytest.mark.parametrize(
     "how, sends",
     [
@@ -301,16 +299,15 @@ def checkpointed(group, how, split):
         ("kept by hand, non-reentrant", [1, 2, 1]),
     ],
 )
-def test_checkpointing(pool, how, sends, split):
-    # Plain checkpointing repeats the forward's exchange, on every rank alike; with what
-    # parallel.recompute has for it the entering state is kept and nothing is sent twice.
-    results = pool.run(checkpointed, how, split, size=3, timeout=110)
+def test_checkpointing_sends_no_state_twice_if_the_exchange_is_kept(pool, how, sends):
+    # Plain checkpointing repeats the exchange of the forward, on every rank alike.
+    results = pool.run(checkpointed, how, size=3)
     assert all(equal for equal, _ in results)
     assert [count for _, count in results] == sends
 
 
 def overlapping(group):
-    """Events of a call in two, and of a backward, in the order this rank's host reaches them."""
+    """Events of a forward and of a backward, in the order this rank reaches them."""
     events = []
 
     def noting(event, call):
@@ -320,35 +317,26 @@ def overlapping(group):
 
         return noted
 
-    class Operators(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.name() == "aten::cos":
-                events.append("work")
-            return func(*args, **(kwargs or {}))
-
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in (
             (exchange, "start"),
-            (exchange.Pending, "finish"),
-            (lasp.ops, "scan"),
-            (lasp.ops, "scan_pair"),
+            (exchange.PendingExchange, "wait"),
+            (chunked, "scan"),
+            (chunked, "scan_dkdv"),
         ):
             patch.setattr(owner, name, noting(name, getattr(owner, name)))
         q, k, v, log_decay, _ = cases.make_inputs(8, state=False)
-        with Operators():
-            started = lasp.start_state(k.requires_grad_(), v, log_decay, group=group)
-            q = q.cos()
-            o = lasp.attend(q, started)
+        o = lasp.lightning_attention(q, k.requires_grad_(), v, log_decay, group=group)
         forward, events[:] = list(events), []
         o.sum().backward()
     return forward, events
 
 
-def test_work_runs_while_states_travel(pool):
+def test_the_backward_computes_dq_during_the_exchange(pool):
     for forward, backward in pool.run(overlapping, size=2):
-        assert forward == ["start", "work", "finish", "scan"]
-        # dq needs nothing remote, dv and dk do.
-        assert backward == ["start", "scan", "finish", "scan_pair"]
+        assert forward == ["start", "wait", "scan"]
+        # dq needs no remote state, dk and dv do.
+        assert backward == ["start", "scan", "wait", "scan_dkdv", "scan", "scan"]
 
 
 def profiled_ranges(group):
@@ -366,19 +354,20 @@ def test_exchanges_are_ranges_of_a_profile(pool):
 
 
 @pytest.mark.parametrize("layout", shard.LAYOUTS)
-def test_ranks_of_a_line(pool, layout):
-    lines = pool.run(describe_line, layout, size=3)
-    for rank, (forward, backward) in enumerate(lines):
+def test_chunks_of_each_rank(pool, layout):
+    chains = pool.run(describe_chain, layout, size=3)
+    for rank, (forward, backward) in enumerate(chains):
         size = 6 if layout == "zigzag" else 3
-        held = shard.places(rank, 3, layout)
+        held = shard.chunks_of_rank(rank, 3, layout)
         assert forward == held
         assert backward == tuple(size - 1 - place for place in held[::-1])
 
 
-def describe_line(group, layout):
-    lines = [Line(group, layout, reverse) for reverse in (False, True)]
+def describe_chain(group, layout):
+    chains = [ChunkChain(group, layout, reverse) for reverse in (False, True)]
     rank = dist.get_rank(group)
-    for line in lines:
-        assert all(line.group_rank(place) == rank for place in line.here)
-        assert all(line.places_of(line.group_rank(p)).count(p) == 1 for p in range(line.size))
-    return tuple(line.here for line in lines)
+    for chain in chains:
+        assert all(chain.group_rank(chunk) == rank for chunk in chain.local_chunks)
+        for chunk in range(chain.num_chunks):
+            assert chain.chunks_of(chain.group_rank(chunk)).count(chunk) == 1
+    return tuple(chain.local_chunks for chain in chains)

@@ -1,4 +1,4 @@
-"""Ranks that disagree: a ValueError on every one of them, and none is left behind."""
+"""Ranks that disagree: a ValueError on every rank, and no rank is left waiting."""
 
 import contextlib
 import time
@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 
 import lasp
-from lasp.exchange import guard
+from lasp.exchange import consistency
 from tests.lasp import cases, sharded
 from tests.lasp.sharded import Problem
 
 
 def disagree(group, field, known=False):
-    """Rank 1 calls with something else than the others; `known`: after calls of both kinds."""
+    """Rank 1 makes another call than the others; `known`: after calls of both kinds."""
     if known:
         call(group, field, odd=False)
         call(group, field, odd=True)
@@ -89,7 +89,7 @@ FIELDS = {
 
 
 def check_disagreement(pool, field, known, size=3):
-    # A rank left behind would come back with gloo's own error, after the group's timeout.
+    # A rank left waiting would raise gloo's own error, after the group's timeout.
     for outcome in pool.outcomes(disagree, field, known, size=size):
         with pytest.raises(ValueError, match=FIELDS[field]):
             raise outcome
@@ -103,29 +103,29 @@ def test_disagreement_is_a_value_error_on_every_rank(pool, field):
 
 
 @pytest.mark.parametrize("field", ["dtype", "decay", "exchange"])
-def test_calls_that_were_right_before_are_compared_again(pool, field):
+def test_calls_that_agreed_before_are_compared_again(pool, field):
     check_disagreement(pool, field, known=True)
 
 
 @contextlib.contextmanager
 def by_messages(few_ranks=16):
-    """As between hosts; all ranks of a group enter it together."""
-    hosts_of = guard._hosts_of
+    """Compare as between hosts; all ranks of a group enter it together."""
+    real = consistency._connections_of
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(guard, "_hosts_of", lambda group: (hosts_of(group)[0], None))
-        patch.setattr(guard, "_FEW_RANKS", few_ranks)
+        patch.setattr(consistency, "_connections_of", lambda group: (real(group)[0], None))
+        patch.setattr(consistency, "_FEW_RANKS", few_ranks)
         yield
 
 
 def compare_by_messages(group, odd, few_ranks):
-    """The rank `odd` passes something else."""
+    """The rank `odd` passes another value."""
     with by_messages(few_ranks):
         for _ in range(3):
-            guard.compare(group, {"a": 1}).confirm()
+            consistency.start_check(group, {"a": 1}).wait()
         try:
-            guard.compare(group, {"a": 2 if dist.get_rank(group) == odd else 1}).confirm()
+            consistency.start_check(group, {"a": 2 if dist.get_rank(group) == odd else 1}).wait()
         except ValueError as error:
-            guard.compare(group, {"a": 1}).confirm()
+            consistency.start_check(group, {"a": 1}).wait()
             return str(error)
 
 
@@ -139,17 +139,17 @@ def test_ranks_of_several_hosts_compare_by_messages(pool, size, few_ranks):
 
 
 def ways(group):
-    """The class that compares: by default, and by messages."""
+    """The classes that compare: by messages, and by default."""
     with by_messages():
-        comparisons = [guard.compare(group, {"a": 1})]
-    comparisons.append(guard.compare(group, {"a": 1}))
-    for comparison in comparisons:
-        comparison.confirm()
-    return [type(comparison._asked).__name__ for comparison in comparisons]
+        checks = [consistency.start_check(group, {"a": 1})]
+    checks.append(consistency.start_check(group, {"a": 1}))
+    for check in checks:
+        check.wait()
+    return [type(check._comparison).__name__ for check in checks]
 
 
 def test_ranks_of_one_host_compare_in_shared_memory(pool):
-    assert pool.run(ways, size=3) == [["_AllAtOnce", "Question"]] * 3
+    assert pool.run(ways, size=3) == [["_AllGatherComparison", "PendingComparison"]] * 3
 
 
 def order(group, out_of_step):
@@ -172,15 +172,15 @@ def through(group, way, function):
         return function(group)
 
 
-def asked_while_busy(group):
-    """The comparison of a call shares no message with what runs on the group meanwhile."""
+def checked_while_busy(group):
+    """The check of a call shares no message with what runs on the group meanwhile."""
     rank = dist.get_rank(group)
     token = torch.full((1,), float(rank))
-    comparison = guard.compare(group, {"a": 1})
+    check = consistency.start_check(group, {"a": 1})
     works = []
     if rank == 0:
         works.append(dist.irecv(token, src=dist.get_global_rank(group, 1), group=group))
-    comparison.confirm()
+    check.wait()
     if rank == 1:
         works.append(dist.isend(token, dst=dist.get_global_rank(group, 0), group=group))
     for work in works:
@@ -192,20 +192,20 @@ WAYS = [contextlib.nullcontext, by_messages]
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_comparison_waits_for_nothing_on_the_group(pool, way):
-    assert pool.run(through, way, asked_while_busy, size=2) == [1.0, 1.0]
+def test_a_check_waits_for_nothing_on_the_group(pool, way):
+    assert pool.run(through, way, checked_while_busy, size=2) == [1.0, 1.0]
 
 
 def one_is_late(group):
     """Seconds that a rank waits for one that never comes, once the group's timeout is a second."""
     fresh = dist.new_group()
-    guard.compare(fresh, {"a": 1}).confirm()
+    consistency.start_check(fresh, {"a": 1}).wait()
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), fresh)
     began = time.perf_counter()
     if dist.get_rank(group) == 0:
         return None
     with pytest.raises(RuntimeError, match="Timed out"):
-        guard.compare(fresh, {"a": 1}).confirm()
+        consistency.start_check(fresh, {"a": 1}).wait()
     return time.perf_counter() - began
 
 

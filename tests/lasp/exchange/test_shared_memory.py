@@ -1,15 +1,11 @@
-"""Comparing in shared memory: ranks that are late, die, disagree or cannot share; what is left."""
+"""The check in shared memory: ranks that are late, disagree or cannot share; what is left."""
 
-import errno
 import gc
 import mmap
 import os
 import random
 import re
 import resource
-import signal
-import subprocess
-import sys
 import time
 from contextlib import nullcontext
 from datetime import timedelta
@@ -23,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lasp.exchange import guard, slate
+from lasp.exchange import consistency, shared_memory
 
 # Seconds after which a process that still runs is a failure.
 DEADLINE = 60
@@ -36,7 +32,7 @@ class Died(NamedTuple):
 
 
 def run(function, *args, size, folder):
-    """What `function(group, *args)` gives on each rank.
+    """The results of `function(group, *args)` on each rank.
 
     Processes of their own, since some of them die; forked from one that has imported everything.
     """
@@ -78,28 +74,28 @@ def _work(pipe, store, rank, size, function, args):
 
 
 def agrees(group, value):
-    """Whether the ranks found their values equal."""
+    """True if the ranks found their values equal."""
     try:
-        guard.compare(group, {"a": value}).confirm()
+        consistency.start_check(group, {"a": value}).wait()
     except ValueError:
         return False
     return True
 
 
 def error_of(group):
-    """(what a comparison says that does not end well, after how many seconds)."""
+    """(the error of a check that fails, after how many seconds)."""
     began = time.perf_counter()
     with pytest.raises(RuntimeError) as caught:
-        guard.compare(group, {"a": 1}).confirm()
+        consistency.start_check(group, {"a": 1}).wait()
     return str(caught.value), time.perf_counter() - began
 
 
 def shares(group):
-    return guard._hosts[group][2] is not None
+    return consistency._connections[group][2] is not None
 
 
 def at_random_times(group, number, odd):
-    """Which of many comparisons found a difference; before each a rank may take its time."""
+    """Which of many checks found a difference; before each a rank may wait a little."""
     rank = dist.get_rank(group)
     chance = random.Random(rank)
     differed = []
@@ -120,25 +116,25 @@ def test_every_rank_sees_every_difference_and_no_other(tmp_path, size):
 
 
 def past_the_wrap(group, odd):
-    """As above, straight on the slate; near the wrap one rank reads long after the other."""
+    """As above, on the shared memory itself; near the wrap one rank reads long after the other."""
     agrees(group, 0)
-    shared, rank = guard._hosts[group][2], dist.get_rank(group)
+    shared, rank = consistency._connections[group][2], dist.get_rank(group)
     differed = []
     for n in range(70_000):
-        question = shared.ask(n + 1 << 16 if rank == 1 and n in odd else 0)
+        pending = shared.start(n + 1 << 16 if rank == 1 and n in odd else 0)
         if rank == 1 and 65_525 < n < 65_540:
             time.sleep(0.01)
-        if not question.all_equal():
+        if not pending.all_equal():
             differed.append(n)
     return differed
 
 
-def test_turns_begin_again_after_their_last(tmp_path):
+def test_epochs_wrap_around(tmp_path):
     odd = [0, 5, 65_530, 65_531, 65_532, 65_533, 65_534, 65_535, 65_536, 69_999]
     assert run(past_the_wrap, odd, size=2, folder=tmp_path) == [odd] * 2
 
 
-def give_up(group):
+def one_is_late(group):
     """One rank is late; it is told when it comes."""
     agrees(group, 0)
     if dist.get_rank(group) == 1:
@@ -152,7 +148,7 @@ def give_up(group):
 
 
 def test_a_late_rank_is_named_and_told(tmp_path):
-    first, late, third = run(give_up, size=3, folder=tmp_path)
+    first, late, third = run(one_is_late, size=3, folder=tmp_path)
     for (text, seconds), (again, soon) in (first, third):
         assert text.startswith("Timed out: ")
         assert re.search(r"rank 1 of the group has not made this call within \d+\.\d s", text)
@@ -160,74 +156,15 @@ def test_a_late_rank_is_named_and_told(tmp_path):
         # As over a connection that is closed.
         assert again == text and soon < 1
     assert max(first[0][1], third[0][1]) >= 1
-    assert "rank 0 of the group has given up" in late[0] and late[1] < 10
+    assert "rank 0 of the group has stopped waiting" in late[0] and late[1] < 10
 
 
-def die(group, how):
-    for _ in range(3):
-        assert agrees(group, 0)
-    if dist.get_rank(group) == 1:
-        how()
-    return error_of(group)
-
-
-@pytest.mark.parametrize(
-    "how", [partial(os._exit, 7), partial(signal.raise_signal, signal.SIGKILL)]
-)
-def test_a_rank_that_dies_is_not_waited_for(tmp_path, how):
-    first, dead, third = run(die, how, size=3, folder=tmp_path)
-    assert dead in (Died(7), Died(-signal.SIGKILL))
-    for text, seconds in (first, third):
-        assert "rank 1 of the group has ended" in text
-        # The group's timeout is 30 seconds.
-        assert seconds < 15
-
-
-def test_a_process_that_has_ended_is_not_alive_before_it_is_waited_for():
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    life = slate._life(process.pid)
-    assert life and life == slate._life(process.pid) and life != slate._life(os.getpid())
-    process.stdin.close()
-    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    assert slate._life(process.pid) == ""
-    process.wait()
-    assert slate._life(process.pid) == ""
-
-
-def test_who_cannot_look_takes_nobody_for_dead(monkeypatch):
-    def too_many_open_files(*args, **kwargs):
-        raise OSError(errno.EMFILE, "too many open files")
-
-    words = memoryview(bytearray(slate._bytes(2))).cast("Q")
-    lives = {1: (os.getpid(), slate._life(os.getpid()))}
-    question = slate.Slate(words, 0, 2, lambda: timedelta(seconds=1), lives).ask(0)
-    monkeypatch.setattr(Path, "read_text", too_many_open_files)
-    with pytest.raises(RuntimeError, match="rank 1 of the group has not made this call"):
-        question.all_equal()
-
-
-def die_unseen(group):
-    """As from another pid namespace."""
-    real = slate._life
-    slate._life = lambda pid: f"{real(pid)} of rank {dist.get_rank(group)}"
-    agrees(group, 0)
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), group)
-    if dist.get_rank(group) == 1:
-        os._exit(7)
-    return error_of(group)
-
-
-def test_who_cannot_be_watched_is_waited_for(tmp_path):
-    (text, seconds), _ = run(die_unseen, size=2, folder=tmp_path)
-    assert "rank 1 of the group has not made this call" in text and seconds > 2
-
-
-def unanswered(group, late):
-    """An exception between question and answer on rank 0, once and twice in a row."""
+def not_waited_for(group, late):
+    """An exception between start and wait on rank 0, once and twice in a row."""
     found = []
     for n in range(20):
         if dist.get_rank(group) == 0 and n % 4:
-            guard.compare(group, {"a": 0})
+            consistency.start_check(group, {"a": 0})
             continue
         if dist.get_rank(group) == late:
             time.sleep(0.01)
@@ -235,88 +172,89 @@ def unanswered(group, late):
     return found
 
 
-def test_a_question_without_an_answer_leaves_the_ranks_in_step(tmp_path):
+def test_a_check_without_a_wait_leaves_the_ranks_in_step(tmp_path):
     for late in range(3):
         folder = tmp_path / str(late)
         folder.mkdir()
-        first, *others = run(unanswered, late, size=3, folder=folder)
+        first, *others = run(not_waited_for, late, size=3, folder=folder)
         assert first == [n % 8 != 4 for n in range(0, 20, 4)]
         assert others == [[n % 8 != 4 for n in range(20)]] * 2
 
 
-def difference_unanswered(group, by_messages):
-    """Rank 0 does not ask for an answer that the others get: its next call does."""
-    with mock.patch.object(slate, "join", lambda *_: None) if by_messages else nullcontext():
+def difference_not_waited_for(group, by_messages):
+    """Rank 0 does not wait for a check that the others wait for; its next call does."""
+    without = mock.patch.object(shared_memory, "join", lambda *_: None)
+    with without if by_messages else nullcontext():
         agrees(group, 0)
     if dist.get_rank(group) == 0:
-        guard.compare(group, {"a": 1})
+        consistency.start_check(group, {"a": 1})
     with pytest.raises(ValueError) as caught:
-        guard.compare(group, {"a": 2}).confirm()
+        consistency.start_check(group, {"a": 2}).wait()
     return str(caught.value), [agrees(group, n) for n in range(5)]
 
 
 @pytest.mark.parametrize("by_messages", [False, True])
-def test_an_unanswered_difference_is_explained_to_every_rank(by_messages, tmp_path):
-    outcomes = run(difference_unanswered, by_messages, size=3, folder=tmp_path)
+def test_a_difference_that_was_not_waited_for_is_explained_to_every_rank(by_messages, tmp_path):
+    outcomes = run(difference_not_waited_for, by_messages, size=3, folder=tmp_path)
     for rank, (text, later) in enumerate(outcomes):
         assert "disagree on a (rank 0: 1, rank 1: 2, rank 2: 2)" in text
-        assert ("in the call before" in text) == (rank == 0)
+        assert ("in the previous call" in text) == (rank == 0)
         assert later == [True] * 5
 
 
 def difference_unexplained(group):
-    """Rank 0 makes its next call when the others have given it up."""
+    """Rank 0 makes its next call when the others have stopped waiting."""
     agrees(group, 0)
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), group)
     if dist.get_rank(group) == 0:
-        guard.compare(group, {"a": 1})
+        consistency.start_check(group, {"a": 1})
         time.sleep(6)
     else:
         with pytest.raises(RuntimeError):
-            guard.compare(group, {"a": 2}).confirm()
+            consistency.start_check(group, {"a": 2}).wait()
     return error_of(group)
 
 
 def test_a_difference_that_is_not_explained_ends_the_group(tmp_path):
     (first, _), *others = run(difference_unexplained, size=3, folder=tmp_path)
-    assert "rank 1 of the group has given up" in first
+    assert "rank 1 of the group has stopped waiting" in first
     for text, _ in others:
         assert "the ranks of the group disagreed, and not all said on what" in text
 
 
 def in_one_flight(group, odd):
-    """Two questions before an answer: the second waits for the first's."""
-    first = guard.compare(group, {"a": 0})
-    second = guard.compare(group, {"a": 1 if dist.get_rank(group) == odd else 0})
-    first.confirm()
+    """Two checks at once: the second waits for the first."""
+    first = consistency.start_check(group, {"a": 0})
+    second = consistency.start_check(group, {"a": 1 if dist.get_rank(group) == odd else 0})
+    first.wait()
     with pytest.raises(ValueError, match=f"rank {odd}: 1"):
-        second.confirm()
-    guard.compare(group, {"a": 1 if dist.get_rank(group) == odd else 0})
-    with pytest.raises(ValueError, match=f"the call before.*rank {odd}: 1"):
-        guard.compare(group, {"a": 0})
+        second.wait()
+    consistency.start_check(group, {"a": 1 if dist.get_rank(group) == odd else 0})
+    with pytest.raises(ValueError, match=f"the previous call.*rank {odd}: 1"):
+        consistency.start_check(group, {"a": 0})
     return agrees(group, 0)
 
 
-def test_two_questions_at_once(tmp_path):
+def test_two_checks_at_once(tmp_path):
     assert run(in_one_flight, 2, size=3, folder=tmp_path) == [True] * 3
 
 
 def one_host_each(group):
-    slate.host = lambda: f"host {dist.get_rank(group)}"
+    shared_memory.host_id = lambda: f"host {dist.get_rank(group)}"
 
 
 def one_unknown_host(group):
     if dist.get_rank(group) == 1:
-        slate.host = lambda: ""
+        shared_memory.host_id = lambda: ""
 
 
 def no_folder(group):
-    slate.tempfile.mkstemp = refuse
+    shared_memory.tempfile.mkstemp = refuse
 
 
 def no_room(group):
     """For what the file holds; the name of an empty file there can be."""
-    create = slate._create
+    create = shared_memory._create
 
     def limited(size):
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -326,25 +264,26 @@ def no_room(group):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    slate._create = limited
+    shared_memory._create = limited
 
 
 def another_folder(group):
     """One rank does not find the file."""
     if dist.get_rank(group) == 1:
-        slate._open = lambda path, *rest, real=slate._open: real(path + "-", *rest)
+        shared_memory._open = lambda path, *rest, real=shared_memory._open: real(path + "-", *rest)
 
 
 def another_file(group):
     """One rank finds one of that name that is not meant."""
     if dist.get_rank(group) == 1:
-        slate._open = lambda path, token, size, real=slate._open: real(path, token[::-1], size)
+        real = shared_memory._open
+        shared_memory._open = lambda path, token, size: real(path, token[::-1], size)
 
 
 def another_memory(group):
     """One rank writes where the others see nothing."""
     if dist.get_rank(group) == 1:
-        slate.mmap.mmap = partial(mmap.mmap, flags=mmap.MAP_PRIVATE)
+        shared_memory.mmap.mmap = partial(mmap.mmap, flags=mmap.MAP_PRIVATE)
 
 
 def refuse(*args, **kwargs):
@@ -353,14 +292,14 @@ def refuse(*args, **kwargs):
 
 def fall_back(group, hindrance):
     hindrance(group)
-    create, paths = slate.tempfile.mkstemp, []
+    create, paths = shared_memory.tempfile.mkstemp, []
 
     def recording(*args, **kwargs):
         handle, path = create(*args, **kwargs)
         paths.append(path)
         return handle, path
 
-    slate.tempfile.mkstemp = recording
+    shared_memory.tempfile.mkstemp = recording
     rank = dist.get_rank(group)
     agreed = [agrees(group, rank if n == 2 else 0) for n in range(4)]
     return agreed, shares(group), [path for path in paths if os.path.exists(path)]

@@ -1,4 +1,4 @@
-"""The ring in memory: its order of places, with messages in place of the kernel; and the choice."""
+"""The ring in memory: its order of chunks, with messages in place of the kernel; and the choice."""
 
 import contextlib
 import os
@@ -11,37 +11,37 @@ import torch.distributed as dist
 
 import lasp
 from lasp import exchange, shard
-from lasp.exchange import AffineMap, Line, guard, mailbox
+from lasp.exchange import ChunkChain, Transition, consistency, symmetric_memory
 from tests.lasp import sharded
 from tests.lasp.sharded import Problem
 
 
 class Messages:
-    """What `Mailbox` does, without memory to share: rank by rank, and waiting for each."""
+    """What `StateBuffer` does, without memory to share: rank by rank, and waiting for each."""
 
     def __init__(self, group):
         self._group, self._works = group, []
 
-    def on_its_stream(self):
+    def on_stream(self):
         return contextlib.nullcontext()
 
-    def pass_on(self, each, entering, *, upward, sends, few):
+    def put(self, transition, state_in, *, upward, sends, overlapped):
         rank, step = dist.get_rank(self._group), 1 if upward else -1
-        receives = entering is not None
-        if sends and not (receives and each.passes):
-            self._send(each.local, rank + step)
+        receives, passes = state_in is not None, transition.factor is not None
+        if sends and not (receives and passes):
+            self._send(transition.local, rank + step)
         if receives:
             source = dist.get_global_rank(self._group, rank - step)
-            dist.recv(entering, src=source, group=self._group)
-            if sends and each.passes:
-                self._send(each.after(entering), rank + step)
+            dist.recv(state_in, src=source, group=self._group)
+            if sends and passes:
+                self._send(transition.apply(state_in), rank + step)
 
     def _send(self, state, rank):
         target = dist.get_global_rank(self._group, rank)
         state = state.contiguous()
         self._works.append((dist.isend(state, dst=target, group=self._group), state))
 
-    def lent(self, tensor):
+    def record_stream(self, tensor):
         return tensor
 
     def join(self):
@@ -49,9 +49,9 @@ class Messages:
 
 
 def run_in_memory(group, problems):
-    """The results, and how often a mailbox was asked for."""
+    """The results, how often a buffer was asked for, and how many states were sent."""
     made = Messages(group)
-    with mock.patch("lasp.exchange.ring.find_mailbox", return_value=made) as asked:
+    with mock.patch("lasp.exchange.ring.find_buffer", return_value=made) as asked:
         results = [sharded.run(group, problem) for problem in problems]
     for work, _ in made._works:
         work.wait()
@@ -60,13 +60,13 @@ def run_in_memory(group, problems):
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("layout", shard.LAYOUTS)
-def test_places_pass_on_what_they_should(pool, size, layout):
+def test_chunks_pass_on_the_right_states(pool, size, layout):
     total = 48
     uneven = {2: (46, 2), 3: (2, 0, 46), 4: (0, 46, 0, 2)}[size]
     even = tuple(shard.split_lengths(total, size, layout))
     problems = [
-        Problem(total, "ring", layout, lengths, documents, split=split)
-        for lengths, split in ((None, False), (uneven, True))
+        Problem(total, "ring", layout, lengths, documents)
+        for lengths in (None, uneven)
         for documents in (
             None,
             sharded.documents_that("across", lengths or even, layout),
@@ -87,10 +87,10 @@ def test_places_pass_on_what_they_should(pool, size, layout):
 
 
 def found(group, wanted, reached, allocated, met, mapped):
-    """(whether this rank has a mailbox, warnings, times it came to the rendezvous).
+    """(True if this rank has a buffer, warnings, calls of the rendezvous).
 
-    Ranks that want one, reach the others, could allocate it, have met nobody else before, could map
-    the others' memory.
+    The arguments are the ranks that want one, reach the others, can allocate it, have the same
+    count of rendezvous as the others, and can map the others' memory.
     """
     rank, connected = dist.get_rank(group), []
     local = mock.Mock(spec=torch.Tensor)
@@ -98,7 +98,7 @@ def found(group, wanted, reached, allocated, met, mapped):
     local.numel.return_value = 10
 
     class Made:
-        def __init__(self, device, capacity, relay):
+        def __init__(self, device, capacity, send_recv_state):
             assert capacity == 16
             if rank not in allocated:
                 raise torch.OutOfMemoryError
@@ -110,27 +110,27 @@ def found(group, wanted, reached, allocated, met, mapped):
 
     environment = {"LASP_PEER_MEMORY": "1" if rank in wanted else "0"}
     with (
-        mock.patch.object(mailbox, "Mailbox", Made),
-        mock.patch.object(mailbox, "_mailboxes", {}),
-        mock.patch.object(mailbox, "_rendezvous", int(rank not in met)),
+        mock.patch.object(symmetric_memory, "StateBuffer", Made),
+        mock.patch.object(symmetric_memory, "_buffers", {}),
+        mock.patch.object(symmetric_memory, "_rendezvous", int(rank not in met)),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False),
         mock.patch.dict(os.environ, environment),
         mock.patch.object(torch.cuda, "device_count", return_value=dist.get_world_size(group)),
         mock.patch.object(
             torch.cuda, "can_device_access_peer", side_effect=lambda *_: rank in reached
         ),
-        mock.patch.object(mailbox.warnings, "warn") as warned,
-        mock.patch.object(guard, "timeout_of", return_value=timedelta(seconds=90)),
+        mock.patch.object(symmetric_memory.warnings, "warn") as warned,
+        mock.patch.object(consistency, "timeout_of", return_value=timedelta(seconds=90)),
     ):
-        boxes = [mailbox.find_mailbox(group, local, lambda: None) for _ in range(2)]
-        without = mailbox.find_mailbox(group, local, None)
-    assert boxes[0] is boxes[1] and without is None
-    assert boxes[0] is None or boxes[0].limit == timedelta(seconds=90)
-    return boxes[0] is not None, warned.call_count, len(connected)
+        buffers = [symmetric_memory.find_buffer(group, local, lambda: None) for _ in range(2)]
+        without = symmetric_memory.find_buffer(group, local, None)
+    assert buffers[0] is buffers[1] and without is None
+    assert buffers[0] is None or buffers[0].timeout == timedelta(seconds=90)
+    return buffers[0] is not None, warned.call_count, len(connected)
 
 
 @pytest.mark.parametrize("unable", ["nobody", "wanted", "reached", "allocated", "met", "mapped"])
-def test_all_ranks_have_a_mailbox_or_none(pool, unable):
+def test_all_ranks_have_a_buffer_or_none(pool, unable):
     able = {name: {0, 1, 2} for name in ("wanted", "reached", "allocated", "met", "mapped")}
     if unable != "nobody":
         able[unable] = {0, 2}
@@ -141,15 +141,15 @@ def test_all_ranks_have_a_mailbox_or_none(pool, unable):
 
 
 def missed(group):
-    """What all say at the next call after rank 1 has raised where the others went on."""
+    """The error of the next call after rank 1 has raised midway and the others have gone on."""
     rank = dist.get_rank(group)
     q = torch.ones(1, 4, 2, 3)
-    guard._exchanges[group] = 0
+    consistency._exchanges[group] = 0
     lasp.lightning_attention(q, q, q, None, group=group, exchange="all_gather")
     with contextlib.suppress(RuntimeError):
         if rank == 1:
-            # As it would look if it had had its part and then raised.
-            with mock.patch.object(guard, "count_exchange", side_effect=RuntimeError):
+            # As if it had taken part and then raised.
+            with mock.patch.object(consistency, "record_exchange", side_effect=RuntimeError):
                 lasp.lightning_attention(q, q, q, None, group=group, exchange="all_gather")
         else:
             lasp.lightning_attention(q, q, q, None, group=group, exchange="all_gather")
@@ -159,7 +159,7 @@ def missed(group):
         return str(error)
     finally:
         # The tests to come use the same group.
-        guard._exchanges[group] = 0
+        consistency._exchanges[group] = 0
 
 
 def test_a_rank_that_missed_an_exchange_is_found(pool):
@@ -167,32 +167,32 @@ def test_a_rank_that_missed_an_exchange_is_found(pool):
         assert "exchanges so far (rank 0: 2, rank 1: 1, rank 2: 2)" in text
 
 
-def test_cpu_tensors_go_by_message():
-    assert mailbox.find_mailbox(None, torch.zeros(1), lambda: None) is None
+def test_cpu_tensors_go_by_messages():
+    assert symmetric_memory.find_buffer(None, torch.zeros(1), lambda: None) is None
 
 
 def chosen(group, in_memory):
     called = []
 
     def noting(name):
-        def method(line, maps):
+        def method(chain, transitions, **options):
             called.append(name)
             yield
-            return [None] * len(maps)
+            return [None] * len(transitions)
 
         return method
 
     patches = [
         mock.patch.object(exchange, n, noting(n)) for n in ("ring", "all_gather", "doubling")
     ]
-    patches.append(mock.patch.object(exchange, "find_mailbox", return_value=in_memory or None))
+    patches.append(mock.patch.object(exchange, "find_buffer", return_value=in_memory or None))
     with contextlib.ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)
-        exchange.start([AffineMap(torch.zeros(1, 1, 1, 1))], Line(group), method="auto").finish()
+        transitions = [Transition(torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1))]
+        exchange.start(transitions, ChunkChain(group), method="auto").wait()
         with mock.patch.object(exchange, "_FEW_RANKS", 2):
-            line = Line(group)
-            exchange.start([AffineMap(torch.zeros(1, 1, 1, 1))], line, method="auto").finish()
+            exchange.start(transitions, ChunkChain(group), method="auto").wait()
     return called
 
 

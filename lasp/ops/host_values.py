@@ -1,0 +1,103 @@
+"""Values that the host reads from device tensors, or computes from them, once per tensor.
+
+Reading a value from a GPU makes the host wait for it. Document boundaries and decays are needed on
+the host (to plan the work and to refuse bad values), so they are read once per tensor and version.
+On the CPU reading is free and nothing is remembered.
+"""
+
+import math
+from collections.abc import Callable, Hashable
+from itertools import pairwise
+from typing import TypeVar
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+__all__ = ["compute_once", "decay_rates", "document_boundaries", "with_unit_stride"]
+
+T = TypeVar("T")
+
+# Tensor -> (version, {key: value}).
+_remembered = WeakIdKeyDictionary()
+# Values that are kept per tensor.
+_MAX_VALUES = 64
+
+
+def document_boundaries(
+    cu_seqlens: torch.Tensor | None, seq_len: int | None
+) -> tuple[int, ...] | None:
+    """The boundaries of packed documents as host integers (0, ..., seq_len); None if not packed.
+
+    Equal neighbours are an empty document.
+
+    Raises:
+        ValueError: they do not start at 0, descend, or do not end at seq_len (None: anywhere).
+    """
+    if cu_seqlens is None:
+        return None
+    boundaries = compute_once(cu_seqlens, "values", _read_boundaries)
+    if seq_len is not None and boundaries[-1] != seq_len:
+        raise ValueError(
+            f"cu_seqlens ends at {boundaries[-1]}, but q, k, v hold {seq_len} tokens: its last "
+            "entry must be the number of tokens."
+        )
+    return boundaries
+
+
+def decay_rates(log_decay: torch.Tensor | None) -> tuple[float, ...] | None:
+    """log_decay as host floats, one per head; ValueError unless all are finite and <= 0."""
+    return None if log_decay is None else compute_once(log_decay, "values", _read_rates)
+
+
+def compute_once(tensor: torch.Tensor, key: Hashable, compute: Callable[[torch.Tensor], T]) -> T:
+    """compute(tensor), remembered on GPUs until the tensor is freed or changed in place.
+
+    What `compute` raises is not remembered.
+    """
+    # Tensors made under inference_mode have no version.
+    if not tensor.is_cuda or tensor.is_inference():
+        return compute(tensor)
+    version, values = _remembered.get(tensor, (None, {}))
+    if version != tensor._version:
+        values = {}
+    if key in values:
+        return values[key]
+    value = compute(tensor)
+    # Memory that is allocated during a capture belongs to the graph.
+    if not torch.cuda.is_current_stream_capturing():
+        if len(values) >= _MAX_VALUES:
+            values.clear()
+        values[key] = value
+        _remembered[tensor] = (tensor._version, values)
+    return value
+
+
+def with_unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """x itself where its last dimension is contiguous, else one copy, made once for all readers."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _read_boundaries(cu_seqlens: torch.Tensor) -> tuple[int, ...]:
+    boundaries = tuple(cu_seqlens.tolist())
+    if not boundaries or boundaries[0] != 0:
+        raise ValueError(f"cu_seqlens is {list(boundaries[:8])}...: it must start with 0.")
+    for n, (start, stop) in enumerate(pairwise(boundaries)):
+        if stop < start:
+            raise ValueError(
+                f"cu_seqlens descends from {start} to {stop} at entry {n + 1}: it holds the "
+                "cumulative lengths of the documents and must ascend."
+            )
+    return boundaries
+
+
+def _read_rates(log_decay: torch.Tensor) -> tuple[float, ...]:
+    rates = tuple(log_decay.tolist())
+    for head, rate in enumerate(rates):
+        if rate > 0:
+            raise ValueError(
+                f"log_decay of head {head} is {rate:g}: it must be <= 0, as decay is "
+                "exp(log_decay). If these are ALiBi-style slopes, pass their negative."
+            )
+        if not math.isfinite(rate):
+            raise ValueError(f"log_decay of head {head} is {rate}: it must be finite and <= 0.")
+    return rates
