@@ -123,7 +123,7 @@ def projection(
     links: dict[str, Link], state_bytes: int, layers: int, before: float, after: float
 ) -> str:
     """A table in Markdown for 2 to 256 ranks."""
-    alone = layers * (before + after)
+    local = layers * (before + after)
     lines = [
         f"State of {state_bytes / 2**20:g} MiB: us until the last rank has its state, and in "
         f"brackets the speed of a forward pass of {layers} layers of {1e3 * (before + after):.2f} "
@@ -140,6 +140,6 @@ def projection(
                 continue
             once = seconds(method, size, state_bytes, links[method])
             full = pipelined(method, size, layers, before, after, state_bytes, links[method])
-            cells.append(f"{1e6 * once:.0f} ({alone / full:.1%})")
+            cells.append(f"{1e6 * once:.0f} ({local / full:.1%})")
         lines.append(f"| {size} | {' | '.join(cells)} |")
     return "\n".join(lines)

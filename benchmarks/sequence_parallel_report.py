@@ -11,7 +11,7 @@ import cost_model
 __all__ = ["RESULTS", "docs_table", "plot", "table", "write"]
 
 RESULTS = Path(__file__).parent / "results"
-ALONE = "lasp, no group"
+NO_GROUP = "lasp, no group"
 # What was measured once and has been removed since: kept in the JSON, left out of tables and chart.
 REMOVED = ("lasp ring, two calls",)
 # Lines of the chart, by name of the row.
@@ -68,14 +68,14 @@ def docs_table(reports: list[dict]) -> str:
     for report in sorted(reports, key=lambda report: report["ranks"]):
         times = {(row["name"], row["tokens"]): row["both_ms"] for row in report["rows"]}
         for name, tokens in sorted(times, key=lambda key: key[1]):
-            if name != ALONE:
+            if name != NO_GROUP:
                 continue
-            alone = times[name, tokens]
+            local = times[name, tokens]
             cells = [
-                f"{times[other, tokens] / alone:.2f}x" if (other, tokens) in times else ""
+                f"{times[other, tokens] / local:.2f}x" if (other, tokens) in times else ""
                 for other in IN_DOCS
             ]
-            head = f"| {report['ranks']} | {tokens:,} | {alone:.3f} ms "
+            head = f"| {report['ranks']} | {tokens:,} | {local:.3f} ms "
             lines.append(f"{head}| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -92,10 +92,10 @@ def _times(rows: list[dict]) -> str:
     ]
     rows = [row for row in rows if row["name"] not in REMOVED]
     for row in sorted(rows, key=lambda row: row["tokens"]):
-        alone = next((r for r in rows if r["name"] == ALONE and r["tokens"] == row["tokens"]), None)
+        local = next((r for r in rows if r["name"] == NO_GROUP and r["tokens"] == row["tokens"]), None)
         cells = []
         for key in ("forward_ms", "both_ms"):
-            relative = f" ({row[key] / alone[key]:.2f}x)" if alone and row is not alone else ""
+            relative = f" ({row[key] / local[key]:.2f}x)" if local and row is not local else ""
             cells.append(f"{row[key]:.3f}{relative}")
         if "both_call_ms" in row:
             cells[-1] += f", call {row['both_call_ms']:.3f}"
@@ -182,14 +182,14 @@ def _projection(report: dict) -> str:
 
 def plot(report: dict, path: Path) -> None:
     """Time over that of the same local work without a group, by tokens per rank."""
-    alone = {r["tokens"]: r["both_ms"] for r in report["rows"] if r["name"] == ALONE}
+    local = {r["tokens"]: r["both_ms"] for r in report["rows"] if r["name"] == NO_GROUP}
     lines = {}
     for name, label in CHARTED.items():
-        mine = [r for r in report["rows"] if r["name"] == name and r["tokens"] in alone]
+        mine = [r for r in report["rows"] if r["name"] == name and r["tokens"] in local]
         mine.sort(key=lambda row: row["tokens"])
         if mine:
             tokens = [row["tokens"] for row in mine]
-            lines[label] = (tokens, [row["both_ms"] / alone[row["tokens"]] for row in mine])
+            lines[label] = (tokens, [row["both_ms"] / local[row["tokens"]] for row in mine])
     if lines:
         title = "Forward and backward, times the same local work without a group"
         panel = chart.Panel(title, "tokens per rank", lines, log_y=True, y_ticks=(1, 1.5, 2, 5, 10))
