@@ -66,7 +66,7 @@ def docs_table(reports: list[dict]) -> str:
         "|---|---|---|" + "---|" * len(IN_DOCS),
     ]
     for report in sorted(reports, key=lambda report: report["ranks"]):
-        times = {(row["name"], row["tokens"]): row["both_ms"] for row in report["rows"]}
+        times = {(row["name"], row["tokens"]): row["both_ms"] for row in _current(report)}
         for name, tokens in sorted(times, key=lambda key: key[1]):
             if name != NO_GROUP:
                 continue
@@ -78,6 +78,11 @@ def docs_table(reports: list[dict]) -> str:
             head = f"| {report['ranks']} | {tokens:,} | {local:.3f} ms "
             lines.append(f"{head}| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _current(report: dict) -> list[dict]:
+    """Rows but those whose names are marked in the JSON as outdated by a change of the code."""
+    return [row for row in report["rows"] if row["name"] not in report.get("outdated", ())]
 
 
 def _times(rows: list[dict]) -> str:
@@ -92,7 +97,9 @@ def _times(rows: list[dict]) -> str:
     ]
     rows = [row for row in rows if row["name"] not in REMOVED]
     for row in sorted(rows, key=lambda row: row["tokens"]):
-        local = next((r for r in rows if r["name"] == NO_GROUP and r["tokens"] == row["tokens"]), None)
+        local = next(
+            (r for r in rows if r["name"] == NO_GROUP and r["tokens"] == row["tokens"]), None
+        )
         cells = []
         for key in ("forward_ms", "both_ms"):
             relative = f" ({row[key] / local[key]:.2f}x)" if local and row is not local else ""
@@ -182,10 +189,11 @@ def _projection(report: dict) -> str:
 
 def plot(report: dict, path: Path) -> None:
     """Time over that of the same local work without a group, by tokens per rank."""
-    local = {r["tokens"]: r["both_ms"] for r in report["rows"] if r["name"] == NO_GROUP}
+    rows = _current(report)
+    local = {r["tokens"]: r["both_ms"] for r in rows if r["name"] == NO_GROUP}
     lines = {}
     for name, label in CHARTED.items():
-        mine = [r for r in report["rows"] if r["name"] == name and r["tokens"] in local]
+        mine = [r for r in rows if r["name"] == name and r["tokens"] in local]
         mine.sort(key=lambda row: row["tokens"])
         if mine:
             tokens = [row["tokens"] for row in mine]
