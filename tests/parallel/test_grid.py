@@ -9,9 +9,9 @@ import torch.distributed as dist
 
 from launch import train
 from launch.config import load_config
-from launch.plan import batching
-from launch.step import take_step, validate
-from launch.world import Place, World
+from launch.distributed import DistContext, RankInfo
+from launch.resolve import batching
+from launch.trainer import train_step, validate
 from parallel.mesh import MESH_AXES, ParallelDims, build_mesh, whole
 from tests.distributed import Pool
 from tests.launch.runs import flags
@@ -54,12 +54,12 @@ def trained(folder, place, mesh, **changes):
         parallelism__tensor_parallel_degree=tp,
     )
     config = load_config(flags(job__dump_folder=folder, **(SHAPE | layout | changes)))
-    world = World(place, mesh)
+    world = DistContext(place, mesh)
     run = train.set_up(config, world, batching(config, place))
     first = weights_of(run.model)
-    outcomes = [take_step(run, False)]
+    outcomes = [train_step(run, False)]
     gradients = {name: whole(p.grad).clone() for name, p in run.model.named_parameters()}
-    outcomes += [take_step(run, False) for _ in range(STEPS - 1)]
+    outcomes += [train_step(run, False) for _ in range(STEPS - 1)]
     held_out = validate(run)
     curve = [(outcome.loss, outcome.grad_norm) for outcome in outcomes]
     return curve, held_out, first, weights_of(run.model), gradients
@@ -72,7 +72,7 @@ def weights_of(model):
 def on_one_rank(group, folder, degrees, changes):
     rank = dist.get_rank()
     dims = ParallelDims(**dict(zip(MESH_AXES, degrees, strict=True)), world_size=group.size())
-    place = Place(rank, rank, "gloo", torch.device("cpu"), dims)
+    place = RankInfo(rank, rank, "gloo", torch.device("cpu"), dims)
     results = trained(folder, place, build_mesh(dims, "cpu"), **changes)
     # Weights and gradients are whole on every rank: one need send them.
     return results if rank == 0 else results[:2]
@@ -80,7 +80,7 @@ def on_one_rank(group, folder, degrees, changes):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    place = Place(0, 0, "gloo", torch.device("cpu"), ParallelDims())
+    place = RankInfo(0, 0, "gloo", torch.device("cpu"), ParallelDims())
     return trained(tmp_path_factory.mktemp("alone"), place, None)
 
 

@@ -1,4 +1,4 @@
-"""A run laid out over ranks: the losses of one process, and checkpoints that fit any layout."""
+"""A run over several ranks has the losses of one process, and its checkpoints fit any mesh."""
 
 import threading
 from types import SimpleNamespace
@@ -8,38 +8,42 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from launch import saving, train
-from launch.checkpoint import CheckpointStore, verify
+from launch import train
+from launch.checkpoint import save_resume
+from launch.checkpoint.pending import PendingSave
+from launch.checkpoint.save_resume import find_checkpoint, finish_save, resume, start_save
+from launch.checkpoint.shards import shard_of
+from launch.checkpoint.store import CheckpointStore, verify
 from launch.config import load_config
-from launch.plan import batching
-from launch.saving import PendingSave, find_checkpoint, finish_save, resume, start_save
-from launch.step import step_indices, take_step
-from launch.world import World, find_place
+from launch.distributed import DistContext, get_rank_info
+from launch.optimizer import optimizer_tensors
+from launch.resolve import batching
+from launch.trainer import step_indices, train_step
 from parallel.mesh import build_mesh
 from tests.distributed import Pool
-from tests.launch.runs import flags
+from tests.launch.runs import PATIENCE, flags
 
 FSDP = ["--parallelism.data_parallel_method", "fsdp"]
 CP2, CP4 = ["--sp-size", "2"], ["--sp-size", "4"]
 TP2 = ["--parallelism.tensor_parallel_degree", "2"]
-SELECTIVE = ["--activation_checkpoint.mode", "selective", "--activation_checkpoint.offload"]
+SELECTIVE = ["--activation_checkpoint.mode", "selective"]
 NEVER = ["--parallelism.fsdp_reshard_after_forward", "never"]
 TWO_REPLICAS = ["--parallelism.data_parallel_replicate_degree", "2"]
 # Of four ranks. (tests/parallel/test_grid.py has every mesh, with the other settings' defaults.)
-LAYOUTS = {"kept": [*FSDP, *NEVER], "offloaded": [*FSDP, *CP2, *SELECTIVE]}
+SETTINGS = {"kept": [*FSDP, *NEVER], "selective": [*FSDP, *CP2, *SELECTIVE]}
 STEPS = 5
 
 
 @pytest.fixture(scope="module")
 def pair():
-    """Two processes that are a world of their own."""
+    """Two processes that form a job of their own."""
     pool = Pool({2: (0, 1)})
     yield pool
     pool.stop()
 
 
 def make_run(folder, *more):
-    """A run before its first step: of this process alone, or of all processes of its world."""
+    """A run before its first step, of this process alone or of all processes of its job."""
     here = dist.is_initialized()
     rank, size = (dist.get_rank(), dist.get_world_size()) if here else (0, 1)
     settings = dict(
@@ -50,19 +54,19 @@ def make_run(folder, *more):
         training__max_norm=0.0,
         comm__backend="gloo",
         # As the pool's: checkpoints change the timeout and change it back.
-        comm__train_timeout_seconds=30,
+        comm__train_timeout_seconds=60,
     )
     config = load_config([*flags(**settings), *more])
     with pytest.MonkeyPatch.context() as patch:
         for name, number in (("RANK", rank), ("WORLD_SIZE", size), ("LOCAL_WORLD_SIZE", 1)):
             patch.setenv(name, str(number))
-        place = find_place(config)
-    world = World(place, build_mesh(place.dims, "cpu") if size > 1 else None)
-    return train.set_up(config, world, batching(config, place))
+        info = get_rank_info(config)
+    ctx = DistContext(info, build_mesh(info.dims, "cpu") if size > 1 else None)
+    return train.set_up(config, ctx, batching(config, info))
 
 
-def whole(tensors):
-    """Plain copies of tensors, cut or not, by name."""
+def full(tensors):
+    """Full copies of tensors, sharded or not, by name."""
     return {
         name: (each.full_tensor() if isinstance(each, DTensor) else each).detach().clone()
         for name, each in tensors.items()
@@ -70,83 +74,83 @@ def whole(tensors):
 
 
 def train_here(folder, *more):
-    """Gradients of the first step, losses of five, and the part of the weights that is here."""
-    run = make_run(folder, *more)
-    series = [take_step(run, False).loss]
-    parameters = dict(run.model.named_parameters())
-    gradients = whole({name: p.grad for name, p in parameters.items()})
-    series += [take_step(run, False).loss for _ in range(STEPS - 1)]
-    held = sum(saving.piece_of(p, is_first=True).local.numel() for p in parameters.values())
-    return gradients, series, held / run.model.config.num_parameters()
+    """Gradients of the first step, losses of five, and the fraction of the weights on this rank."""
+    state = make_run(folder, *more)
+    series = [train_step(state, False).loss]
+    parameters = dict(state.model.named_parameters())
+    gradients = full({name: p.grad for name, p in parameters.items()})
+    series += [train_step(state, False).loss for _ in range(STEPS - 1)]
+    held = sum(shard_of(p, is_rank0=True).local.numel() for p in parameters.values())
+    return gradients, series, held / state.model.config.num_parameters()
 
 
-def train_layouts(group, folder):
-    return [train_here(folder, *more) for more in LAYOUTS.values()]
+def train_settings(group, folder):
+    return [train_here(folder, *more) for more in SETTINGS.values()]
 
 
-def error(mine, reference):
-    assert mine.keys() == reference.keys()
+def error(own, reference):
+    assert own.keys() == reference.keys()
     return max(
-        ((mine[name] - each).abs().max() / each.abs().max()).item()
+        ((own[name] - each).abs().max() / each.abs().max()).item()
         for name, each in reference.items()
     )
 
 
-def test_weights_kept_and_inputs_offloaded_train_as_one_process(pool, tmp_path):
+def test_kept_weights_and_selective_checkpointing_train_as_one_process(pool, tmp_path):
     gradients, series, _ = train_here(tmp_path / "alone")
-    for outcome in pool.run(train_layouts, tmp_path / "ranks", size=4):
-        for name, (mine, losses, held) in zip(LAYOUTS, outcome, strict=True):
-            assert error(mine, gradients) < 1e-5, name
+    for outcome in pool.run(train_settings, tmp_path / "ranks", size=4):
+        for name, (own, losses, held) in zip(SETTINGS, outcome, strict=True):
+            assert error(own, gradients) < 1e-5, name
             assert losses == pytest.approx(series, rel=1e-5), name
             assert held < 1.3 / 4, name
 
 
-def timeouts_of_cut_weights(group, folder):
-    run = make_run(folder, *FSDP, *TWO_REPLICAS)
-    run.world.set_timeout(17)
-    groups = next(run.model.parameters()).device_mesh.get_all_groups()
-    limits = [each._get_backend(run.world.device).options._timeout for each in groups]
-    run.world.set_timeout(30)
+def timeouts_of_sharded_weights(group, folder):
+    state = make_run(folder, *FSDP, *TWO_REPLICAS)
+    state.ctx.set_timeout(17)
+    groups = next(state.model.parameters()).device_mesh.get_all_groups()
+    limits = [each._get_backend(state.ctx.device).options._timeout for each in groups]
+    state.ctx.set_timeout(60)
     return [limit.total_seconds() for limit in limits]
 
 
-def test_groups_that_gather_weights_keep_the_time_of_the_job(pool, tmp_path):
-    assert pool.run(timeouts_of_cut_weights, tmp_path, size=4) == [[17.0, 17.0]] * 4
+def test_groups_that_gather_weights_have_the_timeout_of_the_job(pool, tmp_path):
+    assert pool.run(timeouts_of_sharded_weights, tmp_path, size=4) == [[17.0, 17.0]] * 4
 
 
-def whole_models(group, folder):
-    """On two ranks with half of the weights each: the weights, the model for the sample, what is
-    left of the moments; and the model where there is no room for it."""
-    run = make_run(folder, *FSDP)
-    take_step(run, False)
-    expected, asked = whole(run.model.state_dict()), []
+def full_models(group, folder):
+    """On two ranks with half of the weights each: the weights, the model for the sample, the number
+    of moments left, and the model if there is no room for it."""
+    state = make_run(folder, *FSDP)
+    train_step(state, False)
+    expected, asked = full(state.model.state_dict()), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "has_room", lambda run: asked.append(1))
-        none = train.whole_model(run)
-    model = train.whole_model(run)
+        patch.setattr(train, "has_room", lambda state: asked.append(1))
+        none = train.full_model(state)
+    model = train.full_model(state)
     weights = model and model.state_dict()
-    return expected, weights, len(run.optimizer.state), none, asked
+    return expected, weights, len(state.optimizer.state), none, asked
 
 
-def test_the_first_rank_has_all_weights_for_the_sample(pair, tmp_path):
-    first, second = pair.run(whole_models, tmp_path, size=2)
+def test_rank_0_has_full_weights_for_the_sample(pair, tmp_path):
+    first, second = pair.run(full_models, tmp_path, size=2)
     expected, weights, *_ = first
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     assert second[1] is None
     for *_, moments, none, _ in (first, second):
         assert moments == 0 and none is None
-    # The first rank's GPU is the one that counts.
+    # Only rank 0's GPU is asked.
     assert first[-1] == [1] and second[-1] == []
 
 
 @pytest.mark.parametrize("spare", [-1, 0])
-def test_no_sample_where_all_weights_do_not_fit(monkeypatch, capsys, tmp_path, spare):
-    run = make_run(tmp_path)
+def test_no_sample_if_full_weights_do_not_fit(monkeypatch, capsys, tmp_path, spare):
+    state = make_run(tmp_path)
     on_a_gpu = SimpleNamespace(
-        config=run.config, model=run.model, world=SimpleNamespace(device=torch.device("cuda"))
+        config=state.config, model=state.model, ctx=SimpleNamespace(device=torch.device("cuda"))
     )
-    needed = 4 * sum(p.numel() for p in run.model.parameters()) + (2 << 30)
+    needed = 4 * sum(p.numel() for p in state.model.parameters()) + (2 << 30)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (needed + spare, 1 << 40))
     assert train.has_room(on_a_gpu) is (spare == 0)
     said = capsys.readouterr().out
@@ -156,26 +160,26 @@ def test_no_sample_where_all_weights_do_not_fit(monkeypatch, capsys, tmp_path, s
 
 def save_here(folder, *more, steps=2):
     """The weights and moments that a run saves after some steps."""
-    run = make_run(folder, *more)
+    state = make_run(folder, *more)
     for _ in range(steps):
-        take_step(run, False)
-    start_save(run, background=False)
-    assert finish_save(run)
-    return state_of(run)
+        train_step(state, False)
+    start_save(state, background=False)
+    assert finish_save(state)
+    return state_of(state)
 
 
-def state_of(run):
-    moments = saving.optimizer_tensors(run.model, run.optimizer)
-    return whole(run.model.state_dict()) | whole(moments)
+def state_of(state):
+    moments = optimizer_tensors(state.model, state.optimizer)
+    return full(state.model.state_dict()) | full(moments)
 
 
 def go_on_here(folder, *more):
-    """What a run finds there, the samples of its next step, and the losses that follow."""
-    run = make_run(folder, *more)
-    found, _ = find_checkpoint(run)
-    resume(run, found)
-    state, samples = state_of(run), step_indices(run)
-    return state, samples, [take_step(run, False).loss for _ in range(3)]
+    """The state that a run resumes from, the samples of its next step, and the next losses."""
+    state = make_run(folder, *more)
+    found, _ = find_checkpoint(state)
+    resume(state, found)
+    state, samples = state_of(state), step_indices(state)
+    return state, samples, [train_step(state, False).loss for _ in range(3)]
 
 
 def save(group, *arguments):
@@ -189,11 +193,11 @@ def go_on(group, *arguments):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """Losses and samples of steps 3 to 5 of a run in one process."""
-    run = make_run(tmp_path_factory.mktemp("undisturbed"))
+    state = make_run(tmp_path_factory.mktemp("undisturbed"))
     losses, samples = [], []
     for _ in range(STEPS):
-        samples.append(step_indices(run))
-        losses.append(take_step(run, False).loss)
+        samples.append(step_indices(state))
+        losses.append(train_step(state, False).loss)
     return samples[2], losses[2:]
 
 
@@ -242,36 +246,36 @@ def test_tensor_parallel_to_none_and_back(pair, pool, tmp_path, undisturbed):
 
 
 @pytest.mark.parametrize("change", ["missing", "flipped"])
-def test_a_damaged_piece_is_refused_by_name(pair, tmp_path, change):
+def test_a_damaged_shard_is_refused_by_name(pair, tmp_path, change):
     pair.run(save, tmp_path, *FSDP, size=2)
     (path,) = (tmp_path / "checkpoint").iterdir()
-    piece = path / "optimizer-00002-of-00002.safetensors"
+    shard_path = path / "optimizer-00002-of-00002.safetensors"
     if change == "missing":
-        piece.unlink()
+        shard_path.unlink()
     else:
-        content = bytearray(piece.read_bytes())
+        content = bytearray(shard_path.read_bytes())
         content[-3] ^= 4
-        piece.write_bytes(content)
-    with pytest.raises(ValueError, match=piece.name):
+        shard_path.write_bytes(content)
+    with pytest.raises(ValueError, match=shard_path.name):
         verify(path)
 
 
 def saved_in_the_background(group, folder):
-    """Two steps under a write that one rank is slow with; what was seen."""
-    run = make_run(folder, *FSDP)
-    take_step(run, False)
-    expected, gate, write = state_of(run), threading.Event(), saving.write_pieces
+    """Take two steps while one rank is still writing a checkpoint."""
+    state = make_run(folder, *FSDP)
+    train_step(state, False)
+    expected, gate, write = state_of(state), threading.Event(), save_resume.write_shards
     with pytest.MonkeyPatch.context() as patch:
-        if run.world.rank == 1:
-            patch.setattr(saving, "write_pieces", lambda *a: gate.wait(30) and write(*a))
-        start_save(run, background=True)
-        through = [take_step(run, False).save_is_through for _ in range(2)]
-        before = run.store.steps()
+        if state.ctx.rank == 1:
+            patch.setattr(save_resume, "write_shards", lambda *a: gate.wait(PATIENCE) and write(*a))
+        start_save(state, background=True)
+        through = [train_step(state, False).save_written for _ in range(2)]
+        before = state.store.steps()
         gate.set()
-        run.pending.wait()
-        through.append(take_step(run, False).save_is_through)
-        committed = finish_save(run)
-    return through, before, committed, run.saved_step, expected
+        state.pending.wait()
+        through.append(train_step(state, False).save_written)
+        committed = finish_save(state)
+    return through, before, committed, state.saved_step, expected
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(pair, tmp_path):
@@ -286,37 +290,37 @@ def test_training_goes_on_while_a_checkpoint_is_written(pair, tmp_path):
     assert all(torch.equal(stored[name], expected[name]) for name in expected)
 
 
-def one_disk_is_full(group, folder, background):
-    run = make_run(folder, *FSDP)
-    take_step(run, False)
+def save_on_a_full_disk(group, folder, background):
+    state = make_run(folder, *FSDP)
+    train_step(state, False)
 
     def full(*args):
         raise OSError(28, "No space left on device")
 
     with pytest.MonkeyPatch.context() as patch:
-        if run.world.rank == 1:
-            patch.setattr(saving, "write_pieces", full)
-        start_save(run, background=background)
+        if state.ctx.rank == 1:
+            patch.setattr(save_resume, "write_shards", full)
+        start_save(state, background=background)
         if background:
-            take_step(run, False)
-        saved = finish_save(run)
-    left = sorted(path.name for path in run.store.folder.iterdir())
+            train_step(state, False)
+        saved = finish_save(state)
+    left = sorted(path.name for path in state.store.folder.iterdir())
     dist.barrier()
-    start_save(run, background=background)
-    return saved, run.failed_saves, left, finish_save(run)
+    start_save(state, background=background)
+    return saved, state.failed_saves, left, finish_save(state)
 
 
 @pytest.mark.parametrize("background", [False, True])
 def test_a_full_disk_of_one_rank_commits_nothing(pair, tmp_path, background):
-    for outcome in pair.run(one_disk_is_full, tmp_path, background, size=2):
+    for outcome in pair.run(save_on_a_full_disk, tmp_path, background, size=2):
         assert outcome == (False, 1, [], True)
     assert len(CheckpointStore(tmp_path / "checkpoint").steps()) == 1
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_what_is_no_fault_of_the_disk_is_not_hidden(tmp_path, background):
+def test_an_error_that_is_not_the_disks_is_raised(tmp_path, background):
     pending = PendingSave(1, tmp_path, lambda: 1 / 0, background)
     pending.wait()
-    assert pending.is_through and "ZeroDivisionError" in pending.problem
+    assert pending.is_done and "ZeroDivisionError" in pending.problem
     with pytest.raises(ZeroDivisionError):
         pending.raise_unexpected()
