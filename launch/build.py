@@ -1,8 +1,6 @@
 """From a config to the model of a rank: one registry row per model family, and what is applied to
 any of them: tensor parallelism, activation checkpointing, compilation, data parallelism."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import typing
@@ -35,7 +33,7 @@ _VOCAB_MULTIPLE = 64
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """All that launch/ knows of one kind of model.
+    """All that launch/ and parallel/ need to know of one kind of model.
 
     A model has `config`, `blocks` in the order of the forward, `head_weight` [V, D], and
     `forward(tokens, *, shard, cu_seqlens, return_hidden)`. Its config is a frozen dataclass with
@@ -214,8 +212,8 @@ class LossModel(nn.Module):
             cu_seqlens: document boundaries in the full sequence, (0, ..., tokens); None without.
         """
         if cu_seqlens is not None:
-            # A tuple until here: FSDP moves tensor arguments to the GPU, and the operator reads
-            # these on the host.
+            # Passed as a tuple because FSDP moves tensor arguments to the GPU, and the operator
+            # reads these on the host.
             cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32)
         with torch.autocast(inputs.device.type, self._dtype, enabled=self._dtype is not None):
             hidden = self.model(inputs, shard=shard, return_hidden=True, cu_seqlens=cu_seqlens)

@@ -4,8 +4,6 @@ Every field is a flag: `training.seq_len` is `--training.seq_len` (or `--trainin
 follow torchtitan and flame.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import difflib
@@ -37,7 +35,7 @@ _REMOVED = {
 @dataclass(kw_only=True)
 class Job:
     config_file: Annotated[str | None, tyro.conf.arg(aliases=["--config"])] = None
-    """TOML file; flags on the command line override what it says."""
+    """TOML file; flags on the command line override it."""
     dump_folder: str = "outputs"
     """All output of the run goes to this folder."""
     dry_run: bool = False
@@ -416,9 +414,10 @@ def _check(config: Config) -> None:
     for bound, names in _AT_LEAST.items():
         for name in names.split():
             section, key = name.split(".")
+            value = getattr(getattr(config, section), key)
             # False for NaN too.
-            is_valid = bound <= getattr(getattr(config, section), key) < math.inf
-            require(is_valid, name, f"it must be at least {bound}, and finite")
+            require(value >= bound, name, f"it must be at least {bound}")
+            require(value < math.inf, name, "it must be a finite number")
     require(config.job.dry_run_gpus <= 1 << 16, "job.dry_run_gpus", "it must be at most 65536")
     require(training.seed < 1 << 63, "training.seed", "it must be below 2^63")
     check_sampling("sample.", sample.max_new_tokens, sample.temperature, sample.top_k)

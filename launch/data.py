@@ -6,8 +6,6 @@ The order of samples depends on the seed alone. To resume, the number of samples
 whatever the number of ranks before and after.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ from launch.tokenizer import Tokenizer, tokenizer_from_spec
 
 IGNORE = -100
 # Larger files are checked against the vocabulary as batches are read, not at the start.
-_SCAN_AT_OPEN = 1 << 28
+SCAN_AT_OPEN = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -81,13 +79,13 @@ class IndexedSource:
                 f"{self._file.path} has {len(self._file)} tokens: one sequence needs "
                 f"training.seq_len + 1 = {seq_len + 1}; add data or lower training.seq_len{spare}."
             )
-        if len(self._file) <= _SCAN_AT_OPEN:
+        if len(self._file) <= SCAN_AT_OPEN:
             self._file.check_vocabulary(vocab_size)
 
     def sample(self, index: int, start: int, stop: int) -> np.ndarray:
         origin = index * self._seq_len
         first, last = origin + start, origin + stop + 1
-        if len(self._file) > _SCAN_AT_OPEN:
+        if len(self._file) > SCAN_AT_OPEN:
             self._file.check_vocabulary(self._vocab_size, first, last)
         return self._file.tokens[first:last].astype(np.int64)
 
@@ -209,7 +207,7 @@ def read_batch(
         np.stack([source.sample(index, start, stop) for index in indices])
         for start, stop in shard.ranges
     ]
-    # Shifted chunk by chunk: in zigzag, the token after a chunk is not the next one held here.
+    # Shifted chunk by chunk: in zigzag, the token after a chunk is not the next one in this shard.
     inputs = torch.from_numpy(np.concatenate([chunk[:, :-1] for chunk in chunks], axis=1))
     labels = torch.from_numpy(np.concatenate([chunk[:, 1:] for chunk in chunks], axis=1))
     if pad_id is not None:

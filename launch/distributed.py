@@ -1,7 +1,5 @@
 """This process among the ranks of the job: its number and device, and small collectives."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -5,8 +5,6 @@
 A checkpoint has all that is needed: weights, model config and tokenizer.
 """
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 from pathlib import Path

@@ -12,8 +12,6 @@
     int64[.]  document boundaries, as indices into the sequences
 """
 
-from __future__ import annotations
-
 import struct
 from pathlib import Path
 

@@ -9,8 +9,6 @@ NCCL's buffers, what the allocator loses between blocks, scratch memory inside k
 savings of compilation.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses

@@ -5,8 +5,6 @@ that have a label, tokens are counted once on any mesh, and mfu counts the FLOPs
 the quadratic ones of softmax layers if it has any.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import math
@@ -48,11 +46,11 @@ def peak_memory(device: torch.device) -> float:
 
 def check_packages(config: Config) -> None:
     """Raise ConfigError if a package for metrics is enabled but missing."""
-    wanted = {
+    packages = {
         "tensorboard": ("torch.utils.tensorboard", config.metrics.enable_tensorboard),
         "wandb": ("wandb", config.metrics.enable_wandb),
     }
-    for package, (module, enabled) in wanted.items():
+    for package, (module, enabled) in packages.items():
         if not enabled:
             continue
         try:

@@ -1,7 +1,5 @@
 """The optimizer, its learning rate as a function of the step, and its state in a checkpoint."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

@@ -5,8 +5,6 @@ can run this has. Each file (of a .jsonl, the "text" of each line) is a document
 end-of-document token. A hash of the document's name decides whether it is held out for validation.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

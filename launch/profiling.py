@@ -1,7 +1,5 @@
 """Profiler traces and memory snapshots of a few early steps, if enabled."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path

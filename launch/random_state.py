@@ -3,8 +3,6 @@
 Numpy's is not needed: the launcher makes a new generator from seed and position each time.
 """
 
-from __future__ import annotations
-
 import random
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What follows from a config and the number of ranks: the batch, what cannot run, the summary."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@ A tokenizer is described by a `spec`, plain JSON that is stored in the data's me
 checkpoint, so that neither depends on another file.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from typing import Any, Protocol

@@ -12,8 +12,6 @@ TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: otherwise a restarted job may use the addr
 before it.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

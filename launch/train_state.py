@@ -1,6 +1,4 @@
-"""What a training run consists of, and what its ranks know after a step."""
-
-from __future__ import annotations
+"""What a training run consists of, and the outcome of a step."""
 
 from dataclasses import dataclass, field
 

@@ -1,10 +1,7 @@
 """One step of training, and validation: from sample indices to a loss that all ranks share."""
 
-from __future__ import annotations
-
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,19 +16,13 @@ from parallel.data import accumulate, reshard
 from parallel.mesh import whole as full_tensor
 
 
-class ForwardBackward(Protocol):
-    """How the micro-batches of a step become gradients; see `forward_backward`."""
-
-    def __call__(self, state: TrainState, *, batches: Sequence[Batch], num_labels: int) -> Tensor:
-        """Add gradients; return this rank's sum of losses."""
-
-
 def forward_backward(state: TrainState, *, batches: Sequence[Batch], num_labels: int) -> Tensor:
-    """Run each micro-batch forward and backward in turn, and sum gradients over data ranks.
+    """Turn the micro-batches of a step into gradients: each forward and backward in turn, summed
+    over micro-batches and ranks.
 
     Args:
         state: the gradients of its parameters are added to.
-        batches: this rank's micro-batches, as many on every rank.
+        batches: this rank's micro-batches, the same number on every rank.
         num_labels: labels of the step over all ranks. Each micro-batch's loss is divided by it, so
             that the SUM of gradients over micro-batches and ranks is that of the mean loss.
 
@@ -57,13 +48,13 @@ def train_step(
     state: TrainState,
     stop_requested: bool = False,
     *,
-    forward_backward: ForwardBackward = forward_backward,
+    forward_backward: Callable[..., Tensor] = forward_backward,
 ) -> StepResult:
     """One optimizer step. If loss or gradients are NaN or Inf on any rank, nothing changes.
 
     Args:
         stop_requested: this rank was asked to stop; the result says so on all ranks.
-        forward_backward: computes the gradients of the step.
+        forward_backward: called as the function of that name; another one replaces it.
 
     Raises:
         DataError: tokens outside the vocabulary, or no label to learn from, on any rank.
@@ -93,7 +84,7 @@ def train_step(
 def reduce_step(
     state: TrainState, loss_sum: Tensor, norm: Tensor, num_labels: int, stop_requested: bool
 ) -> StepResult:
-    """Combine what the ranks have to say about a step: one reduction, one wait for the device."""
+    """Combine the ranks' results of a step: one reduction, one wait for the device."""
     nonfinite = ~(loss_sum.isfinite() & norm.isfinite())
     writing = state.pending is not None and not state.pending.is_done
     flags = [torch.full_like(loss_sum, flag) for flag in (stop_requested, writing)]

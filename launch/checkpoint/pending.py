@@ -1,7 +1,5 @@
 """A checkpoint that is being written, by this rank."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from pathlib import Path

@@ -6,8 +6,6 @@ thread of each rank writes them, and the commit happens at the first step after 
 done: the ranks learn that from the reduction that they do at each step anyway.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import time

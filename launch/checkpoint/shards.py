@@ -5,8 +5,6 @@ Files are safetensors. If a file holds only a shard of a tensor, its metadata ha
 may want other shards than those that were written.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
@@ -120,14 +118,14 @@ class StoredTensor:
     def __getitem__(self, region: tuple[slice, ...]) -> Tensor:
         """A new tensor on the CPU."""
         dims = itertools.zip_longest(region, self.shape, fillvalue=slice(None))
-        wanted = [range(*each.indices(length)) for each, length in dims]
-        out = torch.empty([len(each) for each in wanted], dtype=self.dtype)
+        ranges = [range(*each.indices(length)) for each, length in dims]
+        out = torch.empty([len(each) for each in ranges], dtype=self.dtype)
         for (offset, size), source in self._blocks.items():
-            first = [max(w.start, o) for w, o in zip(wanted, offset, strict=True)]
-            last = [min(w.stop, o + s) for w, o, s in zip(wanted, offset, size, strict=True)]
+            first = [max(r.start, o) for r, o in zip(ranges, offset, strict=True)]
+            last = [min(r.stop, o + s) for r, o, s in zip(ranges, offset, size, strict=True)]
             if any(begin >= end for begin, end in zip(first, last, strict=True)):
                 continue
-            out[_box(first, last, [each.start for each in wanted])] = source(
+            out[_box(first, last, [each.start for each in ranges])] = source(
                 _box(first, last, offset)
             )
         return out

@@ -13,8 +13,6 @@ model-00001-of-00002.safetensors and so on; see launch/checkpoint/shards.py.
         manifest.json           {"format": 1, "step": 100, "files": [{name, size, sha256}, ...]}
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -98,7 +96,7 @@ def verify(path: Path) -> Checkpoint:
             raise CheckpointError(f"{file} is missing.")
         if file.stat().st_size != size:
             raise CheckpointError(
-                f"{file} has {file.stat().st_size} bytes, the manifest says {size}: truncated."
+                f"{file} has {file.stat().st_size} bytes, the manifest has {size}: truncated."
             )
         if _sha256(file) != sha256:
             raise CheckpointError(f"{file} does not match its hash: its content has changed.")
@@ -219,8 +217,8 @@ class CheckpointStore:
                 "a step folder."
             )
         found = verify(path)
-        here = path.resolve().parent == self.folder.resolve()
-        later = [step for step in self.steps() if step > found.step or not here]
+        is_own = path.resolve().parent == self.folder.resolve()
+        later = [step for step in self.steps() if step > found.step or not is_own]
         if later:
             raise CheckpointError(
                 f"resuming from {path} would overwrite the checkpoints from step {later[0]} on "

@@ -96,7 +96,7 @@ def test_token_outside_the_vocabulary_is_named_with_its_offset(prefix):
 
 
 def test_large_files_are_checked_where_they_are_read(prefix, monkeypatch):
-    monkeypatch.setattr("launch.data._SCAN_AT_OPEN", 10)
+    monkeypatch.setattr("launch.data.SCAN_AT_OPEN", 10)
     source = IndexedSource(prefix, 8, vocab_size=30)
     assert source.sample(2, 0, 8)[-1] == 24
     with pytest.raises(DataError, match="token 30 at token offset 30"):

@@ -4,7 +4,6 @@ import math
 import multiprocessing
 import re
 import socket
-import time
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -88,10 +87,9 @@ def estimates():
             format_estimate(*job(LARGE, activation_checkpoint__mode=mode), enough)
             for mode in ("none", "full")
         ]
-        began = time.process_time()
+        # (Sharding the weights over all ranks of the largest job took a minute.)
         estimate(*job((1, 1 << 15, 1, 2)))
-        seconds = time.process_time() - began
-    return meshes, by_mode, texts, seconds
+    return meshes, by_mode, texts
 
 
 @pytest.fixture(scope="module")
@@ -132,13 +130,8 @@ def test_the_text_says_whether_a_rank_fits(planned):
     assert re.search(r"3 x blocks.\*.channel_mixer.w3.weight +64 x 256 -> 32 x 128\n", full)
 
 
-def test_the_largest_job_is_estimated_in_the_time_of_a_small_one(planned):
-    # Processor time. (Sharding the weights over all its ranks took a minute.)
-    assert planned[-1] < 10
-
-
 def test_modes_and_meshes_order_activations_as_expected(planned):
-    meshes, by_mode, *_ = planned
+    meshes, by_mode, _ = planned
     none, selective, full = (by_mode[mode].activations for mode in ("none", "selective", "full"))
     assert full < selective < none
     # The same tokens over twice the ranks, by sequence or by heads and channels.

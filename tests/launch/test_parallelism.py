@@ -178,8 +178,8 @@ def go_on_here(folder, *more):
     state = make_run(folder, *more)
     found, _ = find_checkpoint(state)
     resume(state, found)
-    state, samples = state_of(state), step_indices(state)
-    return state, samples, [train_step(state, False).loss for _ in range(3)]
+    tensors, samples = state_of(state), step_indices(state)
+    return tensors, samples, [train_step(state, False).loss for _ in range(3)]
 
 
 def save(group, *arguments):
