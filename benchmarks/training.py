@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 2 benchmarks/training.py --preset tiny --tokens 2048   # a try on CPUs
 
 A row is one config: model and optimizer are made by `launch.train.set_up`, steps are taken by
-`launch.step.take_step`, on random tokens. Time is the median over steps after warm-up, from
+`launch.trainer.train_step`, on random tokens. Time is the median over steps after warm-up, from
 synchronised device to synchronised device. MFU counts the model's FLOPs (linear attention in its
 recurrent form, softmax layers their causal half, recomputation not at all) against the dense
 bfloat16 peak. Memory is the largest of all ranks, as reserved by the allocator.
@@ -39,11 +39,11 @@ import versions
 from torch.distributed import DeviceMesh
 
 from launch.config import load_config
+from launch.distributed import DistContext, get_rank_info
 from launch.metrics import peak_flops, peak_memory
-from launch.plan import batching
-from launch.step import take_step
+from launch.resolve import batching
 from launch.train import set_up
-from launch.world import World, find_place
+from launch.trainer import train_step
 from parallel.mesh import ParallelDims, build_mesh
 
 RESULTS = Path(__file__).parent / "results"
@@ -81,8 +81,6 @@ def cases(suites: list[str], world_size: int, tokens: int | None) -> Iterator[Ca
             yield Case(name="none", **base)
             yield Case(name="selective", **base, flags=((RECOMPUTE, "selective"),))
             yield Case(name="full", **base, flags=(full,))
-            offload = ("activation_checkpoint.offload", True)
-            yield Case(name="full, inputs on host", **base, flags=(full, offload))
         elif suite == "lengths":
             most = tokens or 524288
             for model in ("TNL", "softmax"):
@@ -147,13 +145,13 @@ def run_case(case: Case, arguments: argparse.Namespace, folder: Path) -> dict[st
         torch.cuda.reset_peak_memory_stats()
     mesh = mesh_of(place.dims, place.device.type) if case.processes > 1 else None
     batch = batching(config, place)
-    world = World(place, mesh)
+    world = DistContext(place, mesh)
     run = set_up(config, world, batch)
     began, seconds = time.perf_counter(), []
     for _ in range(arguments.warmup + arguments.steps):
         synchronize(place.device)
         start = time.perf_counter()
-        take_step(run, False)
+        train_step(run, False)
         synchronize(place.device)
         seconds.append(time.perf_counter() - start)
     measured = statistics.median(seconds[arguments.warmup :])
@@ -209,13 +207,13 @@ def command_line(case: Case, arguments: argparse.Namespace, folder: Path) -> lis
 
 
 def place_among(config: Any, processes: int) -> Any:
-    """`find_place` for a job of the first `processes` ranks."""
+    """`get_rank_info` for a job of the first `processes` ranks."""
     before = dict(os.environ)
     try:
         if processes == 1:
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
                 os.environ.pop(name, None)
-        return find_place(config)
+        return get_rank_info(config)
     finally:
         os.environ.update(before)
 

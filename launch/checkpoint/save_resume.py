@@ -9,6 +9,7 @@ done: the ranks learn that from the reduction that they do at each step anyway.
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,8 @@ def start_save(state: TrainState, *, background: bool) -> None:
     reports = ctx.gather([has_shards, random_state.capture(ctx.device)])
     writers = [rank for rank, (writes, _) in enumerate(reports) if writes]
 
-    def begin() -> list[str | None]:
-        try:
-            return [str(state.store.begin(state.step)), None]
-        except OSError as error:
-            return [None, str(error)]
-
-    staging, problem = ctx.on_rank0(begin)
+    staging = _path_from_rank0(state, lambda: state.store.begin(state.step))
     if staging is None:
-        _count_failure(state, problem)
         return
     if background:
         _copy_to_host(state, shards)
@@ -56,14 +50,14 @@ def start_save(state: TrainState, *, background: bool) -> None:
         paths = []
         if number:
             for group, each in shards.items():
-                paths.append(Path(staging) / tensor_file(group, number, len(writers)))
+                paths.append(staging / tensor_file(group, number, len(writers)))
                 write_shards(paths[-1], each)
         if saved is not None:
-            paths.append(Path(staging) / "state.json")
+            paths.append(staging / "state.json")
             paths[-1].write_text(json.dumps(saved), encoding="utf-8")
         return [seal_file(path) for path in paths]
 
-    state.pending = PendingSave(state.step, Path(staging), write, background)
+    state.pending = PendingSave(state.step, staging, write, background)
     if background and ctx.is_rank0:
         seconds = time.perf_counter() - began
         print(f"checkpoint of step {state.step}: copied in {seconds:.2f} s, writing", flush=True)
@@ -80,20 +74,16 @@ def finish_save(state: TrainState) -> bool:
         reports = ctx.gather([pending.problem, pending.files])
         pending.raise_unexpected()
 
-        def commit() -> list[str | None]:
+        def commit() -> Path:
             problems = [problem for problem, _ in reports if problem is not None]
             if problems:
                 state.store.discard(pending.staging)
-                return [None, problems[0]]
+                raise OSError(problems[0])
             files = [entry for _, entries in reports for entry in entries]
-            try:
-                return [str(state.store.commit(pending.step, pending.staging, files)), None]
-            except OSError as error:
-                return [None, str(error)]
+            return state.store.commit(pending.step, pending.staging, files)
 
-        path, problem = ctx.on_rank0(commit)
+        path = _path_from_rank0(state, commit)
     if path is None:
-        _count_failure(state, problem)
         return False
     state.saved_step = pending.step
     if ctx.is_rank0:
@@ -101,10 +91,22 @@ def finish_save(state: TrainState) -> bool:
     return True
 
 
-def _count_failure(state: TrainState, problem: str | None) -> None:
+def _path_from_rank0(state: TrainState, function: Callable[[], Path]) -> Path | None:
+    """The path that `function` returns on rank 0; None, counted as a failed save, on OSError."""
+
+    def attempt() -> list[str | None]:
+        try:
+            return [str(function()), None]
+        except OSError as error:
+            return [None, str(error)]
+
+    path, problem = state.ctx.on_rank0(attempt)
+    if path is not None:
+        return Path(path)
     state.failed_saves += 1
     if state.ctx.is_rank0:
         print(f"warning: checkpoint {state.failed_saves} not written: {problem}", flush=True)
+    return None
 
 
 def local_shards(state: TrainState) -> dict[str, dict[str, TensorShard]]:

@@ -1,4 +1,4 @@
-"""What ranks agree on: sums, reports, and one error that ends all of them."""
+"""Collectives of small values, and one error that ends all ranks."""
 
 import math
 
@@ -31,17 +31,16 @@ def all_of_it(group):
     }
 
 
-def test_every_rank_learns_the_same(pool):
+def test_every_rank_gets_the_same_values(pool):
     results = pool.run(all_of_it, size=RANKS)
     for rank, result in enumerate(results):
         assert result["gather"] == [{"rank": r, "text": "x" * r} for r in range(RANKS)]
-        # The NaN of one rank is counted, not drowned.
         assert result["flags"] == [1, 1]
         assert result["first"] == ["decided", 0]
         assert result["agree"] == rank * 10
 
 
-def test_one_process_counts_without_its_device():
+def test_a_single_process_sums_without_its_device():
     # A tensor on "meta" has no values: looking at one would raise, as it would wait on a GPU.
     info = RankInfo(0, 0, "nccl", torch.device("meta"), ParallelDims.resolve(1))
     assert DistContext(info, None).sum_numbers(2, True, dtype=torch.int64) == [2, 1]
@@ -68,7 +67,7 @@ def failing(group, bad_ranks):
     return caught
 
 
-def test_an_error_on_any_rank_ends_all_and_is_told_once(pool):
+def test_an_error_on_any_rank_ends_all_and_is_reported_once(pool):
     for rank, caught in enumerate(pool.run(failing, (1, 3), size=RANKS)):
         kind = DataError if rank == 1 else RemoteRankError
         assert caught[:2] == [(kind, "rank 1 found train.bin damaged", 73)] * 2

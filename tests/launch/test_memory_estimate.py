@@ -53,7 +53,7 @@ MEASURED = [
 ]
 # (dp_replicate, dp_shard, cp, tp)
 LARGE = (1, 1, 2, 2)
-# With weights that do not divide by the ranks: the last has less of them than the first.
+# The ranks do not divide the weights: the last rank has less than the first.
 UNEVEN = (1, 4, 1, 1)
 MESHES = [(1, 2, 1, 2), (1, 1, 2, 2), (1, 2, 2, 1), (2, 2, 1, 1), (1, 1, 1, 4), UNEVEN]
 UNEVEN_SHAPE = dict(model__vocab_size=509, model__glu_dim=251)
@@ -137,7 +137,7 @@ def test_modes_and_meshes_order_activations_as_expected(planned):
     # The same tokens over twice the ranks, by sequence or by heads and channels.
     assert meshes[(1, 2, 2, 1)].activations < 0.6 * meshes[(2, 2, 1, 1)].activations
     assert meshes[(1, 1, 1, 4)].activations < meshes[(1, 2, 1, 2)].activations
-    # One d x d state per head held here and layer, the first with twice the key size.
+    # One d x d state per layer and local head; the first layer has twice the key size.
     assert meshes[(1, 1, 2, 2)].states == 4 * 2 * (3 + 1) * 16 * 16
     assert meshes[(1, 2, 1, 2)].states == 0
 

@@ -210,7 +210,7 @@ def check(outcomes, saved, undisturbed):
         assert series == pytest.approx(losses, rel=1e-5)
 
 
-def test_two_ranks_to_one_and_to_four(pair, pool, tmp_path, undisturbed):
+def test_a_checkpoint_of_two_ranks_resumes_on_one_and_on_four(pair, pool, tmp_path, undisturbed):
     saved = pair.run(save, tmp_path, *FSDP, size=2)[0]
     (path,) = (tmp_path / "checkpoint").iterdir()
     assert sorted(each.name for each in path.iterdir() if "model" in each.name) == [
@@ -222,22 +222,22 @@ def test_two_ranks_to_one_and_to_four(pair, pool, tmp_path, undisturbed):
         check(pool.run(go_on, tmp_path, *more, size=4), saved, undisturbed)
 
 
-def test_one_rank_to_two(pair, tmp_path, undisturbed):
+def test_a_checkpoint_of_one_rank_resumes_on_two(pair, tmp_path, undisturbed):
     saved = save_here(tmp_path)
     (path,) = (tmp_path / "checkpoint").iterdir()
     assert (path / "model.safetensors").is_file()
     check(pair.run(go_on, tmp_path, *FSDP, *CP2, size=2), saved, undisturbed)
 
 
-def test_a_sequence_over_four_to_a_sequence_over_two(pair, pool, tmp_path, undisturbed):
+def test_a_checkpoint_of_cp_4_resumes_with_cp_2(pair, pool, tmp_path, undisturbed):
     saved = pool.run(save, tmp_path, *FSDP, *CP4, size=4)[0]
     check(pair.run(go_on, tmp_path, *CP2, size=2), saved, undisturbed)
 
 
-def test_tensor_parallel_to_none_and_back(pair, pool, tmp_path, undisturbed):
+def test_checkpoints_resume_with_and_without_tensor_parallelism(pair, pool, tmp_path, undisturbed):
     saved = pair.run(save, tmp_path / "two", *TP2, size=2)[0]
     check([go_on_here(tmp_path / "two")], saved, undisturbed)
-    # Cut twice along the same rows: by tensor parallelism, then by FSDP.
+    # Sharded twice along the same rows: by tensor parallelism, then by FSDP.
     check(pool.run(go_on, tmp_path / "two", *FSDP, *TP2, size=4), saved, undisturbed)
     saved = pool.run(save, tmp_path / "four", *FSDP, *TP2, size=4)[0]
     check(pair.run(go_on, tmp_path / "four", *FSDP, size=2), saved, undisturbed)

@@ -137,7 +137,7 @@ def test_activation_checkpointing_has_the_configured_mode(tmp_path, data, monkey
 
 
 def test_a_step_takes_its_gradients_from_forward_backward(tmp_path, data):
-    """Another implementation replaces the trainer's, and finds labels counted for it."""
+    """Another implementation can replace the trainer's."""
     run, other = make_run(tmp_path, data), make_run(tmp_path, data)
     calls = []
 
@@ -153,7 +153,7 @@ def test_a_step_takes_its_gradients_from_forward_backward(tmp_path, data):
 
 
 def documents_by_hand(run, documents, samples):
-    """Loss per token of documents read one by one, each as if nothing had come before it."""
+    """Loss per token of documents that are run one by one."""
     stream = np.concatenate(documents)
     owner = np.repeat(np.arange(len(documents)), [len(each) for each in documents])
     total, count = 0.0, 0
@@ -163,7 +163,7 @@ def documents_by_hand(run, documents, samples):
             tokens = torch.from_numpy(stream[span][owner[span] == document])
             inputs, labels = tokens[:-1], tokens[1:].clone()
             labels[labels == ByteTokenizer.pad_id] = IGNORE
-            # The last token of the stretch may be the sample's last label: then it is no input.
+            # A single token at the sample's end is a label but no input.
             if len(inputs):
                 logits = run.model(inputs[None])[0]
                 total += F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
@@ -173,7 +173,7 @@ def documents_by_hand(run, documents, samples):
 
 def test_varlen_keeps_documents_apart(tmp_path, monkeypatch):
     generator = np.random.default_rng(0)
-    # The fourth starts where the first sample ends; the padding is no label.
+    # The fourth document starts where the first sample ends, and holds padding.
     lengths = [30, 1, 70, 200, 60, 60, 200]
     documents = [generator.integers(0, 256, length) for length in lengths]
     documents[3][5:9] = ByteTokenizer.pad_id
@@ -192,7 +192,7 @@ def test_varlen_keeps_documents_apart(tmp_path, monkeypatch):
         assert call["cu_seqlens"].tolist() == [0, *inside, SEQ_LEN]
 
 
-def test_random_states_are_put_back():
+def test_random_states_are_restored():
     device = torch.device("cpu")
     random.seed(1)
     torch.manual_seed(1)

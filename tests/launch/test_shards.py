@@ -74,10 +74,10 @@ def test_files_of_different_tensors_do_not_mix(tmp_path):
 
 
 def shards_of_layers(group):
-    """What FSDP over tensor parallelism holds, against the same region of the full weight."""
+    """Compare shards of FSDP over tensor parallelism with their regions of the full weight."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_shard", "tp"))
     found = []
-    # Rows that two tensor ranks divide, and their halves not; columns; a copy on each.
+    # Rows of which FSDP gets an odd number; columns; replicas.
     for placement, shape in ((Shard(0), (10, 3)), (Shard(1), (7, 6)), (Replicate(), (5, 4))):
         torch.manual_seed(0)
         layer = nn.Linear(*shape[::-1], bias=False)

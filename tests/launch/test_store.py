@@ -135,7 +135,7 @@ def test_retention_counts_valid_checkpoints_and_leaves_other_folders(tmp_path):
     (tmp_path / "step-00000002" / "model.safetensors").write_bytes(b"")
     (tmp_path / "step-00000008").mkdir()
     fill(store, 3)
-    # Two valid ones remain, 1 and 3; the damaged 2 and the empty 8 count for nothing.
+    # Valid: 1 and 3. The damaged 2 and the empty 8 are not counted.
     assert store.steps() == [1, 2, 3, 8]
     fill(store, 4)
     assert store.steps() == [2, 3, 4, 8]
@@ -186,7 +186,7 @@ def test_incomplete_folders_are_not_checkpoints(store):
     staging = store.folder / ".staging-step-00000002-123"
     staging.mkdir()
     (staging / "model.safetensors").write_bytes(b"torn")
-    # A step folder without manifest, as if copied by hand and cut short.
+    # A step folder without manifest, like an interrupted copy.
     (store.folder / "step-00000003").mkdir()
     found, refused = store.find("auto")
     assert found.step == 1

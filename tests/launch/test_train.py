@@ -246,7 +246,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(undisturbed, tmp_path, data,
     states = []
 
     def draw_and_stop(state):
-        # Otherwise the states would be those of any run that has just made its model.
+        # So that the states differ from those of a run that has just built its model.
         torch.rand(3), random.random()
         states.append(random_state.capture(state.ctx.device))
         os.kill(os.getpid(), signal.SIGTERM)
@@ -263,7 +263,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(undisturbed, tmp_path, data,
             lambda state: states.append(random_state.capture(torch.device("cpu"))),
         )
         assert run_here(folder, data) == 0
-    # The random states are part of what goes on.
+    # Random states are resumed too.
     assert len(states) == 2 and states[0] == states[1]
     assert losses(folder) == losses(undisturbed)
     assert same(weights(folder, STEPS), weights(undisturbed, STEPS))
@@ -434,7 +434,7 @@ def test_checkpoints_in_the_background_change_nothing(undisturbed, tmp_path, dat
     output = capsys.readouterr().out
     assert losses(folder) == losses(undisturbed)
     assert CheckpointStore(folder / "checkpoint", 9).steps() == [4, 6, STEPS]
-    # The last one is waited for; each of the others is written while training goes on.
+    # Only the last checkpoint is waited for.
     assert output.count("s, writing") == STEPS // 2 - 1
     assert output.count("checkpoint: ") == STEPS // 2
     assert same(weights(folder, STEPS), weights(undisturbed, STEPS))
@@ -442,7 +442,7 @@ def test_checkpoints_in_the_background_change_nothing(undisturbed, tmp_path, dat
 
 @pytest.fixture
 def slow_disk(monkeypatch):
-    """Every file of tensors takes longer than some steps."""
+    """Writing a file of tensors takes longer than several steps."""
     write = save_resume.write_shards
     monkeypatch.setattr(save_resume, "write_shards", lambda *args: time.sleep(0.3) or write(*args))
 
