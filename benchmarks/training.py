@@ -156,7 +156,7 @@ def run_case(case: Case, arguments: argparse.Namespace, folder: Path) -> dict[st
     for _ in range(arguments.warmup + arguments.steps):
         synchronize(info.device)
         start = time.perf_counter()
-        train_step(state)
+        train_step(state, False)
         synchronize(info.device)
         seconds.append(time.perf_counter() - start)
     measured = statistics.median(seconds[arguments.warmup :])

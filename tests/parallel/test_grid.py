@@ -9,15 +9,11 @@ import torch.distributed as dist
 
 from launch import train
 from launch.config import load_config
-from launch.plan import batching
-from launch.step import take_step, validate
-from launch.world import Place, World
+from launch.distributed import DistContext, RankInfo
+from launch.resolve import batching
+from launch.trainer import train_step, validate
 from parallel.mesh import MESH_AXES, ParallelDims, build_mesh, full_tensor
-from tests.distributed import Pool
 from tests.launch.runs import flags
-
-# Starting eight processes takes most of a minute on a slow machine.
-pytestmark = pytest.mark.timeout(900)
 
 STEPS = 5
 # 67 tokens: uneven shards.
@@ -47,9 +43,9 @@ def name(degrees):
     return "-".join(f"{axis}{degree}" for axis, degree in pairs if degree > 1)
 
 
-def trained(folder, place, mesh, **changes):
+def trained(folder, info, mesh, **changes):
     """Losses and norms of STEPS steps, validation loss, first and last weights, first gradients."""
-    replicate, shard, cp, tp = place.dims.degrees.values()
+    replicate, shard, cp, tp = info.dims.degrees.values()
     degrees = dict(
         parallelism__data_parallel_replicate_degree=replicate,
         parallelism__data_parallel_shard_degree=shard,
@@ -57,15 +53,15 @@ def trained(folder, place, mesh, **changes):
         parallelism__tensor_parallel_degree=tp,
     )
     config = load_config(flags(job__dump_folder=folder, **(SHAPE | degrees | changes)))
-    world = World(place, mesh)
-    run = train.set_up(config, world, batching(config, place))
-    first = weights_of(run.model)
-    outcomes = [take_step(run, False)]
-    gradients = {name: full_tensor(p.grad).clone() for name, p in run.model.named_parameters()}
-    outcomes += [take_step(run, False) for _ in range(STEPS - 1)]
-    held_out = validate(run)
+    context = DistContext(info, mesh)
+    state = train.set_up(config, context, batching(config, info))
+    first = weights_of(state.model)
+    outcomes = [train_step(state, False)]
+    gradients = {name: full_tensor(p.grad).clone() for name, p in state.model.named_parameters()}
+    outcomes += [train_step(state, False) for _ in range(STEPS - 1)]
+    held_out = validate(state)
     curve = [(outcome.loss, outcome.grad_norm) for outcome in outcomes]
-    return curve, held_out, first, weights_of(run.model), gradients
+    return curve, held_out, first, weights_of(state.model), gradients
 
 
 def weights_of(model):
@@ -75,30 +71,23 @@ def weights_of(model):
 def on_one_rank(group, folder, degrees, changes):
     rank = dist.get_rank()
     dims = ParallelDims(**dict(zip(MESH_AXES, degrees, strict=True)), world_size=group.size())
-    place = Place(rank, rank, "gloo", torch.device("cpu"), dims)
-    results = trained(folder, place, build_mesh(dims, "cpu"), **changes)
+    info = RankInfo(rank, rank, "gloo", torch.device("cpu"), dims)
+    results = trained(folder, info, build_mesh(dims, "cpu"), **changes)
     # Weights and gradients are the same on every rank: one of them returns them.
     return results if rank == 0 else results[:2]
 
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory):
-    place = Place(0, 0, "gloo", torch.device("cpu"), ParallelDims())
-    return trained(tmp_path_factory.mktemp("one_rank"), place, None)
-
-
-@pytest.fixture(scope="module")
-def pool8():
-    pool = Pool({8: tuple(range(8))}, timeout=300)
-    yield pool
-    pool.stop()
+    info = RankInfo(0, 0, "gloo", torch.device("cpu"), ParallelDims())
+    return trained(tmp_path_factory.mktemp("one_rank"), info, None)
 
 
 def check(pool, tmp_path, degrees, one_rank, accumulation):
     dp = degrees[0] * degrees[1]
     changes = dict(training__local_batch_size=8 // dp // accumulation)
     job = on_one_rank, tmp_path, degrees, changes
-    outcomes = pool.run(*job, size=math.prod(degrees), timeout=300)
+    outcomes = pool.run(*job, size=math.prod(degrees))
     expected_curve, held_out, first, last, gradients = one_rank
     for curve, rank_held_out, *_ in outcomes:
         assert curve == outcomes[0][0], "ranks report different metrics"

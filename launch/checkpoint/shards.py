@@ -1,11 +1,9 @@
-"""Tensors cut over ranks, on disk: every rank writes what it holds, any rank reads what it needs.
+"""Sharded tensors on disk: every rank writes the shards it holds, any rank reads what it needs.
 
-A file is safetensors. Of a tensor that is not whole, the file's metadata says where the piece lies:
-{"pieces": '{"<name>": [[shape of the whole], [offset of the piece]]}'}. A reader needs nothing but
-the files: what is cut how, over how many of them, may differ from how it is wanted.
+Files are safetensors. If a file holds only a shard of a tensor, its metadata has the shard's place:
+{"pieces": '{"<name>": [[full shape], [offset of the shard]]}'}. A reader needs the files alone, and
+may want other shards than those that were written.
 """
-
-from __future__ import annotations
 
 import itertools
 import json
@@ -21,8 +19,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-__all__ = ["Piece", "StoredTensor", "TensorFiles", "piece_of", "write_pieces"]
-
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -36,65 +32,65 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
-class Piece:
-    """The part of a tensor that this rank holds: a block of it.
+class TensorShard:
+    """The block of a tensor that this rank holds.
 
     Attributes:
         local: the block, sharing memory with the tensor.
-        shape: of the whole tensor.
+        shape: of the full tensor.
         offset: of the block in it.
-        mine: among the ranks that hold the same block, this one writes it.
+        is_writer: among the ranks that hold this block, this one writes it.
     """
 
     local: Tensor
     shape: tuple[int, ...]
     offset: tuple[int, ...]
-    mine: bool
+    is_writer: bool
 
     @property
     def region(self) -> tuple[slice, ...]:
-        """Where the block lies in the whole tensor."""
+        """The block's place in the full tensor."""
         return tuple(
             slice(start, start + size)
             for start, size in zip(self.offset, self.local.shape, strict=True)
         )
 
 
-def piece_of(tensor: Tensor, *, is_first: bool) -> Piece:
-    """The piece of a plain tensor (whole; the first rank writes it) or of a DTensor."""
+def shard_of(tensor: Tensor, *, is_rank0: bool) -> TensorShard:
+    """The local shard of a DTensor, or all of a plain tensor (which rank 0 writes)."""
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
-        return Piece(tensor, tuple(tensor.shape), (0,) * tensor.dim(), is_first)
+        return TensorShard(tensor, tuple(tensor.shape), (0,) * tensor.dim(), is_rank0)
     local, coordinate = tensor.to_local(), tensor.device_mesh.get_coordinate()
     start, size = [0] * tensor.dim(), list(tensor.shape)
-    mine = local.numel() > 0
-    cuts = list(zip(tensor.placements, tensor.device_mesh.shape, coordinate, strict=True))
-    # FSDP cuts what tensor parallelism has cut before it, though its mesh axis is the outer one;
-    # torch marks such a placement as strided.
-    for placement, parts, place in sorted(cuts, key=lambda cut: hasattr(cut[0], "split_factor")):
+    is_writer = local.numel() > 0
+    axes = list(zip(tensor.placements, tensor.device_mesh.shape, coordinate, strict=True))
+    # FSDP shards what tensor parallelism has sharded before it, although its mesh axis is the outer
+    # one; torch marks such a placement as strided.
+    for placement, parts, index in sorted(axes, key=lambda axis: hasattr(axis[0], "split_factor")):
         dim = getattr(placement, "dim", None)
         if dim is None:
-            mine = mine and place == 0
+            is_writer = is_writer and index == 0
             continue
-        each = -(-size[dim] // parts)
-        first = min(each * place, size[dim])
+        length = -(-size[dim] // parts)
+        first = min(length * index, size[dim])
         start[dim] += first
-        size[dim] = min(each, size[dim] - first)
+        size[dim] = min(length, size[dim] - first)
     assert tuple(size) == tuple(local.shape), f"{size} of {tensor.placements} is {local.shape}"
-    return Piece(local, tuple(tensor.shape), tuple(start), mine)
+    return TensorShard(local, tuple(tensor.shape), tuple(start), is_writer)
 
 
-def write_pieces(path: Path, pieces: Mapping[str, Piece]) -> None:
-    """Write blocks to a safetensors file, with where they lie."""
-    cut = {
-        name: [piece.shape, piece.offset]
-        for name, piece in pieces.items()
-        if piece.local.shape != piece.shape
+def write_shards(path: Path, shards: Mapping[str, TensorShard]) -> None:
+    """Write shards by name to a safetensors file, with their places in the full tensors."""
+    partial = {
+        name: [shard.shape, shard.offset]
+        for name, shard in shards.items()
+        if shard.local.shape != shard.shape
     }
     save_file(
-        {name: piece.local.cpu().contiguous() for name, piece in pieces.items()},
+        {name: shard.local.cpu().contiguous() for name, shard in shards.items()},
         path,
-        metadata={"pieces": json.dumps(cut)} if cut else None,
+        metadata={"pieces": json.dumps(partial)} if partial else None,
     )
 
 
@@ -102,7 +98,7 @@ class StoredTensor:
     """One tensor in one or more files; `stored[region]` reads a region of it.
 
     Attributes:
-        shape, dtype: of the whole.
+        shape, dtype: of the full tensor.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -111,30 +107,28 @@ class StoredTensor:
         self._blocks: dict[tuple[tuple[int, ...], tuple[int, ...]], Any] = {}
 
     def add(self, offset: tuple[int, ...], size: tuple[int, ...], source: Any) -> None:
-        """A block, in a slice of a file. One that is there already is a replica's."""
+        """Add a block that `source(region)` reads from a file. Replicas of a block are ignored."""
         self._blocks.setdefault((offset, size), source)
 
     @property
     def is_complete(self) -> bool:
-        """Whether the blocks cover the whole."""
+        """True if the blocks cover the full tensor."""
         return sum(math.prod(size) for _, size in self._blocks) == math.prod(self.shape)
 
     def __getitem__(self, region: tuple[slice, ...]) -> Tensor:
         """A new tensor on the CPU."""
-        wanted = [range(*each.indices(length)) for each, length in self._dims(region)]
-        out = torch.empty([len(each) for each in wanted], dtype=self.dtype)
+        dims = itertools.zip_longest(region, self.shape, fillvalue=slice(None))
+        ranges = [range(*each.indices(length)) for each, length in dims]
+        out = torch.empty([len(each) for each in ranges], dtype=self.dtype)
         for (offset, size), source in self._blocks.items():
-            first = [max(w.start, o) for w, o in zip(wanted, offset, strict=True)]
-            last = [min(w.stop, o + s) for w, o, s in zip(wanted, offset, size, strict=True)]
+            first = [max(r.start, o) for r, o in zip(ranges, offset, strict=True)]
+            last = [min(r.stop, o + s) for r, o, s in zip(ranges, offset, size, strict=True)]
             if any(begin >= end for begin, end in zip(first, last, strict=True)):
                 continue
-            out[_box(first, last, [each.start for each in wanted])] = source(
+            out[_box(first, last, [each.start for each in ranges])] = source(
                 _box(first, last, offset)
             )
         return out
-
-    def _dims(self, region: tuple[slice, ...]) -> Iterator[tuple[slice, int]]:
-        return itertools.zip_longest(region, self.shape, fillvalue=slice(None))
 
 
 def _box(first: Iterable[int], last: Iterable[int], origin: Iterable[int]) -> tuple[slice, ...]:
@@ -148,28 +142,28 @@ class TensorFiles(Mapping[str, StoredTensor]):
     """The tensors of some files by name.
 
     Args:
-        paths: all the files that the tensors are cut over. They stay open until the last tensor
-            that was got from here is gone.
+        paths: all files that hold shards of the tensors. They stay open as long as a tensor from
+            here is referenced.
 
     Raises:
-        ValueError: pieces that do not fit together, or do not make whole tensors.
+        ValueError: shards that contradict each other, or leave gaps.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._tensors: dict[str, StoredTensor] = {}
         for path in paths:
             file = safe_open(path, framework="pt")
-            cut = json.loads((file.metadata() or {}).get("pieces", "{}"))
+            places = json.loads((file.metadata() or {}).get("pieces", "{}"))
             for name in file.keys():  # noqa: SIM118 (not a dict)
-                self._add(name, file, cut.get(name), path)
+                self._add(name, file, places.get(name), path)
         for name, stored in self._tensors.items():
             if not stored.is_complete:
-                raise ValueError(f"{name} is not whole: a piece of it is in no file")
+                raise ValueError(f"{name} is incomplete: a shard of it is in no file")
 
-    def _add(self, name: str, file: Any, cut: list[list[int]] | None, path: Path) -> None:
+    def _add(self, name: str, file: Any, place: list[list[int]] | None, path: Path) -> None:
         part = file.get_slice(name)
         size, dtype = tuple(part.get_shape()), _DTYPES[part.get_dtype()]
-        shape, offset = map(tuple, cut) if cut else (size, (0,) * len(size))
+        shape, offset = map(tuple, place) if place else (size, (0,) * len(size))
         stored = self._tensors.setdefault(name, StoredTensor(shape, dtype))
         if (stored.shape, stored.dtype) != (shape, dtype):
             raise ValueError(f"{path}: {name} is {dtype} {shape}, elsewhere {stored.shape}")

@@ -1,29 +1,20 @@
-"""What can go wrong on the user's side, and the exit code that says which.
+"""Errors on the user's side, and the exit code of each.
 
-The launcher prints one sentence for these and no traceback. (torchrun itself exits with 1 whatever
-its workers return; their codes stand in its summary.)
+The launcher prints one sentence for them and no traceback. (torchrun itself exits with 1 whatever
+its workers return; its summary shows their codes.)
 """
-
-__all__ = [
-    "REQUEUE",
-    "TERMINATED",
-    "CheckpointError",
-    "ConfigError",
-    "DataError",
-    "EchoError",
-    "NonFiniteError",
-    "UserError",
-]
 
 # A checkpoint was saved because the job was asked to stop: start the same command again.
 REQUEUE = 75
-# Stopped likewise, but checkpoints are off and the steps taken are lost (128 + SIGTERM, as shells
-# report it).
+# Stopped likewise, but checkpoints are off and the steps taken are lost. (128 + SIGTERM, as shells
+# report it.)
 TERMINATED = 143
+# The last checkpoint could not be written.
+DISK_FAILED = 74
 
 
 class UserError(ValueError):
-    """A mistake that a sentence can explain."""
+    """A mistake that one sentence can explain."""
 
     exit_code = 1
 
@@ -52,8 +43,8 @@ class NonFiniteError(UserError):
     exit_code = 72
 
 
-class EchoError(UserError):
-    """Another rank found the problem and prints it; this one ends quietly with the same code."""
+class RemoteRankError(UserError):
+    """Another rank found the problem and prints it; this one exits quietly with the same code."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)

@@ -1,39 +1,20 @@
-"""The optimizer, its learning rate as a function of the step, and what a checkpoint keeps of it."""
-
-from __future__ import annotations
+"""The optimizer, its learning rate as a function of the step, and its state in a checkpoint."""
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from launch.errors import CheckpointError
-from launch.pieces import piece_of
+from launch.checkpoint.shards import StoredTensor, shard_of
+from launch.config import Config
+from launch.exit_codes import CheckpointError
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
-
-    from launch.config import Config
-    from launch.pieces import StoredTensor
-
-    Stored = Mapping[str, Tensor] | Mapping[str, StoredTensor]
-
-__all__ = [
-    "build_optimizer",
-    "learning_rate",
-    "load_model_tensors",
-    "load_optimizer_tensors",
-    "optimizer_tensors",
-]
-
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_STATES = ("step", "exp_avg", "exp_avg_sq")
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """AdamW; weight decay on the matrices of linear layers and embeddings, on nothing else."""
+    """AdamW, with weight decay on the matrices of linear layers and embeddings only."""
     matrices = {
         id(module.weight)
         for module in model.modules()
@@ -41,24 +22,24 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     }
     decayed = [p for p in model.parameters() if id(p) in matrices]
     others = [p for p in model.parameters() if id(p) not in matrices]
-    wanted = config.optimizer
+    settings = config.optimizer
     return torch.optim.AdamW(
         [
-            {"params": decayed, "weight_decay": wanted.weight_decay},
+            {"params": decayed, "weight_decay": settings.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ],
-        lr=wanted.lr,
-        betas=(wanted.beta1, wanted.beta2),
-        eps=wanted.eps,
+        lr=settings.lr,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
         fused=True,
     )
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """The rate of the step that follows `step` finished ones.
+    """The learning rate of the step that follows `step` finished ones.
 
-    Linear warm-up over warmup_steps, the peak, then the decay over the last decay_ratio of all
-    steps (None: over all steps after the warm-up) down to min_lr_factor of the peak at the last.
+    Linear warm-up over warmup_steps, then the peak, then decay over the last decay_ratio of all
+    steps (None: over all steps after the warm-up), down to min_lr_factor times the peak.
     """
     schedule, steps = config.lr_scheduler, config.training.steps
     peak = config.optimizer.lr
@@ -80,43 +61,47 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """{"<moment>/<parameter name>": tensor} of a stepped optimizer."""
+    """{"<state>/<parameter name>": tensor} of an optimizer that has taken a step."""
     tensors = {}
     for name, parameter in model.named_parameters():
-        for moment, value in optimizer.state[parameter].items():
-            tensors[f"{moment}/{name}"] = value
+        for state, value in optimizer.state[parameter].items():
+            tensors[f"{state}/{name}"] = value
     return tensors
 
 
 def load_optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Stored
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor] | Mapping[str, StoredTensor],
 ) -> None:
-    """Put `optimizer_tensors` back. Raises CheckpointError where a parameter has none."""
+    """Restore `optimizer_tensors`. Raises CheckpointError if a parameter has none."""
     for name, parameter in model.named_parameters():
-        for moment in _MOMENTS:
-            key = f"{moment}/{name}"
-            wanted = () if moment == "step" else parameter.shape
-            if key not in tensors or tensors[key].shape != wanted:
+        for state in _STATES:
+            key = f"{state}/{name}"
+            shape = () if state == "step" else parameter.shape
+            if key not in tensors or tensors[key].shape != shape:
                 raise CheckpointError(f"the checkpoint's optimizer has no {key} of that shape.")
     for name, parameter in model.named_parameters():
-        state = {}
-        for moment in _MOMENTS:
-            stored = tensors[f"{moment}/{name}"]
-            if moment == "step":
-                state[moment] = stored[()].to(parameter.device, copy=True)
+        states = {}
+        for state in _STATES:
+            stored = tensors[f"{state}/{name}"]
+            if state == "step":
+                states[state] = stored[()].to(parameter.device, copy=True)
                 continue
-            # Cut as the weight is, whoever wrote it.
-            state[moment] = torch.empty_like(parameter, dtype=stored.dtype)
-            _fill(state[moment], stored)
-        optimizer.state[parameter] = state
+            # Sharded as the weight is, whoever wrote it.
+            states[state] = torch.empty_like(parameter, dtype=stored.dtype)
+            _fill(states[state], stored)
+        optimizer.state[parameter] = states
 
 
 @torch.no_grad()
-def load_model_tensors(model: nn.Module, tensors: Stored) -> None:
-    """Copy weights in, all or none: of each the part that this rank holds.
+def load_model_tensors(
+    model: nn.Module, tensors: Mapping[str, Tensor] | Mapping[str, StoredTensor]
+) -> None:
+    """Copy weights into the model, all or none; of each, the shard that this rank holds.
 
     Raises:
-        CheckpointError: names, shapes or dtypes that are not this model's, each named.
+        CheckpointError: names, shapes or dtypes that are not this model's; the message lists them.
     """
     own = model.state_dict()
     problems = [f"missing {name}" for name in own if name not in tensors]
@@ -139,5 +124,5 @@ def load_model_tensors(model: nn.Module, tensors: Stored) -> None:
 
 @torch.no_grad()
 def _fill(tensor: Tensor, stored: Tensor | StoredTensor) -> None:
-    piece = piece_of(tensor, is_first=True)
-    piece.local.copy_(stored[piece.region])
+    shard = shard_of(tensor, is_rank0=True)
+    shard.local.copy_(stored[shard.region])

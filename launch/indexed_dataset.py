@@ -12,16 +12,12 @@
     int64[.]  document boundaries, as indices into the sequences
 """
 
-from __future__ import annotations
-
 import struct
 from pathlib import Path
 
 import numpy as np
 
-from launch.errors import DataError
-
-__all__ = ["IndexedTokens", "IndexedWriter", "token_dtype"]
+from launch.exit_codes import DataError
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -30,12 +26,12 @@ _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """uint16 where it holds the vocabulary, else int32: the two that Megatron writes."""
+    """uint16 if the vocabulary fits, else int32: the two that Megatron writes."""
     return np.dtype(np.uint16 if vocab_size <= 65536 else np.int32)
 
 
 class IndexedWriter:
-    """Writes documents one by one; the pair is complete after `close`."""
+    """Writes documents one by one; the pair of files is complete after `close`."""
 
     def __init__(self, prefix: Path, dtype: np.dtype) -> None:
         self._prefix = prefix
@@ -64,7 +60,7 @@ class IndexedWriter:
 
 
 class IndexedTokens:
-    """The tokens of one pair of files as a memory map, its index checked.
+    """The tokens of a pair of files as a memory map, with a checked index.
 
     Attributes:
         tokens: [n], the dtype of the file; read-only.
@@ -93,7 +89,7 @@ class IndexedTokens:
             )
         ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
         if not np.array_equal(pointers, ends - lengths.astype(np.int64) * dtype.itemsize):
-            raise DataError(f"{index_path}: the documents do not lie one after another in .bin.")
+            raise DataError(f"{index_path}: the documents are not contiguous in .bin.")
         if documents[0] != 0 or documents[-1] != len(lengths) or (np.diff(documents) < 0).any():
             raise DataError(f"{index_path}: the document boundaries are not in order.")
         self.tokens = np.memmap(self.path, dtype=dtype, mode="r")
@@ -105,13 +101,13 @@ class IndexedTokens:
 
     def check_vocabulary(self, vocab_size: int, start: int = 0, stop: int | None = None) -> None:
         """Raise DataError, with file and token offset, where a token is not in 0..vocab_size-1."""
-        # In pieces: a comparison of the whole file would need memory for it.
+        # In slices, because comparing the whole file at once needs memory.
         stop = len(self) if stop is None else stop
         for first in range(start, stop, 1 << 22):
-            piece = self.tokens[first : min(first + (1 << 22), stop)]
-            if piece.min() >= 0 and piece.max() < vocab_size:
+            part = self.tokens[first : min(first + (1 << 22), stop)]
+            if part.min() >= 0 and part.max() < vocab_size:
                 continue
-            offset = first + int(np.argmax((piece < 0) | (piece >= vocab_size)))
+            offset = first + int(np.argmax((part < 0) | (part >= vocab_size)))
             raise DataError(
                 f"{self.path}: token {int(self.tokens[offset])} at token offset {offset} is "
                 f"outside the vocabulary of {vocab_size}: the file was written with another "
@@ -122,7 +118,7 @@ class IndexedTokens:
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
     data = path.read_bytes()
     if len(data) < _HEADER.size:
-        raise DataError(f"{path} has {len(data)} bytes: not even its header is there.")
+        raise DataError(f"{path} has {len(data)} bytes, less than its header.")
     magic, version, code, count, documents = _HEADER.unpack_from(data)
     if magic != _MAGIC or version != 1:
         raise DataError(f"{path} is not an index of version 1 (magic {magic!r}, {version}).")

@@ -1,4 +1,4 @@
-"""The learning rate by step, what decays, and moments that survive a round trip."""
+"""The learning rate by step, which weights decay, and optimizer state after a round trip."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ from torch import nn
 
 from lasp.tnl import TNL, TNLConfig
 from launch.config import load_config
-from launch.errors import CheckpointError
-from launch.optimization import (
+from launch.exit_codes import CheckpointError
+from launch.optimizer import (
     build_optimizer,
     learning_rate,
     load_model_tensors,
@@ -23,8 +23,8 @@ def config(*flags):
 
 
 def rates(*flags):
-    wanted = config("--lr_scheduler.warmup_steps", "10", *flags)
-    return [learning_rate(step, wanted) for step in range(100)]
+    settings = config("--lr_scheduler.warmup_steps", "10", *flags)
+    return [learning_rate(step, settings) for step in range(100)]
 
 
 def test_warm_up_then_cosine_to_the_last_step():
@@ -56,8 +56,8 @@ def test_every_decay_ends_at_the_minimum(decay):
 def test_no_decay_and_no_warm_up():
     series = rates("--lr_scheduler.decay_ratio", "0")
     assert series[10:] == [1.0] * 90
-    wanted = config("--lr_scheduler.warmup_steps", "0", "--training.steps", "1")
-    assert learning_rate(0, wanted) == 1
+    settings = config("--lr_scheduler.warmup_steps", "0", "--training.steps", "1")
+    assert learning_rate(0, settings) == 1
 
 
 def model_and_optimizer(seed, steps):

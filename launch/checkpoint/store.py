@@ -1,10 +1,10 @@
-"""Checkpoints that are whole or not there.
+"""Checkpoints on disk: complete, or not there.
 
-A checkpoint is a folder `step-00000100` that appears by one rename of a staging folder, after
-every byte and the manifest with its hashes are on disk. It is never written to again. Tensors are
-safetensors, the rest JSON; nothing on the way back in can execute code. What is read must match the
-manifest before a single tensor is copied. Ranks that hold pieces of the weights write a file each,
-model-00001-of-00002.safetensors and so on; see launch/pieces.py.
+A checkpoint is a folder `step-00000100`. It appears by one rename of a staging folder, after every
+byte and the manifest with its hashes are on disk, and is never written to again. Tensors are
+safetensors, the rest JSON: reading them cannot execute code. All files must match the manifest
+before a single tensor is copied. Ranks that hold shards of the weights write a file each,
+model-00001-of-00002.safetensors and so on; see launch/checkpoint/shards.py.
 
     step-00000100/
         model.safetensors       weights by name
@@ -13,32 +13,25 @@ model-00001-of-00002.safetensors and so on; see launch/pieces.py.
         manifest.json           {"format": 1, "step": 100, "files": [{name, size, sha256}, ...]}
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from launch.errors import CheckpointError
-from launch.pieces import TensorFiles, piece_of, write_pieces
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-__all__ = ["Checkpoint", "CheckpointStore", "seal_file", "tensor_file", "verify"]
+from launch.checkpoint.shards import TensorFiles
+from launch.exit_codes import CheckpointError
 
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
-_TENSOR_FILE = re.compile(r"(model|optimizer)(?:-\d{5}-of-(\d{5}))?\.safetensors")
-# What a process leaves behind that is killed while it saves or removes; the number is its own.
-_LEFTOVER = re.compile(r"\.(?:staging|removed)-step-\d{8}-(\d+)")
 _FORMAT = 1
-# A manifest is a few lines; a huge one is not ours.
+# A manifest is a few lines; a huge file is something else.
 _MANIFEST_LIMIT = 1 << 20
 
 
@@ -50,17 +43,21 @@ class Checkpoint:
     step: int
 
     def open(self, group: str) -> TensorFiles:
-        """The stored tensors of "model" or "optimizer", to read parts of. Raises ValueError."""
+        """The tensors of "model" or "optimizer", read region by region. Raises ValueError."""
         manifest = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
         names = [each["name"] for each in manifest["files"]]
-        return TensorFiles(self.path / name for name in names if _group(name) == group)
+        return TensorFiles(
+            self.path / name
+            for name in names
+            if name.startswith(group) and name.endswith(".safetensors")
+        )
 
     def tensors(self, group: str) -> dict[str, Tensor]:
-        """All tensors of "model" or "optimizer", whole, on the CPU. Raises ValueError."""
+        """All tensors of "model" or "optimizer", in full, on the CPU. Raises ValueError."""
         return {name: stored[()] for name, stored in self.open(group).items()}
 
     def state(self) -> dict[str, Any]:
-        """What state.json says."""
+        """The content of state.json."""
         return json.loads((self.path / "state.json").read_text(encoding="utf-8"))
 
 
@@ -91,8 +88,6 @@ def verify(path: Path) -> Checkpoint:
         raise CheckpointError(f"{manifest_path} has format {version}, this code reads {_FORMAT}.")
     if path.name != _folder_name(step):
         raise CheckpointError(f"{manifest_path} is of step {step}, its folder is {path.name}.")
-    if not _is_complete([name for name, _, _ in files]):
-        raise CheckpointError(f"{manifest_path} does not list all files of a checkpoint.")
     for name, size, sha256 in files:
         if Path(name).name != name or name.startswith("."):
             raise CheckpointError(f"{manifest_path} names {name!r}, which is not a file beside it.")
@@ -101,7 +96,7 @@ def verify(path: Path) -> Checkpoint:
             raise CheckpointError(f"{file} is missing.")
         if file.stat().st_size != size:
             raise CheckpointError(
-                f"{file} has {file.stat().st_size} bytes, the manifest says {size}: truncated."
+                f"{file} has {file.stat().st_size} bytes, the manifest has {size}: truncated."
             )
         if _sha256(file) != sha256:
             raise CheckpointError(f"{file} does not match its hash: its content has changed.")
@@ -109,53 +104,29 @@ def verify(path: Path) -> Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints of one run.
+    """The checkpoints of one run, which is the only one that writes to the folder.
 
     Args:
-        folder: made when the first checkpoint is saved.
+        folder: created when the first checkpoint is saved.
         keep_latest_k: valid checkpoints to keep; 0 keeps all.
     """
 
     def __init__(self, folder: Path, keep_latest_k: int = 0) -> None:
         self.folder = folder
         self._keep = keep_latest_k
-        # What was hashed before, by the files' sizes and times: retention asks at every save.
+        # Checkpoints already hashed, by the files' sizes and times: retention asks at every save.
         self._verified: dict[Path, tuple[tuple[str, int, int], ...]] = {}
         self._cleaned = False
 
-    def save(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
-        """Write a checkpoint of one process: `begin`, the files, `commit`.
-
-        Args:
-            step: steps taken.
-            tensors: {"model": {name: tensor}, "optimizer": {name: tensor}}.
-            state: JSON.
-
-        Raises:
-            CheckpointError: a valid checkpoint of this step exists.
-            OSError: the disk refused; nothing is committed, the staging folder is removed.
-        """
-        staging = self.begin(step)
-        try:
-            for group, each in tensors.items():
-                pieces = {name: piece_of(value, is_first=True) for name, value in each.items()}
-                write_pieces(staging / tensor_file(group), pieces)
-            (staging / "state.json").write_text(json.dumps(state), encoding="utf-8")
-            files = [seal_file(path) for path in sorted(staging.iterdir())]
-        except BaseException:
-            self.discard(staging)
-            raise
-        return self.commit(step, staging, files)
-
     def begin(self, step: int) -> Path:
-        """A staging folder to write files to.
+        """Create a staging folder to write files to.
 
         An invalid folder of the same step is moved aside, a valid one is never replaced. The first
-        call clears what a killed process left half done.
+        call removes what a killed process left behind.
 
         Raises:
             CheckpointError: a valid checkpoint of this step exists.
-            OSError: the disk refused.
+            OSError: the disk failed.
         """
         if not self._cleaned:
             self._remove_leftovers()
@@ -164,20 +135,21 @@ class CheckpointStore:
         if final.exists():
             if self._problem(final) is None:
                 raise CheckpointError(f"{final} exists already; checkpoints are never overwritten.")
-            _move_aside(final)
-        staging = self.folder / f".staging-{final.name}-{os.getpid()}"
+            os.rename(final, final.with_name(f".refused-{final.name}-{time.time_ns()}"))
+        staging = self.folder / f".staging-{final.name}"
         self.discard(staging)
         staging.mkdir(parents=True)
         return staging
 
     def commit(self, step: int, staging: Path, files: list[dict[str, Any]]) -> Path:
-        """Make a staging folder the checkpoint of `step`; the oldest beyond keep_latest_k go.
+        """Turn a staging folder into the checkpoint of `step`; remove all but the newest
+        keep_latest_k.
 
         Args:
             files: `seal_file` of every file in the folder.
 
         Raises:
-            OSError: the disk refused; nothing is committed, the staging folder is removed.
+            OSError: the disk failed; nothing is committed, the staging folder is removed.
         """
         final = self.folder / _folder_name(step)
         try:
@@ -245,11 +217,11 @@ class CheckpointStore:
                 "a step folder."
             )
         found = verify(path)
-        here = path.resolve().parent == self.folder.resolve()
-        later = [step for step in self.steps() if step > found.step or not here]
+        is_own = path.resolve().parent == self.folder.resolve()
+        later = [step for step in self.steps() if step > found.step or not is_own]
         if later:
             raise CheckpointError(
-                f"resuming from {path} would run over the checkpoints of step {later[0]} and later "
+                f"resuming from {path} would overwrite the checkpoints from step {later[0]} on "
                 f"in {self.folder}: choose another job.dump_folder."
             )
         return found
@@ -265,11 +237,9 @@ class CheckpointStore:
         return None
 
     def _remove_leftovers(self) -> None:
-        if not self.folder.is_dir():
-            return
-        for path in list(self.folder.iterdir()):
-            match = _LEFTOVER.fullmatch(path.name)
-            if match and not _is_running(int(match[1])):
+        """Remove what a process left that was killed while it saved or removed a checkpoint."""
+        for prefix in (".staging", ".removed"):
+            for path in self.folder.glob(f"{prefix}-step-*"):
                 shutil.rmtree(path, ignore_errors=True)
 
     def _remove_old(self) -> None:
@@ -278,9 +248,9 @@ class CheckpointStore:
         paths = [self.folder / _folder_name(step) for step in self.steps()]
         valid = [path for path in paths if self._problem(path) is None]
         for path in valid[: -self._keep]:
-            # Out of sight first: half a deletion must not look like a damaged checkpoint.
-            hidden = path.parent / f".removed-{path.name}-{os.getpid()}"
-            # The new one is on disk: an old one too many is no failure to save.
+            # Renamed first: half a deletion must not look like a damaged checkpoint.
+            hidden = path.parent / f".removed-{path.name}"
+            # The new one is on disk: failing to remove an old one is not a failed save.
             with contextlib.suppress(OSError):
                 os.rename(path, hidden)
                 shutil.rmtree(hidden, ignore_errors=True)
@@ -291,49 +261,13 @@ def _folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    # A container often gives a restarted job the number of the one before.
-    return process != os.getpid()
-
-
-def _move_aside(path: Path) -> None:
-    for number in range(1000):
-        aside = path.parent / f".refused-{path.name}-{number}"
-        if not aside.exists():
-            os.rename(path, aside)
-            return
-    raise CheckpointError(f"{path.parent} holds 1000 refused checkpoints of one step: clean it.")
-
-
 def tensor_file(group: str, number: int = 1, count: int = 1) -> str:
-    """The name of file `number`, from 1, of the `count` that a group's tensors are cut over."""
+    """The name of file `number`, from 1, of the `count` files of a group's tensors."""
     return f"{group}{f'-{number:05}-of-{count:05}' if count > 1 else ''}.safetensors"
 
 
-def _group(name: str) -> str | None:
-    match = _TENSOR_FILE.fullmatch(name)
-    return match and match[1]
-
-
-def _is_complete(names: list[str]) -> bool:
-    """Whether files of these names are all that a checkpoint needs."""
-    counts = {match[1]: int(match[2] or 1) for match in map(_TENSOR_FILE.fullmatch, names) if match}
-    wanted = {
-        tensor_file(group, number, counts.get(group, 1))
-        for group in ("model", "optimizer")
-        for number in range(1, counts.get(group, 1) + 1)
-    }
-    return not (wanted | {"state.json"}) - set(names)
-
-
 def seal_file(path: Path) -> dict[str, Any]:
-    """Bring a file to the disk; its entry in the manifest."""
+    """Sync a file to the disk; return its manifest entry."""
     _sync(path)
     return {"name": path.name, "size": path.stat().st_size, "sha256": _sha256(path)}
 
@@ -349,7 +283,7 @@ def _write_manifest(folder: Path, step: int, files: list[dict[str, Any]]) -> Non
 
 
 def _seal(manifest: dict[str, Any]) -> str:
-    """Hash of the manifest's content, so that damage to the manifest itself is seen."""
+    """Hash of the manifest's content, so that damage to the manifest itself is detected."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
