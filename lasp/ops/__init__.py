@@ -45,7 +45,9 @@ def send_recv_state(*args, **options):
 def _triton() -> ModuleType:
     try:
         from lasp.ops import triton
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
         raise ImportError(
             "lasp on a GPU needs triton, which comes with torch's CUDA builds: pip install triton."
         ) from error

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lasp.ops.strides import with_unit_stride
+from lasp.ops.host_values import with_unit_stride
 from lasp.ops.triton.launch_config import STEP_VALUE_BLOCK, STEP_WARPS
 from lasp.ops.triton.launcher import (
     CachedLaunch,
