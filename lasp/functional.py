@@ -80,16 +80,15 @@ def state_fwd(
     num_states = _num_states(k, cu_seqlens)
     k, v = partition.fold(k), partition.fold(v)
     with_total = group is not None or output_final_state
-    segment_states = local_state = state_in = final_state = None
-    if with_total or backend.needs_segment_states(k, v, cu_seqlens=partition.cu_seqlens):
-        segment_states, local_state = backend.chunk_states(
-            k,
-            v,
-            log_decay,
-            cu_seqlens=partition.cu_seqlens,
-            state_rows=partition.state_rows(entering=False, reverse=False),
-            with_total=with_total,
-        )
+    state_in = final_state = None
+    segment_states, local_state = backend.chunk_states(
+        k,
+        v,
+        log_decay,
+        cu_seqlens=partition.cu_seqlens,
+        state_rows=partition.state_rows(entering=False, reverse=False),
+        with_total=with_total,
+    )
     if group is not None:
         check.wait()
         initial = partition.rows_in(initial_state, None, False)
@@ -159,22 +158,21 @@ def attn_bwd(
     fold, unfold = partition.fold, partition.unfold
     q, k, v, do = fold(q), fold(k), fold(v), fold(with_unit_stride(do))
     common = dict(scale=scale, cu_seqlens=partition.cu_seqlens)
-    segment_grads = local_grad = pending = dinitial = None
+    pending = dinitial = None
     grads = partition
     if dfinal_state is None and not needs_dinitial:
         grads = partition.only_boundaries()
     with_total = group is not None or needs_dinitial
     if needs_dkdv:
-        if with_total or backend.needs_segment_states(q, do, cu_seqlens=partition.cu_seqlens):
-            segment_grads, local_grad = backend.chunk_states(
-                q,
-                do,
-                log_decay,
-                state_rows=grads.state_rows(entering=False, reverse=True),
-                reverse=True,
-                with_total=with_total,
-                **common,
-            )
+        segment_grads, local_grad = backend.chunk_states(
+            q,
+            do,
+            log_decay,
+            state_rows=grads.state_rows(entering=False, reverse=True),
+            reverse=True,
+            with_total=with_total,
+            **common,
+        )
         dfinal_rows = grads.rows_in(dfinal_state, None, True)
         if group is not None:
             pending = _start_exchange(local_grad, dfinal_rows, decay, grads, context, reverse=True)

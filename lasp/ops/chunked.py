@@ -20,7 +20,7 @@ from itertools import pairwise
 
 import torch
 
-__all__ = ["chunk_states", "needs_segment_states", "scan", "scan_dkdv", "step"]
+__all__ = ["chunk_states", "scan", "scan_dkdv", "step"]
 
 # Long enough for little loop overhead, short enough for little C x C work.
 SCAN_CHUNK = 128
@@ -40,11 +40,6 @@ def _without_autocast(function: Callable) -> Callable:
             return function(first, *args, **kwargs)
 
     return exact
-
-
-def needs_segment_states(k_BTHD, v_BTHE, *, cu_seqlens=None) -> bool:
-    """True if `scan` needs the segment states of `chunk_states`. This backend never does."""
-    return False
 
 
 @_without_autocast

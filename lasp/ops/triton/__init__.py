@@ -13,12 +13,11 @@ documents among programs, `launcher` caches launches, `hopper` is the scan for H
 
 from lasp.ops.triton.scan import scan, scan_dkdv
 from lasp.ops.triton.send_recv_state import send_recv_state
-from lasp.ops.triton.state import chunk_states, needs_segment_states, segment_states_shape
+from lasp.ops.triton.state import chunk_states, segment_states_shape
 from lasp.ops.triton.step import step
 
 __all__ = [
     "chunk_states",
-    "needs_segment_states",
     "scan",
     "scan_dkdv",
     "segment_states_shape",

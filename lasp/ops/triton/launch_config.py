@@ -175,11 +175,6 @@ class ScanChoice(NamedTuple):
     segments: SegmentChoice
 
 
-def scan_shape(a: torch.Tensor, x: torch.Tensor, cu_seqlens: tuple[int, ...] | None) -> ScanShape:
-    """The sizes of a scan of a [B, T, H, A] and x [B, T, H, X]."""
-    return ScanShape(*a.shape, x.shape[-1], cu_seqlens is not None)
-
-
 @lru_cache(maxsize=1024)
 def choose_segments(shape: ScanShape) -> SegmentChoice:
     """How the documents of a scan are divided.
@@ -221,7 +216,7 @@ def choose_scan(
     """The kernel that scans operands of this shape, dtype and device.
 
     num_results: 1 for y, 2 for dv and dk; only the Hopper scan computes both in a launch.
-    copyable: False if Hopper's copy engine cannot fetch the operands (`hopper.scan.copyable`).
+    copyable: False if Hopper's copy engine cannot fetch the operands (`launcher.is_copyable`).
     """
     segments = choose_segments(shape)
     if copyable and _hopper_is_faster(shape, dtype, num_results) and has_gluon(device):

@@ -16,7 +16,13 @@ from typing import Any, TypeAlias
 import torch
 import triton
 
-from lasp.ops.triton.launch_config import DTYPES, MAX_CHUNK, MAX_HEAD_DIM
+from lasp.ops.triton.launch_config import (
+    COPY_STEP,
+    DTYPES,
+    MAX_CHUNK,
+    MAX_COPY_STRIDE,
+    MAX_HEAD_DIM,
+)
 
 _runtime = triton.knobs.runtime
 _NO_CONTEXT = nullcontext()
@@ -86,39 +92,6 @@ def _is_watched(kernel: Any) -> bool:
     )
 
 
-def check_operands(**operands: torch.Tensor) -> None:
-    """Raise ValueError for dtypes and head dimensions that the kernels do not support."""
-    first_name, first = next(iter(operands.items()))
-    for name, operand in operands.items():
-        if operand.dtype not in DTYPES:
-            raise ValueError(
-                f"{name} has dtype {operand.dtype}; the Triton kernels take torch.bfloat16, "
-                "torch.float16 or torch.float32. Cast it, or use the torch backend for float64."
-            )
-        if operand.dtype != first.dtype:
-            raise ValueError(
-                f"{name} has dtype {operand.dtype} but {first_name} has {first.dtype}; the Triton "
-                "kernels take operands of one dtype. Cast them to the same one."
-            )
-        if not 1 <= operand.shape[-1] <= MAX_HEAD_DIM:
-            raise ValueError(
-                f"{name} has head dimension {operand.shape[-1]}; the Triton kernels take 1 to "
-                f"{MAX_HEAD_DIM}. Use more heads of a smaller dimension."
-            )
-
-
-def addressable(operand: torch.Tensor) -> torch.Tensor:
-    """Return `operand` [B, T, H, X] itself if the kernels can address it, else a copy.
-
-    They need a unit last stride (the gradient of a sum arrives with stride 0) and a token stride
-    small enough that a chunk spans fewer than 2**31 elements.
-    """
-    _, token, _, last = operand.stride()
-    if last != 1 or abs(token) * MAX_CHUNK >= 2**31:
-        return operand.contiguous()
-    return operand
-
-
 # A tensor's shape, strides and dtype: all that a launch depends on besides its address. A cache of
 # launches without the dtype would run a float32 kernel on bfloat16 memory, which raises nothing,
 # and reads and writes beyond its end.
@@ -128,6 +101,64 @@ TensorSpec: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 def spec(tensor: torch.Tensor | None) -> TensorSpec | None:
     """The spec of `tensor`, to cache launches by; None for None."""
     return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
+
+
+def check_operands(operands: dict[str, TensorSpec]) -> None:
+    """Raise ValueError for dtypes and head dimensions that the kernels do not support."""
+    first_name, (*_, first_dtype) = next(iter(operands.items()))
+    for name, (shape, _, dtype) in operands.items():
+        if dtype not in DTYPES:
+            raise ValueError(
+                f"{name} has dtype {dtype}; the Triton kernels take torch.bfloat16, "
+                "torch.float16 or torch.float32. Cast it, or use the torch backend for float64."
+            )
+        if dtype != first_dtype:
+            raise ValueError(
+                f"{name} has dtype {dtype} but {first_name} has {first_dtype}; the Triton "
+                "kernels take operands of one dtype. Cast them to the same one."
+            )
+        if not 1 <= shape[-1] <= MAX_HEAD_DIM:
+            raise ValueError(
+                f"{name} has head dimension {shape[-1]}; the Triton kernels take 1 to "
+                f"{MAX_HEAD_DIM}. Use more heads of a smaller dimension."
+            )
+
+
+def is_addressable(operand: TensorSpec) -> bool:
+    """True if the kernels can address an operand [B, T, H, X]; if not, it must be copied.
+
+    They need a unit last stride (the gradient of a sum arrives with stride 0) and a token stride
+    small enough that a chunk spans fewer than 2**31 elements.
+    """
+    _, (_, token, _, last), _ = operand
+    return last == 1 and abs(token) * MAX_CHUNK < 2**31
+
+
+def addressable_spec(operand: TensorSpec) -> TensorSpec:
+    """The spec of an operand after it was copied if it must be."""
+    return operand if is_addressable(operand) else contiguous_spec(operand)
+
+
+def contiguous_spec(tensor: TensorSpec) -> TensorSpec:
+    """The spec of a contiguous copy of [B, T, H, X]."""
+    shape, _, dtype = tensor
+    _, T, H, X = shape
+    return shape, (T * H * X, H * X, X, 1), dtype
+
+
+def is_copyable(operand: TensorSpec) -> bool:
+    """True if Hopper's copy engine can fetch tiles of an operand [B, T, H, X]."""
+    shape, strides, dtype = operand
+    size = dtype.itemsize
+    return (
+        strides[-1] == 1
+        and shape[-1] * size % COPY_STEP == 0
+        and all(
+            0 < stride * size < MAX_COPY_STRIDE and stride * size % COPY_STEP == 0
+            for length, stride in zip(shape[:3], strides[:3], strict=True)
+            if length > 1
+        )
+    )
 
 
 def strides(spec: TensorSpec, dims: tuple[int, ...]) -> tuple[int, ...]:

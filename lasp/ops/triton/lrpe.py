@@ -117,7 +117,7 @@ def lrpe(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q, k [B, T, H, D] of one dtype (any strides), theta [H, D] float32 in rad per token ->
     [B, T, H, 2D] contiguous: x cos(theta p), then x sin(theta p), p from `position` on."""
-    check_operands(q=q, k=k)
+    check_operands(dict(q=spec(q), k=spec(k)))
     batch, length, num_heads, dim = q.shape
     q, k = (with_unit_stride(x) for x in (q, k))
     out_q, out_k = (x.new_empty(batch, length, num_heads, 2 * dim) for x in (q, k))

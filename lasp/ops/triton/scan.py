@@ -6,7 +6,8 @@ The same kernel computes o, dq, dk and dv; only the roles of the operands change
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,24 +15,26 @@ import triton.language as tl
 
 from lasp.ops.triton.hopper import scan as hopper_scan
 from lasp.ops.triton.launch_config import (
-    ScanChoice,
+    COPY_STEP,
+    ScanShape,
     SegmentChoice,
     Tiles,
     choose_scan,
-    scan_shape,
 )
 from lasp.ops.triton.launcher import (
     CachedLaunch,
     TensorSpec,
-    addressable,
+    addressable_spec,
     check_operands,
     decay_or_zeros,
+    is_addressable,
+    is_copyable,
     on_device_of,
     spec,
     state_strides,
     strides,
 )
-from lasp.ops.triton.segments import ALL, DocumentStates, divide, locate_segment
+from lasp.ops.triton.segments import ALL, DocumentStates, Segments, divide, locate_segment
 
 
 @triton.jit(do_not_specialize=["scale", "T", "segments_per_row", "segment_length"])
@@ -164,26 +167,14 @@ def scan(
     contiguous, in a's dtype. Raises ValueError for dtypes or head dims that the kernels do not
     support.
     """
-    check_operands(a=a, b=b, x=x)
-    assert b.shape == a.shape and x.shape[:3] == a.shape[:3], (a.shape, b.shape, x.shape)
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if y.numel() == 0:
-        return y
-    operands = [addressable(operand) for operand in (a, b, x)]
-    with on_device_of(a):
-        launch, arguments, descriptors = _prepare(
-            _choose(operands, cu_seqlens),
-            operands,
-            (y,),
-            log_decay,
-            scale=scale,
-            initial_state=initial_state,
-            segment_states=segment_states,
-            cu_seqlens=cu_seqlens,
-            state_rows=state_rows,
-            reverse=reverse,
-        )
-        launch(*arguments, leading=descriptors)
+    operands = a, b, x
+    states = initial_state, segment_states
+    plan = _cached_plan(operands, states, cu_seqlens, state_rows, scale=scale, reverse=reverse)
+    y = torch.empty(x.shape, dtype=a.dtype, device=a.device)
+    if plan is not None:
+        with on_device_of(a):
+            tensors, descriptors = plan.arguments(operands, (y,), states, log_decay)
+            plan.launch(plan.num_programs, *tensors, leading=descriptors)
     return y
 
 
@@ -194,96 +185,156 @@ def scan_dkdv(
     do: torch.Tensor,
     log_decay: torch.Tensor | None,
     *,
+    scale: float,
     initial_state: torch.Tensor | None = None,
     segment_states: torch.Tensor | None = None,
-    **options,
+    cu_seqlens: tuple[int, ...] | None = None,
+    state_rows: tuple[int, ...] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dk = scan(v, do, q, G^T, reverse) and dv = scan(k, q, do, G, reverse): (dk, dv).
 
     One launch computes both and reads q and do once, if a kernel does that. `initial_state` G and
     `segment_states` are those of dv; other keywords are those of `scan`.
     """
-    check_operands(q=q, k=k, v=v, do=do)
-    operands = k, q, do, v = [addressable(operand) for operand in (k, q, do, v)]
-    states = dict(initial_state=initial_state, segment_states=segment_states)
-    if k.numel() and v.numel():
-        choice = _choose(operands, options.get("cu_seqlens"))
-        if choice.num_results == 2:
-            dv, dk = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (v, k))
-            with on_device_of(k):
-                launch, arguments, descriptors = _prepare(
-                    choice, operands, (dv, dk), log_decay, reverse=True, **states, **options
-                )
-                launch(*arguments, leading=descriptors)
-            return dk, dv
-    dv = scan(k, q, do, log_decay, reverse=True, **states, **options)
-    states = {name: None if s is None else s.mT for name, s in states.items()}
-    return scan(v, do, q, log_decay, reverse=True, **states, **options), dv
+    operands = k, q, do, v
+    states = initial_state, segment_states
+    options = dict(scale=scale, reverse=True)
+    plan = _cached_plan(operands, states, cu_seqlens, state_rows, **options)
+    if plan is None or plan.num_results == 1:
+        options |= dict(cu_seqlens=cu_seqlens, state_rows=state_rows)
+        names = "initial_state", "segment_states"
+        transposed = (None if state is None else state.mT for state in states)
+        dv = scan(k, q, do, log_decay, **dict(zip(names, states, strict=True)), **options)
+        states = dict(zip(names, transposed, strict=True))
+        return scan(v, do, q, log_decay, **states, **options), dv
+    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    with on_device_of(k):
+        tensors, descriptors = plan.arguments(operands, (dv, dk), states, log_decay)
+        plan.launch(plan.num_programs, *tensors, leading=descriptors)
+    return dk, dv
 
 
-def _choose(operands: Sequence[torch.Tensor], cu_seqlens: tuple[int, ...] | None) -> ScanChoice:
-    """The kernel for a, b, x, or for the k, q, do, v of dv and dk."""
-    a, _, x, *_ = operands
-    key = scan_shape(a, x, cu_seqlens), a.dtype, a.device, len(operands) - 2
-    choice = choose_scan(*key)
-    if choice.kernel == "hopper" and not all(map(hopper_scan.copyable, operands)):
-        choice = choose_scan(*key, copyable=False)
-    return choice
+class ScanPlan(NamedTuple):
+    """All of a scan's launch that follows from specs, cached by them.
+
+    Attributes:
+        launch, num_programs: the kernel without its tensors, and how many programs run.
+        num_results: y, or dv and dk.
+        segments: of the documents; the launch reads segment states if `has_segment`.
+        copies: True for each operand that must be copied for the kernel to address it.
+        describe: the Hopper scan's descriptors of (operands, results); None: the Triton scan.
+    """
+
+    launch: CachedLaunch
+    num_programs: int
+    num_results: int
+    segments: Segments
+    has_segment: bool
+    copies: tuple[bool, ...]
+    describe: Callable | None
+
+    def arguments(self, operands, results, states, log_decay) -> tuple[tuple, tuple]:
+        """(tensors, descriptors) of the launch; on the operands' device."""
+        a = operands[0]
+        if True in self.copies:
+            pairs = zip(operands, self.copies, strict=True)
+            operands = tuple(x.contiguous() if copies else x for x, copies in pairs)
+        initial, segment = states
+        table, _ = self.segments.device_tables(a.device)
+        log_decay = decay_or_zeros(log_decay, a.shape[2], a.device)
+        others = initial, segment if self.has_segment else None, log_decay, table
+        if self.describe is None:
+            return (*operands, *results, *others), ()
+        dv_dk = results if len(results) == 2 else (*results, None)
+        return (*dv_dk, *others), self.describe(operands, results)
 
 
-def _prepare(
-    choice: ScanChoice,
-    operands: Sequence[torch.Tensor],
-    results: Sequence[torch.Tensor],
-    log_decay: torch.Tensor | None,
-    *,
-    scale: float,
-    initial_state: torch.Tensor | None,
-    segment_states: torch.Tensor | None,
-    cu_seqlens: tuple[int, ...] | None = None,
-    state_rows: tuple[int, ...] | None = None,
-    reverse: bool = False,
-) -> tuple[CachedLaunch, tuple, tuple]:
-    """(launch of the chosen kernel, number of programs and tensors, descriptors) for `results`."""
-    a, _, x, *_ = operands
-    batch, seq_len, num_heads, _ = a.shape
-    shape = (*a.shape[2:], x.shape[-1])
-    if segment_states is not None:
-        parts = choice.segments
-        assert segment_states.shape == (parts.num_boundaries, *shape), segment_states.shape
-    else:
-        parts = SegmentChoice(seq_len)
-    documents = ALL if state_rows is None else DocumentStates(state_rows, zeros=True)
-    segments = divide(batch, seq_len, cu_seqlens, parts, documents, a.is_cuda)
-    if initial_state is not None:
-        assert initial_state.shape == (segments.num_states, *shape), initial_state.shape
-    if segments.single:
-        segment_states = None
-    log_decay = decay_or_zeros(log_decay, num_heads, a.device)
-    table, _ = segments.device_tables(a.device)
-    others = initial_state, segment_states, log_decay, table
-    if choice.kernel == "hopper":
-        return hopper_scan.prepare(
-            operands, results, others, segments, choice.tiles, scale=float(scale), reverse=reverse
-        )
-    specs = tuple(spec(tensor) for tensor in (*operands, *others[:2]))
-    programs, launch = _scan_launch(specs, segments.key, choice.tiles, float(scale), reverse)
-    return launch, (programs, *operands, *results, *others), ()
+def _cached_plan(operands, states, cu_seqlens, state_rows, *, scale, reverse) -> ScanPlan | None:
+    """The plan of a scan of a, b, x, or of k, q, do, v for dv and dk; None: nothing to compute."""
+    specs = tuple(map(spec, operands))
+    # The copy engine needs aligned addresses.
+    aligned = not any(operand.data_ptr() % COPY_STEP for operand in operands)
+    documents = cu_seqlens, state_rows
+    key = operands[0].device, aligned, float(scale), reverse
+    return plan_scan(specs, tuple(map(spec, states)), documents, *key)
 
 
 @functools.lru_cache(maxsize=1024)
-def _scan_launch(
-    specs: tuple[TensorSpec | None, ...],
-    segments: tuple,
-    tiles: Tiles,
+def plan_scan(
+    operands: tuple[TensorSpec, ...],
+    states: tuple[TensorSpec | None, ...],
+    documents: tuple[tuple[int, ...] | None, ...],
+    device: torch.device,
+    aligned: bool,
     scale: float,
     reverse: bool,
-) -> tuple[int, CachedLaunch]:
-    """How many programs run, and the launch; `segments` is `Segments.key`."""
-    a, b, x, initial, segment = specs
+) -> ScanPlan | None:
+    """The plan of a scan; None if there is nothing to compute.
+
+    Args:
+        operands: a, b, x, or k, q, do, v for dv and dk.
+        states: initial state and segment states.
+        documents: cu_seqlens and state_rows.
+        aligned: every address is a multiple of COPY_STEP bytes.
+    """
+    names = ("a", "b", "x") if len(operands) == 3 else ("k", "q", "do", "v")
+    check_operands(dict(zip(names, operands, strict=True)))
+    (a_shape, _, dtype), (b_shape, *_), (x_shape, *_), *_ = operands
+    assert b_shape == a_shape and x_shape[:3] == a_shape[:3], (a_shape, b_shape, x_shape)
+    if 0 in a_shape or 0 in x_shape:
+        return None
+    batch, seq_len, num_heads, key_dim = a_shape
+    value_dim = x_shape[3]
+    copies = tuple(not is_addressable(operand) for operand in operands)
+    operands = tuple(map(addressable_spec, operands))
+    cu_seqlens, state_rows = documents
+    shape = ScanShape(*a_shape, value_dim, cu_seqlens is not None)
+    copyable = aligned and all(map(is_copyable, operands))
+    choice = choose_scan(shape, dtype, device, len(operands) - 2, copyable=copyable)
+    initial, segment = states
+    state_shape = (num_heads, key_dim, value_dim)
+    divided = SegmentChoice(seq_len)
+    if segment is not None:
+        divided = choice.segments
+        assert segment[0] == (divided.num_boundaries, *state_shape), (segment, divided)
+    rows = ALL if state_rows is None else DocumentStates(state_rows, zeros=True)
+    segments = divide(batch, seq_len, cu_seqlens, divided, rows, device.type == "cuda")
+    if initial is not None:
+        assert initial[0] == (segments.num_states, *state_shape), (initial, segments)
+    if segments.single:
+        segment = None
+    prepare = hopper_scan.prepare if choice.kernel == "hopper" else _prepare
+    num_programs, launch, describe = prepare(
+        operands, (initial, segment), segments, choice.tiles, scale=scale, reverse=reverse,
+        device=device,
+    )  # fmt: skip
+    return ScanPlan(
+        launch,
+        num_programs,
+        choice.num_results,
+        segments,
+        segment is not None,
+        copies,
+        describe,
+    )
+
+
+def _prepare(
+    operands: Sequence[TensorSpec],
+    states: tuple[TensorSpec | None, TensorSpec | None],
+    segments: Segments,
+    tiles: Tiles,
+    *,
+    scale: float,
+    reverse: bool,
+    device: torch.device,
+) -> tuple[int, CachedLaunch, None]:
+    """(number of programs, launch, no descriptors) of the Triton scan."""
+    a, b, x = operands[:3]
+    initial, segment = states
     (_, seq_len, num_heads, key_dim), *_ = a
     value_dim = x[0][-1]
-    _, num_segments, per_row, length, folded, packed = segments
     numbers = (
         *strides(a, (0, 1, 2)),
         *strides(b, (0, 1, 2)),
@@ -292,8 +343,8 @@ def _scan_launch(
         *state_strides(segment),
         scale,
         seq_len,
-        per_row,
-        length,
+        segments.per_row,
+        segments.length,
         num_heads,
     )
     constants = dict(
@@ -303,12 +354,13 @@ def _scan_launch(
         BX=tiles.value,
         BC=tiles.chunk,
         REVERSE=reverse,
-        PACKED=packed,
+        PACKED=segments.packed,
         HAS_INITIAL=initial is not None,
         HAS_SEGMENT=segment is not None,
-        FOLDED=folded,
+        FOLDED=segments.folded,
         PRECISION="ieee",
     )
     options = dict(num_warps=tiles.num_warps, num_stages=tiles.num_stages)
     launch = CachedLaunch(scan_kernel, numbers, constants, **options)
-    return num_segments * num_heads * triton.cdiv(value_dim, tiles.value), launch
+    num_programs = segments.num_segments * num_heads * triton.cdiv(value_dim, tiles.value)
+    return num_programs, launch, None

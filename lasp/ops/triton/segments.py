@@ -83,18 +83,6 @@ class Segments:
         """True for packed documents."""
         return self.tables is not None
 
-    @cached_property
-    def key(self) -> tuple[int, int, int, int, bool, bool]:
-        """All that a launch depends on, to cache it by."""
-        return (
-            self.num_documents,
-            self.num_segments,
-            self.per_row,
-            self.length,
-            self.folded,
-            self.packed,
-        )
-
     def device_tables(
         self, device: torch.device
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -7,6 +7,7 @@ states that cross the boundaries.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,15 +19,15 @@ from lasp.ops.triton.launch_config import (
     COMBINE_WARPS,
     ScanShape,
     choose_segments,
-    scan_shape,
     state_tiles,
 )
 from lasp.ops.triton.launcher import (
     CachedLaunch,
     TensorSpec,
-    addressable,
+    addressable_spec,
     check_operands,
     decay_or_zeros,
+    is_addressable,
     on_device_of,
     spec,
     strides,
@@ -165,16 +166,6 @@ def combine_kernel(
         tl.store(p_total + o_s, b_state * b_rest_decay + b_own, mask=m_total)
 
 
-def needs_segment_states(
-    k: torch.Tensor, v: torch.Tensor, *, cu_seqlens: tuple[int, ...] | None = None
-) -> bool:
-    """True if `scan` over k [B, T, H, D] and v [B, T, H, E] needs segment states.
-
-    If not, call `chunk_states` only for its total. In reverse the answer is the same.
-    """
-    return choose_segments(scan_shape(k, v, cu_seqlens)).num_boundaries > 0
-
-
 def segment_states_shape(
     k_shape: tuple[int, int, int, int], value_dim: int, packed: bool
 ) -> tuple[int, ...]:
@@ -207,68 +198,99 @@ def chunk_states(
     a form that it knows. `with_total=False` saves the work of the total, which is then None; with
     `state_rows` it is that of these packed documents alone, in this order. S depends on shapes
     alone, so packed documents may leave some rows unused; if every document is sure to be one
-    segment, they are None. Shapes fix the order of every sum: the same inputs give the same bits.
-    `cu_seqlens` packs documents (0, ..., T) into a batch of one. Raises ValueError for dtypes or
-    head dims that the kernels do not support.
+    segment, they are None: `scan` needs none. Shapes fix the order of every sum: the same inputs
+    give the same bits. `cu_seqlens` packs documents (0, ..., T) into a batch of one. Raises
+    ValueError for dtypes or head dims that the kernels do not support.
     """
-    check_operands(k=k, v=v)
-    assert k.shape[:3] == v.shape[:3], (k.shape, v.shape)
-    batch, seq_len, num_heads, key_dim = k.shape
-    choice = choose_segments(scan_shape(k, v, cu_seqlens))
-    documents = DocumentStates(state_rows) if with_total else NONE
-    segments = divide(batch, seq_len, cu_seqlens, choice, documents, k.is_cuda)
-    shape = (num_heads, key_dim, v.shape[-1])
-    wide = dict(dtype=torch.float32, device=k.device)
-    if seq_len == 0:
-        total = torch.zeros(segments.num_states, *shape, **wide) if with_total else None
-        return None, total
-    rows = segments.num_boundaries
-    states = torch.empty(rows, *shape, **wide) if rows else None
-    total = torch.empty(segments.num_states, *shape, **wide) if with_total else None
-    if segments.single and not with_total:
-        return states, None
-    k, v = addressable(k), addressable(v)
-    log_decay = decay_or_zeros(log_decay, num_heads, k.device)
+    documents = cu_seqlens, state_rows
+    key = spec(k), spec(v), documents, float(scale) if reverse else 1.0
+    plan = plan_states(*key, reverse=reverse, with_total=with_total, device=k.device)
+    states = total = None
+    if plan.states_shape is not None:
+        states = torch.empty(plan.states_shape, dtype=torch.float32, device=k.device)
+    if with_total:
+        allocate = torch.zeros if plan.is_empty else torch.empty
+        total = allocate(plan.total_shape, dtype=torch.float32, device=k.device)
+    if plan.num_programs == 0:
+        return states, total
+    if plan.copies[0]:
+        k = k.contiguous()
+    if plan.copies[1]:
+        v = v.contiguous()
+    log_decay = decay_or_zeros(log_decay, k.shape[2], k.device)
     with on_device_of(k):
-        segment_table, document_table = segments.device_tables(k.device)
-        programs, launch = _state_launch(
-            (spec(k), spec(v)), float(scale) if reverse else 1.0, segments.key, reverse, with_total
-        )
+        segment_table, document_table = plan.segments.device_tables(k.device)
         # The sum of the segment that ends a document (reverse: begins it) goes to the total.
-        if programs:
-            first = total if states is None else states
-            launch(programs, k, v, first, total, log_decay, segment_table)
-        if not segments.single:
-            _combine(states, total, log_decay, document_table, segments, reverse=reverse, T=seq_len)
+        first = total if states is None else states
+        plan.launch(plan.num_programs, k, v, first, total, log_decay, segment_table)
+        if plan.combine is not None:
+            plan.combine(plan.num_combine_programs, states, total, log_decay, document_table)
     return states, total
 
 
+class StatePlan(NamedTuple):
+    """All of `chunk_states` that follows from specs, cached by them.
+
+    Attributes:
+        launch, num_programs: of the state kernel; 0 programs: there is nothing to compute.
+        combine, num_combine_programs: of the combine kernel; None: it is not needed.
+        segments: of the documents.
+        states_shape, total_shape: of the results; states_shape is None without segment states.
+        copies: True for k and for v if it must be copied for the kernel to address it.
+        is_empty: there are no tokens.
+    """
+
+    launch: CachedLaunch | None
+    num_programs: int
+    combine: CachedLaunch | None
+    num_combine_programs: int
+    segments: Segments
+    states_shape: tuple[int, ...] | None
+    total_shape: tuple[int, ...]
+    copies: tuple[bool, bool]
+    is_empty: bool
+
+
 @functools.lru_cache(maxsize=1024)
-def _state_launch(
-    operands: tuple[TensorSpec, TensorSpec],
+def plan_states(
+    k: TensorSpec,
+    v: TensorSpec,
+    documents: tuple[tuple[int, ...] | None, ...],
     scale: float,
-    segments: tuple,
+    *,
     reverse: bool,
     with_total: bool,
-) -> tuple[int, CachedLaunch]:
-    """How many programs run, and the launch; `segments` is `Segments.key`."""
-    k, v = operands
-    (_, seq_len, num_heads, key_dim), _, dtype = k
-    value_dim = v[0][-1]
-    num_documents, num_segments, per_row, length, _, packed = segments
-    run = per_row - (not with_total)
-    if not packed:
-        num_segments = num_documents * run
-    tiles = state_tiles(key_dim, value_dim, dtype, num_segments * num_heads)
+    device: torch.device,
+) -> StatePlan:
+    """The plan of `chunk_states`; `documents` are cu_seqlens and state_rows."""
+    check_operands(dict(k=k, v=v))
+    assert k[0][:3] == v[0][:3], (k, v)
+    (batch, seq_len, num_heads, key_dim), value_dim = k[0], v[0][-1]
+    cu_seqlens, state_rows = documents
+    choice = choose_segments(ScanShape(*k[0], value_dim, cu_seqlens is not None))
+    rows = DocumentStates(state_rows) if with_total else NONE
+    segments = divide(batch, seq_len, cu_seqlens, choice, rows, device.type == "cuda")
+    state = (num_heads, key_dim, value_dim)
+    shapes = dict(
+        states_shape=(segments.num_boundaries, *state) if segments.num_boundaries else None,
+        total_shape=(segments.num_states, *state),
+        copies=(not is_addressable(k), not is_addressable(v)),
+        is_empty=seq_len == 0,
+    )
+    if seq_len == 0 or (segments.single and not with_total):
+        return StatePlan(None, 0, None, 0, segments, **shapes)
+    run = segments.per_row - (not with_total)
+    num_segments = segments.num_segments if segments.packed else segments.num_documents * run
+    tiles = state_tiles(key_dim, value_dim, k[2], num_segments * num_heads)
     blocks = triton.cdiv(key_dim, tiles.key) * triton.cdiv(value_dim, tiles.value)
     numbers = (
-        *strides(k, (0, 1, 2)),
-        *strides(v, (0, 1, 2)),
+        *strides(addressable_spec(k), (0, 1, 2)),
+        *strides(addressable_spec(v), (0, 1, 2)),
         scale,
         seq_len,
-        per_row,
+        segments.per_row,
         run,
-        length,
+        segments.length,
         num_heads,
     )
     constants = dict(
@@ -278,44 +300,45 @@ def _state_launch(
         BE=tiles.value,
         BC=tiles.chunk,
         REVERSE=reverse,
-        PACKED=packed,
+        PACKED=segments.packed,
         WITH_TOTAL=with_total,
         PRECISION="ieee",
     )
     options = dict(num_warps=tiles.num_warps, num_stages=tiles.num_stages)
     launch = CachedLaunch(state_kernel, numbers, constants, **options)
-    return num_segments * num_heads * blocks, launch
+    combine = _plan_combine(state, seq_len, segments, reverse=reverse, with_total=with_total)
+    return StatePlan(launch, num_segments * num_heads * blocks, *combine, segments, **shapes)
 
 
-def _combine(
-    states: torch.Tensor,
-    total: torch.Tensor | None,
-    log_decay: torch.Tensor,
-    table: torch.Tensor | None,
+def _plan_combine(
+    state: tuple[int, int, int],
+    seq_len: int,
     segments: Segments,
     *,
     reverse: bool,
-    T: int,
-) -> None:
-    """Sum over the segments of each document, in place: into `total` [R, H, D, E] (None: not
-    needed) all of them, and into a row of `states` [S, H, D, E], unless they stay folded, all
-    before it."""
-    _, num_heads, key_dim, value_dim = states.shape
+    with_total: bool,
+) -> tuple[CachedLaunch | None, int]:
+    """(launch, number of programs) of the combine kernel, (None, 0) if it is not needed.
+
+    It sums over the segments of each document, in place: into the total, if it is needed, all of
+    them, and into a row of the segment states, unless they stay folded, all before it.
+    """
+    num_heads, key_dim, value_dim = state
     size = key_dim * value_dim
-    programs = segments.num_combined * num_heads * triton.cdiv(size, COMBINE_BLOCK)
+    num_programs = segments.num_combined * num_heads * triton.cdiv(size, COMBINE_BLOCK)
     # What crosses a row's only boundary is what one segment adds. Packed documents store in any
     # case: one kernel for all of them.
     store = segments.packed or (segments.per_row > 2 and not segments.folded)
-    if programs == 0 or not (store or total is not None):
-        return
-    numbers = (T, segments.per_row, segments.length, num_heads)
-    flags = (reverse, segments.packed, store, total is not None)
-    _combine_launch(numbers, size, flags)(programs, states, total, log_decay, table)
-
-
-@functools.lru_cache(maxsize=1024)
-def _combine_launch(numbers: tuple[int, ...], size: int, flags: tuple[bool, ...]) -> CachedLaunch:
-    constants = dict(SIZE=size, BLOCK=COMBINE_BLOCK)
-    constants |= dict(zip(("REVERSE", "PACKED", "STORE", "WITH_TOTAL"), flags, strict=True))
-    constants["NUM_STAGES"] = COMBINE_STAGES
-    return CachedLaunch(combine_kernel, numbers, constants, num_warps=COMBINE_WARPS)
+    if segments.single or num_programs == 0 or not (store or with_total):
+        return None, 0
+    numbers = (seq_len, segments.per_row, segments.length, num_heads)
+    constants = dict(
+        SIZE=size,
+        BLOCK=COMBINE_BLOCK,
+        REVERSE=reverse,
+        PACKED=segments.packed,
+        STORE=store,
+        WITH_TOTAL=with_total,
+        NUM_STAGES=COMBINE_STAGES,
+    )
+    return CachedLaunch(combine_kernel, numbers, constants, num_warps=COMBINE_WARPS), num_programs

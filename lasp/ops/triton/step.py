@@ -74,7 +74,7 @@ def step(
     q's dtype and S', a new tensor. Raises ValueError for dtypes or head dims that the kernels do
     not support.
     """
-    check_operands(q=q, k=k, v=v)
+    check_operands(dict(q=spec(q), k=spec(k), v=spec(v)))
     batch, num_heads, key_dim = q.shape
     value_dim = v.shape[-1]
     assert state.shape == (batch, num_heads, key_dim, value_dim), state.shape

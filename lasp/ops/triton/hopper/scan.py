@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import torch
@@ -14,56 +14,32 @@ from lasp.ops.triton.launch_config import (
     HOPPER_CHUNK,
     HOPPER_STAGES,
     HOPPER_VALUE_BLOCK,
-    MAX_COPY_STRIDE,
     HopperTiles,
 )
-from lasp.ops.triton.launcher import CachedLaunch, TensorSpec, spec, state_strides
+from lasp.ops.triton.launcher import CachedLaunch, TensorSpec, contiguous_spec, state_strides
 from lasp.ops.triton.segments import Segments
 
 
 def prepare(
-    operands: Sequence[torch.Tensor],
-    results: Sequence[torch.Tensor],
-    others: Sequence[torch.Tensor | None],
+    operands: Sequence[TensorSpec],
+    states: tuple[TensorSpec | None, TensorSpec | None],
     segments: Segments,
     tiles: HopperTiles,
     *,
     scale: float,
     reverse: bool,
-) -> tuple[CachedLaunch, tuple, list]:
-    """(launch, number of programs and tensors, descriptors) for y = scan(a, b, x); or, of operands
-    a, b, x, c, for y and z = scan(c, x, b) with the same states transposed.
+    device: torch.device,
+) -> tuple[int, CachedLaunch, Callable]:
+    """(number of programs, launch, function of operands and results that returns descriptors).
 
-    The operands are `copyable`, the results contiguous. others: initial state, segment states, log
-    decay, table.
+    Of operands a, b, x for y = scan(a, b, x); or of a, b, x, c for y and z = scan(c, x, b) with the
+    same states transposed. The operands are `is_copyable`, the results contiguous.
     """
-    pair = len(results) == 2
+    pair = len(operands) == 4
     a, b, x, c = operands if pair else (*operands, None)
-    y, z = results if pair else (*results, None)
-    assert y.is_contiguous() and (z is None or z.is_contiguous())
-    specs = tuple(spec(tensor) for tensor in (a, x, *others[:2]))
-    key = (*specs, a.device, pair)
-    programs, cached, columns = _scan_launch(key, segments.key, tiles, scale, reverse)
-    descriptors = [
-        None if tensor is None else _descriptor(tensor, n)
-        for tensor, n in zip((a, b, x, c, y, z), columns, strict=True)
-    ]
-    return cached, (programs, y, z, *others), descriptors
-
-
-@functools.lru_cache(maxsize=1024)
-def _scan_launch(
-    key: tuple, segments: tuple, tiles: HopperTiles, scale: float, reverse: bool
-) -> tuple[int, CachedLaunch, tuple[int, ...]]:
-    """How many programs run, the launch, and the columns of the operands' and results' tiles.
-
-    key: specs of a, x and the states, the device, and whether there are two results; `segments` is
-    `Segments.key`.
-    """
-    a, x, initial, segment, device, pair = key
-    (_, seq_len, num_heads, key_dim), *_ = a
+    initial, segment = states
+    (_, seq_len, num_heads, key_dim), _, dtype = a
     value_dim = x[0][-1]
-    _, num_segments, per_row, length, _, packed = segments
     # The two warpgroups of a pair hold the same columns, of y and of z.
     width = tiles.blocks * HOPPER_VALUE_BLOCK * (1 if pair else 2)
     numbers = (
@@ -71,8 +47,8 @@ def _scan_launch(
         *state_strides(segment),
         scale,
         seq_len,
-        per_row,
-        length,
+        segments.per_row,
+        segments.length,
         num_heads,
     )
     constants = dict(
@@ -86,54 +62,46 @@ def _scan_launch(
         STAGES=HOPPER_STAGES,
         PAIR=pair,
         REVERSE=reverse,
-        PACKED=packed,
+        PACKED=segments.packed,
         HAS_INITIAL=initial is not None,
         HAS_SEGMENT=segment is not None,
         REGISTERS=tiles.registers,
     )
+    launch = CachedLaunch(_gluon(device).kernel, numbers, constants, num_warps=4)
+    y, z = contiguous_spec(x), contiguous_spec(b) if pair else None
     columns = (tiles.keys, tiles.keys, width, tiles.keys, HOPPER_VALUE_BLOCK, HOPPER_VALUE_BLOCK)
-    programs = num_segments * num_heads * triton.cdiv(value_dim, width)
-    return programs, CachedLaunch(_gluon(device).kernel, numbers, constants, num_warps=4), columns
+    templates = [
+        None if tensor is None else _descriptor_template(tensor, n, device)
+        for tensor, n in zip((a, b, x, c, y, z), columns, strict=True)
+    ]
+
+    def describe(operands, results):
+        tensors = (*operands, *results) if pair else (*operands, None, *results, None)
+        return [
+            None if tensor is None else _descriptor(template, tensor)
+            for template, tensor in zip(templates, tensors, strict=True)
+        ]
+
+    num_programs = segments.num_segments * num_heads * triton.cdiv(value_dim, width)
+    return num_programs, launch, describe
 
 
-def copyable(operand: torch.Tensor) -> bool:
-    """True if the copy engine can fetch tiles of `operand` [B, T, H, X]."""
-    return operand.data_ptr() % COPY_STEP == 0 and _is_copyable(spec(operand))
-
-
-@functools.lru_cache(maxsize=1024)
-def _is_copyable(operand: TensorSpec) -> bool:
-    shape, strides, dtype = operand
-    size = dtype.itemsize
-    return (
-        strides[-1] == 1
-        and shape[-1] * size % COPY_STEP == 0
-        and all(
-            0 < stride * size < MAX_COPY_STRIDE and stride * size % COPY_STEP == 0
-            for length, stride in zip(shape[:3], strides[:3], strict=True)
-            if length > 1
-        )
-    )
-
-
-def _descriptor(tensor: torch.Tensor, columns: int) -> object:
-    """Describe tiles of a chunk's rows and `columns` columns of `tensor` [B, T, H, X]."""
-    template = _descriptor_template(tensor.device, spec(tensor), columns)
-    # A copy of what was checked once per spec: checking again would cost 10 us.
+def _descriptor(template: object, tensor: torch.Tensor) -> object:
+    """The descriptor of a tensor; a copy of what was checked once, since a check costs 10 us."""
     descriptor = object.__new__(type(template))
     descriptor.__dict__.update(template.__dict__, base=tensor)
     return descriptor
 
 
-@functools.lru_cache(maxsize=1024)
-def _descriptor_template(device: torch.device, tensor: TensorSpec, columns: int) -> object:
+def _descriptor_template(tensor: TensorSpec, columns: int, device: torch.device) -> object:
+    """Describes tiles of a chunk's rows and `columns` columns of tensors [B, T, H, X]."""
     shape, strides, dtype = tensor
     # PyTorch leaves arbitrary strides on dims of size 1: unused, but the copy engine checks them.
     steps = [
         stride if length > 1 else COPY_STEP
         for length, stride in zip(shape[:3], strides[:3], strict=True)
     ]
-    # Stands for any tensor of this spec, whose address `copyable` checks.
+    # Stands for any tensor of this spec, whose address the plan of the scan checks.
     base = torch.empty(0, dtype=dtype, device=device)
     language = _gluon(device)
     return language.descriptor(base, list(shape), [*steps, 1], *language.tile(dtype, columns))
