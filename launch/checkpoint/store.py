@@ -133,7 +133,7 @@ class CheckpointStore:
             self._cleaned = True
         final = self.folder / _folder_name(step)
         if final.exists():
-            if self._problem(final) is None:
+            if self._is_valid(final):
                 raise CheckpointError(f"{final} exists already; checkpoints are never overwritten.")
             os.rename(final, final.with_name(f".refused-{final.name}-{time.time_ns()}"))
         staging = self.folder / f".staging-{final.name}"
@@ -226,15 +226,14 @@ class CheckpointStore:
             )
         return found
 
-    def _problem(self, path: Path) -> str | None:
-        if path in self._verified and self._verified[path] == _signature(path):
-            return None
-        try:
-            verify(path)
-        except CheckpointError as error:
-            return str(error)
-        self._verified[path] = _signature(path)
-        return None
+    def _is_valid(self, path: Path) -> bool:
+        if self._verified.get(path) != _signature(path):
+            try:
+                verify(path)
+            except CheckpointError:
+                return False
+            self._verified[path] = _signature(path)
+        return True
 
     def _remove_leftovers(self) -> None:
         """Remove what a process left that was killed while it saved or removed a checkpoint."""
@@ -246,7 +245,7 @@ class CheckpointStore:
         if not self._keep:
             return
         paths = [self.folder / _folder_name(step) for step in self.steps()]
-        valid = [path for path in paths if self._problem(path) is None]
+        valid = [path for path in paths if self._is_valid(path)]
         for path in valid[: -self._keep]:
             # Renamed first: half a deletion must not look like a damaged checkpoint.
             hidden = path.parent / f".removed-{path.name}"
