@@ -34,6 +34,7 @@ test-all: setup lint
 
 lint: setup
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) outputs data build *.egg-info

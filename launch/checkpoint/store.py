@@ -30,6 +30,9 @@ from launch.checkpoint.shards import TensorFiles
 from launch.exit_codes import CheckpointError
 
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
+_TENSOR_FILE = re.compile(r"(model|optimizer)(?:-\d{5}-of-(\d{5}))?\.safetensors")
+# What a process leaves behind that is killed while it saves or removes; the number is its own.
+_LEFTOVER = re.compile(r"\.(?:staging|removed)-step-\d{8}-(\d+)")
 _FORMAT = 1
 # A manifest is a few lines; a huge file is something else.
 _MANIFEST_LIMIT = 1 << 20
@@ -46,11 +49,7 @@ class Checkpoint:
         """The tensors of "model" or "optimizer", read region by region. Raises ValueError."""
         manifest = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
         names = [each["name"] for each in manifest["files"]]
-        return TensorFiles(
-            self.path / name
-            for name in names
-            if name.startswith(group) and name.endswith(".safetensors")
-        )
+        return TensorFiles(self.path / name for name in names if _group(name) == group)
 
     def tensors(self, group: str) -> dict[str, Tensor]:
         """All tensors of "model" or "optimizer", in full, on the CPU. Raises ValueError."""
@@ -88,6 +87,8 @@ def verify(path: Path) -> Checkpoint:
         raise CheckpointError(f"{manifest_path} has format {version}, this code reads {_FORMAT}.")
     if path.name != _folder_name(step):
         raise CheckpointError(f"{manifest_path} is of step {step}, its folder is {path.name}.")
+    if not _is_complete([name for name, _, _ in files]):
+        raise CheckpointError(f"{manifest_path} does not list all files of a checkpoint.")
     for name, size, sha256 in files:
         if Path(name).name != name or name.startswith("."):
             raise CheckpointError(f"{manifest_path} names {name!r}, which is not a file beside it.")
@@ -104,7 +105,7 @@ def verify(path: Path) -> Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints of one run, which is the only one that writes to the folder.
+    """The checkpoints of one run.
 
     Args:
         folder: created when the first checkpoint is saved.
@@ -136,7 +137,7 @@ class CheckpointStore:
             if self._is_valid(final):
                 raise CheckpointError(f"{final} exists already; checkpoints are never overwritten.")
             os.rename(final, final.with_name(f".refused-{final.name}-{time.time_ns()}"))
-        staging = self.folder / f".staging-{final.name}"
+        staging = self.folder / f".staging-{final.name}-{os.getpid()}"
         self.discard(staging)
         staging.mkdir(parents=True)
         return staging
@@ -237,8 +238,9 @@ class CheckpointStore:
 
     def _remove_leftovers(self) -> None:
         """Remove what a process left that was killed while it saved or removed a checkpoint."""
-        for prefix in (".staging", ".removed"):
-            for path in self.folder.glob(f"{prefix}-step-*"):
+        for path in self.folder.glob(".*-step-*"):
+            match = _LEFTOVER.fullmatch(path.name)
+            if match and not _is_running(int(match[1])):
                 shutil.rmtree(path, ignore_errors=True)
 
     def _remove_old(self) -> None:
@@ -248,7 +250,7 @@ class CheckpointStore:
         valid = [path for path in paths if self._is_valid(path)]
         for path in valid[: -self._keep]:
             # Renamed first: half a deletion must not look like a damaged checkpoint.
-            hidden = path.parent / f".removed-{path.name}"
+            hidden = path.parent / f".removed-{path.name}-{os.getpid()}"
             # The new one is on disk: failing to remove an old one is not a failed save.
             with contextlib.suppress(OSError):
                 os.rename(path, hidden)
@@ -260,9 +262,36 @@ def _folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    # A restarted job in a container often gets the number of the previous one.
+    return process != os.getpid()
+
+
 def tensor_file(group: str, number: int = 1, count: int = 1) -> str:
     """The name of file `number`, from 1, of the `count` files of a group's tensors."""
     return f"{group}{f'-{number:05}-of-{count:05}' if count > 1 else ''}.safetensors"
+
+
+def _group(name: str) -> str | None:
+    match = _TENSOR_FILE.fullmatch(name)
+    return match and match[1]
+
+
+def _is_complete(names: list[str]) -> bool:
+    """True if these are the names of all files that a checkpoint needs."""
+    counts = {match[1]: int(match[2] or 1) for match in map(_TENSOR_FILE.fullmatch, names) if match}
+    needed = {
+        tensor_file(group, number, counts.get(group, 1))
+        for group in ("model", "optimizer")
+        for number in range(1, counts.get(group, 1) + 1)
+    }
+    return not (needed | {"state.json"}) - set(names)
 
 
 def seal_file(path: Path) -> dict[str, Any]:

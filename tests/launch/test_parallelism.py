@@ -37,7 +37,7 @@ STEPS = 5
 @pytest.fixture(scope="module")
 def pair():
     """Two processes that form a job of their own."""
-    pool = Pool({2: (0, 1)})
+    pool = Pool((2,))
     yield pool
     pool.stop()
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,15 @@ def test_a_manifest_cannot_point_outside_its_folder(store, tmp_path):
     outside = {"name": "../../outside", "size": 0, "sha256": ""}
     change_manifest(path, lambda files: files.append(outside))
     with pytest.raises(CheckpointError, match="outside"):
+        verify(path.parent)
+
+
+@pytest.mark.parametrize("name", FILES[1:])
+def test_a_manifest_that_leaves_a_file_out_is_refused(store, name):
+    fill(store, 1)
+    path = store.folder / "step-00000001" / "manifest.json"
+    change_manifest(path, lambda files: files.remove(next(f for f in files if f["name"] == name)))
+    with pytest.raises(CheckpointError, match="does not list all files"):
         verify(path.parent)
 
 
@@ -195,11 +205,20 @@ def test_incomplete_folders_are_not_checkpoints(store):
 
 def test_leftovers_of_killed_processes_are_removed_at_the_first_save(store):
     store.folder.mkdir()
-    for name in (".staging-step-00000002", ".removed-step-00000001-123", ".refused-step-00000003"):
-        (store.folder / name).mkdir()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for name in (".staging-step-00000002", ".removed-step-00000001"):
+        for process in (dead.pid, os.getpid(), os.getppid()):
+            (store.folder / f"{name}-{process}").mkdir()
+    (store.folder / ".refused-step-00000003-0").mkdir()
     fill(store, 4)
-    names = sorted(path.name for path in store.folder.iterdir())
-    assert names == [".refused-step-00000003", "step-00000004"]
+    # The folders of a running process are kept, and what was refused is kept for the user.
+    assert sorted(path.name for path in store.folder.iterdir()) == [
+        ".refused-step-00000003-0",
+        f".removed-step-00000001-{os.getppid()}",
+        f".staging-step-00000002-{os.getppid()}",
+        "step-00000004",
+    ]
 
 
 def test_resume_modes(store, tmp_path):
