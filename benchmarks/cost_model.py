@@ -1,4 +1,4 @@
-"""What an exchange of states costs: a formula, fitted to measurements, and what follows from it.
+"""A cost model of the exchange of states, its fit to measurements, and a projection.
 
 P ranks, a state of S bytes, a link that takes `latency` seconds for an empty message and moves
 `bandwidth` bytes per second each way:
@@ -10,10 +10,12 @@ P ranks, a state of S bytes, a link that takes `latency` seconds for an empty me
     | all_gather     | latency + (P-1) S/bandwidth        | latency + (P-1) 2S/bandwidth          |
     | doubling       | ceil(log2 P) (latency + S/bandw.)  | 2 ceil(log2 2P) (latency + S/bandw.)  |
 
-In memory a state goes in small pieces, the first of which are far ahead while the last still wait.
-That is the time until the last rank has its state. What a model pays is less, and for the ring much
-less: a rank goes on as soon as its own state is there, so that over many layers the ranks stand
-staggered and the way down the ring is paid once per pass, not per layer. `pipelined` simulates it.
+The table gives the time until the last rank has its state. In memory a state moves in small parts,
+which follow each other down the ring.
+
+A model pays less, with the ring much less: a rank continues as soon as its own state has arrived,
+so the ranks run staggered, and the P - 1 hops are paid once per pass instead of once per layer.
+`pipelined` simulates this.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from dataclasses import dataclass
 __all__ = ["Link", "fit", "pipelined", "projection", "seconds", "steps_and_bytes"]
 
 METHODS = ("ring, memory", "ring, messages", "all_gather", "doubling")
-# GPUs of one host are joined by NVLink, hosts by one network card per GPU. The latter were not
-# measured here: 400 Gbit/s, and a message takes 10 us more.
+# NVLink joins the GPUs of a host, one network card per GPU joins hosts. The network is assumed, not
+# measured: 400 Gbit/s, and 10 us more per message.
 GPUS_PER_HOST = 8
 NETWORK_LATENCY, NETWORK_BANDWIDTH = 10e-6, 50e9
 
@@ -46,21 +48,21 @@ class Link:
 
 
 def steps_and_bytes(method: str, size: int, state_bytes: int, layout: str) -> tuple[int, int]:
-    """Messages one after another, and bytes that they carry, until the last rank has its state."""
-    places = 2 if layout == "zigzag" else 1
+    """Successive messages, and the bytes they carry, until the last rank has its state."""
+    chunks = 2 if layout == "zigzag" else 1
     if method == "all_gather":
-        return min(1, size - 1), (size - 1) * places * state_bytes
-    steps = places * (size - 1)
+        return min(1, size - 1), (size - 1) * chunks * state_bytes
+    steps = chunks * (size - 1)
     if method == "ring, memory":
-        return steps, min(steps, places) * state_bytes
+        return steps, min(steps, chunks) * state_bytes
     if method == "doubling":
-        # In zigzag a rank has two messages in a round, one after the other.
-        steps = places * math.ceil(math.log2(size * places)) if size > 1 else 0
+        # In zigzag a rank has two messages per round, one after the other.
+        steps = chunks * math.ceil(math.log2(size * chunks)) if size > 1 else 0
     return steps, steps * state_bytes
 
 
 def seconds(method: str, size: int, state_bytes: int, link: Link, layout: str = "contiguous"):
-    """Time of one exchange over `size` ranks, hosts of GPUS_PER_HOST apart from each other."""
+    """Time of one exchange over `size` ranks, on hosts of GPUS_PER_HOST each."""
     steps, data = steps_and_bytes(method, size, state_bytes, layout)
     hosts = -(-size // GPUS_PER_HOST)
     if hosts == 1:
@@ -72,18 +74,18 @@ def seconds(method: str, size: int, state_bytes: int, link: Link, layout: str = 
         near = link.seconds(steps - crossings, (steps - crossings) * state_bytes)
         return near + far.seconds(crossings, crossings * state_bytes)
     if method == "doubling":
-        # Rounds of a distance of GPUS_PER_HOST and more leave the host.
+        # Rounds over a distance of GPUS_PER_HOST or more leave the host.
         near_steps = min(steps, (2 if layout == "zigzag" else 1) * int(math.log2(GPUS_PER_HOST)))
         near = link.seconds(near_steps, near_steps * state_bytes)
         return near + far.seconds(steps - near_steps, (steps - near_steps) * state_bytes)
-    # What comes from other hosts comes in over all their cards, then goes round inside.
+    # States of other hosts arrive over all network cards, then spread inside the host.
     from_far = data * (size - GPUS_PER_HOST) / (size - 1) / GPUS_PER_HOST
     return far.seconds(1, from_far) + link.seconds(1, data)
 
 
 def fit(samples: list[tuple[int, int, float]]) -> Link:
-    """The link that explains (messages, bytes, seconds) best, by least relative squares."""
-    # Two unknowns: seconds = messages * latency + bytes / bandwidth, each sample divided by itself.
+    """The link that fits (messages, bytes, seconds) best, by least squares of relative errors."""
+    # seconds = messages * latency + bytes / bandwidth, each sample divided by its seconds.
     a11 = sum((m / t) ** 2 for m, _, t in samples)
     a12 = sum(m * s / t**2 for m, s, t in samples)
     a22 = sum((s / t) ** 2 for _, s, t in samples)
@@ -97,9 +99,9 @@ def fit(samples: list[tuple[int, int, float]]) -> Link:
 def pipelined(
     method: str, size: int, layers: int, before: float, after: float, state_bytes: int, link: Link
 ) -> float:
-    """Seconds of a pass over `layers` of which each works `before` seconds until its rank's state
-    can go out, and `after` seconds once the entering one is there. No rank waits for another but
-    for its state; a collective has to be entered by all."""
+    """Seconds of a pass over `layers`. In each, a rank computes for `before` seconds until it can
+    send its state, and for `after` seconds once the incoming one has arrived. Ranks wait for each
+    other's states only; a collective starts when all have joined."""
     now = [0.0] * size
     exchange = seconds(method, size, state_bytes, link)
     far = link.between_hosts().seconds(1, state_bytes)
@@ -121,11 +123,11 @@ def projection(
     links: dict[str, Link], state_bytes: int, layers: int, before: float, after: float
 ) -> str:
     """A table in Markdown for 2 to 256 ranks."""
-    alone = layers * (before + after)
+    local = layers * (before + after)
     lines = [
-        f"State of {state_bytes / 2**20:g} MiB; us until the last rank has its state, and in "
+        f"State of {state_bytes / 2**20:g} MiB: us until the last rank has its state, and in "
         f"brackets the speed of a forward pass of {layers} layers of {1e3 * (before + after):.2f} "
-        "ms, relative to no exchange:",
+        "ms relative to no exchange.",
         "",
         "| ranks | " + " | ".join(METHODS) + " |",
         "|---|" + "---|" * len(METHODS),
@@ -137,7 +139,7 @@ def projection(
                 cells.append("")
                 continue
             once = seconds(method, size, state_bytes, links[method])
-            whole = pipelined(method, size, layers, before, after, state_bytes, links[method])
-            cells.append(f"{1e6 * once:.0f} ({alone / whole:.1%})")
+            full = pipelined(method, size, layers, before, after, state_bytes, links[method])
+            cells.append(f"{1e6 * once:.0f} ({local / full:.1%})")
         lines.append(f"| {size} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -1,15 +1,15 @@
 """Lightning attention on one GPU: correctness first, then time against the memory roofline.
 
     python benchmarks/kernels.py                       # everything; a few minutes
-    python benchmarks/kernels.py --shapes 1,131072,16,128 --only ours
+    python benchmarks/kernels.py --shapes 1,131072,16,128 --only lasp
 
-All figures of one run are measured in that run, rivals and copy bandwidth included. A fraction is
+One run measures everything, baselines and copy bandwidth included. A fraction is
 
     (least traffic / time) / copy bandwidth
 
-with the least traffic of 4 units forward (q, k, v in, o out) and 7 backward (q, k, v, do in; dq,
-dk, dv out), one unit being B*T*H*d values of two bytes. Rivals that are not installed are skipped,
-and the table says so. Writes a JSON file, a Markdown table and a plot beside each other.
+where the least traffic is 4 units forward (q, k, v in, o out) and 7 backward (q, k, v, do in; dq,
+dk, dv out), and a unit is B*T*H*d values of two bytes. Baselines that are not installed are left
+out. Writes a JSON file, a Markdown table and a chart.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import baselines
 import kernels_report
-import rivals
 import torch
 import versions
 
 import lasp
 
 RESULTS = Path(__file__).parent / "results"
-# (B, T, H, D, E) of the table, the plot's lengths among them.
+# (B, T, H, D, E) of the table. The chart takes its lengths from these.
 SHAPES = (
     (1, 131072, 16, 128, 128),
     (1, 1048576, 16, 128, 128),
@@ -51,9 +51,9 @@ SHAPES = (
     (1, 262144, 16, 128, 128),
     (1, 524288, 16, 128, 128),
 )
-# Of ours alone: time per token over the length with enough heads to fill a GPU at any.
+# lasp alone: time per token with enough heads to fill a GPU at every length.
 MANY_HEADS = tuple((4, T, 16, 128, 128) for T in (8192, 32768, 131072, 262144))
-# (D, E) of the table of errors; each with every decay and dtype.
+# (D, E) of the table of errors, each with every decay and dtype.
 ERROR_SIZES = ((32, 32), (64, 64), (96, 96), (128, 128), (256, 128), (256, 256))
 # Layers of a 24-layer TNL: strong decay, medium, next to none.
 LAYERS = {"first": 0, "middle": 12, "last": 23}
@@ -70,7 +70,7 @@ class Row:
     backward_ms: float | None = None
     forward_fraction: float | None = None
     backward_fraction: float | None = None
-    # From call to call, where the host may be the slower.
+    # From call to call: includes the host, where that is slower than the GPU.
     forward_call_ms: float | None = None
     backward_call_ms: float | None = None
     extra_units: float | None = None
@@ -79,9 +79,9 @@ class Row:
 
 
 def implementations(shape, only: str | None) -> dict[str, Callable]:
-    """name -> function(q, k, v, log_decay) -> o; rivals where they are installed."""
-    ours = {"lasp": lambda q, k, v, g: lasp.lightning_attention(q, k, v, g)}
-    return ours if only == "ours" or shape in MANY_HEADS else ours | rivals.find(shape)
+    """name -> function(q, k, v, log_decay) -> o, with the baselines that are installed."""
+    found = {"lasp": lambda q, k, v, g: lasp.lightning_attention(q, k, v, g)}
+    return found if only == "lasp" or shape in MANY_HEADS else found | baselines.find(shape)
 
 
 def make_inputs(shape, decay: str, seed=0, dtype=torch.bfloat16):
@@ -98,7 +98,7 @@ def make_inputs(shape, decay: str, seed=0, dtype=torch.bfloat16):
 
 
 def time_ms(function: Callable[[], object], seconds=0.2) -> float:
-    """Median GPU time of a call over repeats, caches cold as between other work."""
+    """Median GPU time of a call, with cold caches, as between other work."""
     flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
     for _ in range(3):
         function()
@@ -112,7 +112,7 @@ def time_ms(function: Callable[[], object], seconds=0.2) -> float:
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for start, stop in events:
         flush.zero_()
-        # The GPU sleeps while the host queues ahead: timed is the GPU, not the host's launches.
+        # The GPU sleeps while the host queues ahead, so that no launch is part of the time.
         torch.cuda._sleep(2_000_000)
         start.record()
         function()
@@ -122,7 +122,7 @@ def time_ms(function: Callable[[], object], seconds=0.2) -> float:
 
 
 def call_ms(function: Callable[[], object], repeats=300) -> float:
-    """Time from call to call, whichever of host and GPU is the slower."""
+    """Time from call to call: the slower of host and GPU."""
     for _ in range(20):
         function()
     torch.cuda.synchronize()
@@ -148,7 +148,7 @@ def least_bytes(shape) -> tuple[int, int]:
 
 
 def worst_error(function, shape, decay, dtype=torch.bfloat16) -> float:
-    """Largest relative error of o, dq, dk, dv against float64, at a length it can follow."""
+    """Largest relative error of o, dq, dk, dv against float64, over at most 2,048 tokens."""
     B, T, H, D, E = shape
     short = (1, min(T, 2048), H, D, E)
     q, k, v, do, log_decay = make_inputs(short, decay, seed=1, dtype=dtype)
@@ -191,7 +191,7 @@ def measure(name, function, shape, decay, bandwidth) -> Row:
     except torch.OutOfMemoryError:
         row.note = "out of memory"
     except Exception as error:
-        # A rival that cannot run a shape must not end the table.
+        # A baseline that cannot run a shape must not end the run.
         if name == "lasp":
             raise
         row.note = f"{type(error).__name__}: {error}"[:120]
@@ -232,7 +232,7 @@ def measure_packed() -> dict:
 
 
 def measure_graph() -> dict:
-    """The launch-bound call under a CUDA graph: what is left without the host."""
+    """A launch-bound call under a CUDA graph: its time without the host."""
     q, k, v, do, log_decay = make_inputs((1, 2048, 16, 128, 128), "middle")
     leaves = [x.requires_grad_() for x in (q, k, v)]
 
@@ -257,7 +257,7 @@ def measure_graph() -> dict:
 
 
 def measure_errors(only: str | None) -> list[dict]:
-    """Errors of ours and of the first rival, on the same inputs, by size, decay and dtype."""
+    """Errors of lasp and of the first baseline on the same inputs, by size, decay and dtype."""
     found = []
     for size in ERROR_SIZES:
         shape = (1, 2048, 8, *size)
@@ -266,7 +266,7 @@ def measure_errors(only: str | None) -> list[dict]:
             for decay in LAYERS:
                 row = {"size": size, "dtype": str(dtype).removeprefix("torch."), "decay": decay}
                 for name, function in functions:
-                    with rivals.untuned():
+                    with baselines.untuned():
                         try:
                             row[name] = worst_error(function, shape, decay, dtype)
                         except Exception as error:
@@ -282,7 +282,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--shapes", nargs="*", help="B,T,H,D or B,T,H,D,E; default: the table's")
     parser.add_argument("--decays", nargs="*", choices=LAYERS, default=["middle"])
-    parser.add_argument("--only", choices=["ours"], help="leave the rivals out")
+    parser.add_argument("--only", choices=["lasp"], help="leave the baselines out")
     parser.add_argument("--no-errors", action="store_true", help="leave the table of errors out")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     return parser.parse_args()
@@ -295,10 +295,10 @@ def main() -> None:
     shapes = [tuple(map(int, s.split(","))) for s in arguments.shapes or []]
     shapes = shapes or [*SHAPES, *MANY_HEADS]
     shapes = [s if len(s) == 5 else (*s, s[3]) for s in shapes]
-    if arguments.only != "ours":
-        if not rivals.find(shapes[0]):
+    if arguments.only != "lasp":
+        if not baselines.find(shapes[0]):
             print("fla-core is not installed: its rows are left out.")
-        rivals.compile_ahead([shape for shape in shapes if shape not in MANY_HEADS])
+        baselines.compile_ahead([shape for shape in shapes if shape not in MANY_HEADS])
     bandwidth = copy_bandwidth()
     report = {
         "device": torch.cuda.get_device_name(),
@@ -317,9 +317,9 @@ def main() -> None:
                 row = measure(name, function, shape, decay, bandwidth)
                 report["rows"].append(dataclasses.asdict(row) | {"shape": list(shape)})
                 print(json.dumps(report["rows"][-1]), flush=True)
-        # After every shape: a run that is cut off keeps what it has measured.
+        # After every shape, so that an interrupted run keeps its rows.
         kernels_report.write(report, arguments.out)
-    # Last: it leaves the rivals with variants that nobody tuned.
+    # Last, because it leaves the baselines with untuned variants.
     if not arguments.no_errors:
         report["errors"] = measure_errors(arguments.only)
         kernels_report.write(report, arguments.out)

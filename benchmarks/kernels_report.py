@@ -1,15 +1,29 @@
-"""What benchmarks/kernels.py measured, as Markdown and as a plot."""
+"""Tables and the chart of benchmarks/kernels.py."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import chart
 import versions
 
-__all__ = ["table", "write"]
+__all__ = ["docs_table", "plot", "table", "write"]
 
-OURS = "lasp"
+LASP, BASELINE = "lasp", "fla chunk_simple_gla"
+# Shapes of the table in docs/benchmarks.md. The chart has more lengths; short calls are bound by
+# the host.
+IN_DOCS = (
+    (1, 131072, 16, 128, 128),
+    (1, 1048576, 16, 128, 128),
+    (8, 2048, 32, 128, 128),
+    (2, 8192, 32, 128, 128),
+    (1, 65536, 64, 128, 128),
+    (1, 32768, 32, 64, 64),
+    (1, 32768, 32, 96, 96),
+    (1, 131072, 16, 256, 128),
+    (1, 32768, 16, 256, 256),
+)
 
 
 def table(report: dict) -> str:
@@ -21,17 +35,44 @@ def table(report: dict) -> str:
         _others(report),
         _per_token(report["rows"]),
         _errors(report["errors"]),
+        report.get("note", ""),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def docs_table(report: dict) -> str:
+    """The table of docs/benchmarks.md, as Markdown: lasp, and the baseline's time over it."""
+    lines = [
+        "| B, T, H, D, E | forward | backward | extra memory | fla takes | its extra memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for shape in IN_DOCS:
+        same = [r for r in report["rows"] if (tuple(r["shape"]), r["decay"]) == (shape, "middle")]
+        found = {row["name"]: row for row in same if not row["note"]}
+        if LASP not in found:
+            continue
+        mine = found[LASP]
+        cells = [
+            f"{mine[w + '_ms']:.3f} ms ({mine[w + '_fraction']:.0%})"
+            for w in ("forward", "backward")
+        ]
+        cells.append(f"{mine['extra_units']:.1f}")
+        if BASELINE in found:
+            extra = f"{found[BASELINE]['extra_units']:.1f}"
+            cells += [_times_lasp(found[BASELINE], same), extra]
+        else:
+            cells += ["", ""]
+        lines.append(f"| {', '.join(map(str, shape))} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _times(rows: list[dict]) -> str:
     lines = [
         "## Times",
         "",
-        "In ms; in brackets the fraction of the copy roofline; `call` is the time from call to",
-        "call, host included. Extra memory is the peak over q, k, v, do in a forward and backward,",
-        "in units of the mean size of q and v. The last column: how much longer a rival takes.",
+        "In ms, with the fraction of the copy roofline. `call` is the time from call to call, host",
+        "included. Extra memory is the peak of a forward and backward beyond q, k, v and do, in",
+        "units of the mean size of q and v. The last column: time over that of lasp.",
         "",
         "| B, T, H, D, E | decay | implementation | forward | backward | extra memory | error "
         "| times lasp |",
@@ -49,18 +90,18 @@ def _times(rows: list[dict]) -> str:
             if row[way + "_call_ms"]:
                 cell += f", call {row[way + '_call_ms']:.3f}"
             cells.append(cell)
-        cells += [f"{row['extra_units']:.1f}", f"{row['error']:.1e}", _times_ours(row, rows)]
+        cells += [f"{row['extra_units']:.1f}", f"{row['error']:.1e}", _times_lasp(row, rows)]
         lines.append(f"{head}| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _times_ours(row: dict, rows: list[dict]) -> str:
-    """Forward and backward of a rival over ours at the same shape and decay."""
+def _times_lasp(row: dict, rows: list[dict]) -> str:
+    """Forward and backward of a baseline over lasp's at the same shape and decay."""
     same = [r for r in rows if (r["shape"], r["decay"]) == (row["shape"], row["decay"])]
-    ours = next((r for r in same if r["name"] == OURS and not r["note"]), None)
-    if row["name"] == OURS or ours is None:
+    lasp = next((r for r in same if r["name"] == LASP and not r["note"]), None)
+    if row["name"] == LASP or lasp is None:
         return ""
-    return " / ".join(f"{row[w] / ours[w]:.1f}x" for w in ("forward_ms", "backward_ms"))
+    return " / ".join(f"{row[w] / lasp[w]:.1f}x" for w in ("forward_ms", "backward_ms"))
 
 
 def _others(report: dict) -> str:
@@ -81,7 +122,7 @@ def _others(report: dict) -> str:
 
 
 def _along_length(rows: list[dict], batch: int = 1) -> dict[str, list[dict]]:
-    """Rows by implementation, in order of length: H 16, D = E = 128."""
+    """Implementation -> rows by rising length, at H 16, D = E = 128 and the middle decay."""
     found: dict[str, list[dict]] = {}
     for row in sorted(rows, key=lambda r: r["shape"][1]):
         plotted = row["shape"][0] == batch and row["shape"][2:] == [16, 128, 128]
@@ -104,7 +145,7 @@ def _per_token(rows: list[dict]) -> str:
         return [*times, sum(times)]
 
     for batch in (1, 4):
-        mine = _along_length(rows, batch).get(OURS, [])
+        mine = _along_length(rows, batch).get(LASP, [])
         for row in mine:
             forward, backward, both = per_token(row)
             lines.append(
@@ -133,35 +174,22 @@ def _errors(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _plot(report: dict, path: Path) -> None:
-    """Time per token and fraction of the roofline over T, at B 1, H 16, d 128."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
+def plot(report: dict, path: Path) -> None:
+    """Time per token over the length, at B 1, H 16, d 128; implementations with several lengths."""
+    lines = {}
     for name, rows in _along_length(report["rows"]).items():
-        lengths = [r["shape"][1] for r in rows]
-        both = [(r["forward_ms"] + r["backward_ms"]) * 1e6 / r["shape"][1] for r in rows]
-        axes[0].plot(lengths, both, marker="o", label=name)
-        axes[1].plot(lengths, [r["forward_fraction"] for r in rows], marker="o", label=name)
-    axes[0].set(ylabel="forward + backward, ns per token", yscale="log")
-    axes[1].set(ylabel="forward, fraction of copy roofline", ylim=(0, 1))
-    for axis in axes:
-        axis.set(xlabel="tokens", xscale="log")
-        if axis.lines:
-            axis.legend()
-        axis.grid(alpha=0.3)
-    figure.suptitle(f"{report['device']}: B 1, H 16, d 128, bfloat16")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+        if len(rows) > 2:
+            both = [(r["forward_ms"] + r["backward_ms"]) * 1e6 / r["shape"][1] for r in rows]
+            lines[name] = ([r["shape"][1] for r in rows], both)
+    if lines:
+        panel = chart.Panel("Forward and backward, ns per token", "tokens of one sequence", lines)
+        caption = f"{report['device']}: B 1, H 16, d 128, bfloat16"
+        chart.draw([panel], caption, path)
 
 
 def write(report: dict, folder: Path) -> None:
-    """The report as JSON, as a table and as a plot."""
+    """The report as JSON, as tables and as a chart."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "kernels.json").write_text(json.dumps(report, indent=1) + "\n")
     (folder / "kernels.md").write_text(table(report))
-    _plot(report, folder / "kernels.png")
+    plot(report, folder / "kernels.png")

@@ -1,25 +1,26 @@
-"""Training speed in megatron-core: the TNL, the same model with softmax attention, the launcher.
+"""Training speed in megatron-core: TNL, the same model with softmax attention, and the launcher.
 
     torchrun --nproc_per_node 2 benchmarks/megatron_training.py
     torchrun --nproc_per_node 2 benchmarks/megatron_training.py --apex --keep   # where apex is
-    torchrun --nproc_per_node 2 benchmarks/megatron_training.py --apex norms --keep  # one of it
+    torchrun --nproc_per_node 2 benchmarks/megatron_training.py --apex norms --keep  # only norms
     torchrun --nproc_per_node 2 benchmarks/megatron_training.py --preset tiny --lengths 256 \
         --iterations 4 --softmax_iterations 4 --out outputs/try                   # a try on CPUs
 
-All ranks hold one sequence together, cut by tensor or by context parallelism, all layers are
-recomputed. Megatron's rows are steps of examples/megatron_gpt.py (bfloat16 weights beside float32
-ones in the optimizer, which context parallelism shares out), the launcher's those of
-benchmarks/training.py (float32 weights, bfloat16 products; FSDP under context parallelism). Time is
-the median over steps after warm-up, memory the largest of all ranks, as reserved by the allocator.
+Each step trains on one sequence, cut over all ranks by tensor or context parallelism, with all
+layers recomputed. Megatron's rows take the steps of examples/megatron_gpt.py (bfloat16 weights, and
+float32 ones in the optimizer, sharded under context parallelism). The launcher's rows take those of
+benchmarks/training.py (float32 weights, bfloat16 products, FSDP under context parallelism). Time is
+the median over the steps after warm-up; memory is what the allocator reserved, on the rank with the
+most.
 
-"softmax" is the same GPT with Megatron's SelfAttention in every layer: around Transformer Engine's
-core attention where that is installed, else around LaspSoftmaxAttention (torch's flash kernels):
-Megatron's own DotProductAttention holds all scores and refuses context parallelism.
+"softmax" is the same GPT with Megatron's SelfAttention in every layer, with Transformer Engine's
+core attention where that is installed and LaspSoftmaxAttention (torch's flash kernels) elsewhere.
+Megatron's own DotProductAttention stores all scores and refuses context parallelism.
 
-With --apex: its FusedAdam (and clipping), FusedRMSNorm and fused weight gradients, or those of them
-that are named; of the others, and of what is missing, torch's, and the row says so. Without:
-torch's, also where apex is installed. (Transformer Engine's Adam comes first wherever that is.)
-Writes JSON and Markdown after every row.
+--apex uses apex's FusedAdam (and clipping), FusedRMSNorm and fused weight gradients, or only those
+that are named. What is not named or not installed is torch's, and the row says so. Without --apex
+everything is torch's, even where apex is installed. (Transformer Engine's Adam takes precedence
+where it is installed.) Writes JSON and Markdown after every row.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import megatron_report
 import torch
 import torch.distributed as dist
 import training
@@ -46,11 +48,13 @@ sys.path.append(str(ROOT))
 ON_GPU = torch.cuda.is_available()
 APEX = ("optimizer", "norms", "weight gradients")
 apex_parser = argparse.ArgumentParser(add_help=False)
-apex_parser.add_argument("--apex", nargs="*", choices=APEX, help="what apex is to do; alone: all")
+apex_parser.add_argument(
+    "--apex", nargs="*", choices=APEX, help="what to take from apex; default: all"
+)
 asked = apex_parser.parse_known_args()[0].apex
 ASKED_OF_APEX = tuple(part for part in APEX if asked is not None and (part in asked or not asked))
 if "optimizer" not in ASKED_OF_APEX:
-    # Megatron takes its Adam and its clipping unasked, when it is imported: it is to find none.
+    # Megatron picks up apex's Adam and clipping at import, unasked: hide apex from it.
     sys.modules["apex"] = None
 if not ON_GPU:
     from tests.parallel.megatron import cpu_shim
@@ -93,9 +97,9 @@ def main() -> None:
                 if dist.get_rank() == 0:
                     report["rows"] = [r for r in report["rows"] if key(r) != key(row)] + [row]
                     print(json.dumps(row), flush=True)
-                    write(report, arguments.out)
+                    megatron_report.write(report, arguments.out)
     if dist.get_rank() == 0:
-        print(table(report), flush=True)
+        print(megatron_report.table(report), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -103,7 +107,7 @@ def main() -> None:
 def measure_megatron(
     arguments: argparse.Namespace, model: str, layout: str, length: int
 ) -> dict[str, Any]:
-    """A row of steps with megatron-core."""
+    """Measure steps of megatron-core and return the row."""
     sizes = dict(tp=1, cp=1) | {layout: dist.get_world_size()}
     parallel_state.initialize_model_parallel(sizes["tp"], context_parallel_size=sizes["cp"])
     softmax = model == "softmax"
@@ -131,14 +135,14 @@ def measure_megatron(
         synchronize()
         seconds.append(time.perf_counter() - started)
         losses.append(loss)
-    # Model and optimizer hold each other, through autograd's hooks too, where Python's collector
-    # does not look: without this the next row would be measured beside them.
+    # Model and optimizer refer to each other, also through autograd hooks that Python's garbage
+    # collector cannot see. Without this they would stay in memory during the next row.
     run.bare.config.grad_scale_func = None
     used = megatron_gpt.ingredients(args)
     if softmax:
         used["core attention"] = "LaspSoftmaxAttention" if core is None else core.__name__
     row = row_of(arguments, model, layout, length, seconds) | dict(used=used, losses=losses)
-    # With it goes a buffer for gathered activations.
+    # This also frees a buffer for gathered activations.
     parallel_state.destroy_model_parallel()
     return row
 
@@ -146,7 +150,7 @@ def measure_megatron(
 def measure_launcher(
     arguments: argparse.Namespace, model: str, layout: str, length: int
 ) -> dict[str, Any]:
-    """A row of the native launcher's steps, as benchmarks/training.py takes them."""
+    """Measure steps of the native launcher, as in benchmarks/training.py, and return the row."""
     degree = {"tp": "tensor", "cp": "context"}[layout]
     flags = [("activation_checkpoint.mode", "full")]
     flags.append((f"parallelism.{degree}_parallel_degree", dist.get_world_size()))
@@ -169,7 +173,7 @@ def measure_launcher(
 def row_of(
     arguments: argparse.Namespace, model: str, layout: str, length: int, seconds: list[float]
 ) -> dict[str, Any]:
-    """What all rows have; every rank calls it."""
+    """The columns that all rows have. Every rank calls it."""
     device = torch.device("cuda" if ON_GPU else "cpu")
     memory = torch.tensor(peak_memory(device), dtype=torch.float64, device=device)
     dist.all_reduce(memory, dist.ReduceOp.MAX)
@@ -188,7 +192,7 @@ def row_of(
 
 
 def apex_options() -> list[str]:
-    """The example's options for what is asked of apex and is here."""
+    """The example's options for what --apex asks for and is installed."""
     options = []
     if "norms" in ASKED_OF_APEX and has_apex("FusedRMSNorm"):
         options += ["--norm", "apex"]
@@ -198,7 +202,7 @@ def apex_options() -> list[str]:
 
 
 def transformer_engine_core() -> type | None:
-    """Transformer Engine's core attention, where it is installed."""
+    """Transformer Engine's core attention, or None if it is not installed."""
     try:
         import transformer_engine.pytorch  # noqa: F401
     except ImportError:
@@ -219,7 +223,7 @@ def reset_peak() -> None:
 
 
 def begin(arguments: argparse.Namespace) -> dict[str, Any]:
-    """A report without rows, or with those that are kept."""
+    """A report without rows, or with the rows of the last run (--keep)."""
     path, kept = arguments.out / "megatron.json", {"rows": []}
     if arguments.keep and path.exists():
         kept = json.loads(path.read_text())
@@ -238,53 +242,18 @@ def key(row: dict[str, Any]) -> tuple:
     return *(row[name] for name in names), *row["apex"]
 
 
-def table(report: dict) -> str:
-    """The report as Markdown."""
-    gpus = report["gpus"]
-    lines = [
-        f"{gpus} x {report['device']}, {versions.line(report['versions'])}, {report['date']}. One "
-        "sequence per step, all layers recomputed, memory per GPU.",
-        "",
-        "| model | layout | sequence | tokens/s | per GPU | memory, GiB | steps | first, last loss "
-        "| used |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in report["rows"]:
-        host = {"TNL": "TNL, megatron-core", "softmax": "softmax, megatron-core"}
-        name = host.get(row["model"], "TNL, launch/train.py")
-        losses = row.get("losses")
-        losses = f"{losses[0]:.4f}, {losses[-1]:.4f}" if losses else ""
-        used = "; ".join(f"{part} {which}" for part, which in row["used"].items())
-        memory = "" if row["memory_gib"] is None else f"{row['memory_gib']:.1f}"
-        lines.append(
-            f"| {row['preset']} {name} | {row['layout']} | {row['seq_len']:,} "
-            f"| {row['tokens_per_second']:,.0f} | {row['tokens_per_second'] / gpus:,.0f} "
-            f"| {memory} | {len(row['steps'])} | {losses} | {used} |"
-        )
-    if report.get("note"):
-        lines += ["", report["note"]]
-    return "\n".join(lines) + "\n"
-
-
-def write(report: dict, folder: Path) -> None:
-    """The report as JSON and as a table."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "megatron.json").write_text(json.dumps(report, indent=1) + "\n")
-    (folder / "megatron.md").write_text(table(report))
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], parents=[apex_parser])
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--layouts", nargs="*", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--lengths", nargs="*", type=int, default=[32768, 131072])
-    parser.add_argument("--preset", default="1b", help="of the model")
+    parser.add_argument("--preset", default="1b", help="model preset")
     parser.add_argument("--iterations", type=int, default=20, help="steps, warm-up included")
-    parser.add_argument("--softmax_iterations", type=int, default=6, help="likewise")
-    parser.add_argument("--warmup", type=int, default=2, help="steps that are not measured")
-    parser.add_argument("--seconds", type=float, default=3600, help="start no row after so many")
+    parser.add_argument("--softmax_iterations", type=int, default=6, help="steps of softmax rows")
+    parser.add_argument("--warmup", type=int, default=2, help="unmeasured steps at the start")
+    parser.add_argument("--seconds", type=float, default=3600, help="start no row after this")
     parser.add_argument("--out", type=Path, default=training.RESULTS, help="folder for the results")
-    parser.add_argument("--keep", action="store_true", help="keep the folder's other rows")
+    parser.add_argument("--keep", action="store_true", help="keep the other rows of the folder")
     return parser.parse_args()
 
 

@@ -1,18 +1,18 @@
-"""Lightning attention over ranks: correctness first, then time against the same work on one rank.
+"""Lightning attention over ranks: correctness first, then time against the same local work.
 
     torchrun --nproc_per_node 2 benchmarks/sequence_parallel.py
     torchrun --nproc_per_node 2 benchmarks/sequence_parallel.py --backend gloo --tokens 256 1024
 
-Every rank holds `--tokens` tokens of one sequence. A time is the median over repeats of the slowest
-rank's, by CUDA events, all ranks lined up before each repeat; `call` is the time from call to call,
-hosts included. All figures of one run are measured in that run: the work of a rank with no group,
-ours, the exchange alone beside NCCL's own all-gather, and rivals where fla-core is installed:
+Each rank holds `--tokens` tokens of one sequence. A time is the median over repeats of the slowest
+rank's, by CUDA events, with all ranks synchronized before each repeat; `call` is the time from call
+to call, host included. One run measures everything: the local work with no group, lasp, the
+exchange alone beside NCCL's own all-gather, and, where fla-core is installed, two baselines:
 
-    head all-to-all    each rank gets the whole sequence of H/P heads, fla's kernel (Ulysses)
-    states + fla       all-gather of states in plain torch, then fla's kernel from the entering one
+    head all-to-all    each rank gets the full sequence for H/P heads, fla's kernel (Ulysses)
+    states + fla       all-gather of states in plain torch, then fla's kernel from the incoming one
 
-Ours is measured first, and the files are written after every row: a run that is cut off keeps what
-it has. `--profile` adds how much of the communication ran under other kernels.
+The files are written after every row, so that an interrupted run keeps its rows. `--profile` adds
+how much of the communication ran under other kernels.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import statistics
 import sys
@@ -31,19 +32,20 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
+import baselines
 import cost_model
-import rivals
 import sequence_parallel_report as reports
 
 import lasp
 from lasp import exchange, ops, shard
+from lasp.exchange import ChunkChain, Transition, symmetric_memory
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 STATE_SIZES_MIB = (0.25, 1, 4)
 
 
 class Ranks:
-    """This process among the others, and how time is taken here."""
+    """The ranks of the run, and how they measure time."""
 
     def __init__(self, backend: str) -> None:
         if backend == "nccl":
@@ -55,10 +57,10 @@ class Ranks:
         self.dtype = torch.bfloat16 if backend == "nccl" else torch.float32
 
     def without_memory(self) -> dist.ProcessGroup:
-        """A group of all ranks that sends messages where it could use peer memory."""
+        """A group of all ranks that sends messages, even where peer memory is available."""
         group, before = dist.new_group(), os.environ.get("LASP_PEER_MEMORY")
         os.environ["LASP_PEER_MEMORY"] = "0"
-        # It asks once, at its first exchange.
+        # A group reads the variable once, at its first exchange.
         x = torch.zeros(1, 1, 1, 1, device=self.device)
         lasp.lightning_attention(x, x, x, None, group=group)
         del os.environ["LASP_PEER_MEMORY"]
@@ -85,7 +87,7 @@ class Ranks:
         return statistics.median(self.slowest(times))
 
     def line_up(self, ahead_ms: float) -> None:
-        """The GPU sleeps while the host queues ahead, then waits until the others are as far."""
+        """Put the GPU to sleep while the host queues ahead, then wait for all ranks."""
         if self.device.type == "cuda":
             torch.cuda._sleep(int(2e6 * (ahead_ms + 1)))
         dist.all_reduce(torch.zeros(1, device=self.device))
@@ -105,7 +107,7 @@ class Ranks:
         return start.elapsed_time(stop)
 
     def call_ms(self, function: Callable[[], object], repeats: int = 60) -> float:
-        """Time from call to call, whichever of host and GPU is the slower."""
+        """Time from call to call: the slower of host and GPU."""
         for _ in range(5):
             function()
         self._wait()
@@ -121,19 +123,14 @@ class Ranks:
             torch.cuda.synchronize()
 
 
-def ours(ranks: Ranks, methods: list[str]) -> dict[str, Attention]:
-    """name -> attention of this rank's part; the first is the same work with no group."""
+def variants(ranks: Ranks, methods: list[str]) -> dict[str, Attention]:
+    """name -> lasp's attention on this rank's shard; the first is the local work with no group."""
 
     def one_call(**options):
         return lambda q, k, v, g: lasp.lightning_attention(q, k, v, g, **options)
 
-    def two_calls(q, k, v, g):
-        started = lasp.start_state(k, v, g, group=ranks.group)
-        return lasp.attend(q, started)
-
     found = {"lasp, no group": one_call()}
     found |= {f"lasp {method}": one_call(group=ranks.group, exchange=method) for method in methods}
-    found["lasp ring, two calls"] = two_calls
     if ranks.device.type == "cuda":
         found["lasp ring, messages"] = one_call(group=ranks.without_memory())
     found |= {
@@ -144,7 +141,7 @@ def ours(ranks: Ranks, methods: list[str]) -> dict[str, Attention]:
 
 
 def make_inputs(ranks: Ranks, shape, seed: int = 0):
-    """q, k, v, do of this rank, and the decay of a TNL's middle layer."""
+    """q, k, v, do of this rank, and the log decay of a TNL's middle layer."""
     generator = torch.Generator(device=ranks.device).manual_seed(seed)
     spreads = (0.25, 0.25, 1.0, 1.0)
     options = dict(device=ranks.device, dtype=ranks.dtype, generator=generator)
@@ -160,7 +157,7 @@ def worst_error(ranks: Ranks, attention: Attention, name: str) -> float:
     ranges = shard.token_ranges(total, ranks.size, ranks.rank, layout)
     here = torch.cat([torch.arange(*each) for each in ranges]).to(ranks.device)
     if name == "lasp, no group":
-        # A rank's tokens are a sequence of their own.
+        # Each rank's tokens are a sequence of their own.
         q, k, v, do = (x[:, here] for x in (q, k, v, do))
         here = slice(None)
     leaves = [x[:, here].clone().requires_grad_() for x in (q, k, v)]
@@ -195,22 +192,23 @@ def measure(ranks: Ranks, name: str, attention: Attention, shape, seconds: float
 
 
 def measure_exchanges(ranks: Ranks, methods: list[str], seconds: float) -> list[dict]:
-    """Time of an exchange alone, by method, layout and size of the state; and of all_gather."""
+    """Time of an exchange alone by method, layout and state size, and of NCCL's all-gather."""
     rows = []
     rings = ["ring, messages"]
-    if exchange.mailbox.find_mailbox(ranks.group, torch.zeros(1, device=ranks.device), ops.relay):
+    small = torch.zeros(1, device=ranks.device)
+    if symmetric_memory.find_buffer(ranks.group, small, ops.send_recv_state):
         rings.append("ring, memory")
     methods = [name for each in methods for name in (rings if each == "ring" else [each])]
     for mib in STATE_SIZES_MIB:
         H = max(1, int(16 * mib))
         state = torch.randn(1, H, 128, 128, device=ranks.device)
-        log_decay = torch.full((H,), -1e-4, device=ranks.device)
+        factor = torch.full((H, 1, 1), math.exp(-1e-4 * 4096), device=ranks.device)
 
-        def once(method, layout, state=state, log_decay=log_decay):
-            relay = None if method == "ring, messages" else ops.relay
-            line = exchange.Line(ranks.group, layout, relay=relay)
-            maps = [exchange.AffineMap(state, log_decay, 4096) for _ in line.here]
-            exchange.start(maps, line, method=method.split(",")[0]).finish()
+        def once(method, layout, state=state, factor=factor):
+            kernel = None if method == "ring, messages" else ops.send_recv_state
+            chain = ChunkChain(ranks.group, layout, send_recv_state=kernel)
+            transitions = [Transition(state, factor)] * len(chain.local_chunks)
+            exchange.start(transitions, chain, method=method.split(",")[0]).wait()
 
         gathered = state.new_empty(ranks.size * state.numel())
         calls = {"nccl all-gather": lambda s=state, g=gathered: gather(s, g)}
@@ -229,7 +227,7 @@ def gather(state, gathered):
 
 
 def overlap(ranks: Ranks, attention: Attention, shape) -> dict:
-    """Communication of a forward and backward: its time, and how much of that ran under others."""
+    """Time of the communication kernels in a forward and backward, and how much was hidden."""
     q, k, v, do, log_decay = make_inputs(ranks, shape)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -237,12 +235,12 @@ def overlap(ranks: Ranks, attention: Attention, shape) -> dict:
             ranks.line_up(10)
             torch.autograd.grad(attention(*leaves, log_decay), leaves, do)
         torch.cuda.synchronize()
-    # Of the last one, which follows the last time that the ranks lined up.
+    # Only the last repeat, which follows the last all_reduce of `line_up`.
     events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     events.sort(key=lambda e: e.time_range.start)
     lined_up = max(i for i, e in enumerate(events) if "AllReduce" in e.name)
     spans = [
-        (e.time_range.start, e.time_range.end, "nccl" in e.name.lower() or "relay" in e.name)
+        (e.time_range.start, e.time_range.end, "nccl" in e.name.lower() or "send_recv" in e.name)
         for e in events[lined_up + 1 :]
     ]
     work = [(start, stop) for start, stop, communicates in spans if not communicates]
@@ -256,99 +254,33 @@ def overlap(ranks: Ranks, attention: Attention, shape) -> dict:
     return {"tokens": shape[1], "ranks": every}
 
 
-def head_all_to_all(ranks: Ranks) -> Attention:
-    """Ulysses: exchange tokens for heads, run fla's kernel on the whole sequence, exchange back."""
-    from fla.ops.simple_gla import chunk_simple_gla
-
-    class Exchange(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, to_heads):
-            ctx.to_heads = to_heads
-            return exchanged(x, to_heads)
-
-        @staticmethod
-        def backward(ctx, grad):
-            return exchanged(grad, not ctx.to_heads), None
-
-    def exchanged(x, to_heads):
-        P = ranks.size
-        # [B=1, T/P, H, D] in P parts of heads, or [1, T, H/P, D] in P parts of tokens.
-        parts = x[0].unflatten(1, (P, -1)).movedim(1, 0) if to_heads else x[0].unflatten(0, (P, -1))
-        parts = parts.contiguous()
-        received = torch.empty_like(parts)
-        dist.all_to_all_single(received, parts, group=ranks.group)
-        return (received.flatten(0, 1) if to_heads else received.movedim(0, 1).flatten(1, 2))[None]
-
-    def attention(q, k, v, g):
-        mine = g.chunk(ranks.size)[ranks.rank]
-        q, k, v = Exchange.apply(torch.cat([q, k, v], dim=-1), True).chunk(3, dim=-1)
-        o, _ = chunk_simple_gla(*(x.contiguous() for x in (q, k, v)), g_gamma=mine, scale=1.0)
-        return Exchange.apply(o, False)
-
-    return attention
-
-
-def states_and_fla(ranks: Ranks) -> Attention:
-    """LASP-2's scheme with fla's kernel: this rank's state in plain torch, gathered, folded."""
-    from fla.ops.simple_gla import chunk_simple_gla
-
-    class Gather(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            out = x.new_empty(ranks.size * x.shape[0], *x.shape[1:])
-            dist.all_gather_into_tensor(out, x.contiguous(), group=ranks.group)
-            return out
-
-        @staticmethod
-        def backward(ctx, grad):
-            out = grad.new_empty(grad.shape[0] // ranks.size, *grad.shape[1:])
-            dist.reduce_scatter_tensor(out, grad.contiguous(), group=ranks.group)
-            return out
-
-    def attention(q, k, v, g):
-        T = k.shape[1]
-        weights = torch.exp(g[None, :] * torch.arange(T - 1, -1, -1, device=g.device)[:, None])
-        weighted = (k * weights[None, :, :, None].to(k.dtype)).transpose(1, 2)
-        local = (weighted.transpose(-1, -2) @ v.transpose(1, 2)).float()
-        states, entering = Gather.apply(local), torch.zeros_like(local)
-        # Every rank folds all of them, so that all come to the backward's collective.
-        decay = torch.exp(g * T)[None, :, None, None]
-        for rank in range(ranks.size):
-            keep = 1.0 if rank < ranks.rank else 0.0
-            step = decay * entering + states[rank : rank + 1]
-            entering = keep * step + (1 - keep) * entering
-        return chunk_simple_gla(q, k, v, g_gamma=g, scale=1.0, initial_state=entering)[0]
-
-    return attention
-
-
-def measure_rivals(ranks: Ranks, arguments, report: dict) -> None:
-    """Their rows; each in turn over all lengths, until the budget of seconds is spent."""
+def measure_baselines(ranks: Ranks, arguments, report: dict) -> None:
+    """Measure the baselines, each over all lengths, until --baseline-seconds are spent."""
     H, D = arguments.heads, arguments.head_dim
     longest = max(arguments.tokens)
-    if ranks.device.type != "cuda" or not rivals.find((1, longest, H, D, D)):
-        report["note"] = "fla-core is not installed, or this is no GPU: rivals are left out."
+    if ranks.device.type != "cuda" or not baselines.find((1, longest, H, D, D)):
+        report["note"] = "The baselines were left out: they need fla-core and a GPU."
         return
     begun = time.monotonic()
     if ranks.rank == 0:
         kinds = [(1, longest, heads, D, D) for heads in (H, H // ranks.size)]
-        rivals.compile_ahead(kinds, timeout_s=arguments.rival_seconds / 2)
+        baselines.compile_ahead(kinds, timeout_s=arguments.baseline_seconds / 2)
     dist.barrier()
     for name, make in (
-        ("head all-to-all + fla", head_all_to_all),
-        ("states + fla", states_and_fla),
+        ("head all-to-all + fla", baselines.head_all_to_all),
+        ("states + fla", baselines.states_and_fla),
     ):
         for tokens in sorted(arguments.tokens, reverse=True):
             spent = ranks.slowest([time.monotonic() - begun])[0]
-            if spent > arguments.rival_seconds:
-                report["note"] = f"rivals stopped after {spent:.0f} s"
+            if spent > arguments.baseline_seconds:
+                report["note"] = f"No further baseline was started after {spent:.0f} s."
                 return
-            row = measure(ranks, name, make(ranks), (1, tokens, H, D), arguments.seconds)
+            row = measure(ranks, name, make(ranks.group), (1, tokens, H, D), arguments.seconds)
             keep(ranks, report, row, arguments)
 
 
 def keep(ranks: Ranks, report: dict, row: dict, arguments) -> None:
-    """Add a row, and write everything: a run that is cut off keeps what it has."""
+    """Add a row and write the report, so that an interrupted run keeps its rows."""
     report["rows"].append(row)
     if ranks.rank == 0:
         print(json.dumps(row), flush=True)
@@ -378,10 +310,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--backend", choices=["nccl", "gloo"])
-    parser.add_argument("--only", choices=["ours"], help="leave the rivals out")
-    parser.add_argument("--profile", action="store_true", help="how much communication is hidden")
-    parser.add_argument("--seconds", type=float, default=0.3, help="for each time taken")
-    parser.add_argument("--rival-seconds", type=float, default=300, help="for all rivals together")
+    parser.add_argument("--only", choices=["lasp"], help="leave the baselines out")
+    parser.add_argument("--profile", action="store_true", help="measure hidden communication")
+    parser.add_argument("--seconds", type=float, default=0.3, help="per measurement")
+    parser.add_argument("--baseline-seconds", type=float, default=300, help="for both together")
     parser.add_argument("--out", type=Path, default=reports.RESULTS, help="folder for the results")
     arguments = parser.parse_args()
     arguments.backend = arguments.backend or ("nccl" if torch.cuda.is_available() else "gloo")
@@ -406,7 +338,7 @@ def main() -> None:
         "rows": [],
     }
     shape = lambda tokens: (1, tokens, arguments.heads, arguments.head_dim)  # noqa: E731
-    found = ours(ranks, arguments.exchanges)
+    found = variants(ranks, arguments.exchanges)
     report["exchanges"] = measure_exchanges(ranks, arguments.exchanges, arguments.seconds)
     links = fitted_links(report["exchanges"], ranks.size)
     report["links"] = {method: vars(link) for method, link in links.items()}
@@ -420,8 +352,8 @@ def main() -> None:
             for name in ("lasp ring", "lasp ring, messages")
             for tokens in arguments.tokens
         ]
-    if arguments.only != "ours":
-        measure_rivals(ranks, arguments, report)
+    if arguments.only != "lasp":
+        measure_baselines(ranks, arguments, report)
     if ranks.rank == 0:
         reports.write(report, arguments.out, with_plot=True)
         print(reports.table(report))

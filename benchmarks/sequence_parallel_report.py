@@ -1,17 +1,37 @@
-"""What benchmarks/sequence_parallel.py measured, as Markdown and as a plot."""
+"""Tables and the chart of benchmarks/sequence_parallel.py."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import chart
 import cost_model
 
-__all__ = ["RESULTS", "table", "write"]
+__all__ = ["RESULTS", "docs_table", "plot", "table", "write"]
 
 RESULTS = Path(__file__).parent / "results"
-ALONE = "lasp, no group"
-# Figures that others published, to stand beside the projection.
+NO_GROUP = "lasp, no group"
+# What was measured once and has been removed since: kept in the JSON, left out of tables and chart.
+REMOVED = ("lasp ring, two calls",)
+# Lines of the chart, by name of the row.
+CHARTED = {
+    "lasp ring": "ring",
+    "lasp ring, messages": "ring, messages",
+    "lasp all_gather": "all_gather (LASP-2)",
+    "lasp doubling": "doubling",
+    "head all-to-all + fla": "heads for tokens, fla",
+}
+# Columns of the table in docs/benchmarks.md, likewise.
+IN_DOCS = {
+    "lasp ring": "ring",
+    "lasp ring, messages": "ring, messages",
+    "lasp all_gather": "all_gather",
+    "lasp doubling": "doubling",
+    "lasp ring, zigzag": "ring, zigzag",
+    "head all-to-all + fla": "heads for tokens, fla",
+}
+# Published figures, to compare the projection with.
 PUBLISHED = (
     "Published, on other machines and models: ZeCO's pipelined scan of states takes 226 us on 8 "
     "ranks and 2,165 us on 256, its all-gather 375 and 8,514 us; its 1B model runs at 95.4% of "
@@ -19,8 +39,8 @@ PUBLISHED = (
     "LASP-2 reports 15.2% more tokens per second than LASP at 2048K tokens on 64 GPUs (arXiv "
     "2502.07563)."
 )
-# The pass that is projected: a layer of a 1B model on 32,768 tokens of one GPU, 6.5e13/24 FLOPs at
-# 400 TFLOP/s, a third of it before the state is there.
+# The projected pass: a layer of a 1B model on 32,768 tokens of one GPU takes 6.5e13/24 FLOPs at
+# 400 TFLOP/s, a third of them before the state is known.
 LAYERS, BEFORE, AFTER = 24, 2.3e-3, 4.5e-3
 
 
@@ -39,21 +59,50 @@ def table(report: dict) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def docs_table(reports: list[dict]) -> str:
+    """The table of docs/benchmarks.md, as Markdown: forward and backward over the local work."""
+    lines = [
+        "| GPUs | tokens per rank | no group | " + " | ".join(IN_DOCS.values()) + " |",
+        "|---|---|---|" + "---|" * len(IN_DOCS),
+    ]
+    for report in sorted(reports, key=lambda report: report["ranks"]):
+        times = {(row["name"], row["tokens"]): row["both_ms"] for row in _current(report)}
+        for name, tokens in sorted(times, key=lambda key: key[1]):
+            if name != NO_GROUP:
+                continue
+            local = times[name, tokens]
+            cells = [
+                f"{times[other, tokens] / local:.2f}x" if (other, tokens) in times else ""
+                for other in IN_DOCS
+            ]
+            head = f"| {report['ranks']} | {tokens:,} | {local:.3f} ms "
+            lines.append(f"{head}| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _current(report: dict) -> list[dict]:
+    """Rows but those whose names are marked in the JSON as outdated by a change of the code."""
+    return [row for row in report["rows"] if row["name"] not in report.get("outdated", ())]
+
+
 def _times(rows: list[dict]) -> str:
     lines = [
         "## Times",
         "",
-        "Tokens are those of one rank. In ms, median of the slowest rank; in brackets relative to",
-        "the same local work with no group; `call` is the time from call to call, hosts included.",
+        "Tokens are per rank. Times in ms: medians of the slowest rank; in brackets relative to",
+        "the same local work with no group. `call` is the time from call to call, host included.",
         "",
         "| tokens per rank | implementation | forward | forward + backward | error |",
         "|---|---|---|---|---|",
     ]
+    rows = [row for row in rows if row["name"] not in REMOVED]
     for row in sorted(rows, key=lambda row: row["tokens"]):
-        alone = next((r for r in rows if r["name"] == ALONE and r["tokens"] == row["tokens"]), None)
+        local = next(
+            (r for r in rows if r["name"] == NO_GROUP and r["tokens"] == row["tokens"]), None
+        )
         cells = []
         for key in ("forward_ms", "both_ms"):
-            relative = f" ({row[key] / alone[key]:.2f}x)" if alone and row is not alone else ""
+            relative = f" ({row[key] / local[key]:.2f}x)" if local and row is not local else ""
             cells.append(f"{row[key]:.3f}{relative}")
         if "both_call_ms" in row:
             cells[-1] += f", call {row['both_call_ms']:.3f}"
@@ -67,7 +116,7 @@ def _exchanges(report: dict) -> str:
     lines = [
         "## The exchange alone",
         "",
-        "Until the last rank has its state, in us; in brackets what the cost model says with the "
+        "Time until the last rank has its state, in us, and in brackets the cost model's with the "
         "latency and bandwidth that fit these rows best: "
         + ", ".join(
             f"{method} {1e6 * link.latency:.1f} us and {link.bandwidth / 1e9:.0f} GB/s"
@@ -107,8 +156,8 @@ def _overlap(rows: list[dict]) -> str:
     lines = [
         "## Overlap",
         "",
-        "Kernels of communication in a forward and backward of the ring, in us per rank: their",
-        "time (which includes waiting for the other rank), and how much of it other kernels ran.",
+        "Communication kernels in a forward and backward of the ring, in us per rank: their time",
+        "(waiting for the other rank included), and how much of it other kernels ran under.",
         "",
         "| tokens per rank | implementation | "
         + " | ".join(f"rank {i}" for i in range(len(rows[0]["ranks"])))
@@ -129,8 +178,8 @@ def _projection(report: dict) -> str:
     lines = [
         "## Projection, not measured",
         "",
-        "From the fitted links inside a host of 8 and an assumed network between hosts (400 Gbit/s",
-        "per GPU, 10 us more per message), with the formulas of benchmarks/cost_model.py.",
+        "By the formulas of benchmarks/cost_model.py, with the fitted links inside a host of 8 and",
+        "an assumed network between hosts (400 Gbit/s per GPU, 10 us more per message).",
         cost_model.projection(links, state, LAYERS, BEFORE, AFTER),
         "",
         PUBLISHED,
@@ -139,40 +188,29 @@ def _projection(report: dict) -> str:
 
 
 def plot(report: dict, path: Path) -> None:
-    """Times over tokens per rank, and relative to the local work."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [r for r in report["rows"] if "zigzag" not in r["name"]]
-    alone = {r["tokens"]: r["both_ms"] for r in rows if r["name"] == ALONE}
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
-    for number, name in enumerate(dict.fromkeys(r["name"] for r in rows)):
-        style = dict(label=name, color=f"C{number}", marker="o")
-        mine = sorted((r for r in rows if r["name"] == name), key=lambda r: r["tokens"])
-        tokens = [r["tokens"] for r in mine]
-        axes[0].plot(tokens, [r["both_ms"] for r in mine], **style)
-        if name != ALONE and all(t in alone for t in tokens):
-            relative = [r["both_ms"] / alone[r["tokens"]] for r in mine]
-            axes[1].plot(tokens, relative, **style)
-    axes[0].set(ylabel="forward + backward, ms", yscale="log")
-    axes[1].set(ylabel="relative to the same local work", yscale="log")
-    for axis in axes:
-        axis.set(xlabel="tokens per rank", xscale="log")
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
-    figure.suptitle(
-        f"{report['device']}: B 1, H {report['heads']}, d {report['head_dim']}, {report['dtype']}"
-    )
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    """Time over that of the same local work without a group, by tokens per rank."""
+    rows = _current(report)
+    local = {r["tokens"]: r["both_ms"] for r in rows if r["name"] == NO_GROUP}
+    lines = {}
+    for name, label in CHARTED.items():
+        mine = [r for r in rows if r["name"] == name and r["tokens"] in local]
+        mine.sort(key=lambda row: row["tokens"])
+        if mine:
+            tokens = [row["tokens"] for row in mine]
+            lines[label] = (tokens, [row["both_ms"] / local[row["tokens"]] for row in mine])
+    if lines:
+        title = "Forward and backward, times the same local work without a group"
+        panel = chart.Panel(title, "tokens per rank", lines, log_y=True, y_ticks=(1, 1.5, 2, 5, 10))
+        caption = (
+            f"{report['device']}: B 1, H {report['heads']}, d {report['head_dim']}, "
+            f"{report['dtype']}"
+        )
+        chart.draw([panel], caption, path)
 
 
 def write(report: dict, folder: Path, with_plot: bool = False) -> None:
-    """The report as JSON and as a table, named by the number of ranks; and as a plot, which takes
-    longer."""
+    """The report as JSON and as tables, named by the number of ranks; with_plot: the chart too,
+    which takes longer."""
     folder.mkdir(parents=True, exist_ok=True)
     name = f"sequence_parallel_{report['ranks']}"
     (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")

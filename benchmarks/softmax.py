@@ -4,10 +4,10 @@
     torchrun --nproc_per_node 2 benchmarks/softmax.py --tokens 65536,262144
     python benchmarks/softmax.py --tokens 64 --heads 2 --head-size 16    # on a CPU, to see it work
 
-`--tokens` are of the global sequence. "torch" is `scaled_dot_product_attention` of one GPU on all
-of it, in the same run. TFLOP/s count the causal half, 2 D per score and per value, the backward 2.5
-times the forward, for each GPU. Times are medians of three rounds, of the slowest rank. Prints a
-table, and writes JSON with --json.
+`--tokens` counts the global sequence. "torch" is `scaled_dot_product_attention` of all of it on one
+GPU, in the same run. TFLOP/s are per GPU: 2 D FLOPs per score and per value of the causal half, and
+2.5 times as many in the backward. Times are medians of three rounds, of the slowest rank.
+Prints a table, and writes JSON with --json.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 import lasp
 
-# What a sum of bfloat16 products may be off by.
+# Largest relative error allowed for sums of bfloat16 products.
 ERROR = 2e-2
 
 
@@ -38,12 +38,12 @@ def make(tokens, arguments, group, layout, dtype):
     torch.manual_seed(0)
     inputs = []
     for each in heads:
-        whole = torch.randn(1, tokens, each, arguments.head_size, device=device, dtype=dtype)
-        inputs.append(shard.take(whole).contiguous())
+        full = torch.randn(1, tokens, each, arguments.head_size, device=device, dtype=dtype)
+        inputs.append(shard.take(full).contiguous())
     return inputs, shard
 
 
-def ours(inputs, shard):
+def lasp_softmax(inputs, shard):
     q, k, v, do = inputs
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     options = dict(group=shard.group, layout=shard.layout, shard_lengths=shard.lengths)
@@ -59,7 +59,7 @@ def torch_alone(inputs, shard):
 
 
 def slowest(seconds, group):
-    """The same number on every rank, so that all do the same."""
+    """The maximum over ranks, so that all ranks decide alike."""
     if group is None:
         return seconds
     longest = torch.tensor([seconds], device="cuda" if torch.cuda.is_available() else "cpu")
@@ -73,8 +73,8 @@ def synchronize():
 
 
 def time_ms(function, group, budget=0.3):
-    """(forward, forward and backward) in milliseconds: calls one after another, so that the host
-    runs ahead as in training. `function` returns what runs the backward."""
+    """Milliseconds of (forward, forward and backward), in back-to-back calls, so that the host runs
+    ahead as in training. `function` returns the output and a function that runs the backward."""
 
     def run(repeats, with_backward):
         synchronize()
@@ -96,10 +96,10 @@ def time_ms(function, group, budget=0.3):
 
 
 def check(arguments, group, layout, dtype):
-    """Raise if the operator is wrong on these ranks; returns the worst relative error."""
+    """Exit if the operator is wrong on these ranks, else return the largest relative error."""
     tokens = 2 * 480 * (1 if group is None else dist.get_world_size(group))
     inputs, shard = make(tokens, arguments, group, layout, dtype)
-    o, backward = ours(inputs, shard)
+    o, backward = lasp_softmax(inputs, shard)
     actual = [o, *backward()]
     q, k, v, do = (x.double() for x in make(tokens, arguments, None, "contiguous", dtype)[0])
     leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -119,10 +119,10 @@ def measure(tokens, arguments, group, dtype):
     size = 1 if group is None else dist.get_world_size(group)
     kinds = {
         "torch, one GPU": (torch_alone, None, "contiguous"),
-        "lasp": (ours, group, "contiguous"),
+        "lasp": (lasp_softmax, group, "contiguous"),
     }
     if group is not None:
-        kinds["lasp, zigzag"] = (ours, group, "zigzag")
+        kinds["lasp, zigzag"] = (lasp_softmax, group, "zigzag")
     rows = []
     for name, (function, over, layout) in kinds.items():
         inputs, shard = make(tokens, arguments, over, layout, dtype)

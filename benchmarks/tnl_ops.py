@@ -2,11 +2,11 @@
 
     python benchmarks/tnl_ops.py               # about a minute
 
-Each op is checked against float64 first, forward and gradients, then timed at the sizes of TNL-1b.
-A fraction is (least traffic / time) / copy bandwidth, the least traffic being every input read once
-and every output written once, forward or backward. It is what decided how an op runs in training:
-compiled with its block where that is at the roofline, as a Triton kernel where it is not (LRPE).
-Writes a JSON file and a Markdown table beside each other.
+Each op is checked against float64, forward and gradients, and then timed at the sizes of TNL-1b. A
+fraction is (least traffic / time) / copy bandwidth, where the least traffic reads every input once
+and writes every output once. The result decided how an op runs in training: compiled with its block
+where that reaches the roofline, as a Triton kernel where it does not (LRPE). Writes a JSON file and
+a Markdown table.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
-from lasp.tnl.lrpe import LRPE
-from lasp.tnl.norm import SRMSNorm
+from lasp.tnl.layers import SRMSNorm
+from lasp.tnl.positions import LRPE
 from parallel.compile import compiler_options
 from parallel.loss import chunked_cross_entropy
 
@@ -37,13 +37,13 @@ ADDED = ("forward", "backward")
 
 @dataclass
 class Op:
-    """What is measured.
+    """One op to measure.
 
     Attributes:
         function: (inputs) -> outputs, in plain torch.
-        shapes: of the inputs, of which all get gradients.
-        traffic: values read and written, forward and backward, in tokens x DIM.
-        triton: the same in hand-written kernels, if there are any.
+        shapes: shapes of the inputs, all of which get gradients.
+        traffic: values read and written, forward and backward, in units of tokens x DIM.
+        triton: the same function with a hand-written kernel, if there is one.
     """
 
     name: str
@@ -89,7 +89,7 @@ def ops(tokens: int) -> Iterator[Op]:
 
 
 def lrpe_equation(q: Tensor, k: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-    """LRPE as one writes it down, from position 2^20 on, with angles in float64."""
+    """LRPE by its equation, from position 2^20 on, with angles in float64."""
     steps = torch.arange(q.shape[1], device=q.device, dtype=torch.float64) + (1 << 20)
     angle = theta.double().squeeze(1) * steps[:, None, None]
     high = torch.promote_types(q.dtype, torch.float32)
@@ -132,7 +132,7 @@ def time_ms(function: Callable[[], object], repeats: int = 20) -> float:
         function()
     times = []
     for _ in range(repeats):
-        # So that the host is ahead, as it is in training: the GPU waits for no launch.
+        # The host runs ahead, as in training, so that the GPU waits for no launch.
         torch.cuda._sleep(2_000_000)
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -175,7 +175,7 @@ def measure(op: Op, way: str, function: Callable, tokens: int, bandwidth: float)
 
 
 def measure_loss(tokens: int) -> list[dict]:
-    """Loss and its gradients, head matmuls included, by chunk size."""
+    """The loss and its gradients, matmuls of the head included, by chunk size."""
     hidden = torch.randn(1, tokens, DIM, device="cuda", dtype=torch.bfloat16)
     weight = 0.02 * torch.randn(WORDS, DIM, device="cuda")
     labels = torch.randint(0, WORDS, (1, tokens), device="cuda")
@@ -243,7 +243,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    # A backward is timed many times on one graph.
+    # The backward runs many times on one graph.
     torch._functorch.config.donated_buffer = False
     import triton
 

@@ -1,19 +1,22 @@
-"""Training speed of the launcher's own step: tokens/s, MFU, peak memory by layout and length.
+"""Training speed of the launcher's own step: tokens/s, MFU and peak memory by layout and length.
 
     python benchmarks/training.py --suite lengths recompute          # one GPU
     torchrun --nproc_per_node 2 benchmarks/training.py               # what fits two GPUs too
     torchrun --nproc_per_node 2 benchmarks/training.py --preset tiny --tokens 2048   # a try on CPUs
 
-A row is one config: model and optimizer are made by `launch.train.set_up`, steps are taken by
-`launch.step.take_step`, on random tokens. Time is the median over steps after warm-up, from
-synchronised device to synchronised device. MFU counts the model's FLOPs (linear attention in its
-recurrent form, softmax layers their causal half, recomputation not at all) against the dense
-bfloat16 peak. Memory is the largest of all ranks, as reserved by the allocator.
+Each row is one config. The launcher's own functions build model and optimizer and take the steps,
+on random tokens. A time is the median over the steps after warm-up; the device is synchronized
+before and after each. MFU counts the model's FLOPs (linear attention in its recurrent form, the
+causal half of softmax attention, no recomputation) against the dense bfloat16 peak. Memory is what
+the allocator reserved at its peak, on the rank with the most.
 
-Suites: lengths (tokens per step fixed, with a softmax twin), recompute (none, selective, full, full
-with block inputs on the host), layouts (one GPU, then all: the sequence cut with DDP and FSDP,
-tensor parallelism), scaling (the sequence cut over all GPUs at three lengths, and two ways to mix
-that with others). Writes a JSON file, a Markdown table and a plot after every row.
+Suites:
+    lengths    the same number of tokens per step at every length, and a softmax model beside it
+    recompute  none, selective and full
+    layouts    one GPU, then all: the sequence cut with FSDP and DDP, tensor parallelism
+    scaling    the sequence cut over all GPUs at three lengths, and two mixed layouts
+
+Writes a JSON file, a Markdown table and a chart after every row.
 """
 
 from __future__ import annotations
@@ -35,20 +38,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import training_report
 import versions
 from torch.distributed import DeviceMesh
 
-from launch.config import load_config
+from launch.config import Config, load_config
+from launch.distributed import DistContext, RankInfo, get_rank_info
 from launch.metrics import peak_flops, peak_memory
-from launch.plan import batching
-from launch.step import take_step
+from launch.resolve import batching
 from launch.train import set_up
-from launch.world import World, find_place
+from launch.trainer import train_step
 from parallel.mesh import ParallelDims, build_mesh
 
 RESULTS = Path(__file__).parent / "results"
 SUITES = ("layouts", "recompute", "lengths", "scaling")
-# Of one sequence; what exceeds the tokens of a step is left out.
+# Of one sequence. Lengths above the tokens of a step are left out.
 LENGTHS = (2048, 8192, 32768, 131072, 524288)
 RECOMPUTE = "activation_checkpoint.mode"
 
@@ -58,9 +62,9 @@ class Case:
     """One row: `sequences` of `seq_len` tokens per step on `processes` ranks.
 
     Attributes:
-        suite, name: what it belongs to and is called.
-        model: "TNL", or "softmax": the same model with softmax attention in every layer.
-        flags: of the launcher, by name.
+        suite, name: together with the model and the length they identify the row.
+        model: "TNL", or "softmax" for the same model with softmax attention in every layer.
+        flags: launcher flags, as (name, value).
     """
 
     suite: str
@@ -73,7 +77,7 @@ class Case:
 
 
 def cases(suites: list[str], world_size: int, tokens: int | None) -> Iterator[Case]:
-    """The rows of some suites; `tokens` are those of one GPU in a step, None: each suite's own."""
+    """The rows of the suites. `tokens` per GPU and step; None: the default of each suite."""
     full = (RECOMPUTE, "full")
     for suite in suites:
         if suite == "recompute":
@@ -81,8 +85,6 @@ def cases(suites: list[str], world_size: int, tokens: int | None) -> Iterator[Ca
             yield Case(name="none", **base)
             yield Case(name="selective", **base, flags=((RECOMPUTE, "selective"),))
             yield Case(name="full", **base, flags=(full,))
-            offload = ("activation_checkpoint.offload", True)
-            yield Case(name="full, inputs on host", **base, flags=(full, offload))
         elif suite == "lengths":
             most = tokens or 524288
             for model in ("TNL", "softmax"):
@@ -97,7 +99,7 @@ def cases(suites: list[str], world_size: int, tokens: int | None) -> Iterator[Ca
 
 
 def layouts(suite: str, ranks: int, tokens: int) -> Iterator[Case]:
-    """One GPU, then the same number of tokens on each of all, then what one could not hold."""
+    """One GPU, then as many tokens on each of all GPUs, then sequences that one cannot hold."""
     full, fsdp = (RECOMPUTE, "full"), ("parallelism.data_parallel_method", "fsdp")
     cut = ("parallelism.context_parallel_degree", ranks)
     yield Case(suite, "one GPU, full", 1, tokens, flags=(full,))
@@ -119,7 +121,8 @@ def layouts(suite: str, ranks: int, tokens: int) -> Iterator[Case]:
 
 
 def scaling(suite: str, ranks: int, tokens: int) -> Iterator[Case]:
-    """A fourth of `tokens` on each of all GPUs, all, four times as many; then mixes, on all."""
+    """The sequence cut over all GPUs, a quarter of `tokens` on each, `tokens`, and four times as
+    many; then two mixed layouts."""
     common = ((RECOMPUTE, "full"), ("parallelism.data_parallel_method", "fsdp"))
     cut = ("parallelism.context_parallel_degree", ranks)
     for each in (tokens // 4, tokens, 4 * tokens):
@@ -136,38 +139,38 @@ def scaling(suite: str, ranks: int, tokens: int) -> Iterator[Case]:
 
 
 def run_case(case: Case, arguments: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
-    """Measure one case on its ranks; the row on the first rank, None on others."""
+    """Measure one case on its ranks. Returns the row, or None on ranks that the case leaves out."""
     if (dist.get_rank() if dist.is_initialized() else 0) >= case.processes:
         return None
     torch._dynamo.reset()
     config = load_config(command_line(case, arguments, folder))
-    place = place_among(config, case.processes)
-    if place.device.type == "cuda":
-        torch.cuda.set_device(place.device)
+    info = rank_info_among(config, case.processes)
+    if info.device.type == "cuda":
+        torch.cuda.set_device(info.device)
         torch.cuda.reset_peak_memory_stats()
-    mesh = mesh_of(place.dims, place.device.type) if case.processes > 1 else None
-    batch = batching(config, place)
-    world = World(place, mesh)
-    run = set_up(config, world, batch)
+    mesh = mesh_of(info.dims, info.device.type) if case.processes > 1 else None
+    batch = batching(config, info)
+    context = DistContext(info, mesh)
+    state = set_up(config, context, batch)
     began, seconds = time.perf_counter(), []
     for _ in range(arguments.warmup + arguments.steps):
-        synchronize(place.device)
+        synchronize(info.device)
         start = time.perf_counter()
-        take_step(run, False)
-        synchronize(place.device)
+        train_step(state, False)
+        synchronize(info.device)
         seconds.append(time.perf_counter() - start)
     measured = statistics.median(seconds[arguments.warmup :])
-    shape = run.model.config
+    shape = state.model.config
     flops = shape.flops_per_token(training=True, seq_len=case.seq_len)
-    rate, peak = batch.tokens_per_step / measured, peak_flops(place.device)
-    memory = max(world.gather(peak_memory(place.device)))
+    rate, peak = batch.tokens_per_step / measured, peak_flops(info.device)
+    memory = max(context.gather(peak_memory(info.device)))
     return {
         "suite": case.suite,
         "name": case.name,
         "model": f"{case.model} {arguments.preset}",
         "parameters": shape.num_parameters(),
         "gpus": case.processes,
-        "mesh": place.dims.degrees,
+        "mesh": info.dims.degrees,
         "seq_len": case.seq_len,
         "tokens_per_step": batch.tokens_per_step,
         "step_seconds": measured,
@@ -183,12 +186,12 @@ def run_case(case: Case, arguments: argparse.Namespace, folder: Path) -> dict[st
 
 @functools.cache
 def mesh_of(dims: ParallelDims, device_type: str) -> DeviceMesh:
-    """One mesh for all rows of a layout: its communicators hold memory."""
+    """One mesh per layout, shared by its rows: communicators hold memory."""
     return build_mesh(dims, device_type)
 
 
 def command_line(case: Case, arguments: argparse.Namespace, folder: Path) -> list[str]:
-    """The launcher's flags of a case."""
+    """The launcher flags of a case."""
     values = {
         "model.preset": arguments.preset,
         "data.source": "random",
@@ -208,14 +211,14 @@ def command_line(case: Case, arguments: argparse.Namespace, folder: Path) -> lis
     return line
 
 
-def place_among(config: Any, processes: int) -> Any:
-    """`find_place` for a job of the first `processes` ranks."""
+def rank_info_among(config: Config, processes: int) -> RankInfo:
+    """`get_rank_info` for a job of the first `processes` ranks."""
     before = dict(os.environ)
     try:
         if processes == 1:
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
                 os.environ.pop(name, None)
-        return find_place(config)
+        return get_rank_info(config)
     finally:
         os.environ.update(before)
 
@@ -225,85 +228,20 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def table(report: dict) -> str:
-    """The report as Markdown."""
-    lines = [
-        f"{report['device']}, {versions.line(report['versions'])}, {report['date']}. bfloat16 "
-        "products, float32 weights, AdamW; MFU of 989 TFLOP/s per GPU, memory per GPU.",
-        "",
-        "| model | GPUs | layout, recomputation | sequence | tokens per step | tokens/s | "
-        "per GPU | MFU | memory, GiB |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in report["rows"]:
-        head = f"| {row['model']} | {row['gpus']} | {row['name']} | {row['seq_len']:,} "
-        if row.get("note"):
-            lines.append(f"{head}| {row['note']} | | | | |")
-            continue
-        mfu = f"{row['mfu']:.1%}" if row["mfu"] else ""
-        lines.append(
-            f"{head}| {row['tokens_per_step']:,} | {row['tokens_per_second']:,.0f} "
-            f"| {row['tokens_per_second_per_gpu']:,.0f} | {mfu} | {row['memory_gib']:.1f} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def plot(report: dict, path: Path) -> None:
-    """Tokens/s and memory over the sequence's length, a line for every layout."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(12, 6))
-    rows = [row for row in report["rows"] if not row.get("note")]
-    lines: dict[str, list[dict]] = {}
-    for row in sorted(rows, key=lambda row: row["seq_len"]):
-        step = f", {row['tokens_per_step']:,} per step" if row["suite"] == "lengths" else ""
-        lines.setdefault(f"{row['model']}, {row['name']}{step}", []).append(row)
-    for number, (label, mine) in enumerate(lines.items()):
-        style = dict(label=label, marker="osD^v"[number // 10 % 5])
-        lengths = [row["seq_len"] for row in mine]
-        axes[0].plot(lengths, [row["tokens_per_second_per_gpu"] for row in mine], **style)
-        axes[1].plot(lengths, [row["memory_gib"] for row in mine], **style)
-    lengths = sorted({row["seq_len"] for row in rows})
-    for axis, label in zip(axes, ("tokens per second and GPU", "peak memory, GiB"), strict=True):
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(lengths, [in_short(length) for length in lengths])
-        axis.set(xlabel="tokens of one sequence", ylabel=label, ylim=(0, 1.2 * axis.get_ylim()[1]))
-        axis.grid(alpha=0.3)
-    figure.suptitle(report["device"])
-    figure.tight_layout(rect=(0, 0.22, 1, 1))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=3, fontsize=9)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def in_short(tokens: int) -> str:
-    """2048 -> "2K", 1048576 -> "1M"."""
-    return f"{tokens / 2**10:g}K" if tokens < 2**20 else f"{tokens / 2**20:g}M"
-
-
-def write(report: dict, folder: Path) -> None:
-    """The report as JSON, as a table and as a plot."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "training.json").write_text(json.dumps(report, indent=1) + "\n")
-    (folder / "training.md").write_text(table(report))
-    plot(report, folder / "training.png")
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--suite", nargs="*", choices=SUITES, default=list(SUITES))
-    parser.add_argument("--preset", default="1b", help="of the model")
-    parser.add_argument("--tokens", type=int, help="of one GPU in a step; default: each suite's")
-    parser.add_argument("--steps", type=int, default=3, help="that are measured")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before them")
+    parser.add_argument("--preset", default="1b", help="model preset")
+    parser.add_argument("--tokens", type=int, help="per GPU and step; default: set by the suite")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before the measured ones")
     parser.add_argument("--only", help='rows whose "model, name, length" match this pattern')
-    parser.add_argument("--seconds", type=float, default=3600, help="start no row after so many")
+    parser.add_argument("--seconds", type=float, default=3600, help="start no row after this")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument(
-        "--keep", action="store_true", help="add to the rows that the folder holds, or renew them"
+        "--keep",
+        action="store_true",
+        help="keep the other rows of the folder",
     )
     parser.add_argument("--launcher_flags", nargs=argparse.REMAINDER, default=[])
     return parser.parse_args()
@@ -323,7 +261,7 @@ def main() -> None:
         if gpus:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if gpus >= size else "gloo")
-        # Ranks that a row leaves out wait here, on the host, for as long as it takes.
+        # Ranks that a row leaves out wait on this group, on the host.
         waiting = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=2))
     report = begin(arguments)
     with tempfile.TemporaryDirectory() as folder:
@@ -337,7 +275,7 @@ def main() -> None:
                 row = run_case(case, arguments, Path(folder))
             except torch.cuda.OutOfMemoryError:
                 if case.processes > 1:
-                    # The other ranks may be waiting for this one.
+                    # Other ranks may be waiting in a collective.
                     raise
                 row = skipped(case, arguments, "out of memory")
             gc.collect()
@@ -346,17 +284,17 @@ def main() -> None:
             if is_first:
                 report["rows"] = [r for r in report["rows"] if key(r) != key(row)] + [row]
                 print(json.dumps(row), flush=True)
-                # After every row: a run that is cut off keeps what it has measured.
-                write(report, arguments.out)
+                # After every row, so that an interrupted run keeps its rows.
+                training_report.write(report, arguments.out)
     if is_first:
-        print(table(report), flush=True)
+        print(training_report.table(report), flush=True)
     if size > 1:
         dist.barrier(waiting)
         dist.destroy_process_group()
 
 
 def begin(arguments: argparse.Namespace) -> dict[str, Any]:
-    """A report without rows, or with those that are kept."""
+    """A report without rows, or with the rows of the last run (--keep)."""
     path, rows = arguments.out / "training.json", []
     if arguments.keep and path.exists():
         rows = json.loads(path.read_text())["rows"]
@@ -385,7 +323,7 @@ def skipped(case: Case, arguments: argparse.Namespace, why: str) -> dict[str, An
 
 
 def all_agree(yes: bool, group: dist.ProcessGroup | None) -> bool:
-    """Whether every rank says yes."""
+    """True if all ranks pass True."""
     if group is None:
         return yes
     votes = torch.tensor([int(yes)])

@@ -1,4 +1,4 @@
-"""Which versions of which packages a measurement was taken with."""
+"""The package versions of a measurement."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["installed", "line"]
 
 
 def installed(*packages: str) -> dict[str, str | None]:
-    """By package; None: it is not installed."""
+    """package -> version, None if it is not installed."""
     found: dict[str, str | None] = {}
     for package in packages:
         try:
@@ -19,5 +19,5 @@ def installed(*packages: str) -> dict[str, str | None]:
 
 
 def line(found: dict[str, str | None]) -> str:
-    """Those that are installed, for the head of a table."""
+    """The installed ones in one line, for the head of a table."""
     return ", ".join(f"{package} {version}" for package, version in found.items() if version)

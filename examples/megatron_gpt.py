@@ -4,8 +4,8 @@
     torchrun --nproc_per_node 4 examples/megatron_gpt.py \
         --tensor-model-parallel-size 2 --context-parallel-size 2 --save checkpoints/megatron
 
-Options have the names of Megatron-LM's. Started again, it goes on from its newest checkpoint, also
-with other parallel sizes. examples/megatron.md tells how to do the same in Megatron-LM itself.
+Options have the names of Megatron-LM's. A restart resumes from the newest checkpoint, also with
+other parallel sizes. examples/megatron.md shows how to do the same in Megatron-LM itself.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--linear-cp-layout", choices=["zigzag", "contiguous"], default="zigzag")
     parser.add_argument("--cp-exchange", default="ring", help="ring, all_gather or doubling")
     parser.add_argument("--data-path", default="data/stdlib", help="a prepared folder, or: random")
-    parser.add_argument("--seq-length", type=int, default=2048, help="before the cut over ranks")
+    parser.add_argument("--seq-length", type=int, default=2048, help="tokens of a full sequence")
     parser.add_argument("--micro-batch-size", type=int, default=1)
     parser.add_argument("--global-batch-size", type=int, default=4)
     parser.add_argument("--train-iters", type=int, default=100)
@@ -55,13 +55,13 @@ def parse_arguments(argv=None):
     parser.add_argument("--clip-grad", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--recompute", action="store_true", help="all layers, without exchanges")
+    parser.add_argument("--recompute", action="store_true", help="all layers; repeats no exchange")
     parser.add_argument("--use-distributed-optimizer", action="store_true")
     parser.add_argument("--norm", choices=["torch", "apex"], default="torch")
     parser.add_argument("--gradient-accumulation-fusion", action="store_true", help="needs apex")
     parser.add_argument("--save", type=Path, help="folder of checkpoints, also to resume from")
     parser.add_argument("--save-interval", type=int, default=50)
-    parser.add_argument("--device", default="cuda", help="cpu: where CUDA's calls are redirected")
+    parser.add_argument("--device", default="cuda", help="cpu: only if CUDA's calls are redirected")
     return parser.parse_args(argv)
 
 
@@ -70,7 +70,7 @@ def main():
     if "LOCAL_RANK" not in os.environ:
         raise SystemExit("start it with: torchrun --nproc_per_node N examples/megatron_gpt.py")
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("megatron-core trains on GPUs, and this machine has none.")
+        raise SystemExit("megatron-core needs a GPU, and this machine has none.")
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
@@ -84,7 +84,7 @@ def main():
 
 
 def train(args):
-    """Train within Megatron's groups; the losses of this start."""
+    """Train within Megatron's groups; returns the losses since this start."""
     run = set_up(args)
     losses = []
     done = load_checkpoint(args, run.bare, run.optimizer)
@@ -109,7 +109,7 @@ def train(args):
 
 @dataclass
 class Run:
-    """What a step needs: the model in Megatron's wrappers, the GPTModel inside, and the rest."""
+    """What a step needs: the wrapped model, the GPTModel inside (bare), and the rest."""
 
     model: torch.nn.Module
     bare: GPTModel
@@ -119,10 +119,10 @@ class Run:
 
 
 def set_up(args, softmax_core=None):
-    """A Run; softmax_core as in get_tnl_block_spec."""
+    """Build the Run; softmax_core as in get_tnl_block_spec."""
     if args.save and args.use_distributed_optimizer:
         raise ValueError(
-            "--save with --use-distributed-optimizer: megatron-core 0.16 fails when it saves that "
+            "--save with --use-distributed-optimizer: megatron-core 0.16 cannot save that "
             "optimizer in its default format. Leave out one of them."
         )
     torch.manual_seed(args.seed)
@@ -145,13 +145,13 @@ def set_up(args, softmax_core=None):
     bare.config.grad_scale_func = optimizer.scale_loss
     if dist.get_rank() == 0:
         print(" | ".join(f"{part}: {which}" for part, which in ingredients(args).items()))
-    # Cuts batches the way the model's layers read them; see parallel/megatron/layout.py.
+    # Shards batches in the layout of the model's layers; see parallel/megatron/context_parallel.py.
     split = BatchSplitter(model, args.linear_cp_layout)
     return Run(model, bare, optimizer, split, source)
 
 
 def ingredients(args):
-    """What does the work where apex could: Megatron takes its Adam without being asked."""
+    """Where apex is used: Megatron takes its Adam if it is installed."""
     fused = args.gradient_accumulation_fusion
     return {
         "optimizer": f"{Adam.__module__.partition('.')[0]}'s {Adam.__name__}",
@@ -170,7 +170,7 @@ def take_step(args, run, iteration):
 
 
 def open_data(args):
-    """(samples of seq_length + 1 tokens, vocabulary padded so that tensor parallelism cuts it)."""
+    """(samples of seq_length + 1 tokens, vocabulary padded to what tensor parallelism divides)."""
     if args.data_path == "random":
         vocab_size = TNLConfig.preset(args.preset).vocab_size
         return RandomSource(args.seq_length, vocab_size, args.seed), vocab_size
@@ -195,7 +195,7 @@ def build_model(args, vocab_size, softmax_core=None):
         params_dtype=torch.bfloat16 if args.bf16 else torch.float32,
         gradient_accumulation_fusion=args.gradient_accumulation_fusion,
         use_cpu_initialization=args.device == "cpu",
-        # The loss function below returns sums: Megatron divides by the tokens of all ranks.
+        # The loss function returns sums, and Megatron divides by the tokens of all ranks.
         calculate_per_token_loss=True,
         **(recompute | dict(recompute_num_layers=1) if args.recompute else {}),
     )
@@ -232,7 +232,7 @@ def build_model(args, vocab_size, softmax_core=None):
 
 
 def forward_backward(args, model, split, source, iteration):
-    """One global batch by Megatron's schedule; its mean loss."""
+    """Run one global batch by Megatron's schedule; returns its mean loss."""
     first = (iteration - 1) * args.global_batch_size
     micro_batches = step_samples(
         sample_order(first, args.global_batch_size, source.num_samples, args.seed),
@@ -242,7 +242,7 @@ def forward_backward(args, model, split, source, iteration):
     )
 
     def forward_step(samples, model):
-        # Whole sequences, labels already shifted; then this rank's part.
+        # Full sequences with shifted labels; then this rank's shard.
         batch = read_batch(source, next(samples), SequenceShard.whole(args.seq_length))
         positions = torch.arange(args.seq_length).expand_as(batch.inputs)
         batch = split(dict(tokens=batch.inputs, labels=batch.labels, position_ids=positions))
@@ -264,14 +264,14 @@ def forward_backward(args, model, split, source, iteration):
         micro_batch_size=args.micro_batch_size,
         forward_only=False,
     )
-    # Losses come out of the last pipeline stage alone; the others add nothing.
+    # Only the last pipeline stage has losses; the others add zeros.
     total = sum((report["loss"] for report in reports), torch.zeros(2, device=args.device))
     dist.all_reduce(total)
     return (total[0] / total[1]).item()
 
 
 def save_checkpoint(args, model, optimizer, iteration):
-    """One folder per checkpoint; which is the newest is said last, when it is whole."""
+    """One folder per checkpoint; the file that names the newest is written last."""
     folder = args.save / f"iter_{iteration:07d}"
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -284,7 +284,7 @@ def save_checkpoint(args, model, optimizer, iteration):
 
 
 def load_checkpoint(args, model, optimizer):
-    """The iteration that the newest checkpoint was saved after, or 0."""
+    """Load the newest checkpoint; returns its iteration, or 0 if there is none."""
     latest = args.save and args.save / "latest_checkpointed_iteration.txt"
     if not latest or not latest.is_file():
         return 0

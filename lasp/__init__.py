@@ -8,9 +8,13 @@ from lasp.softmax_attention import softmax_attention
 
 __all__ = [
     "SequenceShard",
+    "__version__",
     "decay",
     "lightning_attention",
     "lightning_attention_step",
     "reference",
     "softmax_attention",
 ]
+
+# The only place: pyproject.toml reads it from here.
+__version__ = "0.2.0.dev0"

@@ -268,8 +268,7 @@ def _state_fwd_fake(
     if num_chunks == 2 and cu_seqlens is None:
         partition = BatchPartition((k.shape[1] // 2,) * 2)
         k, v = partition.fold(k), partition.fold(v)
-    with_total = output_final_state or group is not None
-    shape = ops.segment_states_shape(k, v, cu_seqlens, with_total)
+    shape = ops.segment_states_shape(k, v, cu_seqlens)
     return state_in, state_in.new_empty(shape), final_state
 
 

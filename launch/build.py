@@ -1,65 +1,265 @@
-"""From a config to the model of a rank: cut over tp, recomputing, compiled, over data ranks."""
+"""From a config to the model of a rank: one registry row per model family, and what is applied to
+any of them: tensor parallelism, activation checkpointing, compilation, data parallelism."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+import dataclasses
+import json
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lasp import SequenceShard
 from lasp.tnl import TNL, TNLConfig
-from launch.plan import autocast_dtype, data_parallel_engine
-from launch.step import LossModel
+from lasp.tnl.convert import from_released, to_released
+from launch.config import Config, Model, typed
+from launch.data import IGNORE
+from launch.distributed import DistContext
+from launch.exit_codes import ConfigError
+from launch.tokenizer import Tokenizer
+from parallel.activation_checkpoint import checkpoint_blocks
 from parallel.compile import compile_blocks
 from parallel.data import replicate, shard
-from parallel.mesh import sharding_mesh
-from parallel.recompute import recompute
-from parallel.tensor import tensor_parallel
+from parallel.loss import chunked_cross_entropy
+from parallel.mesh import ParallelDims, sharding_mesh
+from parallel.tnl import check_divides, float32_blocks, tensor_parallel
 
-if TYPE_CHECKING:
-    from launch.config import Config
-    from launch.world import World
-
-__all__ = ["build_model", "over_ranks"]
+# The vocabulary is padded to whole tiles of the head's matmul.
+_VOCAB_MULTIPLE = 64
 
 
-def build_model(config: Config, world: World, shape: TNLConfig) -> LossModel:
-    """The model with its loss, whole but for tensor parallelism.
+@dataclass(frozen=True)
+class ModelFamily:
+    """All that launch/ and parallel/ need to know of one kind of model.
+
+    A model has `config`, `blocks` in the order of the forward, `head_weight` [V, D], and
+    `forward(tokens, *, shard, cu_seqlens, return_hidden)`. Its config is a frozen dataclass with
+    `vocab_size`, `num_layers` and the class method `preset(name, **overrides)`.
+
+    Attributes:
+        config_class: of the model's config.
+        build: config -> model, with random weights on the current device.
+        describe: config -> its shape in a few words.
+        num_parameters: config -> parameters of the whole model.
+        flops_per_token: (config, training=, seq_len=) -> FLOPs of one token.
+        state_bytes: config -> bytes of the recurrent states of one sequence, over all layers.
+        tensor_parallel: (model, mesh, shard_sequence=) shards the model in place.
+        check_divides: (config, ranks) raises ValueError where tensor parallelism cannot shard it.
+        float32_blocks: model -> the blocks whose weights must stay float32 under bfloat16.
+        generate: (model, tokens, max_new_tokens, ...) -> tokens.
+        from_released, to_released: convert published weights, in both directions.
+    """
+
+    config_class: type
+    build: Callable[[Any], nn.Module]
+    describe: Callable[[Any], str]
+    num_parameters: Callable[[Any], int]
+    flops_per_token: Callable[..., int]
+    state_bytes: Callable[[Any], int]
+    tensor_parallel: Callable[..., nn.Module]
+    check_divides: Callable[[Any, int], None]
+    float32_blocks: Callable[[nn.Module], list[nn.Module]]
+    generate: Callable[..., Tensor]
+    from_released: Callable[..., Any]
+    to_released: Callable[..., Any]
+
+
+def _describe_tnl(config: TNLConfig) -> str:
+    names = ("vocab_size", "dim", "num_layers", "num_heads", "glu_dim")
+    text = ", ".join(f"{name} {getattr(config, name)}" for name in names)
+    softmax = config.num_softmax_layers
+    return text + (f", {softmax} of the layers softmax" if softmax else "")
+
+
+def _tnl_state_bytes(config: TNLConfig) -> int:
+    linear = [layer for layer in range(config.num_layers) if not config.is_softmax(layer)]
+    return 4 * config.num_heads * sum(map(config.key_dim, linear)) * config.head_dim
+
+
+FAMILIES = {
+    "tnl": ModelFamily(
+        config_class=TNLConfig,
+        build=TNL,
+        describe=_describe_tnl,
+        num_parameters=TNLConfig.num_parameters,
+        flops_per_token=TNLConfig.flops_per_token,
+        state_bytes=_tnl_state_bytes,
+        tensor_parallel=tensor_parallel,
+        check_divides=check_divides,
+        float32_blocks=float32_blocks,
+        generate=TNL.generate,
+        from_released=from_released,
+        to_released=to_released,
+    )
+}
+
+
+def get_family(name: str) -> ModelFamily:
+    """A row of the registry. Raises ConfigError if there is none of that name."""
+    if name not in FAMILIES:
+        raise ConfigError(f"model.family is {name!r}: it must be one of {', '.join(FAMILIES)}.")
+    return FAMILIES[name]
+
+
+def model_config(config: Config, tokenizer: Tokenizer | None) -> Any:
+    """The family's preset, overridden by the tokenizer's vocabulary, by the file model.config, and
+    by model.*, in rising precedence.
+
+    Raises:
+        ConfigError: an unknown family, preset or field, or a vocabulary that is too small for the
+            tokenizer.
+    """
+    config_class = get_family(config.model.family).config_class
+    overrides = {}
+    if tokenizer is not None:
+        overrides["vocab_size"] = -(-tokenizer.vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+    if config.model.config is not None:
+        overrides |= _read_model_file(Path(config.model.config), config_class)
+    for field in dataclasses.fields(Model):
+        value = getattr(config.model, field.name)
+        if field.name not in ("family", "preset", "config") and value is not None:
+            overrides[field.name] = value
+    try:
+        resolved = config_class.preset(config.model.preset, **overrides)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"model: {error}") from None
+    if tokenizer is not None and resolved.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {resolved.vocab_size}, the tokenizer has {tokenizer.vocab_size} "
+            "tokens: leave model.vocab_size out, or make it at least that."
+        )
+    return resolved
+
+
+def _read_model_file(path: Path, config_class: type) -> dict[str, Any]:
+    """The fields of a model.config file, their types checked but not their values."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"model.config {path}: {error.strerror}.") from None
+    except ValueError as error:
+        raise ConfigError(f"model.config {path} is not JSON: {error}.") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"model.config {path} is not a JSON object of model fields.")
+    hints = typing.get_type_hints(config_class)
+    for name, value in fields.items():
+        is_null = value is None and type(None) in typing.get_args(hints.get(name))
+        if name in hints and not is_null:
+            typed(value, hints[name], f"model.config {path}: {name}")
+    return fields
+
+
+def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
+    """The dtype of the matmuls; None for the weights' own float32."""
+    name = config.training.mixed_precision_param
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return None if name == "float32" else torch.bfloat16
+
+
+def data_parallel_engine(config: Config, dims: ParallelDims) -> Literal["none", "ddp", "fsdp"]:
+    """What sums gradients over ranks. None if no other rank has the same weights; DDP if each rank
+    has full weights; else FSDP, the only one that can hold weights sharded by tp."""
+    method = config.parallelism.data_parallel_method
+    if dims.dp * dims.cp == 1:
+        return "none"
+    if method == "ddp" and dims.tp > 1:
+        raise ConfigError(
+            f"parallelism.data_parallel_method is ddp with tensor_parallel_degree {dims.tp}: DDP "
+            "cannot hold sharded weights; use auto or fsdp."
+        )
+    if dims.tp > 1 or (method == "auto" and dims.dp_shard > 1):
+        return "fsdp"
+    return "fsdp" if method == "fsdp" and dims.dp_shard * dims.cp > 1 else "ddp"
+
+
+def num_weight_shards(config: Config, dims: ParallelDims) -> int:
+    """Ranks over which data parallelism shards the weights; 1 if each rank has them in full."""
+    return dims.dp_shard * dims.cp if data_parallel_engine(config, dims) == "fsdp" else 1
+
+
+class LossModel(nn.Module):
+    """The model with its loss, so that data parallelism sees one forward."""
+
+    def __init__(
+        self, model: nn.Module, chunk_size: int, dtype: torch.dtype | None, compiled: bool = False
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.compiled = compiled
+        self._chunk_size = chunk_size
+        self._dtype = dtype
+
+    def forward(
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        shard: SequenceShard,
+        cu_seqlens: tuple[int, ...] | None,
+    ) -> Tensor:
+        """Sum of the loss over this rank's tokens, a float32 scalar.
+
+        Args:
+            inputs, labels: [B, T] int64, T tokens of this rank's shard.
+            cu_seqlens: document boundaries in the full sequence, (0, ..., tokens); None without.
+        """
+        if cu_seqlens is not None:
+            # Passed as a tuple because FSDP moves tensor arguments to the GPU, and the operator
+            # reads these on the host.
+            cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32)
+        with torch.autocast(inputs.device.type, self._dtype, enabled=self._dtype is not None):
+            hidden = self.model(inputs, shard=shard, return_hidden=True, cu_seqlens=cu_seqlens)
+            return chunked_cross_entropy(
+                hidden,
+                self.model.head_weight,
+                labels,
+                ignore_index=IGNORE,
+                chunk_size=self._chunk_size,
+                compiled=self.compiled,
+            )
+
+
+def build_model(config: Config, ctx: DistContext, shape: Any) -> LossModel:
+    """The model with its loss, as it is before data parallelism.
 
     Every rank draws all weights and then keeps its own, so that they are the same on any mesh.
+
+    Args:
+        shape: the model's config, of `model_config`.
     """
-    with world.device:
-        model = TNL(shape)
-    if world.dims.tp > 1:
-        by_tokens = config.parallelism.tensor_parallel_shard_sequence
-        tensor_parallel(model, world.mesh["tp"], shard_sequence=by_tokens)
-    wanted = config.activation_checkpoint
-    recompute(model.blocks, wanted.mode, offload=wanted.offload)
+    family = get_family(config.model.family)
+    with ctx.device:
+        model = family.build(shape)
+    if ctx.dims.tp > 1:
+        shard_sequence = config.parallelism.tensor_parallel_shard_sequence
+        family.tensor_parallel(model, ctx.mesh["tp"], shard_sequence=shard_sequence)
+    checkpoint_blocks(model.blocks, config.activation_checkpoint.mode)
     compiled = config.compile.enable
     if compiled is None:
-        compiled = world.device.type == "cuda"
+        compiled = ctx.device.type == "cuda"
     if compiled:
         compile_blocks(model.blocks)
-    dtype = autocast_dtype(config, world.device)
+    dtype = autocast_dtype(config, ctx.device)
     return LossModel(model, config.training.loss_chunk_size, dtype, compiled)
 
 
-def over_ranks(loss_model: LossModel, config: Config, world: World) -> nn.Module:
-    """The model as data parallelism runs it: cut (changed in place), wrapped, or itself."""
+def apply_data_parallel(loss_model: LossModel, config: Config, ctx: DistContext) -> nn.Module:
+    """The module that training calls: sharded in place (FSDP), wrapped (DDP), or `loss_model`."""
     reduce_dtype = getattr(torch, config.training.mixed_precision_reduce)
-    engine = data_parallel_engine(config, world.dims)
+    engine = data_parallel_engine(config, ctx.dims)
     if engine == "fsdp":
-        blocks = loss_model.model.blocks
         return shard(
             loss_model,
-            sharding_mesh(world.mesh),
-            blocks=blocks,
-            # Angles need float32 rates, in a forward in bfloat16 too.
-            exact=[block for block in blocks if block.token_mixer.lrpe is not None],
-            param_dtype=autocast_dtype(config, world.device),
+            sharding_mesh(ctx.mesh),
+            blocks=loss_model.model.blocks,
+            exact=get_family(config.model.family).float32_blocks(loss_model.model),
+            param_dtype=autocast_dtype(config, ctx.device),
             reduce_dtype=reduce_dtype,
             reshard_after_forward=config.parallelism.fsdp_reshard_after_forward == "always",
         )
     if engine == "ddp":
-        return replicate(loss_model, world.gradient_group, reduce_dtype=reduce_dtype)
+        return replicate(loss_model, ctx.gradient_group, reduce_dtype=reduce_dtype)
     return loss_model

@@ -1,10 +1,8 @@
-"""The configuration: dataclasses, a TOML file, and command-line overrides, in rising precedence.
+"""The configuration: defaults, a TOML file, and command-line flags, in rising precedence.
 
 Every field is a flag: `training.seq_len` is `--training.seq_len` (or `--training.seq-len`). Names
 follow torchtitan and flame.
 """
-
-from __future__ import annotations
 
 import contextlib
 import dataclasses
@@ -12,7 +10,6 @@ import difflib
 import io
 import json
 import math
-import re
 import tomllib
 import types
 import typing
@@ -22,43 +19,41 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from launch.errors import ConfigError
-
-__all__ = [
-    "STANDARD_LIBRARY_FOLDER",
-    "Config",
-    "check_sampling",
-    "check_text",
-    "load_config",
-    "read_toml",
-    "to_toml",
-    "typed",
-]
+from launch.exit_codes import ConfigError
 
 # Shared by all runs started from one folder.
 STANDARD_LIBRARY_FOLDER = "data/stdlib"
+# Settings of earlier versions: refused with a sentence unless they are off.
+_REMOVED = {
+    "activation_checkpoint.offload": (
+        "block inputs are no longer kept in host memory; use activation_checkpoint.mode full, or "
+        "more ranks (parallelism.context_parallel_degree)"
+    )
+}
 
 
 @dataclass(kw_only=True)
 class Job:
     config_file: Annotated[str | None, tyro.conf.arg(aliases=["--config"])] = None
-    """TOML file; flags on the command line override what it says."""
+    """TOML file; flags on the command line override it."""
     dump_folder: str = "outputs"
-    """Everything the run writes goes below this folder."""
+    """All output of the run goes to this folder."""
     dry_run: bool = False
     """Print the resolved config, the mesh, tokens per step, shards and memory; take no step."""
     dry_run_gpus: int = 0
-    """Plan for a job of so many GPUs, on any machine. 0: for this job as it was started."""
+    """Simulate a job of this many GPUs, on any machine. 0: this job as it was started."""
     dry_run_gpu_memory: float = 80.0
-    """GiB of each of them."""
+    """GiB of each simulated GPU."""
 
 
 @dataclass(kw_only=True)
 class Model:
+    family: str = "tnl"
+    """A row of the registry in launch/build.py."""
     preset: str = "tiny"
     """tiny, 385m, 1b or 7b."""
     config: str | None = None
-    """JSON file with TNLConfig fields that override the preset."""
+    """JSON file with fields of the model's config that override the preset."""
     vocab_size: int | None = None
     """None: the tokenizer's vocabulary, rounded up to a multiple of 64."""
     dim: int | None = None
@@ -76,65 +71,66 @@ class Model:
 @dataclass(kw_only=True)
 class Data:
     source: Literal["stdlib", "folder", "random"] = "stdlib"
-    """stdlib: sources of this Python's standard library. folder: what launch/prepare_data.py wrote.
+    """stdlib: sources of this Python's standard library. folder: output of launch/prepare_data.py.
     random: random tokens, to measure speed."""
     folder: str | None = None
-    """train.bin/.idx, val.bin/.idx, meta.json. None with stdlib: data/stdlib, made if missing."""
+    """Holds train.bin/.idx, val.bin/.idx and meta.json. None with stdlib: data/stdlib, created if
+    missing."""
 
 
 @dataclass(kw_only=True)
 class Training:
     seq_len: int = 2048
-    """Tokens of one GLOBAL sequence, before it is cut over context_parallel_degree ranks."""
+    """Tokens of one GLOBAL sequence, before it is sharded over context_parallel_degree ranks."""
     varlen: bool = False
-    """Keep documents apart: the state resets at each document's start."""
+    """Keep documents apart: the state resets at the start of each document."""
     local_batch_size: Annotated[int, tyro.conf.arg(aliases=["--micro-batch-size"])] = 1
-    """Sequences that one data-parallel rank holds at a time."""
+    """Sequences that a data-parallel rank processes at a time."""
     global_batch_size: int = -1
-    """Sequences per step over all ranks; gradient accumulation follows from it. -1: none."""
+    """Sequences per step over all ranks; determines gradient accumulation. -1: no accumulation."""
     steps: int = 1000
     max_norm: float = 1.0
-    """Gradients are clipped to this norm; 0: not clipped."""
+    """Clip gradients to this norm; 0: do not clip."""
     seed: int = 0
-    """Of the initial weights and the sample order."""
+    """Determines the initial weights and the sample order."""
     mixed_precision_param: Literal["auto", "bfloat16", "float32"] = "auto"
     """Dtype of matmuls and activations; weights stay float32. auto: bfloat16 on a GPU, float32 on
     a CPU."""
     mixed_precision_reduce: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of gradients on the wire."""
+    """Dtype in which gradients are reduced over ranks."""
     loss_chunk_size: int = 8192
-    """Tokens whose logits exist at the same time."""
+    """Tokens whose logits are in memory at the same time."""
     max_nonfinite_steps: int = 3
-    """Stop when this many tries of a step in a row give NaN or infinite loss or gradients."""
+    """Stop after this many tries in a row with NaN or infinite loss or gradients."""
 
 
 @dataclass(kw_only=True)
 class Parallelism:
     data_parallel_replicate_degree: int = -1
-    """Replicas of the model. -1: what the other degrees leave."""
+    """Replicas of the model. -1: all ranks that the other degrees leave."""
     data_parallel_shard_degree: int = -1
-    """Ranks that share one copy of the weights, cut over them. -1: what is left."""
+    """Ranks over which the weights are sharded. -1: the remaining ranks."""
     data_parallel_method: Literal["auto", "ddp", "fsdp"] = "auto"
-    """ddp: every rank holds all weights. fsdp: weights, gradients and moments are cut over
-    data_parallel_shard_degree x context_parallel_degree ranks, and ranks that -1 leaves go there.
-    auto: fsdp where data_parallel_shard_degree or tensor_parallel_degree is above 1."""
+    """ddp: every rank holds full weights. fsdp: weights, gradients and moments are sharded over
+    data_parallel_shard_degree x context_parallel_degree ranks, and a degree of -1 goes there first.
+    auto: fsdp if data_parallel_shard_degree or tensor_parallel_degree is above 1."""
     fsdp_reshard_after_forward: Literal["always", "never"] = "always"
     """always (ZeRO-3): a block's weights are gathered for its forward and again for its backward.
     never (ZeRO-1, -2): once for both, and kept in between."""
     fsdp_reduce_every_micro_batch: bool = False
-    """Keep the sum of gradients cut during accumulation too: less memory, more traffic."""
+    """Shard gradients during accumulation too: less memory, more traffic."""
     context_parallel_degree: Annotated[int, tyro.conf.arg(aliases=["--sp-size", "--cp-size"])] = 1
-    """Ranks over which one sequence is cut. -1: all that the other degrees leave."""
+    """Ranks over which each sequence is sharded. -1: all that the other degrees leave."""
     context_parallel_method: Literal["ring", "all_gather", "doubling", "auto"] = "ring"
     """How the d x d states cross ranks."""
     context_parallel_layout: Literal["contiguous", "zigzag"] = "contiguous"
-    """zigzag: each rank holds a part of the sequence and its mirror image, so that all have equal
-    work in softmax layers."""
+    """zigzag: each rank holds two chunks, one from each end of the sequence, so that all ranks have
+    equal work in softmax layers."""
     tensor_parallel_degree: int = 1
-    """Ranks over which each layer is cut, by heads and channels."""
+    """Ranks over which each layer is sharded, by heads and channels."""
     tensor_parallel_shard_sequence: bool = False
-    """Between the mixers, a tensor-parallel rank keeps its part of the tokens and not all (what
-    Megatron calls sequence parallelism): less memory for the same bytes on the wire."""
+    """Between the mixers, a tensor-parallel rank keeps its share of the tokens instead of all (what
+    Megatron calls sequence parallelism): less memory, the same traffic."""
 
 
 @dataclass(kw_only=True)
@@ -152,21 +148,21 @@ class Optimizer:
 class LRScheduler:
     warmup_steps: int = 100
     decay_ratio: float | None = None
-    """Part of the steps over which the rate decays, at the end. None: all after the warm-up."""
+    """Fraction of the steps, at the end, over which the rate decays. None: all after warm-up."""
     decay_type: Literal["cosine", "linear", "sqrt"] = "cosine"
     min_lr_factor: float = 0.1
-    """The last step's rate as a part of the peak rate."""
+    """The last step's rate as a fraction of the peak rate."""
 
 
 @dataclass(kw_only=True)
 class Checkpoint:
     enable: bool = True
-    """False: nothing is saved, and a SIGTERM ends the run with code 143. Running again starts from
+    """False: nothing is saved, and SIGTERM ends the run with code 143. The next run starts from
     scratch (an earlier metrics.jsonl is moved aside)."""
     folder: str = "checkpoint"
     """Below dump_folder."""
     interval: int = 500
-    """Steps between checkpoints; the last step always makes one."""
+    """Steps between checkpoints; the last step always saves one."""
     keep_latest_k: int = 3
     """Valid checkpoints to keep; 0: all."""
     async_mode: Literal["disabled", "async"] = "disabled"
@@ -180,22 +176,20 @@ class Checkpoint:
 class ActivationCheckpoint:
     mode: Literal["none", "selective", "full"] = "none"
     """full: recompute each block in the backward (its state exchange is never repeated).
-    selective: keep the results of its products and of its attention, recompute the rest."""
-    offload: bool = False
-    """Keep the blocks' inputs in host memory between forward and backward."""
+    selective: keep the results of matrix products and attention, recompute the rest."""
 
 
 @dataclass(kw_only=True)
 class Compile:
     enable: bool | None = None
-    """Compile blocks and loss with torch.compile, which takes 10 to 60 seconds at the first step.
-    None: on a GPU."""
+    """Compile blocks and loss with torch.compile; adds 10 to 60 seconds to the first step. None:
+    only on a GPU."""
 
 
 @dataclass(kw_only=True)
 class Metrics:
     log_freq: int = 1
-    """Steps between lines."""
+    """Steps between printed lines."""
     enable_tensorboard: bool = False
     enable_wandb: bool = False
 
@@ -204,7 +198,7 @@ class Metrics:
 class Validation:
     enable: bool = True
     freq: int = 500
-    """Steps between validations; the last step always makes one."""
+    """Steps between validations; the last step always validates."""
     steps: int = 10
     """Batches of global_batch_size sequences."""
 
@@ -212,13 +206,13 @@ class Validation:
 @dataclass(kw_only=True)
 class Sample:
     enable: bool = True
-    """Print a sample of generated text at the end (needs a tokenizer)."""
+    """Print generated text at the end (needs a tokenizer)."""
     prompt: str = "def "
     max_new_tokens: int = 200
     temperature: float = 0.8
-    """0: the likeliest token every time."""
+    """0: always the most likely token."""
     top_k: int = 40
-    """Sample among so many of the likeliest tokens; 0: all."""
+    """Sample among this many most likely tokens; 0: all."""
 
 
 @dataclass(kw_only=True)
@@ -232,12 +226,12 @@ class Profiling:
 @dataclass(kw_only=True)
 class Comm:
     backend: Literal["auto", "nccl", "gloo"] = "auto"
-    """auto: nccl where every local rank has a GPU, else gloo on CPUs."""
+    """auto: nccl if every local rank has a GPU, else gloo on CPUs."""
     init_timeout_seconds: int = 300
-    """For start-up, the first step, checkpoints."""
+    """For start-up, the first step and checkpoints."""
     train_timeout_seconds: int = 100
-    """For every later step. Long, as one step of a very long sequence may be; ranks meet a SIGTERM
-    between steps, so lower it (or ask for more grace) where SIGKILL follows sooner than a step."""
+    """For every later step. A step of a very long sequence takes long. Ranks agree to stop between
+    steps, so lower this (or allow more time) where SIGKILL follows SIGTERM sooner than a step."""
 
 
 @dataclass(kw_only=True)
@@ -280,7 +274,9 @@ def load_config(argv: list[str]) -> Config:
     path = _config_file(argv)
     if path is not None:
         read_toml(config, Path(path))
-    _refuse_unknown_flags(argv)
+    for name, reason in _REMOVED.items():
+        if any(each.replace("-", "_").startswith(f"__{name}") for each in argv):
+            raise ConfigError(f"--{name} was removed: {reason}.")
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
@@ -289,13 +285,13 @@ def load_config(argv: list[str]) -> Config:
         # --help ends here too, with code 0 and its text on stdout.
         if not stop.code:
             raise
-        raise ConfigError(_one_line(captured.getvalue())) from None
+        raise ConfigError(f"invalid command line.\n{captured.getvalue().rstrip()}") from None
     _check(config)
     return config
 
 
 def read_toml(config: Config, path: Path) -> None:
-    """Write the values of a TOML file into `config`. Raises ConfigError."""
+    """Copy the values of a TOML file into `config`. Raises ConfigError."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -311,12 +307,16 @@ def read_toml(config: Config, path: Path) -> None:
         section = getattr(config, name)
         hints = typing.get_type_hints(type(section))
         for key, value in values.items():
+            full_name = f"{name}.{key}"
+            if full_name in _REMOVED:
+                # Resolved configs of earlier runs say false.
+                if value:
+                    raise ConfigError(f"{path}: {full_name} was removed: {_REMOVED[full_name]}.")
+                continue
             if key not in hints:
                 keys = [f"{name}.{each}" for each in hints]
-                raise ConfigError(
-                    f"{path}: unknown key {name}.{key}{_hint(f'{name}.{key}', keys, '{}')}"
-                )
-            setattr(section, key, typed(value, hints[key], f"{path}: {name}.{key}"))
+                raise ConfigError(f"{path}: unknown key {full_name}{_hint(full_name, keys, '{}')}")
+            setattr(section, key, typed(value, hints[key], f"{path}: {full_name}"))
 
 
 def to_toml(config: Config) -> str:
@@ -325,7 +325,7 @@ def to_toml(config: Config) -> str:
     for section in dataclasses.fields(config):
         lines.append(f"[{section.name}]")
         for key, value in dataclasses.asdict(getattr(config, section.name)).items():
-            # TOML has no None: a missing key is the default, which None always is.
+            # TOML has no None; it is always the default, which a missing key means.
             if value is not None:
                 lines.append(f"{key} = {_toml_value(value)}")
         lines.append("")
@@ -333,7 +333,7 @@ def to_toml(config: Config) -> str:
 
 
 def _toml_value(value: Any) -> str:
-    # JSON's spelling but for two things: TOML has no surrogate pairs, and DEL must be escaped.
+    # Like JSON, but without surrogate pairs and with DEL escaped.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
@@ -347,160 +347,101 @@ def _config_file(argv: list[str]) -> str | None:
     return None
 
 
-def _refuse_unknown_flags(argv: list[str]) -> None:
-    """One sentence for a misspelt flag, where tyro would print the help of all that resemble it."""
-    known = ["--help"]
-    for section in dataclasses.fields(Config):
-        hints = typing.get_type_hints(section.default_factory, include_extras=True)
-        for key, annotation in hints.items():
-            known.append(f"--{section.name}.{key}")
-            if annotation is bool:
-                known.append(f"--{section.name}.no_{key}")
-            for extra in getattr(annotation, "__metadata__", ()):
-                known += extra.aliases or ()
-    spelt = {flag.replace("-", "_") for flag in known}
-    for argument in argv:
-        flag = argument.partition("=")[0]
-        if flag.startswith("--") and flag.replace("-", "_") not in spelt:
-            raise ConfigError(f"unknown flag {flag}{_hint(flag, known, '{}', 'see --help.')}")
-
-
-def _hint(name: str, known: list[str], form: str, otherwise: str | None = None) -> str:
+def _hint(name: str, known: list[str], form: str) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if close:
         return f"; did you mean {form.format(close[0])}?"
-    return f"; {otherwise or 'known: ' + ', '.join(map(form.format, known)) + '.'}"
+    return f"; known: {', '.join(map(form.format, known))}."
 
 
-def typed(value: Any, annotation: Any, where: str) -> Any:
-    """`value` if it fits `annotation` (an int fits a float), else ConfigError."""
-    options = (
-        typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    )
-    for option in options:
-        if typing.get_origin(option) is Annotated:
-            option = typing.get_args(option)[0]
-        if typing.get_origin(option) is Literal:
-            if value in typing.get_args(option):
-                return value
-        elif option is float and type(value) in (int, float):
-            return float(value)
-        elif option is not types.NoneType and type(value) is option:
-            return value
-    raise ConfigError(f"{where} is {value!r}, must be {_describe(options)}.")
-
-
-def _describe(options: tuple[Any, ...]) -> str:
-    words = []
-    for option in options:
-        if typing.get_origin(option) is Literal:
-            words.append("one of " + ", ".join(map(repr, typing.get_args(option))))
-        elif option is not types.NoneType:
-            words.append(
-                {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}[
-                    option
-                ]
-            )
-    return " or ".join(words)
-
-
-# What tyro says of values, in the words of `typed`.
-_CLEARER = {
-    r"^Error parsing (\S+): invalid literal for int\(\) with base 10: (.*)$": (
-        r"\1 is \2, must be a whole number."
-    ),
-    r"^Error parsing (\S+): could not convert string to float: (.*)$": (
-        r"\1 is \2, must be a number."
-    ),
-    r"^Error parsing (\S+): no type matching .* from \[(.*?)\]\. .*invalid literal for int.*$": (
-        r"\1 is \2, must be a whole number."
-    ),
-    r"^Error parsing (\S+): no type matching .* from \[(.*?)\]\. .*string to float.*$": (
-        r"\1 is \2, must be a number."
-    ),
-    r"^Unrecognized options: (.*)$": r"unknown argument \1: flags begin with --, see --help.",
+_TYPE_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    tuple: "a list of whole numbers",
 }
 
 
-def _one_line(box: str) -> str:
-    """The sentence in tyro's framed message: between the title and the help of the flag."""
-    rows = [line.strip(" \u2502\u256d\u256e\u2570\u256f\u2500") for line in box.splitlines()]
-    text = " ".join(row for row in rows[1:] if row)
-    text = text.split(" Argument helptext:")[0].split(" For full helptext")[0]
-    for theirs, ours in _CLEARER.items():
-        text = re.sub(theirs, ours, text)
-    return text
+def typed(value: Any, annotation: Any, where: str) -> Any:
+    """`value` if it fits `annotation` (an int fits a float), else ConfigError.
+
+    Annotations are int, float, bool, str, Literal, tuple[int, ...], and unions of them.
+    """
+    is_union = isinstance(annotation, types.UnionType)
+    words = []
+    for option in typing.get_args(annotation) if is_union else (annotation,):
+        origin = typing.get_origin(option) or option
+        if origin is Literal:
+            if value in typing.get_args(option):
+                return value
+            words.append("one of " + ", ".join(map(repr, typing.get_args(option))))
+            continue
+        if origin is types.NoneType:
+            continue
+        if origin is tuple and type(value) is list and {int} >= set(map(type, value)):
+            return value
+        if type(value) is origin or (origin is float and type(value) is int):
+            return origin(value)
+        words.append(_TYPE_NAMES[origin])
+    raise ConfigError(f"{where} is {value!r}, must be {' or '.join(words)}.")
+
+
+_AT_LEAST = {
+    1: (
+        "training.seq_len training.local_batch_size training.steps training.loss_chunk_size "
+        "training.max_nonfinite_steps parallelism.tensor_parallel_degree checkpoint.interval "
+        "metrics.log_freq validation.freq validation.steps comm.init_timeout_seconds "
+        "comm.train_timeout_seconds"
+    ),
+    0: (
+        "job.dry_run_gpus job.dry_run_gpu_memory training.max_norm training.seed optimizer.lr "
+        "optimizer.weight_decay optimizer.eps lr_scheduler.warmup_steps "
+        "lr_scheduler.min_lr_factor checkpoint.keep_latest_k"
+    ),
+}
 
 
 def _check(config: Config) -> None:
-    """Refuse what no run can mean, whatever the number of processes."""
-    at_least = {
-        1: (
-            "training.seq_len training.local_batch_size training.steps training.loss_chunk_size "
-            "training.max_nonfinite_steps "
-            "parallelism.tensor_parallel_degree checkpoint.interval metrics.log_freq "
-            "validation.freq validation.steps comm.init_timeout_seconds comm.train_timeout_seconds"
-        ),
-        0: (
-            "job.dry_run_gpus job.dry_run_gpu_memory training.max_norm training.seed optimizer.lr "
-            "optimizer.weight_decay optimizer.eps lr_scheduler.warmup_steps "
-            "lr_scheduler.min_lr_factor checkpoint.keep_latest_k"
-        ),
-    }
-    for bound, names in at_least.items():
+    """Raise ConfigError for values that are wrong for any number of processes."""
+
+    def require(condition: bool, name: str, rule: str) -> None:
+        section, _, key = name.partition(".")
+        if not condition:
+            raise ConfigError(f"{name} is {getattr(getattr(config, section), key)}: {rule}.")
+
+    training, sample, ratio = config.training, config.sample, config.lr_scheduler.decay_ratio
+    for bound, names in _AT_LEAST.items():
         for name in names.split():
             section, key = name.split(".")
             value = getattr(getattr(config, section), key)
-            # Written so that NaN is refused too.
-            if not value >= bound:
-                raise ConfigError(f"{name} is {value}: it must be at least {bound}.")
-    if config.job.dry_run_gpus > 1 << 16:
-        raise ConfigError(
-            f"job.dry_run_gpus is {config.job.dry_run_gpus}: a plan is for 65536 at most."
-        )
-    _check_values(config)
-    if config.training.seed >= 1 << 63:
-        raise ConfigError(f"training.seed is {config.training.seed}: it must be below 2^63.")
-    wanted = config.sample
-    check_sampling("sample.", wanted.max_new_tokens, wanted.temperature, wanted.top_k)
-    batch = config.training.global_batch_size
-    if batch != -1 and batch < 1:
-        raise ConfigError(
-            f"training.global_batch_size is {batch}: it must be at least 1 sequence, or -1."
-        )
-    for name in ("beta1", "beta2"):
-        value = getattr(config.optimizer, name)
-        if not 0 <= value < 1:
-            raise ConfigError(f"optimizer.{name} is {value}: it must be in 0 <= {name} < 1.")
-    ratio = config.lr_scheduler.decay_ratio
-    if ratio is not None and not 0 <= ratio <= 1:
-        raise ConfigError(f"lr_scheduler.decay_ratio is {ratio}: it must be in 0..1.")
-    if config.parallelism.context_parallel_layout == "zigzag" and config.training.seq_len % 2:
-        raise ConfigError(
-            f"training.seq_len is {config.training.seq_len}: it must be even for "
-            "parallelism.context_parallel_layout zigzag, where a rank holds two equal parts."
-        )
-    if config.data.source == "folder" and config.data.folder is None:
-        raise ConfigError("data.source is folder: say which one with --data.folder.")
-    _check_recomputation(config)
-
-
-def _check_recomputation(config: Config) -> None:
-    if config.activation_checkpoint.offload and config.activation_checkpoint.mode == "none":
-        raise ConfigError(
-            "activation_checkpoint.offload moves the inputs of recomputed blocks, and mode is "
-            "none: use --activation_checkpoint.mode full or selective."
-        )
-
-
-def _check_values(config: Config) -> None:
-    """Refuse numbers and text that no file could hold: infinities, and broken UTF-8."""
+            # False for NaN too.
+            require(value >= bound, name, f"it must be at least {bound}")
+            require(value < math.inf, name, "it must be a finite number")
+    require(config.job.dry_run_gpus <= 1 << 16, "job.dry_run_gpus", "it must be at most 65536")
+    require(training.seed < 1 << 63, "training.seed", "it must be below 2^63")
+    check_sampling("sample.", sample.max_new_tokens, sample.temperature, sample.top_k)
+    batch = training.global_batch_size
+    require(
+        batch == -1 or batch >= 1,
+        "training.global_batch_size",
+        "it must be at least 1 sequence, or -1",
+    )
+    require(0 <= config.optimizer.beta1 < 1, "optimizer.beta1", "it must be in 0 <= beta1 < 1")
+    require(0 <= config.optimizer.beta2 < 1, "optimizer.beta2", "it must be in 0 <= beta2 < 1")
+    require(ratio is None or 0 <= ratio <= 1, "lr_scheduler.decay_ratio", "it must be in 0..1")
+    require(
+        config.parallelism.context_parallel_layout != "zigzag" or training.seq_len % 2 == 0,
+        "training.seq_len",
+        "it must be even for parallelism.context_parallel_layout zigzag, where a rank holds two "
+        "chunks of equal length",
+    )
     for section, values in dataclasses.asdict(config).items():
         for key, value in values.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(f"{section}.{key} is {value}: it must be a finite number.")
             if isinstance(value, str):
                 check_text(f"{section}.{key}", value)
+    if config.data.source == "folder" and config.data.folder is None:
+        raise ConfigError("data.source is folder: say which one with --data.folder.")
 
 
 def check_text(name: str, text: str) -> None:
@@ -512,17 +453,13 @@ def check_text(name: str, text: str) -> None:
 
 
 def check_sampling(prefix: str, max_new_tokens: int, temperature: float, top_k: int) -> None:
-    """Raise ConfigError for options that text cannot be sampled with.
-
-    Args:
-        prefix: stands before an option's name in the message.
-    """
+    """Raise ConfigError for invalid sampling options; `prefix` precedes their names."""
     for name, value in (("max_new_tokens", max_new_tokens), ("top_k", top_k)):
         if value < 0:
             raise ConfigError(f"{prefix}{name} is {value}: it must be at least 0.")
-    # Logits are divided by it, in float32.
+    # Logits are divided by it in float32.
     if temperature != 0 and not 1e-6 <= temperature < math.inf:
         raise ConfigError(
-            f"{prefix}temperature is {temperature}: it must be 0 (the likeliest token every time), "
+            f"{prefix}temperature is {temperature}: it must be 0 (always the most likely token), "
             "or a number of at least 1e-6."
         )

@@ -1,46 +1,29 @@
 """Which tokens each rank reads at each step.
 
-A source is a stream of tokens cut into samples of seq_len + 1 tokens that overlap by one: inputs
-are the first seq_len, labels the last, so the shift happens before any cut over ranks. Samples
-come in an order that depends on the seed alone. All there is to resume is the number of samples
-consumed, whatever the number of ranks before and after.
+A source is a stream of tokens divided into samples of seq_len + 1 tokens that overlap by one:
+inputs are the first seq_len, labels the last, so labels are shifted before a sequence is sharded.
+The order of samples depends on the seed alone. To resume, the number of samples consumed is enough,
+whatever the number of ranks before and after.
 """
-
-from __future__ import annotations
 
 import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from launch.errors import DataError
-from launch.indexed import IndexedTokens
-from launch.tokenizer import tokenizer_from_spec
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from lasp import SequenceShard
-    from launch.tokenizer import Tokenizer
-
-__all__ = [
-    "IGNORE",
-    "Batch",
-    "DataFolder",
-    "RandomSource",
-    "TokenSource",
-    "read_batch",
-    "sample_order",
-    "step_samples",
-]
+from lasp import SequenceShard
+from launch.exit_codes import DataError
+from launch.indexed_dataset import IndexedTokens
+from launch.tokenizer import Tokenizer, tokenizer_from_spec
 
 IGNORE = -100
-# Above this, the vocabulary is checked as batches are read and not at the start.
-_SCAN_AT_OPEN = 1 << 28
+# Larger files are checked against the vocabulary as batches are read, not at the start.
+SCAN_AT_OPEN = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -50,13 +33,18 @@ class Batch:
     Attributes:
         inputs: [B, T] int64, T tokens of this rank's shard.
         labels: [B, T] int64, the token after each input, or IGNORE.
-        boundaries: starts of documents within the whole sequence, for varlen: (0, ..., its tokens);
-            None: off.
+        cu_seqlens: document boundaries in the full sequence, (0, ..., seq_len); None without
+            varlen.
     """
 
     inputs: Tensor
     labels: Tensor
-    boundaries: tuple[int, ...] | None = None
+    cu_seqlens: tuple[int, ...] | None = None
+
+    @property
+    def num_labels(self) -> int:
+        """Labels that are not IGNORE."""
+        return int((self.labels != IGNORE).sum())
 
 
 class TokenSource(Protocol):
@@ -66,14 +54,15 @@ class TokenSource(Protocol):
     bytes_per_token: float | None
 
     def sample(self, index: int, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop + 1) of sample `index`: the inputs of a shard and one more."""
+        """Tokens [start, stop + 1) of sample `index`: a shard's inputs and one more token."""
 
     def document_starts(self, index: int) -> tuple[int, ...]:
-        """Offsets in 1 .. seq_len of sample `index` (the last is a label only) that start one."""
+        """Offsets in 1..seq_len of sample `index` at which a document starts. (seq_len itself is a
+        label only.)"""
 
 
 class IndexedSource:
-    """Samples of a pair of `.bin`/`.idx` files."""
+    """Samples from a pair of `.bin`/`.idx` files."""
 
     def __init__(
         self, prefix: Path, seq_len: int, vocab_size: int, bytes_per_token: float | None = None
@@ -84,19 +73,19 @@ class IndexedSource:
         self.bytes_per_token = bytes_per_token
         self.num_samples = (len(self._file) - 1) // seq_len
         if self.num_samples < 1:
-            # A few per cent of the text: long sequences meet this one first.
+            # The validation split is small: long sequences fail here first.
             spare = ", or --validation.no_enable" if prefix.name == "val" else ""
             raise DataError(
                 f"{self._file.path} has {len(self._file)} tokens: one sequence needs "
                 f"training.seq_len + 1 = {seq_len + 1}; add data or lower training.seq_len{spare}."
             )
-        if len(self._file) <= _SCAN_AT_OPEN:
+        if len(self._file) <= SCAN_AT_OPEN:
             self._file.check_vocabulary(vocab_size)
 
     def sample(self, index: int, start: int, stop: int) -> np.ndarray:
         origin = index * self._seq_len
         first, last = origin + start, origin + stop + 1
-        if len(self._file) > _SCAN_AT_OPEN:
+        if len(self._file) > SCAN_AT_OPEN:
             self._file.check_vocabulary(self._vocab_size, first, last)
         return self._file.tokens[first:last].astype(np.int64)
 
@@ -108,7 +97,7 @@ class IndexedSource:
 
 
 class RandomSource:
-    """Uniformly random tokens, a fixed function of seed and index: for measuring speed."""
+    """Uniformly random tokens, a function of seed and index alone, to measure speed."""
 
     num_samples = 1 << 40
     bytes_per_token = None
@@ -128,9 +117,9 @@ class RandomSource:
 
 
 class DataFolder:
-    """A folder that prepare_data wrote: train and val files, and meta.json about them.
+    """The output of prepare_data: train and val files, and meta.json.
 
-    meta.json may be missing (files written by Megatron's tools); then there is no tokenizer.
+    Without meta.json (files written by Megatron's tools) there is no tokenizer.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -142,7 +131,7 @@ class DataFolder:
         if path.is_file():
             try:
                 self.meta = json.loads(path.read_text(encoding="utf-8"))
-                # A DataError of the tokenizer is a ValueError, too: it joins the file's name.
+                # Catches the tokenizer's DataError too, and adds the file's name.
                 self.tokenizer: Tokenizer | None = tokenizer_from_spec(self.meta["tokenizer"])
             except (OSError, ValueError, KeyError, TypeError) as error:
                 why = f"{type(error).__name__}: {error}"
@@ -154,7 +143,7 @@ class DataFolder:
         """The samples of "train" or "val"."""
         about = self.meta.get(split, {})
         try:
-            # Without these numbers there is only no bits per byte.
+            # Without these numbers, bits per byte are left out.
             known = about.get("bytes") and about.get("tokens")
             ratio = about["bytes"] / about["tokens"] if known else None
         except (AttributeError, TypeError):
@@ -166,10 +155,10 @@ class DataFolder:
 
 
 def sample_order(consumed: int, count: int, num_samples: int, seed: int) -> list[int]:
-    """Sample indices number consumed .. consumed + count - 1 of an endless seeded shuffle.
+    """Sample indices at positions consumed..consumed + count - 1 of an endless seeded shuffle.
 
-    Each pass over the samples is a permutation of its own. A pass too large to permute in memory
-    is a random source, whose samples need no shuffle.
+    Each pass over the samples is a new permutation. Only a random source is too large to permute in
+    memory, and its samples need no shuffle.
     """
     if num_samples > 1 << 32:
         return [position % num_samples for position in range(consumed, consumed + count)]
@@ -181,20 +170,20 @@ def sample_order(consumed: int, count: int, num_samples: int, seed: int) -> list
     return indices
 
 
-# A pass is as long as the data: it is permuted once and not at every step, and one is kept.
+# Cached, because a permutation is as long as the data.
 @functools.lru_cache(maxsize=1)
 def _order_of_pass(seed: int, epoch: int, num_samples: int) -> np.ndarray:
-    # Half the memory for what is kept; see sample_order for the largest number.
+    # uint32 halves the memory; sample_order keeps larger numbers away.
     return np.random.default_rng([seed, epoch]).permutation(num_samples).astype(np.uint32)
 
 
 def step_samples(
     indices: list[int], *, local_batch_size: int, dp_rank: int, dp: int
 ) -> list[list[int]]:
-    """This data-parallel rank's part of one step's samples: a list of micro-batches.
+    """A data-parallel rank's samples of one step, as a list of micro-batches.
 
-    Micro-batch m is samples m * (B * dp) .. (m + 1) * (B * dp), of which each rank takes B
-    neighbours; over all ranks and micro-batches a step is `indices`, whatever dp is.
+    Micro-batch m is samples m * (B * dp) .. (m + 1) * (B * dp), of which each rank takes B in a
+    row. Together, all ranks and micro-batches are `indices`, whatever dp is.
     """
     stride = local_batch_size * dp
     assert len(indices) % stride == 0
@@ -213,22 +202,22 @@ def read_batch(
     pad_id: int | None = None,
     varlen: bool = False,
 ) -> Batch:
-    """The shard's tokens of some samples. Labels equal to `pad_id` are IGNOREd."""
-    parts = [
+    """A shard of some samples. Labels equal to `pad_id` become IGNORE."""
+    chunks = [
         np.stack([source.sample(index, start, stop) for index in indices])
         for start, stop in shard.ranges
     ]
-    # Shifted part by part: in zigzag another token follows than the one that is next here.
-    inputs = torch.from_numpy(np.concatenate([part[:, :-1] for part in parts], axis=1))
-    labels = torch.from_numpy(np.concatenate([part[:, 1:] for part in parts], axis=1))
+    # Shifted chunk by chunk: in zigzag, the token after a chunk is not the next one in this shard.
+    inputs = torch.from_numpy(np.concatenate([chunk[:, :-1] for chunk in chunks], axis=1))
+    labels = torch.from_numpy(np.concatenate([chunk[:, 1:] for chunk in chunks], axis=1))
     if pad_id is not None:
         labels[labels == pad_id] = IGNORE
-    boundaries = None
+    cu_seqlens = None
     if varlen:
         assert len(indices) == 1
         starts = source.document_starts(indices[0])
-        # What follows a document is another one: its first token cannot be predicted.
+        # The first token of the next document cannot be predicted.
         positions = np.concatenate([np.arange(*each) for each in shard.ranges])
         labels[0, np.isin(positions + 1, starts)] = IGNORE
-        boundaries = (0, *(start for start in starts if start < shard.total), shard.total)
-    return Batch(inputs, labels, boundaries)
+        cu_seqlens = (0, *(start for start in starts if start < shard.total), shard.total)
+    return Batch(inputs, labels, cu_seqlens)

@@ -2,10 +2,8 @@
 
     python launch/generate.py --checkpoint outputs/quickstart/checkpoint --prompt "def "
 
-A checkpoint holds all that is needed: weights, model config and tokenizer.
+A checkpoint has all that is needed: weights, model config and tokenizer.
 """
-
-from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
@@ -13,15 +11,14 @@ from pathlib import Path
 
 import torch
 import tyro
+from torch import nn
 
-from lasp.tnl import TNL, TNLConfig
-from launch.checkpoint import Checkpoint, CheckpointStore, verify
+from launch.build import ModelFamily, get_family
+from launch.checkpoint.store import Checkpoint, CheckpointStore, verify
 from launch.config import check_sampling, check_text
-from launch.errors import CheckpointError, ConfigError, UserError
-from launch.optimization import load_model_tensors
+from launch.exit_codes import CheckpointError, ConfigError, UserError
+from launch.optimizer import load_model_tensors
 from launch.tokenizer import Tokenizer, tokenizer_from_spec
-
-__all__ = ["load_model", "sample_text"]
 
 
 @dataclass(kw_only=True)
@@ -33,16 +30,16 @@ class Arguments:
     prompt: str = "def "
     max_new_tokens: int = 200
     temperature: float = 0.8
-    """0: the likeliest token every time."""
+    """0: always the most likely token."""
     top_k: int = 40
-    """Sample among so many of the likeliest tokens; 0: all."""
+    """Sample among this many most likely tokens; 0: all."""
     seed: int = 0
     device: str = "auto"
     """cpu, cuda, cuda:N. auto: a GPU if there is one."""
 
 
-def load_model(path: Path, device: torch.device) -> tuple[TNL, Tokenizer]:
-    """The model and tokenizer of a checkpoint. Raises CheckpointError."""
+def load_model(path: Path, device: torch.device) -> tuple[nn.Module, ModelFamily, Tokenizer]:
+    """The model of a checkpoint, its family, and its tokenizer. Raises CheckpointError."""
     found: Checkpoint | None
     if (path / "manifest.json").exists():
         found = verify(path)
@@ -57,17 +54,20 @@ def load_model(path: Path, device: torch.device) -> tuple[TNL, Tokenizer]:
     state = found.state()
     if state["tokenizer"] is None:
         raise CheckpointError(
-            f"{found.path} was trained on random tokens, without a "
-            "tokenizer: there is no text to continue."
+            f"{found.path} was trained on random tokens, without a tokenizer: there is no text to "
+            "continue."
         )
+    # Older checkpoints do not name their family.
+    family = get_family(state.get("family", "tnl"))
     with device:
-        model = TNL(TNLConfig(**state["model"]))
+        model = family.build(family.config_class(**state["model"]))
     load_model_tensors(model, found.open("model"))
-    return model.eval(), tokenizer_from_spec(state["tokenizer"])
+    return model.eval(), family, tokenizer_from_spec(state["tokenizer"])
 
 
 def sample_text(
-    model: TNL,
+    model: nn.Module,
+    family: ModelFamily,
     tokenizer: Tokenizer,
     prompt: str,
     *,
@@ -79,13 +79,14 @@ def sample_text(
     """The prompt and its continuation, up to an end of document.
 
     Raises:
-        ConfigError: an option that `TNL.generate` refuses.
+        ConfigError: an option that the family's `generate` refuses.
     """
     device = model.head_weight.device
-    # An empty prompt is the start of a document: what follows the end of another.
+    # An empty prompt is the start of a document, which follows the end of another.
     tokens = tokenizer.encode(prompt).tolist() or [tokenizer.eod_id]
     try:
-        out = model.generate(
+        out = family.generate(
+            model,
             torch.tensor([tokens], device=device),
             max_new_tokens,
             temperature=temperature,
@@ -98,12 +99,12 @@ def sample_text(
     new = out[0, len(tokens) :].tolist()
     if tokenizer.eod_id in new:
         new = new[: new.index(tokenizer.eod_id)]
-    # Decoded together: a character may be cut by the border.
+    # Decoded together: a character may lie across the end of the prompt.
     return tokenizer.decode(tokens + new)
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a name. Raises ConfigError if there is none."""
+    """The device called `name`. Raises ConfigError if there is none."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         name = "cuda" if gpus else "cpu"
@@ -119,16 +120,17 @@ def find_device(name: str) -> torch.device:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Generate as the command line says; the exit code."""
+    """Run a command line; return the exit code."""
     arguments = tyro.cli(Arguments, args=argv, prog="launch/generate.py")
     try:
         check_text("prompt", arguments.prompt)
         check_sampling("", arguments.max_new_tokens, arguments.temperature, arguments.top_k)
         if not 0 <= arguments.seed < 1 << 63:
             raise ConfigError(f"seed is {arguments.seed}: it must be at least 0 and below 2^63.")
-        model, tokenizer = load_model(arguments.checkpoint, find_device(arguments.device))
+        model, family, tokenizer = load_model(arguments.checkpoint, find_device(arguments.device))
         text = sample_text(
             model,
+            family,
             tokenizer,
             arguments.prompt,
             max_new_tokens=arguments.max_new_tokens,

@@ -1,44 +1,35 @@
-"""What a run says about itself: one line per step, metrics.jsonl, a loss curve.
+"""The metrics of a run: one line per step, metrics.jsonl, a loss curve.
 
-All numbers are of the whole job, but for memory, which is that of rank 0. Loss is the sum over all
-valid tokens divided by their number, tokens are counted once whatever the layout, mfu counts the
-FLOPs of the model: linear attention's, and the quadratic ones of softmax layers where it has them.
+All numbers are of the whole job, except memory, which is rank 0's. Loss is the mean over all tokens
+that have a label, tokens are counted once on any mesh, and mfu counts the FLOPs of the model, with
+the quadratic ones of softmax layers if it has any.
 """
-
-from __future__ import annotations
 
 import importlib
 import json
 import math
 import os
 import resource
+import statistics
 import time
+from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 
-from launch.errors import ConfigError
-
-if TYPE_CHECKING:
-    from launch.config import Config
-
-__all__ = [
-    "MetricsLog",
-    "Speedometer",
-    "check_packages",
-    "format_line",
-    "loss_metrics",
-    "peak_flops",
-    "plot_loss",
-]
+from launch.config import Config
+from launch.exit_codes import ConfigError
 
 # Dense bfloat16, in FLOP/s, by a part of the device's name.
 _PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}
+# Steps that the remaining time is estimated from.
+_ETA_STEPS = 20
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bfloat16 FLOP/s, None where it is not known."""
+    """The device's dense bfloat16 FLOP/s; None if it is not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -46,7 +37,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Peak GiB: what the allocator reserved on a GPU, the resident set of the process on a CPU."""
+    """Peak GiB: reserved by the allocator on a GPU, the process's resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
     # Linux counts in KiB.
@@ -54,12 +45,12 @@ def peak_memory(device: torch.device) -> float:
 
 
 def check_packages(config: Config) -> None:
-    """Raise ConfigError if a package for metrics is switched on and not there."""
-    wanted = {
+    """Raise ConfigError if a package for metrics is enabled but missing."""
+    packages = {
         "tensorboard": ("torch.utils.tensorboard", config.metrics.enable_tensorboard),
         "wandb": ("wandb", config.metrics.enable_wandb),
     }
-    for package, (module, enabled) in wanted.items():
+    for package, (module, enabled) in packages.items():
         if not enabled:
             continue
         try:
@@ -72,8 +63,8 @@ def check_packages(config: Config) -> None:
 
 
 def loss_metrics(loss: float, bytes_per_token: float | None) -> dict[str, float]:
-    """loss in nats per token, perplexity, and bits per byte where the bytes are known."""
-    # exp overflows above 709; a perplexity of e^50 says the same.
+    """Loss in nats per token, perplexity, and bits per byte if the bytes are known."""
+    # exp overflows above 709, and e^50 is as bad a perplexity.
     metrics = {"loss": loss, "ppl": math.exp(min(loss, 50.0))}
     if bytes_per_token:
         metrics["bpb"] = loss / math.log(2) / bytes_per_token
@@ -81,7 +72,7 @@ def loss_metrics(loss: float, bytes_per_token: float | None) -> dict[str, float]
 
 
 class Speedometer:
-    """Tokens per second, mfu and time left, over the steps since it was last read.
+    """Tokens per second, mfu and time left.
 
     Args:
         tokens_per_step: tokens of the whole job, each counted once.
@@ -98,28 +89,25 @@ class Speedometer:
         self._world_size = world_size
         self._peak = peak
         self._began = time.perf_counter()
-        self._seconds = 0.0
-        self._steps = 0
-        self._recent: float | None = None
+        self._since_read: list[float] = []
+        self._recent: deque[float] = deque(maxlen=_ETA_STEPS)
 
     def add_step(self, seconds: float) -> None:
-        """One step took `seconds` (validation and checkpoints are not part of it)."""
-        self._seconds += seconds
-        self._steps += 1
+        """One step took `seconds`, without validation and checkpoints."""
+        self._since_read.append(seconds)
+        self._recent.append(seconds)
 
     def read(self, steps_left: int) -> dict[str, float]:
-        """Rates since the last call, elapsed seconds of this process, seconds still needed."""
-        per_step = self._seconds / max(self._steps, 1)
-        self._seconds, self._steps = 0.0, 0
-        # Smoothed, so that one slow step does not swing the estimate.
-        self._recent = per_step if self._recent is None else 0.9 * self._recent + 0.1 * per_step
-        rate = self._tokens_per_step / per_step if per_step else 0.0
+        """Rates since the last call, seconds since the start, seconds left."""
+        seconds, steps = sum(self._since_read), len(self._since_read)
+        self._since_read.clear()
+        rate = self._tokens_per_step * steps / seconds if seconds else 0.0
         metrics = {"tok/s": rate, "tok/s/gpu": rate / self._world_size}
         if self._peak:
-            done = rate * self._flops_per_token
-            metrics["mfu"] = done / (self._peak * self._world_size)
+            metrics["mfu"] = rate * self._flops_per_token / (self._peak * self._world_size)
         metrics["elapsed"] = time.perf_counter() - self._began
-        metrics["eta"] = self._recent * steps_left
+        # The median: compilation makes the first step many times longer than the others.
+        metrics["eta"] = statistics.median(self._recent or [0.0]) * steps_left
         return metrics
 
 
@@ -139,14 +127,13 @@ def format_line(metrics: dict[str, Any], steps: int) -> str:
 
 
 class MetricsLog:
-    """metrics.jsonl, and TensorBoard or W&B where they are switched on.
+    """metrics.jsonl, and TensorBoard or W&B if enabled.
 
-    A resumed run goes on in the file that is there. One from scratch is another run: an earlier
-    file is moved aside, to metrics-1.jsonl and so on.
+    A resumed run appends to the existing file. A run from scratch moves an earlier file aside, to
+    metrics-1.jsonl and so on.
 
     Args:
-        config: of the run.
-        resumed_step: lines after it are dropped: those steps will be taken again.
+        resumed_step: later lines are dropped, because those steps will be taken again.
 
     Raises:
         OSError: metrics.jsonl cannot be written.
@@ -178,7 +165,7 @@ class MetricsLog:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics) + "\n")
         except OSError as error:
-            # A full disk costs the record, not the run.
+            # A full disk must not end the run.
             if not self._failed:
                 print(f"warning: {self.path} cannot be written: {error}", flush=True)
             self._failed = True
@@ -198,8 +185,11 @@ class MetricsLog:
 
 
 def plot_loss(metrics_path: Path) -> Path | None:
-    """Draw training and validation loss over steps beside metrics.jsonl; the picture's path, None
-    if there is none."""
+    """Draw training and validation loss over steps to loss.png beside metrics.jsonl.
+
+    Returns:
+        The picture's path; None if there is nothing to draw, or it cannot be written.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -208,25 +198,24 @@ def plot_loss(metrics_path: Path) -> Path | None:
     records = _read(metrics_path)
     if not records:
         return None
+    steps = [each["step"] for each in records]
+    losses = [each["loss"] for each in records]
+    window = max(1, len(records) // 40)
     figure, axes = pyplot.subplots(figsize=(8, 5))
-    axes.plot([each["step"] for each in records], [each["loss"] for each in records], label="train")
-    validated = [each for each in records if "val_loss" in each]
+    axes.plot(steps, losses, color="C0", alpha=0.25)
+    label = "train" if window == 1 else f"train, mean of {window} records"
+    axes.plot(steps, moving_average(losses, window), color="C0", label=label)
+    validated = [(each["step"], each["val_loss"]) for each in records if "val_loss" in each]
     if validated:
-        axes.plot(
-            [each["step"] for each in validated],
-            [each["val_loss"] for each in validated],
-            "o-",
-            label="validation",
-        )
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
+        axes.plot(*zip(*validated, strict=True), "o-", color="C1", label="validation")
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
     path = metrics_path.with_name("loss.png")
     try:
         figure.savefig(path, dpi=120, bbox_inches="tight")
     except OSError as error:
-        # A full disk costs the picture, not the run's exit code.
+        # A full disk must not change the run's exit code.
         print(f"warning: {path} cannot be written: {error}", flush=True)
         return None
     finally:
@@ -234,8 +223,16 @@ def plot_loss(metrics_path: Path) -> Path | None:
     return path
 
 
+def moving_average(values: list[float], window: int) -> list[float]:
+    """The mean of each value and up to `window` - 1 values before it."""
+    sums = np.cumsum([0.0, *values])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
+
+
 def _read(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a torn last line is left out."""
+    """The records of a metrics.jsonl, without an incomplete last line."""
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:

@@ -1,11 +1,9 @@
 """Turn text into tokens on disk: `python launch/prepare_data.py --output data --input texts/`.
 
-Without --input, the text is the sources of the Python standard library, which is on every machine
-that can run this. Each file (each line of a .jsonl, its "text") is a document, ended by an
-end-of-document token. A hash of the document's name decides whether it is trained on or held out.
+Without --input, the text is the sources of the Python standard library, which every machine that
+can run this has. Each file (of a .jsonl, the "text" of each line) is a document, followed by an
+end-of-document token. A hash of the document's name decides whether it is held out for validation.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -13,7 +11,7 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,11 +21,10 @@ import tyro
 
 from launch.config import STANDARD_LIBRARY_FOLDER
 from launch.data import DataFolder
-from launch.errors import DataError, UserError
-from launch.indexed import IndexedWriter, token_dtype
+from launch.exit_codes import DataError, UserError
+from launch.indexed_dataset import IndexedWriter, token_dtype
+from launch.progress import progress
 from launch.tokenizer import ByteTokenizer, Tokenizer, train_bpe
-
-__all__ = ["prepare", "read_documents", "standard_library"]
 
 _SKIPPED_FOLDERS = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -39,15 +36,15 @@ class Arguments:
     """Turn text into tokens on disk."""
 
     output: Path = Path(STANDARD_LIBRARY_FOLDER)
-    """Folder to make; it must not exist."""
+    """Folder to create; it must not exist."""
     input: tuple[Path, ...] = ()
     """Text files, .jsonl files with a "text" field, or folders of them. None: the standard library
     of this Python."""
     tokenizer: Literal["byte", "bpe"] = "byte"
     vocab_size: int = 8192
-    """Of the BPE, which is trained on the training documents."""
+    """Size of the BPE, which is trained on the training documents."""
     val_fraction: float = 0.05
-    """Part of the documents held out for validation."""
+    """Fraction of the documents held out for validation."""
 
 
 def prepare(
@@ -64,27 +61,29 @@ def prepare(
         DataError: `output` exists or cannot be written, an input is missing or cannot be read, or
             there is no text for one of the splits.
     """
-    # A link that points nowhere is there, too: nothing could be renamed onto it.
+    # True for a dangling link too: nothing could be renamed onto it.
     if os.path.lexists(output):
         raise DataError(f"{output} exists already: choose another output folder or remove it.")
     if not 0 < val_fraction < 1:
         raise DataError(f"val_fraction is {val_fraction}: it must lie between 0 and 1.")
     files = standard_library() if not inputs else _find(inputs)
     skipped: list[str] = []
-    names = [name for name, _ in read_documents(files, skipped)]
+    names = [name for name, _ in read_documents(progress(files, "reading files"), skipped)]
     if not names:
         raise DataError("the input holds no text: no file of it is UTF-8 and not empty.")
-    border = _border(names, val_fraction)
+    threshold = _threshold(names, val_fraction)
     if tokenizer == "byte":
         coder: Tokenizer = ByteTokenizer()
     else:
+        documents = progress(read_documents(files), "training the tokenizer", total=len(names))
         coder = train_bpe(
-            (text for name, text in read_documents(files) if _hash(name) >= border), vocab_size
+            (text for name, text in documents if _hash(name) >= threshold), vocab_size
         )
     staging = output.parent / f".{output.name}-{os.getpid()}"
     try:
         staging.mkdir(parents=True)
-        about = _write(staging, read_documents(files), border, coder, val_fraction)
+        documents = progress(read_documents(files), "writing tokens", total=len(names))
+        about = _write(staging, documents, threshold, coder, val_fraction)
         meta: dict[str, Any] = {
             "format": 1,
             "tokenizer": coder.spec(),
@@ -99,7 +98,7 @@ def prepare(
     except OSError as error:
         raise DataError(f"{output} cannot be written: {error}.") from None
     finally:
-        # Gone already where all went well.
+        # Does nothing after the rename.
         shutil.rmtree(staging, ignore_errors=True)
     return DataFolder(output)
 
@@ -114,9 +113,9 @@ def standard_library() -> list[tuple[str, Path]]:
 
 
 def read_documents(
-    files: list[tuple[str, Path]], skipped: list[str] | None = None
+    files: Iterable[tuple[str, Path]], skipped: list[str] | None = None
 ) -> Iterator[tuple[str, str]]:
-    """Name and text of each document; the names of files that are not UTF-8 go to `skipped`."""
+    """Name and text of each document; names of files that are not UTF-8 are added to `skipped`."""
     for name, path in files:
         try:
             text = path.read_text(encoding="utf-8")
@@ -130,7 +129,7 @@ def read_documents(
             if text:
                 yield name, text
             continue
-        # Not splitlines(): it also splits at characters that may stand in a JSON string.
+        # Not splitlines(): it also splits at characters that a JSON string may contain.
         for number, line in enumerate(text.split("\n"), 1):
             if not line.strip():
                 continue
@@ -145,7 +144,7 @@ def read_documents(
             except UnicodeEncodeError:
                 raise DataError(
                     f'{path}, line {number}: "text" holds half of a surrogate pair (\\ud800 to '
-                    "\\udfff alone), which is no character: mend or remove it."
+                    "\\udfff alone), which is not a character: repair or remove it."
                 ) from None
             if document:
                 yield f"{name}:{number}", document
@@ -165,7 +164,7 @@ def _find(inputs: list[Path]) -> list[tuple[str, Path]]:
 
 
 def _unique(files: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
-    """Number the files whose name was there before: a name decides where a document goes."""
+    """Number files of the same name, because the name decides a document's split."""
     seen: dict[str, int] = {}
     unique = []
     for name, path in files:
@@ -177,7 +176,7 @@ def _unique(files: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
 def _walk(root: Path, suffixes: tuple[str, ...] | None) -> list[Path]:
     found: list[Path] = []
     for folder, folders, names in os.walk(root):
-        # The folders a user names are taken whole; the library comes without its tests.
+        # Folders given by the user are read in full; the library is read without its tests.
         if suffixes is not None:
             folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
         found += [
@@ -186,8 +185,8 @@ def _walk(root: Path, suffixes: tuple[str, ...] | None) -> list[Path]:
     return sorted(found)
 
 
-def _border(names: list[str], val_fraction: float) -> float:
-    """Documents that hash below this are held out: val_fraction of them, but at least one."""
+def _threshold(names: list[str], val_fraction: float) -> float:
+    """Documents whose hash is below this are held out: val_fraction of them, but at least one."""
     hashes = sorted(map(_hash, names))
     if len(hashes) == 1:
         return 0.0
@@ -199,7 +198,7 @@ def _border(names: list[str], val_fraction: float) -> float:
 
 def _hash(name: str) -> float:
     """A number in [0, 1) that depends on `name` alone."""
-    # A file's name need not be UTF-8.
+    # File names may not be UTF-8.
     encoded = name.encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.sha256(encoded).digest()[:7], "big") / 2**56
 
@@ -207,11 +206,11 @@ def _hash(name: str) -> float:
 def _write(
     folder: Path,
     documents: Iterator[tuple[str, str]],
-    border: float,
+    threshold: float,
     coder: Tokenizer,
     val_fraction: float,
 ) -> dict[str, dict[str, int]]:
-    """Write both splits document by document; what meta.json says about them."""
+    """Write both splits document by document; return their entries of meta.json."""
     dtype = token_dtype(coder.vocab_size)
     writers = {split: IndexedWriter(folder / split, dtype) for split in ("train", "val")}
     about = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in writers}
@@ -224,10 +223,10 @@ def _write(
         about[split]["bytes"] += len(text.encode("utf-8"))
 
     for name, text in documents:
-        if border > 0:
-            add("val" if _hash(name) < border else "train", text)
+        if threshold > 0:
+            add("val" if _hash(name) < threshold else "train", text)
         else:
-            # One document alone: its end is held out.
+            # A single document: its end is held out.
             cut = max(1, round(len(text) * (1 - val_fraction)))
             add("train", text[:cut])
             add("val", text[cut:])
@@ -239,10 +238,10 @@ def _write(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prepare data as the command line says; the exit code."""
+    """Run a command line; return the exit code."""
     arguments = tyro.cli(Arguments, args=argv, prog="launch/prepare_data.py")
     if arguments == Arguments() and arguments.output.exists():
-        print(f"{arguments.output} is there already")
+        print(f"{arguments.output} exists already")
         return 0
     try:
         folder = prepare(
@@ -263,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def describe(folder: DataFolder, split: str) -> str:
-    """One phrase about a split."""
+    """The size of a split in words."""
     about = folder.meta[split]
     return f"{about['tokens']:,} tokens, {about['documents']:,} documents, {about['bytes']:,} bytes"
 

@@ -1,33 +1,27 @@
-"""Profiler traces and memory snapshots of a few early steps, where they are switched on."""
-
-from __future__ import annotations
+"""Profiler traces and memory snapshots of a few early steps, if enabled."""
 
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from launch.config import Config
-    from launch.world import World
-
-__all__ = ["profiled"]
+from launch.config import Config
+from launch.distributed import DistContext
 
 # After compilation and allocator warm-up.
 _FIRST, _STEPS = 5, 3
 
 
 @contextlib.contextmanager
-def profiled(config: Config, world: World) -> Iterator[Callable[[], None]]:
-    """Call what this yields after each step; each rank's files go to <dump_folder>/profiling."""
+def profiled(config: Config, ctx: DistContext) -> Iterator[Callable[[], None]]:
+    """Yields a function to call after each step; files go to <dump_folder>/profiling."""
     folder = Path(config.job.dump_folder, "profiling")
     with contextlib.ExitStack() as stack:
         callbacks: list[Callable[[], None]] = []
         if config.profiling.enable_profiling:
             folder.mkdir(parents=True, exist_ok=True)
-            trace = str(folder / f"trace-rank{world.rank}.json")
+            trace = str(folder / f"trace-rank{ctx.rank}.json")
             profiler = stack.enter_context(
                 torch.profiler.profile(
                     schedule=torch.profiler.schedule(
@@ -37,9 +31,9 @@ def profiled(config: Config, world: World) -> Iterator[Callable[[], None]]:
                 )
             )
             callbacks.append(profiler.step)
-        if config.profiling.enable_memory_snapshot and world.device.type == "cuda":
+        if config.profiling.enable_memory_snapshot and ctx.device.type == "cuda":
             folder.mkdir(parents=True, exist_ok=True)
-            callbacks.append(_memory_snapshots(str(folder / f"memory-rank{world.rank}.pickle")))
+            callbacks.append(_memory_snapshots(str(folder / f"memory-rank{ctx.rank}.pickle")))
         yield lambda: [each() for each in callbacks] and None
 
 

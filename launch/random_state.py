@@ -1,16 +1,12 @@
-"""The random states of a rank as JSON, so that a resumed run draws what it would have drawn.
+"""The random states of a rank as JSON, so that a resumed run draws the same numbers.
 
-Numpy is not here: the launcher makes a generator from seed and position wherever it needs one.
+Numpy's is not needed: the launcher makes a new generator from seed and position each time.
 """
-
-from __future__ import annotations
 
 import random
 from typing import Any
 
 import torch
-
-__all__ = ["capture", "restore"]
 
 
 def capture(device: torch.device) -> dict[str, Any]:
@@ -26,9 +22,9 @@ def capture(device: torch.device) -> dict[str, Any]:
 
 
 def restore(states: list[dict[str, Any]], rank: int, ranks: int, device: torch.device) -> None:
-    """Continue from the states of all ranks, as saved.
+    """Restore this rank's state from the saved states of all ranks.
 
-    A job of another size has no states of its own: every rank then takes those of rank 0.
+    If the number of ranks has changed, every rank takes the state of rank 0.
     """
     state = states[rank if len(states) == ranks else 0]
     version, numbers, gauss = state["python"]

@@ -1,24 +1,18 @@
-"""Text to tokens and back: bytes by default, or a BPE trained on the spot. Nothing is downloaded.
+"""Text to tokens and back: bytes, or a BPE trained on the data. Nothing is downloaded.
 
-A tokenizer is described by a `spec`, plain JSON that travels in the data's meta.json and in every
-checkpoint, so that neither needs a file from elsewhere.
+A tokenizer is described by a `spec`, plain JSON that is stored in the data's meta.json and in every
+checkpoint, so that neither depends on another file.
 """
 
-from __future__ import annotations
-
 import json
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 import numpy as np
 from tokenizers import Tokenizer as _Tokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from launch.errors import DataError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-__all__ = ["BPETokenizer", "ByteTokenizer", "Tokenizer", "tokenizer_from_spec", "train_bpe"]
+from launch.exit_codes import DataError
 
 _END_OF_DOCUMENT = "<|end_of_document|>"
 _PADDING = "<|padding|>"
@@ -28,9 +22,9 @@ class Tokenizer(Protocol):
     """What the launcher needs of a tokenizer.
 
     Attributes:
-        vocab_size: tokens, the special ones included.
+        vocab_size: number of tokens, including special ones.
         eod_id: ends every document.
-        pad_id: stands for no text; as a label it is ignored.
+        pad_id: padding, ignored as a label.
     """
 
     vocab_size: int
@@ -41,14 +35,14 @@ class Tokenizer(Protocol):
         """Token ids of `text`, [n] int64, without special tokens."""
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of `tokens`; special tokens vanish, broken UTF-8 becomes U+FFFD."""
+        """The text of `tokens`; special tokens are dropped, invalid UTF-8 becomes U+FFFD."""
 
     def spec(self) -> dict[str, Any]:
-        """JSON from which `tokenizer_from_spec` makes an equal tokenizer."""
+        """JSON from which `tokenizer_from_spec` builds an equal tokenizer."""
 
 
 class ByteTokenizer:
-    """Token = byte of the UTF-8 text; 256 ends a document, 257 pads."""
+    """One token per byte of UTF-8; 256 ends a document, 257 is padding."""
 
     vocab_size = 258
     eod_id = 256
@@ -68,7 +62,7 @@ class BPETokenizer:
     """Byte-level BPE, exact on any UTF-8 text."""
 
     def __init__(self, tokenizer: _Tokenizer) -> None:
-        # Text that looks like a special token is text.
+        # Text that looks like a special token is encoded as text.
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
         self.vocab_size = tokenizer.get_vocab_size()
@@ -86,7 +80,7 @@ class BPETokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
-    """A byte-level BPE of at most `vocab_size` tokens; 258 (bytes and two specials) at least."""
+    """Train a byte-level BPE of at most `vocab_size` tokens, which must be at least 258."""
     if vocab_size < 258:
         raise DataError(f"vocab_size is {vocab_size}: a byte-level BPE needs at least 258.")
     tokenizer = _Tokenizer(models.BPE())
@@ -103,7 +97,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
 
 
 def tokenizer_from_spec(spec: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that `spec` describes. Raises DataError on a spec it does not know."""
+    """The tokenizer that `spec` describes. Raises DataError for an unknown or damaged spec."""
     kind = spec.get("kind") if isinstance(spec, dict) else spec
     if kind == "byte":
         return ByteTokenizer()
@@ -111,7 +105,7 @@ def tokenizer_from_spec(spec: dict[str, Any]) -> Tokenizer:
         raise DataError(f"tokenizer kind {kind!r}: known are 'byte' and 'bpe'.")
     try:
         tokenizer = _Tokenizer.from_str(json.dumps(spec.get("tokenizer")))
-    # The library raises nothing more particular.
+    # The library raises nothing more specific.
     except Exception as error:
         raise DataError(f"the BPE tokenizer's description is damaged: {error}.") from None
     for special in (_END_OF_DOCUMENT, _PADDING):

@@ -1,17 +1,16 @@
-"""Train a TransNormerLLM on sequences cut over ranks.
+"""Train a linear-attention language model on sequences sharded over ranks.
 
     torchrun --nproc_per_node 2 launch/train.py --job.config_file launch/configs/quickstart.toml
 
 Every flag of `launch/config.py` overrides the file. Exit codes: 0 done; 75 stopped by SIGTERM with
 all steps saved (run the same command again, with checkpoint.resume auto or must); 143 stopped by
-SIGTERM with checkpoints switched off, nothing saved; 70 a damaged or foreign checkpoint; 72 NaN or
-infinite loss; 73 a config or data that cannot be trained on, or a dry run of what does not fit; 74
-the last checkpoint could not be written; 1 anything else, with a traceback. torchrun itself exits
-with 1 and shows the ranks' codes. With --max_restarts, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1:
-otherwise a restarted job may meet the addresses of the one before it.
+SIGTERM with checkpoints switched off, nothing saved; 70 a damaged checkpoint or one of another
+model; 72 NaN or infinite loss; 73 a config or data that cannot be trained on, or a dry run that
+does not fit; 74 the last checkpoint could not be written; 1 anything else, with a traceback.
+torchrun itself exits with 1 and shows the ranks' codes. With --max_restarts, set
+TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: otherwise a restarted job may use the addresses of the one
+before it.
 """
-
-from __future__ import annotations
 
 import os
 import signal
@@ -22,23 +21,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lasp import SequenceShard
-from lasp.tnl import TNL
-from launch.build import build_model, over_ranks
-from launch.checkpoint import CheckpointStore
+from launch.build import apply_data_parallel, build_model, get_family, model_config
+from launch.checkpoint.save_resume import find_checkpoint, finish_save, resume, start_save
+from launch.checkpoint.store import CheckpointStore
 from launch.config import Config, load_config, to_toml
-from launch.data import (
-    DataFolder,
-    RandomSource,
-)
-from launch.errors import (
+from launch.data import DataFolder, RandomSource
+from launch.distributed import DistContext, RankInfo, get_rank_info, open_dist_context
+from launch.exit_codes import (
+    DISK_FAILED,
     REQUEUE,
     TERMINATED,
     ConfigError,
-    EchoError,
     NonFiniteError,
+    RemoteRankError,
     UserError,
 )
 from launch.generate import sample_text
@@ -52,63 +51,61 @@ from launch.metrics import (
     peak_memory,
     plot_loss,
 )
-from launch.optimization import build_optimizer
-from launch.plan import (
-    Batching,
-    batching,
-    check_layout,
-    check_tensor_parallel,
-    describe,
-    model_config,
-)
+from launch.optimizer import build_optimizer
 from launch.prepare_data import prepare
 from launch.profiling import profiled
-from launch.saving import find_checkpoint, finish_save, resume, start_save
-from launch.step import Outcome, Run, step_indices, take_step, validate
+from launch.resolve import (
+    Batching,
+    batching,
+    check_parallelism,
+    check_tensor_parallel,
+    describe,
+)
 from launch.tokenizer import ByteTokenizer, Tokenizer
-from launch.world import Place, World, find_place, open_world
+from launch.train_state import StepResult, TrainState
+from launch.trainer import step_indices, train_step, validate
 from parallel.compile import eagerly
-from parallel.mesh import whole
+from parallel.mesh import full_tensor
 
-_DISK_FAILED = 74
-# Bytes besides the weights that a sample may take: the largest matrix, gathered; states, logits.
+# Bytes that generating a sample needs besides the weights: the largest matrix once more, states,
+# logits.
 _SAMPLE_RESERVE = 2 << 30
 
 
 def main(argv: list[str]) -> int:
-    """Run the command line; the exit code."""
-    is_first = os.environ.get("RANK", "0") == "0"
+    """Run a command line; return the exit code."""
+    is_rank0 = os.environ.get("RANK", "0") == "0"
     try:
         config = load_config(argv)
-        place = find_place(config)
-        batch = batching(config, place)
-        check_layout(config, place)
+        info = get_rank_info(config)
+        batch = batching(config, info)
+        check_parallelism(config, info)
         if config.job.dry_run:
-            if not is_first:
+            if not is_rank0:
                 return 0
-            plan, fits = dry_run(config, place, batch)
-            print(plan)
+            text, fits = dry_run(config, info, batch)
+            print(text)
             return 0 if fits else ConfigError.exit_code
     except UserError as error:
-        # Every rank sees the same config: one of them says so.
-        if is_first:
+        # Every rank sees the same config: only one reports it.
+        if is_rank0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     try:
-        with open_world(place, config) as world:
-            return train(config, world, batch)
-    except EchoError as error:
+        with open_dist_context(info, config) as ctx:
+            return train(config, ctx, batch)
+    except RemoteRankError as error:
         return error.exit_code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
 
 
-def dry_run(config: Config, place: Place, batch: Batching) -> tuple[str, bool]:
-    """The resolved config and the plan, and whether it fits the memory of a rank, as far as that is
-    known; nothing is written, no socket opened."""
-    # Not at the top: it brings machinery that no run needs.
-    from launch.estimate import fake_ranks, format_estimate
+def dry_run(config: Config, info: RankInfo, batch: Batching) -> tuple[str, bool]:
+    """The resolved config with what follows from it, and False if a rank's memory is known to be
+    too small. Nothing is written, no socket opened."""
+    # Imported here: it loads machinery that no training run needs.
+    from launch.memory_estimate import fake_ranks, format_estimate
 
     check_packages(config)
     tokenizer: Tokenizer | None = None
@@ -117,82 +114,82 @@ def dry_run(config: Config, place: Place, batch: Batching) -> tuple[str, bool]:
     elif config.data.source == "stdlib":
         tokenizer = ByteTokenizer()
     shape = model_config(config, tokenizer)
-    check_tensor_parallel(shape, place.dims.tp)
+    check_tensor_parallel(config, shape, info.dims.tp)
     memory = None
     if config.job.dry_run_gpus:
         memory = config.job.dry_run_gpu_memory
-    elif place.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(place.device).total_memory / 2**30
-    plan = describe(config, place, shape, batch)
-    with fake_ranks() if place.dims.world_size > 1 or memory else nullcontext():
-        holds, fits = format_estimate(config, place, shape, memory)
-    return f"{to_toml(config)}\n{plan}\n{holds}", fits
+    elif info.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(info.device).total_memory / 2**30
+    summary = describe(config, info, shape, batch)
+    with fake_ranks() if info.dims.world_size > 1 or memory else nullcontext():
+        estimate, fits = format_estimate(config, info, shape, memory)
+    return f"{to_toml(config)}\n{summary}\n{estimate}", fits
 
 
-def train(config: Config, world: World, batch: Batching) -> int:
-    """From an opened world to the last checkpoint; the exit code."""
-    run = set_up(config, world, batch)
-    found, refused = find_checkpoint(run)
+def train(config: Config, ctx: DistContext, batch: Batching) -> int:
+    """Set up, resume, train and save; return the exit code."""
+    state = set_up(config, ctx, batch)
+    found, refused = find_checkpoint(state)
     if found is not None:
-        world.agree(lambda: resume(run, found))
-    if world.is_first:
-        print(describe(config, world.place, run.model.config, batch))
+        ctx.all_or_raise(lambda: resume(state, found))
+    if ctx.is_rank0:
+        print(describe(config, ctx.info, state.model.config, batch))
         for reason in refused:
             print(f"refused:     {reason}")
         print(f"resume:      {found.path if found else 'from scratch'}", flush=True)
-    log = world.agree(lambda: open_records(run) if world.is_first else None)
-    stop_requested = catch_sigterm()
+    log = ctx.all_or_raise(lambda: open_log(state) if ctx.is_rank0 else None)
+    stop_signals = catch_sigterm()
     try:
-        code = take_steps(run, log, stop_requested)
+        code = run_steps(state, log, stop_signals)
     except UserError:
-        # All ranks are here together: what was complete at its step is kept.
-        finish_save(run)
+        # All ranks raise it together, so they can still commit the checkpoint being written.
+        finish_save(state)
         if log is not None:
             log.close()
         raise
     if log is not None:
         log.close()
         print(f"metrics: {log.path}  loss curve: {plot_loss(log.path)}", flush=True)
-    if code == 0 and config.sample.enable and run.tokenizer is not None:
-        print_sample(run)
+    if code == 0 and config.sample.enable and state.tokenizer is not None:
+        print_sample(state)
     return code
 
 
-def set_up(config: Config, world: World, batch: Batching) -> Run:
-    """Folders, data, model and optimizer."""
-    training = config.training
-    world.first_decides(lambda: check_packages(config))
+def set_up(config: Config, ctx: DistContext, batch: Batching) -> TrainState:
+    """Folders, data, model and optimizer of a run before its first step."""
+    training, parallelism = config.training, config.parallelism
+    ctx.on_rank0(lambda: check_packages(config))
     if config.data.source == "stdlib":
-        world.first_decides(lambda: prepare_library(config))
-    tokenizer, model_shape, train_source, val_source = world.agree(lambda: open_data(config))
-    world.agree(lambda: check_tensor_parallel(model_shape, world.dims.tp))
-    world.first_decides(lambda: make_folder(config))
+        ctx.on_rank0(lambda: prepare_library(config))
+    tokenizer, shape, train_source, val_source = ctx.all_or_raise(lambda: open_data(config))
+    ctx.all_or_raise(lambda: check_tensor_parallel(config, shape, ctx.dims.tp))
+    ctx.on_rank0(lambda: make_folder(config))
 
     torch.manual_seed(training.seed)
-    loss_model = build_model(config, world, model_shape)
-    return Run(
+    loss_model = build_model(config, ctx, shape)
+    return TrainState(
         config=config,
-        world=world,
+        ctx=ctx,
         batching=batch,
         tokenizer=tokenizer,
         train_source=train_source,
         val_source=val_source,
         shard=SequenceShard.split(
             training.seq_len,
-            world.cp_group,
-            config.parallelism.context_parallel_method,
-            config.parallelism.context_parallel_layout,
+            ctx.cp_group,
+            parallelism.context_parallel_method,
+            parallelism.context_parallel_layout,
         ),
         model=loss_model.model,
         loss_model=loss_model,
-        trained=over_ranks(loss_model, config, world),
+        wrapped_model=apply_data_parallel(loss_model, config, ctx),
         optimizer=build_optimizer(loss_model.model, config),
         store=CheckpointStore(config.checkpoint_folder, config.checkpoint.keep_latest_k),
     )
 
 
 def make_folder(config: Config) -> None:
-    """dump_folder. Raises ConfigError if it cannot be made."""
+    """Create dump_folder. Raises ConfigError if that fails."""
     folder = Path(config.job.dump_folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -200,16 +197,17 @@ def make_folder(config: Config) -> None:
         raise ConfigError(f"job.dump_folder {folder} cannot be made: {error.strerror}.") from None
 
 
-def open_records(run: Run) -> MetricsLog:
-    """config.toml and metrics.jsonl, once nothing can refuse the run: they may be an earlier run's.
+def open_log(state: TrainState) -> MetricsLog:
+    """Write config.toml and open metrics.jsonl. Called once nothing can refuse the run any more,
+    because these files may belong to an earlier run.
 
     Raises:
         ConfigError: one of them cannot be written.
     """
-    folder = Path(run.config.job.dump_folder)
+    folder = Path(state.config.job.dump_folder)
     try:
-        log = MetricsLog(run.config, run.step)
-        (folder / "config.toml").write_text(to_toml(run.config), encoding="utf-8")
+        log = MetricsLog(state.config, state.step)
+        (folder / "config.toml").write_text(to_toml(state.config), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"job.dump_folder {folder} cannot be written: {error}.") from None
     return log
@@ -239,163 +237,181 @@ def open_data(config: Config):
     return folder.tokenizer, shape, source, held_out
 
 
-def take_steps(run: Run, log: MetricsLog | None, stop_requested: list[int]) -> int:
-    """Train to the last step, or to the step at which a rank was asked to stop."""
-    config, world = run.config, run.world
-    steps = config.training.steps
-    speed = Speedometer(
-        run.batching.tokens_per_step,
-        # Documents are of many lengths: what softmax layers spend on them is left out.
-        run.model.config.flops_per_token(
-            training=True, seq_len=None if config.training.varlen else config.training.seq_len
-        ),
-        world.dims.world_size,
-        peak_flops(world.device),
+def run_steps(state: TrainState, log: MetricsLog | None, stop_signals: list[int]) -> int:
+    """Train to the last step, or until a rank is asked to stop; return the exit code."""
+    config, ctx, training = state.config, state.ctx, state.config.training
+    flops = get_family(config.model.family).flops_per_token(
+        state.model.config,
+        training=True,
+        # Documents differ in length: what softmax layers spend on them is left out.
+        seq_len=None if training.varlen else training.seq_len,
     )
-    nonfinite_tries, warm = 0, False
-    with profiled(config, world) as after_step:
-        while run.step < steps:
+    speed = Speedometer(
+        state.batching.tokens_per_step, flops, ctx.dims.world_size, peak_flops(ctx.device)
+    )
+    failures, is_first = 0, True
+    with profiled(config, ctx) as after_step:
+        while state.step < training.steps:
             began = time.perf_counter()
-            outcome = take_step(run, bool(stop_requested))
-            if outcome.loss is None:
-                nonfinite_tries += 1
-                report_nonfinite(run, nonfinite_tries, outcome)
+            result = train_step(state, bool(stop_signals))
+            if result.loss is None:
+                failures += 1
+                report_nonfinite(state, failures, result)
             else:
-                nonfinite_tries = 0
+                failures = 0
                 speed.add_step(time.perf_counter() - began)
                 after_step()
-                if not warm:
-                    world.set_timeout(config.comm.train_timeout_seconds)
-                    warm = True
-                report_step(run, log, outcome, speed)
-            done = run.step == steps or outcome.stop_requested
-            due = outcome.loss is not None and run.step % config.checkpoint.interval == 0
-            if done or due or outcome.save_is_through:
-                finish_save(run)
-            # Before the first step there is no optimizer state to save, and nothing to lose.
-            unsaved = run.step not in (0, run.saved_step)
-            if (done or due) and config.checkpoint.enable and unsaved:
-                in_background = config.checkpoint.async_mode == "async" and not done
-                start_save(run, background=in_background)
-                if not in_background and not finish_save(run) and done:
-                    return _DISK_FAILED
-            if outcome.stop_requested and run.step < steps:
-                lost = unsaved and not config.checkpoint.enable
-                advice = "nothing was saved" if lost else "run the command again"
-                if not lost and config.checkpoint.resume not in ("auto", "must"):
-                    # As it stands it asks for a beginning that this run has left behind.
-                    advice += " with --checkpoint.resume auto"
-                if world.is_first:
-                    print(f"stopped by SIGTERM after step {run.step}: {advice}", flush=True)
-                return TERMINATED if lost else REQUEUE
+                if is_first:
+                    ctx.set_timeout(config.comm.train_timeout_seconds)
+                    is_first = False
+                report_step(state, log, result, speed)
+            if not save_if_due(state, result):
+                return DISK_FAILED
+            if result.stop_requested and state.step < training.steps:
+                return report_stop(state)
     return 0
 
 
-def report_step(run: Run, log: MetricsLog | None, outcome: Outcome, speed: Speedometer) -> None:
-    """Validate where it is due; print and record the step where that is due."""
-    config, step, steps = run.config, run.step, run.config.training.steps
+def save_if_due(state: TrainState, result: StepResult) -> bool:
+    """Commit a checkpoint that has been written, and save another if it is due. False if the last
+    checkpoint of the run could not be written."""
+    checkpoint = state.config.checkpoint
+    is_last = result.stop_requested or state.step == state.config.training.steps
+    due = is_last or (result.loss is not None and state.step % checkpoint.interval == 0)
+    if due or result.save_written:
+        finish_save(state)
+    # Before the first step there is no optimizer state to save, and nothing to lose.
+    if not due or not checkpoint.enable or state.step in (0, state.saved_step):
+        return True
+    background = checkpoint.async_mode == "async" and not is_last
+    start_save(state, background=background)
+    return background or finish_save(state) or not is_last
+
+
+def report_stop(state: TrainState) -> int:
+    """Print what was saved and how to go on; return the exit code."""
+    checkpoint = state.config.checkpoint
+    is_lost = not checkpoint.enable and state.step not in (0, state.saved_step)
+    advice = "nothing was saved" if is_lost else "run the command again"
+    if not is_lost and checkpoint.resume not in ("auto", "must"):
+        # The command as it stands asks for the start of this run.
+        advice += " with --checkpoint.resume auto"
+    if state.ctx.is_rank0:
+        print(f"stopped by SIGTERM after step {state.step}: {advice}", flush=True)
+    return TERMINATED if is_lost else REQUEUE
+
+
+def report_step(
+    state: TrainState, log: MetricsLog | None, result: StepResult, speed: Speedometer
+) -> None:
+    """Validate if it is due; print and record the step if that is due."""
+    config, step, steps = state.config, state.step, state.config.training.steps
     val_loss = None
-    if run.val_source is not None and (step % config.validation.freq == 0 or step == steps):
-        with run.world.patience(config):
-            val_loss = validate(run)
+    if state.val_source is not None and (step % config.validation.freq == 0 or step == steps):
+        with state.ctx.long_timeout(config):
+            val_loss = validate(state)
     if log is None or (step % config.metrics.log_freq and step != steps and val_loss is None):
         return
     metrics: dict[str, Any] = {
         "step": step,
-        **loss_metrics(outcome.loss, run.train_source.bytes_per_token),
-        "grad_norm": outcome.grad_norm,
-        "lr": run.optimizer.param_groups[0]["lr"],
+        **loss_metrics(result.loss, state.train_source.bytes_per_token),
+        "grad_norm": result.grad_norm,
+        "lr": state.optimizer.param_groups[0]["lr"],
         **speed.read(steps - step),
-        "memory": peak_memory(run.world.device),
-        "tokens": run.consumed * config.training.seq_len,
+        "memory": peak_memory(state.ctx.device),
+        "tokens": state.consumed * config.training.seq_len,
     }
     print(format_line(metrics, steps), flush=True)
     if val_loss is not None:
-        measured = loss_metrics(val_loss, run.val_source.bytes_per_token)
+        measured = loss_metrics(val_loss, state.val_source.bytes_per_token)
         metrics |= {f"val_{name}": value for name, value in measured.items()}
         text = "  ".join(f"{name}: {value:.4f}" for name, value in measured.items())
         print(f"validation at step {step}:  {text}", flush=True)
     log.write(metrics)
 
 
-def report_nonfinite(run: Run, tries: int, outcome: Outcome) -> None:
-    """Say that a step was not taken; end the run when it keeps failing, on every rank alike."""
-    limit = run.config.training.max_nonfinite_steps
+def report_nonfinite(state: TrainState, failures: int, result: StepResult) -> None:
+    """Warn that a step was skipped; end the run, on every rank, if it keeps failing."""
+    limit = state.config.training.max_nonfinite_steps
     text = (
-        f"step {run.step + 1}: loss or gradients are NaN or infinite (gradient norm "
-        f"{outcome.grad_norm}), nothing was changed; try {tries} of {limit}, samples "
-        f"{step_indices(run)[:8]}"
+        f"step {state.step + 1}: loss or gradients are NaN or infinite (gradient norm "
+        f"{result.grad_norm}), nothing was changed; try {failures} of {limit}, samples "
+        f"{step_indices(state)[:8]}"
     )
-    if tries >= limit:
-        run.world.fail(NonFiniteError(text))
-    if run.world.is_first:
+    if failures >= limit:
+        state.ctx.fail(NonFiniteError(text))
+    if state.ctx.is_rank0:
         print(f"warning: {text}", flush=True)
 
 
 def catch_sigterm() -> list[int]:
-    """Fills up with the signals that asked this process to stop.
+    """A list that receives the signals which asked this process to stop.
 
-    The handler only takes note: all ranks agree on a step to stop at, in `take_step`.
+    The handler only notes them: all ranks agree on the step to stop at, in `train_step`.
     """
     received: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     return received
 
 
-def print_sample(run: Run) -> None:
-    """Continue the sample prompt, to see what was learnt."""
-    wanted = run.config.sample
-    with run.world.patience(run.config):
-        # The first rank may still be closing its records.
-        model = whole_model(run)
+def print_sample(state: TrainState) -> None:
+    """Continue the sample prompt, to show what was learnt."""
+    sample = state.config.sample
+    with state.ctx.long_timeout(state.config):
+        # Rank 0 may still be closing its log.
+        model = full_model(state)
     if model is None:
         return
     with eagerly(model.blocks):
         text = sample_text(
             model,
-            run.tokenizer,
-            wanted.prompt,
-            max_new_tokens=wanted.max_new_tokens,
-            temperature=wanted.temperature,
-            top_k=wanted.top_k,
-            seed=run.config.training.seed,
+            get_family(state.config.model.family),
+            state.tokenizer,
+            sample.prompt,
+            max_new_tokens=sample.max_new_tokens,
+            temperature=sample.temperature,
+            top_k=sample.top_k,
+            seed=state.config.training.seed,
         )
-    print(f"sample of step {run.step}:\n{text}", flush=True)
+    print(f"sample of step {state.step}:\n{text}", flush=True)
 
 
-def whole_model(run: Run) -> TNL | None:
-    """On the first rank, a model with all weights, whatever they are cut over; all ranks call, once
-    the last step is saved. None on the others; on all, with a sentence, where it does not fit."""
-    state = run.model.state_dict()
-    if not any(isinstance(value, DTensor) for value in state.values()):
-        return run.model if run.world.is_first else None
-    # Only steps need these, and there are none to come: they make room for the weights.
-    run.optimizer.zero_grad()
-    run.optimizer.state.clear()
-    if not run.world.first_decides(lambda: has_room(run)):
+def full_model(state: TrainState) -> nn.Module | None:
+    """On rank 0, a model with full weights; None on the others, and on all if it does not fit.
+
+    All ranks call it, after the last step is saved: it drops gradients and moments.
+    """
+    tensors = state.model.state_dict()
+    if not any(isinstance(value, DTensor) for value in tensors.values()):
+        return state.model if state.ctx.is_rank0 else None
+    # No step follows that needs them, and the weights need the room.
+    state.optimizer.zero_grad()
+    state.optimizer.state.clear()
+    if not state.ctx.on_rank0(lambda: has_room(state)):
         return None
     model = None
-    if run.world.is_first:
-        with run.world.device:
-            model = TNL(run.model.config)
-    for name, value in state.items():
-        # One at a time: only the first rank ever holds more than its part and one whole matrix.
-        value = whole(value)
+    if state.ctx.is_rank0:
+        with state.ctx.device:
+            model = get_family(state.config.model.family).build(state.model.config)
+    for name, value in tensors.items():
+        # One at a time: only rank 0 ever holds more than its shards and one full matrix.
+        value = full_tensor(value)
         if model is not None:
             model.get_parameter(name).detach().copy_(value)
     return model
 
 
-def has_room(run: Run) -> bool:
-    """Whether this rank's device holds all weights beside its part of them; says so if not."""
-    config, device = run.config, run.world.device
+def has_room(state: TrainState) -> bool:
+    """True if this rank's device can hold full weights beside its shards; prints a line if not."""
+    config, device = state.config, state.ctx.device
     if device.type != "cuda":
         return True
     torch.cuda.empty_cache()
-    free, wanted = torch.cuda.mem_get_info(device)[0], 4 * run.model.config.num_parameters()
-    if wanted + _SAMPLE_RESERVE <= free:
+    free = torch.cuda.mem_get_info(device)[0]
+    needed = 4 * get_family(config.model.family).num_parameters(state.model.config)
+    if needed + _SAMPLE_RESERVE <= free:
         return True
-    text = f"no sample: all weights take {wanted / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+    text = f"no sample: full weights take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
     if config.checkpoint.enable:
         text += f"; see launch/generate.py --checkpoint {config.checkpoint_folder}"
     print(text, flush=True)
@@ -406,6 +422,6 @@ if __name__ == "__main__":
     code = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not through the interpreter's shutdown: a gloo thread that drops the tensor of the last
-    # collective during it aborts the process, and a finished job would be reported as failed.
+    # Skips the interpreter's shutdown: a gloo thread that drops the last collective's tensor during
+    # shutdown aborts the process, and a finished job would be reported as failed.
     os._exit(code)

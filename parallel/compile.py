@@ -1,7 +1,7 @@
-"""torch.compile, block by block: what stands between matrix products becomes few fused kernels.
+"""torch.compile, block by block: the code between matrix products becomes a few fused kernels.
 
-Blocks of one kind share their graphs, so that a model of any depth compiles a handful. The operator
-and LRPE are opaque to the compiler, so that a block has no graph break.
+Blocks of one kind share their graphs, so a model of any depth compiles only a handful. The
+attention operators and LRPE are opaque to the compiler, so a block has no graph break.
 """
 
 from __future__ import annotations
@@ -18,40 +18,40 @@ if TYPE_CHECKING:
 
 __all__ = ["compile_blocks", "compiler_options", "eagerly"]
 
-# The gradients of q, k, v, u meet in one tensor. One kernel for all four would ask at every element
-# which of them it is, at more than twice the time of a kernel for each.
-_ONE_KERNEL_PER_PART = ("max_pointwise_cat_inputs", "max_complex_pointwise_cat_inputs")
+# The gradients of q, k, v, u are concatenated. One kernel for all four would branch at every
+# element and take more than twice the time of one kernel each.
+_UNFUSE_CAT = ("max_pointwise_cat_inputs", "max_complex_pointwise_cat_inputs")
 
 
 def compiler_options() -> dict[str, int]:
-    """Options of torch.compile's default backend for a block."""
+    """Options for torch.compile's default backend that suit a block."""
     from torch._inductor import config
 
     # Names change between versions of torch, and an unknown one is an error.
-    return {name: 0 for name in _ONE_KERNEL_PER_PART if hasattr(config, name)}
+    return {name: 0 for name in _UNFUSE_CAT if hasattr(config, name)}
 
 
 def compile_blocks(
     blocks: Sequence[nn.Module], *, fullgraph: bool = False, backend: str = "inductor"
 ) -> None:
-    """Compile every block at its first call; the same modules, same names.
+    """Compile every block at its first call; in place, names unchanged.
 
-    Apply it after tensor parallelism and recomputation, and before data parallelism.
+    Apply it after tensor parallelism and activation checkpointing, and before data parallelism.
 
     Args:
         blocks: of a model.
         fullgraph: raise at a graph break instead of running part of a block eagerly.
-        backend: torch.compile's, which turns graphs into kernels.
+        backend: of torch.compile.
     """
+    options = compiler_options() if backend == "inductor" else None
     for block in blocks:
-        options = compiler_options() if backend == "inductor" else None
         block.compile(fullgraph=fullgraph, backend=backend, options=options)
 
 
 @contextlib.contextmanager
 def eagerly(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Run compiled blocks as they were, in there: for lengths that come once, as in generation."""
-    # Only torch.compile itself needs its machinery, which is slow to import.
+    """Run compiled blocks uncompiled inside: for lengths that occur once, as in generation."""
+    # set_stance imports torch.compile's machinery, which is slow.
     if not any(block._compiled_call_impl for block in blocks):
         yield
         return

@@ -1,21 +1,22 @@
-"""Cross-entropy whose logits never exist for more than a chunk of tokens.
+"""Cross-entropy that never holds the logits of more than a chunk of tokens.
 
-A million tokens times 64,000 words of float32 logits are 250 GiB. Here a chunk's logits are
-computed, turned into the loss and, where gradients are wanted, at once into the gradients of the
-hidden states and of the head; then they are dropped. The backward only scales what is there, so
-the head's matmul is not repeated.
+The float32 logits of a million tokens over a vocabulary of 64,000 are 250 GiB. Here the logits of a
+chunk are computed, turned into the loss and, if needed, at once into the gradients of the hidden
+states and of the head; then they are dropped. The backward only scales these gradients, so the
+head's matmul is not repeated.
 
-Under tensor parallelism each rank has the logits of its own words, and they are never joined: two
-numbers per token and rank (log-sum-exp, the label's logit) give every rank the loss.
+Under tensor parallelism each rank has the logits of its shard of the vocabulary, and they are never
+gathered: two numbers per token and rank (log-sum-exp, the label's logit) give every rank the loss.
 
-Shapes: B batch, T tokens of this rank, D width, V vocabulary (this rank's part of it inside the
-autograd function), C tokens of a chunk, R ranks.
+Shapes: B batch, T tokens of this rank, D width, V vocabulary (inside the autograd function, this
+rank's shard of it), N = B * T, C tokens of a chunk, R ranks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Shard
 
-from lasp.exchange.peers import all_gather_flat
+from lasp.exchange.comm import all_gather_flat
 
 __all__ = ["chunked_cross_entropy"]
 
@@ -39,23 +40,22 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """Sum over tokens of -log softmax(hidden @ weight^T)[label], a float32 scalar.
 
-    Under autocast the matmuls run in its dtype; the softmax and the sums are float32 always.
+    Under autocast the matmuls run in its dtype; the softmax and the sums are always float32.
     A batch in which every label is ignored (or with no token) gives 0 with zero gradients.
 
     Args:
         hidden_BTD: final hidden states [B, T, D], any floating dtype.
-        weight_VD: the output head [V, D]. A DTensor that is cut by words over one mesh axis makes
+        weight_VD: the output head [V, D]. A DTensor sharded by vocabulary over one mesh axis makes
             the loss vocabulary-parallel: hidden states and labels must be the same on those ranks,
-            the result is too, and the gradient of the hidden states is complete on each.
+            the loss is the same too, and each gets the complete gradient of the hidden states.
         labels_BT: int64 [B, T], in 0..V-1 or `ignore_index`. Already shifted: label t belongs to
             hidden state t.
-        ignore_index: labels that count for nothing.
-        chunk_size: tokens whose logits exist at the same time.
-        compiled: pass over the logits with kernels made by torch.compile: two passes, and no copy
-            of them in float32.
+        ignore_index: label of tokens that are left out of the loss.
+        chunk_size: tokens whose logits are held at a time.
+        compiled: read the logits with kernels from torch.compile: two passes, no float32 copy.
 
     Raises:
-        ValueError: shapes that do not fit together, a head that is cut in another way, or
+        ValueError: shapes that do not fit together, a head that is sharded in another way, or
             chunk_size below 1.
     """
     if hidden_BTD.shape[:-1] != labels_BT.shape or hidden_BTD.shape[-1] != weight_VD.shape[-1]:
@@ -67,7 +67,7 @@ def chunked_cross_entropy(
         raise ValueError(f"chunk_size is {chunk_size}: it must be at least 1 token.")
     device = hidden_BTD.device.type
     dtype = hidden_BTD.dtype
-    # (On "meta" there is no autocast to ask for.)
+    # ("meta" has no autocast.)
     if not hidden_BTD.is_meta and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     with_gradients = torch.is_grad_enabled() and (
@@ -75,46 +75,39 @@ def chunked_cross_entropy(
     )
     group = None
     if isinstance(weight_VD, DTensor):
-        weight_VD, group = _own_words(weight_VD)
-    return _ChunkedCrossEntropy.apply(
-        hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
-        weight_VD,
-        labels_BT.reshape(-1),
-        ignore_index,
-        chunk_size,
-        dtype,
-        with_gradients,
-        group,
-        compiled,
-    )
+        weight_VD, group = _local_rows(weight_VD)
+    options = _Options(ignore_index, chunk_size, dtype, with_gradients, group, compiled)
+    hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+    return _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, labels_BT.reshape(-1), options)
 
 
-def _own_words(weight: DTensor) -> tuple[Tensor, ProcessGroup]:
-    """This rank's rows of the head, and the ranks that have the others."""
+def _local_rows(weight: DTensor) -> tuple[Tensor, ProcessGroup]:
+    """This rank's rows of the head, and the group that holds all of them."""
     mesh, placements = weight.device_mesh, tuple(weight.placements)
     if mesh.ndim != 1 or placements != (Shard(0),) or weight.shape[0] % mesh.size():
         raise ValueError(
             f"the head {tuple(weight.shape)} is placed as {placements} on {mesh}: a head that is "
-            "cut must be cut evenly by words, (Shard(dim=0),) on a mesh of one axis."
+            "sharded must be sharded evenly by vocabulary, (Shard(dim=0),) on a mesh of one axis."
         )
     return weight.to_local(), mesh.get_group()
 
 
+class _Options(NamedTuple):
+    """`dtype` is that of the matmuls; `group` holds the shards of the vocabulary."""
+
+    ignore_index: int
+    chunk_size: int
+    dtype: torch.dtype
+    with_gradients: bool
+    group: ProcessGroup | None
+    compiled: bool
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx,
-        hidden_ND,
-        weight_VD,
-        labels_N,
-        ignore_index,
-        chunk_size,
-        dtype,
-        with_gradients,
-        group,
-        compiled,
-    ):
-        first_word = 0 if group is None else group.rank() * weight_VD.shape[0]
+    def forward(ctx, hidden_ND, weight_VD, labels_N, options):
+        ignore_index, chunk_size, dtype, with_gradients, group, compiled = options
+        first_row = 0 if group is None else group.rank() * weight_VD.shape[0]
         log_norm_and_label, softmax_minus_one_hot = _passes(compiled)
         with _no_autocast(hidden_ND):
             weight = weight_VD.to(dtype)
@@ -127,17 +120,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 chunk = slice(start, start + chunk_size)
                 hidden_CD = hidden_ND[chunk].to(dtype)
                 valid_C1 = (labels_N[chunk] != ignore_index).unsqueeze(1)
-                labels_C1 = labels_N[chunk].unsqueeze(1) - first_word
-                here_C1 = valid_C1
+                labels_C1 = labels_N[chunk].unsqueeze(1) - first_row
+                local_C1 = valid_C1
                 if group is not None:
-                    here_C1 = valid_C1 & (labels_C1 >= 0) & (labels_C1 < weight.shape[0])
-                # -1 is no word: it matches none.
-                labels_C1 = labels_C1.masked_fill(~here_C1, -1)
+                    local_C1 = valid_C1 & (labels_C1 >= 0) & (labels_C1 < weight.shape[0])
+                # -1 matches no row.
+                labels_C1 = labels_C1.masked_fill(~local_C1, -1)
                 logits_CV = hidden_CD @ weight.T
                 log_norm_C1, label_C1 = log_norm_and_label(logits_CV, labels_C1)
                 if group is not None:
-                    # A label that is no rank's stays at -inf: its loss is infinite, not wrong.
-                    label_C1 = label_C1.masked_fill(~here_C1, -torch.inf)
+                    # A label that no rank holds stays at -inf, so its loss is infinite, not wrong.
+                    label_C1 = label_C1.masked_fill(~local_C1, -torch.inf)
                     log_norm_C1, label_C1 = _over_ranks(log_norm_C1, label_C1, group)
                 total += (log_norm_C1 - label_C1).masked_fill(~valid_C1, 0).sum()
                 if not with_gradients:
@@ -145,7 +138,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_CV = softmax_minus_one_hot(logits_CV, log_norm_C1, labels_C1, valid_C1)
                 grad_hidden[chunk] = grad_CV @ weight
                 if group is not None:
-                    # Summed over the words of all ranks, under the next chunk's matmuls.
+                    # Summed over ranks under the next chunk's matmuls.
                     sums.append(dist.all_reduce(grad_hidden[chunk], group=group, async_op=True))
                 grad_weight += grad_CV.T @ hidden_CD
             for pending in sums:
@@ -157,11 +150,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_total):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        wanted_hidden, wanted_weight = ctx.needs_input_grad[:2]
-        scaled_hidden = grad_hidden * grad_total.to(grad_hidden.dtype) if wanted_hidden else None
-        scaled_weight = grad_weight * grad_total.to(grad_weight.dtype) if wanted_weight else None
-        return scaled_hidden, scaled_weight, None, None, None, None, None, None, None
+        scaled = [
+            grad * grad_total.to(grad.dtype) if needed else None
+            for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        ]
+        return *scaled, None, None
 
 
 def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -173,12 +166,11 @@ def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
 def _over_ranks(
     log_norm_C1: Tensor, label_C1: Tensor, group: ProcessGroup
 ) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp and the label's logit over the words of all ranks, the same bits on each."""
-    mine_C2 = torch.cat([log_norm_C1, label_C1], 1)
-    gathered, work = all_gather_flat(mine_C2.flatten(), group)
+    """Log-sum-exp and the label's logit over the full vocabulary, the same bits on every rank."""
+    local_C2 = torch.cat([log_norm_C1, label_C1], 1)
+    gathered, work = all_gather_flat(local_C2.flatten(), group)
     work.wait()
-    everyone_RC2 = gathered.view(group.size(), *mine_C2.shape)
-    norms_RC1, labels_RC1 = everyone_RC2.split(1, dim=2)
+    norms_RC1, labels_RC1 = gathered.view(group.size(), *local_C2.shape).split(1, dim=2)
     return torch.logsumexp(norms_RC1, 0), labels_RC1.amax(0)
 
 
@@ -191,12 +183,12 @@ def _log_norm_and_label(logits_CV: Tensor, labels_C1: Tensor) -> tuple[Tensor, T
 def _softmax_minus_one_hot(
     logits_CV: Tensor, log_norm_C1: Tensor, labels_C1: Tensor, valid_C1: Tensor
 ) -> Tensor:
-    """The gradient of a chunk's loss in its logits, which it may overwrite; zero where a label is
-    ignored, whatever the logits are (inf * 0 would be NaN)."""
+    """The gradient of a chunk's loss with respect to its logits, which it may overwrite; zero where
+    a label is ignored, whatever the logits are (inf * 0 would be NaN)."""
     grad_CV = logits_CV.to(log_norm_C1.dtype).sub_(log_norm_C1).exp_()
-    # A comparison and not a scatter, which would stand between two fused kernels.
-    words_V = torch.arange(logits_CV.shape[1], device=logits_CV.device)
-    grad_CV.add_(words_V == labels_C1, alpha=-1)
+    # A comparison, because a scatter would split the fused kernel in two.
+    rows_V = torch.arange(logits_CV.shape[1], device=logits_CV.device)
+    grad_CV.add_(rows_V == labels_C1, alpha=-1)
     return grad_CV.masked_fill_(~valid_C1, 0).to(logits_CV.dtype)
 
 

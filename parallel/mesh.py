@@ -1,8 +1,8 @@
-"""How the ranks of a job are laid out: one mesh of dp_replicate x dp_shard x cp x tp.
+"""The ranks of a job as one mesh of dp_replicate x dp_shard x cp x tp.
 
-The sequence (cp) is cut over neighbouring ranks, so its ring stays inside a node where it can;
-data parallelism takes the outer axes. `ParallelDims` is numbers alone and opens no socket;
-`build_mesh` makes the `DeviceMesh` once the process group is up.
+A sequence is sharded over neighbouring ranks (cp), so that its ring stays inside a node where
+possible; data parallelism takes the outer axes. `ParallelDims` holds numbers only and opens no
+socket; `build_mesh` makes the `DeviceMesh` once the process group is up.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ __all__ = [
     "MESH_AXES",
     "ParallelDims",
     "build_mesh",
+    "full_tensor",
     "gradient_group",
     "sharding_mesh",
-    "whole",
 ]
 
 MESH_AXES = ("dp_replicate", "dp_shard", "cp", "tp")
@@ -36,14 +36,14 @@ class ParallelDims:
     """The degree of each mesh axis; their product is the number of ranks.
 
     Attributes:
-        dp_replicate: replicas of the whole model, each on its own sequences.
+        dp_replicate: replicas of the full model, each on its own sequences.
         dp_shard: ranks that share one copy of the weights, each on its own sequences.
-        cp: ranks over which one sequence is cut.
-        tp: ranks over which one layer is cut.
+        cp: ranks over which one sequence is sharded.
+        tp: ranks over which one layer is sharded.
         world_size: ranks of the job.
 
     Raises:
-        ValueError: a degree below 1, or a product that is not world_size; the sentence holds the
+        ValueError: a degree below 1, or a product that is not world_size; the message shows the
             equation with its numbers.
     """
 
@@ -57,7 +57,7 @@ class ParallelDims:
         for axis, degree in self.degrees.items():
             if degree < 1:
                 raise ValueError(f"degree {axis} is {degree}: it must be at least 1.")
-        if self.dp_replicate * self.dp_shard * self.cp * self.tp != self.world_size:
+        if math.prod(self.degrees.values()) != self.world_size:
             raise ValueError(f"{self.equation}: change a degree or the number of processes.")
 
     @classmethod
@@ -70,10 +70,9 @@ class ParallelDims:
         cp: int = 1,
         tp: int = 1,
     ) -> ParallelDims:
-        """Fill in a degree of -1: what the others leave.
+        """Replace a degree of -1 by the ranks that the others leave.
 
-        Of several at -1, cp takes what is left if it is one of them, else dp_replicate does; the
-        others are 1.
+        Of several, cp takes them if it is one of these, else dp_replicate; the rest become 1.
         """
         degrees = dict(zip(MESH_AXES, (dp_replicate, dp_shard, cp, tp), strict=True))
         for axis, degree in degrees.items():
@@ -107,16 +106,14 @@ class ParallelDims:
 
     @property
     def equation(self) -> str:
-        """The degrees and what they must multiply to, with numbers."""
-        product = self.dp_replicate * self.dp_shard * self.cp * self.tp
+        """The degrees, their product and, if it differs, the world size it should equal."""
+        product = math.prod(self.degrees.values())
         terms = " x ".join(f"{axis} {degree}" for axis, degree in self.degrees.items())
-        sign = "=" if product == self.world_size else "!="
-        return f"{terms} = {product} {sign} {self.world_size} processes".replace(
-            f"= {product} = ", "= "
-        )
+        wrong = "" if product == self.world_size else f" != {self.world_size}"
+        return f"{terms} = {product}{wrong} processes"
 
     def dp_rank(self, rank: int) -> int:
-        """Which of the `dp` streams of sequences a global rank reads."""
+        """Index, among the `dp`, of the sequences that a global rank reads."""
         return rank // (self.cp * self.tp)
 
 
@@ -126,29 +123,28 @@ def build_mesh(dims: ParallelDims, device_type: str) -> DeviceMesh:
 
 
 def gradient_group(mesh: DeviceMesh) -> ProcessGroup:
-    """The ranks whose gradients belong to the same weights: dp_replicate x dp_shard x cp.
+    """The ranks over which a weight's gradient is summed: dp_replicate x dp_shard x cp.
 
-    A rank of the cp axis sees other tokens of the same sequence, which makes it one more data
-    rank as far as gradients are concerned.
+    A cp rank sees other tokens of the same sequence, so for gradients it is one more data rank.
     """
     return mesh["dp_replicate", "dp_shard", "cp"]._flatten("dp_cp").get_group()
 
 
 def sharding_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """What weights are cut over: dp_shard x cp as one axis; before it dp_replicate, if above 1.
+    """The mesh that shards weights: dp_shard x cp as one axis; before it dp_replicate, if above 1.
 
-    Without cp in it, every rank of a sequence would hold the same weights once more.
+    Without cp, every rank of a sequence would hold a copy of the same weights.
     """
     sharded = mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
     if mesh["dp_replicate"].size() == 1:
         return sharded
     with warnings.catch_warnings():
-        # torch 2.11 to 2.13 serve it and advise against it, without another public way.
+        # torch 2.11 to 2.13 warn about it and have no other public way.
         warnings.filterwarnings("ignore", "Slicing a flattened dim")
         return mesh["dp_replicate", "dp_shard_cp"]
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that is cut or partial over ranks, gathered or summed, on all of them; others as
-    they are. All ranks of its mesh must call together."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A DTensor's shards gathered, or its partial values summed, on every rank of its mesh, which
+    must all call; plain tensors unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

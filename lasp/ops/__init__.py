@@ -27,14 +27,13 @@ def step(q, k, v, state, log_decay, *, scale):
     return module.step(q, k, v, state, log_decay, scale=scale)
 
 
-def segment_states_shape(k, v, cu_seqlens, with_total) -> tuple[int, ...]:
+def segment_states_shape(k, v, cu_seqlens) -> tuple[int, ...]:
     """The shape of the segment states that `chunk_states` returns, (0,) for none, for tracing."""
     if not k.is_cuda:
         return (0,)
     # How a sequence is divided depends on its length: a traced graph is of one length.
-    shape = tuple(map(int, k.shape))
-    num_documents = None if cu_seqlens is None else int(cu_seqlens.shape[0]) - 1
-    return _triton().segment_states_shape(shape, int(v.shape[-1]), num_documents)
+    sizes = tuple(map(int, k.shape))
+    return _triton().segment_states_shape(sizes, int(v.shape[-1]), cu_seqlens is not None)
 
 
 def send_recv_state(*args, **options):
@@ -46,7 +45,9 @@ def send_recv_state(*args, **options):
 def _triton() -> ModuleType:
     try:
         from lasp.ops import triton
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
         raise ImportError(
             "lasp on a GPU needs triton, which comes with torch's CUDA builds: pip install triton."
         ) from error

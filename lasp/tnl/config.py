@@ -1,4 +1,4 @@
-"""The numbers that define a TransNormerLLM, and what follows from them: parameters, FLOPs."""
+"""The configuration of a TransNormerLLM, and its parameter and FLOP counts."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ class TNLConfig:
 
     Attributes:
         vocab_size: rows of the embedding, which is also the output head.
-        dim: width d of the residual stream, and of all heads of the token mixer together.
-        num_layers: blocks.
+        dim: width d of the residual stream, and of all heads of the token mixer.
+        num_layers: number of blocks.
         num_heads: heads H of the token mixer; dim / num_heads is the head dimension D.
         glu_dim: inner width of the channel mixer.
         activation: "silu" or "none", on queries and keys only.
-        lrpe_layers: the layers (from 0) whose queries and keys carry positions; released: (0,). It
-            says nothing about softmax layers, which have RoPE.
+        lrpe_layers: the layers (from 0) whose queries and keys get LRPE positions; (0,) in released
+            models. Softmax layers ignore it: they have RoPE.
         layer_types: "L" for a linear, "S" for a softmax layer, from the first layer on; repeated
             until there are num_layers. The released models are "L"; "LLLLLLLS" is a hybrid.
         num_key_value_heads: heads of the keys and values in softmax layers, a divisor of num_heads;
             None: num_heads.
-        rope_base: of the softmax layers' RoPE.
+        rope_base: base of RoPE in softmax layers.
         scale_embedding: multiply embeddings by sqrt(dim).
         norm_eps: added to the mean square in every norm.
         init_std: standard deviation of the initial weights.
-        pad_token_id: its embedding starts as zero and learns nothing from look-ups; None: no such
-            token.
+        pad_token_id: token whose embedding starts as zero and gets no gradient from look-ups;
+            None: no such token.
     """
 
     vocab_size: int = 64000
@@ -50,7 +50,7 @@ class TNLConfig:
     rope_base: float = 10000.0
 
     def __post_init__(self) -> None:
-        # A config read from TOML or JSON brings a list.
+        # A config from TOML or JSON has a list.
         object.__setattr__(self, "lrpe_layers", tuple(self.lrpe_layers))
         for name in ("vocab_size", "dim", "num_layers", "num_heads", "glu_dim"):
             value = getattr(self, name)
@@ -102,8 +102,8 @@ class TNLConfig:
             )
         if self.num_softmax_layers and self.head_dim % 2:
             raise ValueError(
-                f"a head has {self.head_dim} values: RoPE in softmax layers turns pairs of them, "
-                "so it must be an even number."
+                f"a head has {self.head_dim} values: RoPE in softmax layers rotates pairs of "
+                "them, so it must be an even number."
             )
 
     @classmethod
@@ -128,11 +128,11 @@ class TNLConfig:
 
     @property
     def kv_dim(self) -> int:
-        """Values of all heads together of one key in a softmax layer."""
+        """Values of all heads of one key in a softmax layer."""
         return (self.num_key_value_heads or self.num_heads) * self.head_dim
 
     def is_softmax(self, layer: int) -> bool:
-        """Whether a layer's token mixer is softmax attention."""
+        """True if a layer's token mixer is softmax attention."""
         return self.layer_types[layer % len(self.layer_types)] == "S"
 
     @property
@@ -140,11 +140,11 @@ class TNLConfig:
         return sum(self.is_softmax(layer) for layer in range(self.num_layers))
 
     def uses_lrpe(self, layer: int) -> bool:
-        """Whether a layer is linear and its queries and keys carry positions."""
+        """True if a layer is linear and its queries and keys get LRPE positions."""
         return layer in self.lrpe_layers and not self.is_softmax(layer)
 
     def key_dim(self, layer: int) -> int:
-        """Values per head of the queries and keys as attended to: 2D where LRPE doubles them."""
+        """Values per head of the queries and keys in attention: 2D with LRPE, else D."""
         return self.head_dim * (2 if self.uses_lrpe(layer) else 1)
 
     def num_parameters(self) -> int:
@@ -160,13 +160,13 @@ class TNLConfig:
                 + sum over softmax layers and heads of 4 * D * (seq_len + 1) / 2,
         where K is the layer's key dimension: 2KD to add k v^T to the state and 2KD to read q S.
         That is the recurrent form; the extra work of a chunked kernel is not counted. In a softmax
-        layer a token meets on average (seq_len + 1) / 2 keys, 2D for each score and 2D for each
-        value; a kernel's recomputation in the backward is not counted. Training is 3 times the
+        layer a token attends to (seq_len + 1) / 2 keys on average, at 2D for each score and 2D for
+        each value; recomputation in a kernel's backward is not counted. Training is 3 times the
         forward.
 
         Args:
-            seq_len: tokens of a sequence, for the softmax layers. None leaves out what grows with
-                it (packed documents of unknown lengths).
+            seq_len: tokens of a sequence, for the softmax layers. None leaves out the terms that
+                grow with it (packed documents of unknown lengths).
         """
         linear = [layer for layer in range(self.num_layers) if not self.is_softmax(layer)]
         keys = sum(self.key_dim(layer) for layer in linear)

@@ -1,10 +1,10 @@
-"""Weights of the released TransNormerLLM checkpoints, to and from this model's layout.
+"""Weights of the released TransNormerLLM checkpoints, to and from those of this model.
 
-Names and layouts were read in the published PyTorch class (TransnormerForCausalLM, code of the
-385M/1B/7B checkpoints): `qkvu_proj` is split by chunk(4), so its rows are all q, then all k, v, u,
-where ours go head by head; `l1 * l2 -> l3` is our `w1 * w2 -> w3`; `lrpe.theta` is [H, 1, D]; norms
-have no weights; `lm_head` is tied to the embedding. No checkpoint file was read: the tests rebuild
-that class's forward independently and compare logits.
+According to the published PyTorch class (TransnormerForCausalLM, code of the 385M/1B/7B
+checkpoints), `qkvu_proj` is split by chunk(4), so its rows are all q, then all k, v, u, where ours
+are ordered by head; `l1 * l2 -> l3` is our `w1 * w2 -> w3`; `lrpe.theta` is [H, 1, D]; norms have
+no weights; `lm_head` is tied to the embedding. No checkpoint file was read: the tests reimplement
+that class's forward and compare logits.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lasp.tnl.config import TNLConfig
+from lasp.tnl.model import TNL
 
 __all__ = ["config_from_released", "from_released", "to_released"]
 
@@ -25,10 +26,10 @@ _EMBEDDING = "model.embed_tokens.weight"
 def config_from_released(values: Mapping[str, Any]) -> TNLConfig:
     """The TNLConfig of a released `config.json`.
 
-    Keys it lacks take the defaults of the published configuration class.
+    Missing keys take the defaults of the published configuration class.
 
     Raises:
-        ValueError: a variant that this model does not have (biases, other norms, inner widths).
+        ValueError: a variant that is not supported (biases, other norms, inner widths).
     """
     dim = values.get("decoder_embed_dim", 1024)
     num_layers = values.get("decoder_layers", 24)
@@ -78,7 +79,7 @@ def from_released(
         ValueError: keys missing, unexpected or of the wrong shape (all are named), a head that
             differs from the embedding, or softmax layers in the config.
     """
-    shapes = _released_shapes(config)
+    released_names, shapes = _names_and_shapes(config)
     missing = sorted(shapes.keys() - state_dict.keys() - {_HEAD})
     extra = sorted(state_dict.keys() - shapes.keys())
     wrong = [
@@ -101,7 +102,7 @@ def from_released(
     if head is not None and not torch.equal(head, state_dict[_EMBEDDING]):
         raise ValueError(f"{_HEAD} differs from {_EMBEDDING}: this model has one tied matrix.")
     converted = {}
-    for ours, theirs in _names(config).items():
+    for ours, theirs in released_names.items():
         tensor = state_dict[theirs]
         if ours.endswith("qkvu_proj.weight"):
             tensor = _swap_blocks(tensor, 4, config.num_heads)
@@ -116,13 +117,13 @@ def to_released(
 ) -> dict[str, torch.Tensor]:
     """The inverse of `from_released`: `TNL(config).state_dict()` under the released names.
 
-    `lm_head.weight` is the embedding's tensor itself; drop it for file formats that refuse shared
-    memory (safetensors), the published class ties it again.
+    `lm_head.weight` is the embedding's tensor itself. Drop it for file formats that refuse shared
+    memory (safetensors): the published class ties it again.
 
     Raises:
         ValueError: keys missing or unexpected.
     """
-    names = _names(config)
+    names, _ = _names_and_shapes(config)
     if names.keys() != state_dict.keys():
         missing, extra = names.keys() - state_dict.keys(), state_dict.keys() - names.keys()
         raise ValueError(
@@ -144,37 +145,20 @@ def _swap_blocks(weight: torch.Tensor, outer: int, inner: int) -> torch.Tensor:
     return weight.unflatten(0, (outer, inner, -1)).transpose(0, 1).flatten(0, 2)
 
 
-def _names(config: TNLConfig) -> dict[str, str]:
-    """This model's parameter names -> the released ones."""
+def _names_and_shapes(config: TNLConfig) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """This model's parameter names -> the released ones, and the shapes by released name."""
     if config.num_softmax_layers:
         raise ValueError(
             f"layer_types is {config.layer_types!r}, but the released models have no softmax "
             'layers: only a model of "L" converts.'
         )
-    names = {"embedding.weight": _EMBEDDING}
-    for i in range(config.num_layers):
-        mine, theirs = f"blocks.{i}.", f"model.layers.{i}."
-        for name in ("qkvu_proj", "out_proj"):
-            names[f"{mine}token_mixer.{name}.weight"] = f"{theirs}token_mixer.{name}.weight"
-        if i in config.lrpe_layers:
-            names[f"{mine}token_mixer.lrpe.theta"] = f"{theirs}token_mixer.lrpe.theta"
-        for j in (1, 2, 3):
-            names[f"{mine}channel_mixer.w{j}.weight"] = f"{theirs}channel_mixer.l{j}.weight"
-    return names
-
-
-def _released_shapes(config: TNLConfig) -> dict[str, tuple[int, ...]]:
-    d, g = config.dim, config.glu_dim
-    by_ending = {
-        "embed_tokens.weight": (config.vocab_size, d),
-        "qkvu_proj.weight": (4 * d, d),
-        "out_proj.weight": (d, d),
-        "lrpe.theta": (config.num_heads, 1, config.head_dim),
-        "l1.weight": (g, d),
-        "l2.weight": (g, d),
-        "l3.weight": (d, g),
+    with torch.device("meta"):
+        parameters = TNL(config).state_dict()
+    names = {
+        name: name.replace("embedding.", "model.embed_tokens.")
+        .replace("blocks.", "model.layers.")
+        .replace("channel_mixer.w", "channel_mixer.l")
+        for name in parameters
     }
-    shapes = {_HEAD: (config.vocab_size, d)}
-    for name in _names(config).values():
-        shapes[name] = next(shape for end, shape in by_ending.items() if name.endswith(end))
-    return shapes
+    shapes = {theirs: tuple(parameters[ours].shape) for ours, theirs in names.items()}
+    return names, shapes | {_HEAD: shapes[_EMBEDDING]}

@@ -1,19 +1,16 @@
-"""Decoding with a state of constant size: no cache that grows, no limit on the length.
+"""Generation with a state of constant size: no growing cache, no limit on the length.
 
-(In a hybrid each softmax layer's part of the state is its keys and values, which do grow.)
+(In a hybrid, the keys and values of the softmax layers do grow.)
 
 Shapes: B batch, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 
-if TYPE_CHECKING:
-    from lasp.tnl.model import TNL, TNLState
+from lasp.tnl.model import TNL, TNLState
 
 __all__ = ["generate", "prefill", "sample"]
 
@@ -37,13 +34,13 @@ def generate(
         model: in any dtype, on the device of the prompts.
         prompt_tokens: integers [B, T], T >= 1.
         max_new_tokens: at most this many tokens are added.
-        temperature: 0 takes the likeliest token; otherwise logits are divided by it and sampled.
-        top_k: sample among the k likeliest only; None: among all.
-        eos_token_id: a sequence that has produced it is filled up with it, and generation ends when
-            every sequence has.
-        padding_mask: bool [B, T], False where a prompt is padded. Pad on the *left*: padding before
-            the first token leaves no trace at all. Not for models with softmax layers.
-        generator: for the samples, on the model's device; None: torch's global one.
+        temperature: 0 takes the most likely token; otherwise divides the logits before sampling.
+        top_k: sample from the k most likely tokens; None: from all.
+        eos_token_id: a sequence that has produced it is padded with it; generation ends when every
+            sequence has.
+        padding_mask: bool [B, T], False where a prompt is padded. Pad on the left: padding before
+            the first token has no effect on the result. Not for models with softmax layers.
+        generator: for sampling, on the model's device; None: torch's global one.
         prefill_chunk: tokens of the prompt read at a time; bounds memory, does not change results.
 
     Raises:
@@ -53,19 +50,19 @@ def generate(
     if max_new_tokens == 0:
         return prompt_tokens
     logits, states = prefill(model, prompt_tokens, padding_mask, chunk=prefill_chunk)
-    pieces = [prompt_tokens]
+    generated = [prompt_tokens]
     finished = torch.zeros(len(prompt_tokens), dtype=torch.bool, device=prompt_tokens.device)
     for count in range(1, max_new_tokens + 1):
         token = sample(logits, temperature, top_k, generator).to(prompt_tokens.dtype)
         if eos_token_id is not None:
             token = token.masked_fill(finished, eos_token_id)
             finished = finished | (token == eos_token_id)
-        pieces.append(token[:, None])
+        generated.append(token[:, None])
         if count == max_new_tokens or (eos_token_id is not None and bool(finished.all())):
             break
         logits, states = model(token[:, None], states=states, return_states=True)
         logits = logits[:, -1]
-    return torch.cat(pieces, dim=1)
+    return torch.cat(generated, dim=1)
 
 
 def prefill(
@@ -76,7 +73,7 @@ def prefill(
     chunk: int = 2048,
     states: TNLState | None = None,
 ) -> tuple[torch.Tensor, TNLState]:
-    """Read tokens [B, T], T >= 1, in chunks: the last token's logits [B, V], and the state."""
+    """Read tokens [B, T], T >= 1, in chunks; the last token's logits [B, V] and the state."""
     for start in range(0, tokens.shape[1], chunk):
         part = slice(start, start + chunk)
         hidden, states = model(
@@ -103,6 +100,10 @@ def sample(
         smallest = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, float("-inf"))
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(-1)
+
+
+# So that `model.generate(...)` works, without `lasp.tnl.model` importing this module.
+TNL.generate = generate
 
 
 def _check(prompt_tokens, max_new_tokens, temperature, top_k, prefill_chunk) -> None:

@@ -1,12 +1,13 @@
-"""The two mixers of TransNormerLLM and the block that joins them.
+"""The layers of TransNormerLLM: the norm, the two token mixers, the channel mixer, and the block.
 
-Shapes: B batch, T tokens of this shard, d model width, H heads *held here* (all of them, or 1/tp),
-D head dim, K key dim (2D in the layers with LRPE), G inner width of the channel mixer.
+Shapes: B batch, T tokens of this shard, d model width, H heads held here (all of them, or 1/tp) and
+G key heads held here, D head dim, K key dim (2D in the layers with LRPE), S tokens of the past.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +15,31 @@ from torch import nn
 
 import lasp
 from lasp.shard import SequenceShard
+from lasp.softmax_attention import gather_past
 from lasp.tnl.config import TNLConfig
-from lasp.tnl.lrpe import LRPE
-from lasp.tnl.norm import SRMSNorm
-from lasp.tnl.softmax import SoftmaxAttention
+from lasp.tnl.positions import LRPE, apply_rope
 
-__all__ = ["SGLU", "GatedLinearAttention", "TNLBlock"]
+__all__ = ["SGLU", "GatedLinearAttention", "SRMSNorm", "SoftmaxAttention", "TNLBlock"]
+
+
+class SRMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) over the last dim, without weight or bias.
+
+    arXiv 2405.17381 eq. 14; `eps` is the released code's, the paper has none. x [..., dim] of any
+    floating dtype -> the same shape and dtype; the mean square of 16-bit input is taken in float32.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.dim = dim
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Autocast may return float32: without the cast, everything downstream doubles in size.
+        return F.rms_norm(x, (self.dim,), eps=self.eps).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, eps={self.eps}"
 
 
 class GatedLinearAttention(nn.Module):
@@ -29,7 +49,7 @@ class GatedLinearAttention(nn.Module):
     all heads together, replaces both.
 
     The rows of `qkvu_proj` are ordered head by head, and within a head q, k, v, u: a contiguous
-    range of rows is a range of whole heads, so that tensor parallelism is a plain chunking.
+    range of rows is a range of whole heads, so tensor parallelism can shard it by rows.
 
     Args:
         config: the model's.
@@ -54,6 +74,7 @@ class GatedLinearAttention(nn.Module):
         x: torch.Tensor,
         shard: SequenceShard,
         position: int = 0,
+        *,
         state: torch.Tensor | None = None,
         return_state: bool = False,
         padding_mask: torch.Tensor | None = None,
@@ -63,11 +84,12 @@ class GatedLinearAttention(nn.Module):
 
         Args:
             shard: where x lies in the sequence, and the group that holds the rest.
-            position: of x's first token, counted from the beginning of everything the state saw.
+            position: of x's first token, counted from the first token that the state has seen.
             state: [N, H, K, D] float32 before the first token of the global sequence, on the first
                 rank (of packed documents on all); None: zero.
             padding_mask: bool [B, T], False where a token is padding. Padding adds nothing to the
-                state (its v is zeroed); the decay runs on through it, as in the released code.
+                state (its v is zeroed); it decays the state like any token, as in the released
+                code.
             cu_seqlens: packed documents, as in `lasp.lightning_attention`.
         """
         qkvu = self.qkvu_proj(x).unflatten(-1, (-1, 4, self.head_dim))
@@ -75,23 +97,12 @@ class GatedLinearAttention(nn.Module):
         if self.config.activation == "silu":
             q, k = F.silu(q), F.silu(k)
         if self.lrpe is not None:
-            q, k = self._with_positions(q, k, shard, position)
+            q, k = self.lrpe(q, k, *(start for start, _ in _positions(shard, position)))
         if padding_mask is not None:
             v = v.masked_fill(~padding_mask[:, :, None, None], 0)
         o, state = self._attend(q, k, v, shard, state, return_state, cu_seqlens)
         o = self.norm(o.flatten(-2)).unflatten(-1, (-1, self.head_dim))
         return self.out_proj((u * o).flatten(-2)), state
-
-    def _with_positions(self, q, k, shard, position):
-        """LRPE of the shard's tokens, which in zigzag are two ranges of the sequence."""
-        if shard.layout == "contiguous":
-            return self.lrpe(q, k, position)
-        past, half = position - shard.start, q.shape[1] // 2
-        parts = [
-            self.lrpe(q.narrow(1, row, half), k.narrow(1, row, half), past + start)
-            for row, (start, _) in zip((0, half), shard.ranges, strict=True)
-        ]
-        return tuple(torch.cat(each, dim=1) for each in zip(*parts, strict=True))
 
     def _attend(self, q, k, v, shard, state, return_state, cu_seqlens):
         """One recurrent step where there is one token and a state, else the parallel operator."""
@@ -112,16 +123,16 @@ class GatedLinearAttention(nn.Module):
             group=shard.group,
             exchange=shard.exchange,
             layout=shard.layout,
-            # They matter to packed documents only.
+            # Only packed documents need them.
             shard_lengths=None if cu_seqlens is None else shard.lengths,
         )
         return result if return_state else (result, None)
 
     def keep_heads(self, heads: slice) -> None:
-        """Reduce the decay and the LRPE rates to the given heads (tensor parallelism).
+        """Drop the decays and LRPE rates of all but the given heads (tensor parallelism).
 
-        The projections and the norm are the caller's to shard: the norm's mean square is over the
-        heads of all ranks.
+        The caller shards the projections, and replaces the norm: its mean square is over the heads
+        of all ranks.
         """
         if self.lrpe is not None:
             self.lrpe.keep_heads(heads)
@@ -140,11 +151,77 @@ class GatedLinearAttention(nn.Module):
         return self
 
 
+class SoftmaxAttention(nn.Module):
+    """The token mixer of a hybrid's softmax layers: y = W_o softmax_attention(RoPE(q), RoPE(k), v).
+
+    Causal, scores scaled by 1/sqrt(D), without gate or norm, as in LASP-2H (arXiv 2502.07563). Key
+    head g serves H / G query heads.
+
+    The rows of `kv_proj` are ordered head by head, and within a head k, v, as in
+    `GatedLinearAttention`.
+    """
+
+    def __init__(self, config: TNLConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(config.dim, config.dim, bias=False)
+        self.kv_proj = nn.Linear(config.dim, 2 * config.kv_dim, bias=False)
+        self.out_proj = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        shard: SequenceShard,
+        position: int = 0,
+        *,
+        state: torch.Tensor | None = None,
+        return_state: bool = False,
+        padding_mask: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x [B, T, d] -> (y [B, T, d], keys and values for the next token or None).
+
+        Args:
+            shard, position, cu_seqlens: as in `GatedLinearAttention`.
+            state: keys and values [2, B, S, G, D] of the tokens before the global sequence, in the
+                dtype of the projections, on the first rank; None: there are none. With a group,
+                every rank gets those of all tokens up to its last, and no gradient flows through
+                them.
+            padding_mask: None (`TNL` refuses padding in softmax layers).
+        """
+        assert padding_mask is None
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
+        k, v = self.kv_proj(x).unflatten(-1, (-1, 2, self.head_dim)).unbind(dim=-2)
+        ranges = _positions(shard, position)
+        q, k = (apply_rope(each, ranges, self.config.rope_base) for each in (q, k))
+        if state is not None:
+            k, v = torch.cat((state[0], k), dim=1), torch.cat((state[1], v), dim=1)
+        sharding = dict(group=shard.group, layout=shard.layout)
+        if shard.lengths is not None:
+            # The first rank also holds the past.
+            past = position - shard.start
+            sharding["shard_lengths"] = (past + shard.lengths[0], *shard.lengths[1:])
+        o = lasp.softmax_attention(q, k, v, cu_seqlens=cu_seqlens, **sharding)
+        if not return_state:
+            state = None
+        elif shard.group is None:
+            state = torch.stack((k, v))
+        else:
+            state = gather_past(k, v, **sharding)
+        return self.out_proj(o.flatten(-2)), state
+
+
+def _positions(shard: SequenceShard, position: int) -> tuple[tuple[int, int], ...]:
+    """[start, stop) positions of each chunk of the shard, if its first token is at `position`."""
+    past = position - shard.start
+    return tuple((past + start, past + stop) for start, stop in shard.ranges)
+
+
 class SGLU(nn.Module):
     """The channel mixer: y = W3(W1 x * W2 x), without activation (arXiv 2405.17381 eq. 12).
 
-    x [B, T, d] -> [B, T, d]. W1 and W2 [G, d] are two matrices, not one: each can be cut by rows
-    for tensor parallelism.
+    x [B, T, d] -> [B, T, d]. W1 and W2 are two matrices, not one: each can be sharded by rows.
     """
 
     def __init__(self, config: TNLConfig) -> None:
@@ -158,33 +235,22 @@ class SGLU(nn.Module):
 
 
 class TNLBlock(nn.Module):
-    """x + mixer(norm(x)), then x + SGLU(norm(x)). Arguments and results are the token mixer's:
-    linear attention, or softmax attention in a hybrid's softmax layers."""
+    """x + mixer(norm(x)), then x + SGLU(norm(x)), where the mixer is the layer's token mixer."""
 
     def __init__(self, config: TNLConfig, layer: int) -> None:
         super().__init__()
         self.token_norm = SRMSNorm(config.dim, config.norm_eps)
-        self.token_mixer = (
-            SoftmaxAttention(config)
-            if config.is_softmax(layer)
-            else GatedLinearAttention(config, layer)
-        )
+        if config.is_softmax(layer):
+            self.token_mixer = SoftmaxAttention(config)
+        else:
+            self.token_mixer = GatedLinearAttention(config, layer)
         self.channel_norm = SRMSNorm(config.dim, config.norm_eps)
         self.channel_mixer = SGLU(config)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        shard: SequenceShard,
-        position: int = 0,
-        state: torch.Tensor | None = None,
-        return_state: bool = False,
-        padding_mask: torch.Tensor | None = None,
-        cu_seqlens: torch.Tensor | None = None,
+        self, x: torch.Tensor, shard: SequenceShard, position: int = 0, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x [B, T, d] -> (y [B, T, d], state or None), as `GatedLinearAttention.forward`."""
-        mixed, state = self.token_mixer(
-            self.token_norm(x), shard, position, state, return_state, padding_mask, cu_seqlens
-        )
+        """x [B, T, d] -> (y [B, T, d], state or None); arguments are those of the token mixer."""
+        mixed, state = self.token_mixer(self.token_norm(x), shard, position, **options)
         x = x + mixed
         return x + self.channel_mixer(self.channel_norm(x)), state

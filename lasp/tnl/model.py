@@ -1,13 +1,15 @@
 """TransNormerLLM as one plain nn.Module.
 
 Shapes: B batch, T tokens of this shard, d model width, V vocabulary; N sequences (B, or packed
-documents), H heads, K key dim, D head dim.
+documents), H heads, G key heads, K key dim, D head dim, S tokens of the past.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,22 +17,20 @@ from torch import nn
 
 from lasp.shard import SequenceShard
 from lasp.tnl.config import TNLConfig
-from lasp.tnl.generation import generate
-from lasp.tnl.layers import TNLBlock
-from lasp.tnl.norm import SRMSNorm
+from lasp.tnl.layers import SRMSNorm, TNLBlock
+from lasp.tnl.positions import LRPE
 
 __all__ = ["TNL", "TNLState"]
 
 
 @dataclass
 class TNLState:
-    """All a TNL remembers of the tokens it has read: constant in size, whatever their number, but
-    for a hybrid's softmax layers.
+    """What a TNL keeps of the tokens it has read; of constant size, except in softmax layers.
 
     Attributes:
-        layers: one per layer: [N, H, K, D] float32 of a linear one, keys and values [2, B, tokens,
-            heads of keys, D] of a softmax one.
-        position: tokens read; where the next one's LRPE angle continues.
+        layers: one entry per layer: [N, H, K, D] float32 for a linear one, keys and values
+            [2, B, S, G, D] for a softmax one.
+        position: tokens read so far, which is the position of the next token.
     """
 
     layers: list[torch.Tensor]
@@ -46,6 +46,9 @@ class TNL(nn.Module):
     `to_empty(device=...)` and then `init_weights()` or a `load_state_dict()`.
     """
 
+    # `lasp.tnl.generate` as a method; `lasp.tnl.generation` sets it.
+    generate: ClassVar[Callable[..., torch.Tensor]]
+
     def __init__(self, config: TNLConfig) -> None:
         super().__init__()
         self.config = config
@@ -56,14 +59,13 @@ class TNL(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw all weights from N(0, init_std) (torch's global generator); LRPE rates to their
-        ladder; the padding token's row, where the config names one, to zero."""
+        """Draw all weights from N(0, init_std) with torch's global generator, reset LRPE rates, and
+        zero the padding token's embedding if the config has one."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=self.config.init_std)
-        for block in self.blocks:
-            if block.token_mixer.lrpe is not None:
-                block.token_mixer.lrpe.reset_parameters()
+            elif isinstance(module, LRPE):
+                module.reset_parameters()
         if self.config.pad_token_id is not None:
             self.embedding.weight[self.config.pad_token_id].zero_()
 
@@ -88,15 +90,16 @@ class TNL(nn.Module):
         Args:
             tokens: integers [B, T], below vocab_size. T may be 0 on a rank without tokens.
             shard: which tokens of the global sequence these are, and the group that holds the rest;
-                None: the whole sequence.
-            states: what was read before the global sequence. Its `position` must be the same on all
-                ranks of the shard's group; its tensors are used on the first rank, or with
-                cu_seqlens, one per document, on every rank on which documents begin. (Positions
-                count along the row: with LRPE only the first can continue what was read before.)
-            return_states: also return the `TNLState` after this shard's last token; the last rank's
-                is that of the whole sequence, with cu_seqlens that of every document which ends
+                None: the full sequence.
+            states: the state before the global sequence. Its `position` must be the same on all
+                ranks of the shard's group. Its tensors are used on the first rank; with cu_seqlens
+                they have one entry per document and are used on every rank on which a document
+                begins. (Positions count along the row: with LRPE only the first document can
+                continue an earlier one.)
+            return_states: also return the `TNLState` after this shard's last token. The last rank's
+                is that of the full sequence; with cu_seqlens, that of every document that ends
                 there.
-            return_hidden: return the normed hidden states [B, T, d] in place of the logits, for a
+            return_hidden: return the normed hidden states [B, T, d] instead of the logits, for a
                 loss that never forms all logits: logits = hidden @ model.head_weight.T.
             padding_mask: bool [B, T], False where a token is padding: it adds nothing to the state.
             cu_seqlens: packed documents, as in `lasp.lightning_attention` (B must be 1).
@@ -105,38 +108,43 @@ class TNL(nn.Module):
             ValueError: shapes that do not fit each other, the shard or the config.
         """
         shard = self._check(tokens, shard, states, padding_mask)
-        if self.config.num_softmax_layers:
-            with_states = states is not None or return_states
-            _refuse_in_hybrid(padding_mask is not None, cu_seqlens is not None and with_states)
+        if self.config.num_softmax_layers and padding_mask is not None:
+            raise ValueError(
+                "padding_mask is given, but softmax layers do not support padding: pass sequences "
+                "of equal length (generate from prompts of different lengths one by one), or pack "
+                "them with cu_seqlens."
+            )
+        with_states = states is not None or return_states
+        if self.config.num_softmax_layers and cu_seqlens is not None and with_states:
+            raise ValueError(
+                "cu_seqlens is given together with states, but softmax layers keep the past of a "
+                "row, not of each document: pass documents as rows."
+            )
         position = shard.start + (0 if states is None else states.position)
-        entering = [None] * len(self.blocks)
-        # Packed documents begin on any rank; the operator reads the states of those that do.
+        states_in = [None] * len(self.blocks)
+        # Documents may begin on any rank; the operator uses the states of those that begin here.
         if states is not None and (shard.is_first or cu_seqlens is not None):
-            entering = states.layers
+            states_in = states.layers
         if padding_mask is not None:
             padding_mask = padding_mask.bool()
+        options = dict(return_state=return_states, padding_mask=padding_mask, cu_seqlens=cu_seqlens)
 
         x = self.embedding(tokens)
         if self.config.scale_embedding:
             x = x * math.sqrt(self.config.dim)
-        # (On "meta" there is no autocast to ask for.)
+        # ("meta" has no autocast.)
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-            # The residual stream in the dtype of the products, as it is in a model of that dtype:
-            # every norm and every saved input of a block moves half the bytes.
+            # The residual stream in the dtype of the matmuls, as in a model of that dtype: every
+            # norm and every saved block input moves half the bytes.
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        leaving = []
-        for block, state in zip(self.blocks, entering, strict=True):
-            x, state = block(x, shard, position, state, return_states, padding_mask, cu_seqlens)
-            leaving.append(state)
+        states_out = []
+        for block, state in zip(self.blocks, states_in, strict=True):
+            x, state = block(x, shard, position, state=state, **options)
+            states_out.append(state)
         x = self.final_norm(x)
         out = x if return_hidden else F.linear(x, self.head_weight)
-        read = position - shard.start + shard.ranges[-1][1]
-        return (out, TNLState(leaving, read)) if return_states else out
-
-    @torch.no_grad()
-    def generate(self, prompt_tokens: torch.Tensor, max_new_tokens: int, **options) -> torch.Tensor:
-        """Continue prompts; see `lasp.tnl.generation.generate` for the options."""
-        return generate(self, prompt_tokens, max_new_tokens, **options)
+        end = position - shard.start + shard.ranges[-1][1]
+        return (out, TNLState(states_out, end)) if return_states else out
 
     def _check(self, tokens, shard, states, padding_mask) -> SequenceShard:
         if tokens.ndim != 2 or tokens.is_floating_point():
@@ -147,7 +155,7 @@ class TNL(nn.Module):
         shard = SequenceShard.whole(tokens.shape[1]) if shard is None else shard
         if shard.length != tokens.shape[1]:
             raise ValueError(
-                f"{tokens.shape[1]} tokens were given, but the shard owns tokens "
+                f"{tokens.shape[1]} tokens were given, but the shard holds tokens "
                 f"{shard.ranges} of {shard.total}: pass shard.take(tokens)."
             )
         if padding_mask is not None and padding_mask.shape != tokens.shape:
@@ -160,26 +168,12 @@ class TNL(nn.Module):
                 f"states has {len(states.layers)} layers and this model {len(self.blocks)}: "
                 "pass the states that this model returned."
             )
-        # Over ranks the operator compares lengths, and raises on all of them.
+        # With a group the operator compares the lengths and raises on every rank.
         if states is not None and shard.group is None:
             for layer, state in enumerate(states.layers):
                 if self.config.is_softmax(layer) and state.shape[2] != states.position:
                     raise ValueError(
-                        f"states.position is {states.position}, but layer {layer} remembers "
+                        f"states.position is {states.position}, but layer {layer} holds keys of "
                         f"{state.shape[2]} tokens: pass the states that this model returned."
                     )
         return shard
-
-
-def _refuse_in_hybrid(padding: bool, packed_with_states: bool) -> None:
-    if padding:
-        raise ValueError(
-            "padding_mask is given, but softmax layers know no padding: pass sequences of one "
-            "length (generate from prompts of different lengths one by one), or pack them with "
-            "cu_seqlens."
-        )
-    if packed_with_states:
-        raise ValueError(
-            "cu_seqlens together with states, but softmax layers keep the past of a whole row, not "
-            "of each document: pass documents as rows."
-        )

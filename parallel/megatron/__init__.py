@@ -1,7 +1,7 @@
 """Lightning attention and TNL as parts of a megatron-core model: change the spec, keep the rest.
 
 Needs megatron-core (`pip install -e '.[megatron]'`). Process groups, sharded linear layers, DDP,
-optimizer, checkpoints and pipeline schedules stay Megatron's own.
+optimizer, checkpoints and pipeline schedules remain Megatron's own.
 """
 
 try:
@@ -12,16 +12,15 @@ except ImportError as error:
         "(or pip install megatron-core psutil)."
     ) from error
 
-from parallel.megatron.attention import LaspCoreAttention
-from parallel.megatron.convert import from_megatron, to_megatron
-from parallel.megatron.layout import (
+from parallel.megatron.attention import LaspCoreAttention, LaspSoftmaxAttention
+from parallel.megatron.context_parallel import (
     BatchSplitter,
     ContiguousRotaryEmbedding,
     segments,
     split_batch,
 )
+from parallel.megatron.convert import from_megatron, to_megatron
 from parallel.megatron.norm import HeadsNorm, MegatronSRMSNorm
-from parallel.megatron.softmax import LaspSoftmaxAttention
 from parallel.megatron.specs import (
     get_lasp_gpt_layer_spec,
     get_tnl_block_spec,

@@ -1,7 +1,6 @@
-"""NVIDIA's apex, where it is installed and asked for.
+"""NVIDIA's apex, if it is installed and requested.
 
-Found by its compiled extensions: a package that is merely named apex (PyPI's is another program)
-has none.
+Detected by its compiled extensions: PyPI's package named apex is another program and has none.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import importlib
 
 __all__ = ["EXTENSIONS", "has_apex", "require_apex"]
 
-# What it gives -> the compiled module that does it.
+# Feature -> the compiled extension it needs.
 EXTENSIONS = {
     "FusedRMSNorm": "fused_layer_norm_cuda",
     "gradient accumulation fusion": "fused_weight_gradient_mlp_cuda",
@@ -18,7 +17,7 @@ EXTENSIONS = {
 
 
 def has_apex(feature: str) -> bool:
-    """Whether a feature of `EXTENSIONS` can be used here."""
+    """True if a feature of `EXTENSIONS` can be used here."""
     try:
         importlib.import_module(EXTENSIONS[feature])
     except ImportError:
@@ -27,11 +26,11 @@ def has_apex(feature: str) -> bool:
 
 
 def require_apex(feature: str) -> None:
-    """Raise ValueError, with the way to install it, where a feature is missing."""
+    """Raise ValueError, with installation instructions, if a feature is missing."""
     if not has_apex(feature):
         raise ValueError(
-            f"apex's {feature} is asked for, but its extension {EXTENSIONS[feature]} cannot be "
+            f"apex's {feature} is requested, but its extension {EXTENSIONS[feature]} cannot be "
             "imported. Build NVIDIA's apex: git clone https://github.com/NVIDIA/apex && cd apex && "
             "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation . (the package "
-            "named apex on PyPI is another program). Or do not ask for it: torch's is used then."
+            "named apex on PyPI is another program). Or do not request it: torch's is used then."
         )

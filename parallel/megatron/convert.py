@@ -1,8 +1,8 @@
 """Weights of the native TNL (`lasp.tnl`) to and from those of its Megatron form.
 
-Rows of the fused projection have one order in both, so every matrix is a plain cut per
-tensor-parallel rank; only Megatron's first MLP matrix holds two (w1 above w2) in each rank's part,
-and in softmax layers its projection goes by key head: the queries of a head, its k, its v.
+The rows of the fused projection have the same order in both, so a tensor-parallel shard is a range
+of rows or columns. Two exceptions: Megatron's first MLP matrix holds w1 above w2 in each shard, and
+its projection in softmax layers is ordered by key head: the queries of a head, its k, its v.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ __all__ = ["from_megatron", "to_megatron"]
 
 _EMBEDDING = "embedding.word_embeddings.weight"
 
-# (native name, Megatron name, dim that tensor parallelism cuts) within a layer.
+# (native name, Megatron name, dim that tensor parallelism shards) within a layer.
 _EVERY_LAYER = (
     ("token_mixer.out_proj.weight", "self_attention.linear_proj.weight", 1),
     ("channel_mixer.w3.weight", "mlp.linear_fc2.weight", 1),
 )
 _QKVU = ("token_mixer.qkvu_proj.weight", "self_attention.linear_qkvu.weight", 0)
 _THETA = ("token_mixer.lrpe.theta", "self_attention.lrpe.theta", 0)
-# Of softmax layers.
+# In softmax layers.
 _Q, _KV = "token_mixer.q_proj.weight", "token_mixer.kv_proj.weight"
 _QKV = "self_attention.linear_qkv.weight"
 _GATE = ("channel_mixer.w1.weight", "channel_mixer.w2.weight")
@@ -40,8 +40,8 @@ def to_megatron(
     layers: range | None = None,
     padded_vocab_size: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """`TNL(config).state_dict()` (or gradients by those names) as a tensor-parallel rank's part of
-    a GPTModel with get_tnl_block_spec and tied embeddings.
+    """`TNL(config).state_dict()` (or gradients by those names) as the shard of a tensor-parallel
+    rank, for a GPTModel with get_tnl_block_spec and tied embeddings.
 
     Args:
         layers: those of a pipeline stage, from 0 over the model; None: all.
@@ -53,61 +53,61 @@ def to_megatron(
     rows = padded_vocab_size or config.vocab_size
     _check(config, tp_size, rows)
 
-    def part(tensor, dim):
+    def shard(tensor, dim):
         return tensor.chunk(tp_size, dim)[tp_rank]
 
     embedding = state_dict["embedding.weight"]
     padding = embedding.new_zeros(rows - config.vocab_size, config.dim)
-    embedding = part(torch.cat([embedding, padding]), 0)
+    embedding = shard(torch.cat([embedding, padding]), 0)
     layers = range(config.num_layers) if layers is None else layers
     converted = {}
     if layers.start == 0:
         converted[_EMBEDDING] = embedding
     elif layers.stop == config.num_layers:
-        # The last stage of a pipeline holds its own copy of the tied matrix.
+        # The last pipeline stage has its own copy of the tied matrix.
         converted["output_layer.weight"] = embedding
-    for place, i in enumerate(layers):
-        native, theirs = f"blocks.{i}.", f"decoder.layers.{place}."
+    for local, i in enumerate(layers):
+        native, theirs = f"blocks.{i}.", f"decoder.layers.{local}."
         for name, megatron_name, dim in _entries(config, i):
             tensor = state_dict[native + name]
             # Megatron's rates have one dimension.
             tensor = tensor.flatten() if name == _THETA[0] else tensor
-            converted[theirs + megatron_name] = part(tensor, dim)
+            converted[theirs + megatron_name] = shard(tensor, dim)
         if config.is_softmax(i):
             q, kv = state_dict[native + _Q], state_dict[native + _KV]
-            converted[theirs + _QKV] = part(_join_qkv(q, kv, config), 0)
-        converted[theirs + _FC1] = torch.cat([part(state_dict[native + n], 0) for n in _GATE])
+            converted[theirs + _QKV] = shard(_join_qkv(q, kv, config), 0)
+        converted[theirs + _FC1] = torch.cat([shard(state_dict[native + n], 0) for n in _GATE])
     return {name: tensor.clone() for name, tensor in converted.items()}
 
 
 def from_megatron(
-    parts: Sequence[Mapping[str, torch.Tensor]], config: TNLConfig
+    shards: Sequence[Mapping[str, torch.Tensor]], config: TNLConfig
 ) -> dict[str, torch.Tensor]:
-    """The inverse of `to_megatron`: what all tensor-parallel ranks hold, in rank order, as a
+    """The inverse of `to_megatron`: the shards of all tensor-parallel ranks, in rank order, as a
     `TNL(config)` state dict. Rows that pad the vocabulary are dropped.
 
     Raises:
-        ValueError: heads, inner width or vocabulary that the number of parts does not divide.
+        ValueError: heads, inner width or vocabulary that the number of shards does not divide.
     """
-    rows = sum(part[_EMBEDDING].shape[0] for part in parts)
-    _check(config, len(parts), rows)
+    rows = sum(shard[_EMBEDDING].shape[0] for shard in shards)
+    _check(config, len(shards), rows)
 
-    def whole(name, dim):
-        return torch.cat([part[name] for part in parts], dim)
+    def full(name, dim):
+        return torch.cat([shard[name] for shard in shards], dim)
 
-    converted = {"embedding.weight": whole(_EMBEDDING, 0)[: config.vocab_size]}
+    converted = {"embedding.weight": full(_EMBEDDING, 0)[: config.vocab_size]}
     for i in range(config.num_layers):
         native, theirs = f"blocks.{i}.", f"decoder.layers.{i}."
         for name, megatron_name, dim in _entries(config, i):
-            tensor = whole(theirs + megatron_name, dim)
+            tensor = full(theirs + megatron_name, dim)
             shape = (config.num_heads, 1, config.head_dim) if name == _THETA[0] else tensor.shape
             converted[native + name] = tensor.view(shape)
         if config.is_softmax(i):
-            q, kv = _split_qkv(whole(theirs + _QKV, 0), config)
+            q, kv = _split_qkv(full(theirs + _QKV, 0), config)
             converted[native + _Q], converted[native + _KV] = q, kv
-        halves = [part[theirs + _FC1].chunk(2) for part in parts]
-        for name, pieces in zip(_GATE, zip(*halves, strict=True), strict=True):
-            converted[native + name] = torch.cat(pieces)
+        halves = [shard[theirs + _FC1].chunk(2) for shard in shards]
+        for name, parts in zip(_GATE, zip(*halves, strict=True), strict=True):
+            converted[native + name] = torch.cat(parts)
     return converted
 
 
@@ -119,7 +119,7 @@ def _entries(config, layer):
 
 
 def _join_qkv(q, kv, config):
-    """Rows of queries by head, and of (k, v) by key head -> by key head: its queries, k, v."""
+    """Rows of q by head, and of (k, v) by key head -> by key head: its queries, its k, its v."""
     groups = config.num_key_value_heads or config.num_heads
     by_group = q.unflatten(0, (groups, -1)), kv.unflatten(0, (groups, -1))
     return torch.cat(by_group, dim=1).flatten(0, 1)

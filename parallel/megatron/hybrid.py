@@ -1,7 +1,7 @@
-"""TNL in Megatron's hybrid stack, where a pattern says which layer is what.
+"""TNL in Megatron's hybrid stack, where a pattern gives the kind of each layer.
 
 One symbol is one mixer: "M" (MambaModel, megatron-core 0.16 and 0.17) or "G" (HybridModel, from
-0.18) a linear attention, "*" a softmax attention, "-" a channel mixer: a TNL is "M-M-M-". Importing
+0.18) is linear attention, "*" softmax attention, "-" a channel mixer: a TNL is "M-M-M-". Importing
 this module imports Megatron's hybrid stack, which needs triton.
 """
 
@@ -24,7 +24,6 @@ except ImportError:
     LINEAR, _LINEAR_SLOT = "M", "mamba_layer"
 
 from parallel.megatron.norm import MegatronSRMSNorm
-from parallel.megatron.softmax import LaspSoftmaxAttention
 from parallel.megatron.specs import mlp_spec, softmax_spec, tnl_mixer_spec, tnl_style_layer
 from parallel.megatron.tnl import TNLTransformerLayer
 
@@ -42,7 +41,7 @@ class TNLHybridStack(_Stack):
 
 
 class TNLMixerLayer(TNLTransformerLayer):
-    """A token mixer in the linear slot, which gives it more arguments than a TransformerLayer's."""
+    """A token mixer in the linear slot, which passes more arguments than a TransformerLayer has."""
 
     def __init__(
         self,
@@ -54,7 +53,7 @@ class TNLMixerLayer(TNLTransformerLayer):
         pp_layer_offset: int = 0,
         **kwargs: Any,
     ) -> None:
-        # MambaStack has added the pipeline stage's offset, TransformerLayer adds it again.
+        # MambaStack has added the pipeline stage's offset, and TransformerLayer adds it again.
         super().__init__(config, submodules, layer_number - pp_layer_offset, *args, **kwargs)
 
 
@@ -71,10 +70,10 @@ def get_tnl_hybrid_stack_spec(
     """The stack spec of a model whose layers follow `pattern`; give the model the same pattern.
 
     Args:
-        pattern: of the whole model; "|" between pipeline stages where Megatron knows it.
+        pattern: of the full model; "|" between pipeline stages where Megatron supports it.
         lrpe_layers: layers with LRPE, counted as in `lasp.tnl`: from 0 among the token mixers,
-            linear and softmax. So are the layers of the decays, unless core_params say otherwise
-            (decay_index, a list by place in the pattern, and num_decay_layers).
+            linear and softmax. Decays count layers in the same way, unless core_params override it
+            (decay_index, a list with an entry per symbol of the pattern, and num_decay_layers).
         softmax_core, backend, feature_map, scale_embedding, core_params: as in
             `get_tnl_block_spec` and `get_tnl_layer_spec`.
 
@@ -84,25 +83,20 @@ def get_tnl_hybrid_stack_spec(
     symbols = pattern.replace("|", "")
     if set(symbols) - {LINEAR, "*", "-"} or LINEAR not in symbols:
         raise ValueError(
-            f"pattern is {pattern!r}: it needs a {LINEAR} (linear attention); with it may stand "
-            "* (softmax attention), - (channel mixer) and | (stage border)."
+            f"pattern is {pattern!r}: it needs a {LINEAR} (linear attention); other symbols are "
+            "* (softmax attention), - (channel mixer) and | (between pipeline stages)."
         )
     backend = backend or LocalSpecProvider()
-    if softmax_core is None:
-        softmax_core = ModuleSpec(
-            module=LaspSoftmaxAttention, params=dict(layout=core_params.get("layout"))
-        )
-    places = [place for place, symbol in enumerate(symbols) if symbol != "-"]
-    index = {place: i for i, place in enumerate(places)}
-    core_params = core_params | dict(
-        decay_index=core_params.get("decay_index", [index.get(i) for i in range(len(symbols))]),
-        num_decay_layers=core_params.get("num_decay_layers", len(places)),
-    )
-    mixer = tnl_mixer_spec(backend, [places[i] for i in lrpe_layers], feature_map, core_params)
+    mixers = [position for position, symbol in enumerate(symbols) if symbol != "-"]
+    index = {position: i for i, position in enumerate(mixers)}
+    decay_index = [index.get(position) for position in range(len(symbols))]
+    core_params = dict(decay_index=decay_index, num_decay_layers=len(mixers)) | core_params
+    mixer = tnl_mixer_spec(backend, [mixers[i] for i in lrpe_layers], feature_map, core_params)
     common = dict(scale_embedding=scale_embedding)
+    softmax = softmax_spec(softmax_core, backend, core_params.get("layout"))
     layers = {
         _LINEAR_SLOT: tnl_style_layer(mixer, None, module=TNLMixerLayer, **common),
-        "attention_layer": tnl_style_layer(softmax_spec(softmax_core, backend), None, **common),
+        "attention_layer": tnl_style_layer(softmax, None, **common),
         "mlp_layer": tnl_style_layer(None, mlp_spec(backend), **common),
     }
     return ModuleSpec(module=TNLHybridStack, submodules=_Submodules(**layers))

@@ -1,7 +1,7 @@
-"""SRMSNorm in Megatron's slots: over the hidden size, and over heads that TP spreads over ranks.
+"""SRMSNorm in Megatron's slots: over the hidden size, and over the heads of all TP ranks.
 
 Neither has a weight, so neither needs a gradient reduced over the tensor-parallel ranks when
-Megatron's sequence_parallel cuts the activations.
+Megatron's sequence_parallel shards the activations.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import nn
 
-from lasp.tnl.norm import SRMSNorm
+from lasp.tnl.layers import SRMSNorm
 from parallel.megatron.apex import require_apex
 
 __all__ = ["ApexSRMSNorm", "HeadsNorm", "MegatronSRMSNorm"]
 
 
 class MegatronSRMSNorm(SRMSNorm):
-    """`SRMSNorm` built the way Megatron builds its norms; other keywords are not needed here."""
+    """`SRMSNorm` with the constructor that Megatron expects."""
 
     def __init__(self, config=None, hidden_size: int = 0, eps: float = 1e-6, **unused) -> None:
         super().__init__(hidden_size, eps)
 
 
 class ApexSRMSNorm:
-    """SRMSNorm by apex's FusedRMSNorm without a weight; built as `MegatronSRMSNorm` is.
+    """SRMSNorm as apex's FusedRMSNorm without a weight; built as `MegatronSRMSNorm` is.
 
     Raises:
         ValueError: apex is not installed.
@@ -46,22 +46,22 @@ class HeadsNorm(nn.Module):
     arXiv 2405.17381 eq. 14 on the concatenated heads. x [..., width / tp] -> the same.
 
     Args:
-        width: values of all heads together, on all ranks.
+        width: features of all heads on all ranks.
         group: the tensor-parallel ranks.
     """
 
     def __init__(self, width: int, eps: float, group: torch.distributed.ProcessGroup) -> None:
         super().__init__()
         self.width, self.eps, self.group = width, eps, group
-        self.alone = SRMSNorm(width, eps) if group.size() == 1 else None
+        self.local_norm = SRMSNorm(width, eps) if group.size() == 1 else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.alone is not None:
-            return self.alone(x)
+        if self.local_norm is not None:
+            return self.local_norm(x)
         wide = x.double() if x.dtype == torch.float64 else x.float()
         squares = wide.square().sum(-1, keepdim=True)
         # Every rank's output depends on the sum, so its gradient is summed over the ranks too: the
-        # reduce alone (whose backward is the identity) would leave each rank with its own share.
+        # backward of the reduce alone is the identity, which leaves each rank a partial gradient.
         squares = reduce_from_tensor_model_parallel_region(squares, group=self.group)
         squares = copy_to_tensor_model_parallel_region(squares, group=self.group)
         return (wide * torch.rsqrt(squares / self.width + self.eps)).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Specs: which modules Megatron builds a model from."""
+"""Specs of the modules from which Megatron builds a model."""
 
 from __future__ import annotations
 
@@ -24,21 +24,20 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from lasp.tnl import TNLConfig
-from parallel.megatron.attention import LaspCoreAttention
+from parallel.megatron.attention import LaspCoreAttention, LaspSoftmaxAttention
 from parallel.megatron.norm import ApexSRMSNorm, MegatronSRMSNorm
-from parallel.megatron.softmax import LaspSoftmaxAttention
 from parallel.megatron.tnl import (
     TNLSelfAttention,
     TNLSelfAttentionSubmodules,
     TNLTransformerLayer,
     identity,
 )
+from parallel.megatron.validation import check_choice
 
 __all__ = [
     "get_lasp_gpt_layer_spec",
     "get_tnl_block_spec",
     "get_tnl_layer_spec",
-    "layer_params_of",
     "mlp_spec",
     "softmax_spec",
     "srms_norm",
@@ -52,11 +51,11 @@ _NORMS = {"torch": MegatronSRMSNorm, "apex": ApexSRMSNorm}
 
 
 def get_lasp_gpt_layer_spec(base: ModuleSpec, **core_params: Any) -> ModuleSpec:
-    """A copy of a GPT layer spec, its core attention replaced by `LaspCoreAttention`.
+    """A copy of a GPT layer spec with `LaspCoreAttention` as core attention.
 
     Args:
         base: such as get_gpt_layer_local_spec() or get_gpt_layer_with_transformer_engine_spec().
-            Left as it is: Megatron shares spec objects.
+            Not changed: Megatron shares spec objects.
         core_params: options of `LaspCoreAttention`.
 
     Raises:
@@ -112,21 +111,22 @@ def get_tnl_block_spec(
     """The layers of this pipeline stage and TNL's own final norm.
 
     Args:
-        config: Megatron's, such as `tnl_transformer_config` gives.
+        config: Megatron's, as from `tnl_transformer_config`.
         tnl: the model: its layer types, LRPE layers, activation and embedding scale are the
             defaults of the options below; None: those of a released TNL.
         layer_types: "L" for a linear, "S" for a softmax layer, repeated until there are
             config.num_layers. With softmax layers it sets config.hetereogenous_dist_checkpoint,
-            without which Megatron's checkpoints take all layers for alike.
+            without which Megatron's checkpoints assume that all layers are alike.
         softmax_core: core attention of softmax layers; None: `LaspSoftmaxAttention`.
         vp_stage, pp_rank: as in Megatron's own block specs.
         layer_params: options of `get_tnl_layer_spec`.
 
     Raises:
-        ValueError: layer types of other letters, or that do not come out even.
+        ValueError: layer types of other letters, or whose number does not divide the layers.
     """
     if tnl is not None:
-        layer_params = layer_params_of(tnl) | layer_params
+        of_model = dict(lrpe_layers=tnl.lrpe_layers, feature_map=tnl.activation)
+        layer_params = of_model | dict(scale_embedding=tnl.scale_embedding) | layer_params
         layer_types = layer_types or tnl.layer_types
     layer_types = layer_types or "L"
     if layer_types.strip("LS") or config.num_layers % len(layer_types):
@@ -136,33 +136,19 @@ def get_tnl_block_spec(
         )
     layers = {"L": get_tnl_layer_spec(backend=backend, norm=norm, **layer_params)}
     if "S" in layer_types:
-        if softmax_core is None:
-            softmax_core = ModuleSpec(
-                module=LaspSoftmaxAttention, params=dict(layout=layer_params.get("layout"))
-            )
         provider = backend or LocalSpecProvider()
         layers["S"] = tnl_style_layer(
-            softmax_spec(softmax_core, provider),
+            softmax_spec(softmax_core, provider, layer_params.get("layout")),
             mlp_spec(provider),
             norm=norm,
             scale_embedding=layer_params.get("scale_embedding", True),
         )
         config.hetereogenous_dist_checkpoint = True
     first = get_transformer_layer_offset(config, vp_stage, pp_rank)
-    count = get_num_layers_to_build(config, vp_stage, pp_rank)
-    here = range(first, first + count)
+    numbers = range(first, first + get_num_layers_to_build(config, vp_stage, pp_rank))
     return TransformerBlockSubmodules(
-        layer_specs=[layers[layer_types[i % len(layer_types)]] for i in here],
+        layer_specs=[layers[layer_types[i % len(layer_types)]] for i in numbers],
         layer_norm=srms_norm(norm),
-    )
-
-
-def layer_params_of(tnl: TNLConfig) -> dict[str, Any]:
-    """What `tnl` says about options of `get_tnl_layer_spec`."""
-    return dict(
-        lrpe_layers=tnl.lrpe_layers,
-        feature_map=tnl.activation,
-        scale_embedding=tnl.scale_embedding,
     )
 
 
@@ -172,7 +158,7 @@ def tnl_transformer_config(
     """Megatron's config of the TNL that `tnl` describes.
 
     Args:
-        megatron: fields of TransformerConfig that `tnl` does not know (parallel sizes, dtypes,
+        megatron: fields of TransformerConfig that `tnl` does not have (parallel sizes, dtypes,
             recomputation, ...), and overrides. With softmax layers the GPTModel needs
             position_embedding_type="rope" and rotary_base=tnl.rope_base.
     """
@@ -180,7 +166,7 @@ def tnl_transformer_config(
         num_layers=tnl.num_layers,
         hidden_size=tnl.dim,
         num_attention_heads=tnl.num_heads,
-        # Of the softmax layers: a linear layer has a key and a value per head.
+        # For the softmax layers: a linear layer has a key and a value per head.
         num_query_groups=tnl.num_key_value_heads,
         kv_channels=tnl.head_dim,
         ffn_hidden_size=tnl.glu_dim,
@@ -204,7 +190,7 @@ def tnl_mixer_spec(backend, lrpe_layers, feature_map, core_params) -> ModuleSpec
         params=dict(feature_map=feature_map, lrpe_layers=tuple(lrpe_layers)),
         submodules=TNLSelfAttentionSubmodules(
             linear_qkvu=backend.column_parallel_linear(),
-            # The feature map comes before LRPE, so the mixer applies it.
+            # The mixer applies the feature map, because LRPE comes after it.
             core_attention=ModuleSpec(
                 module=LaspCoreAttention, params=dict(core_params, feature_map="none")
             ),
@@ -213,8 +199,9 @@ def tnl_mixer_spec(backend, lrpe_layers, feature_map, core_params) -> ModuleSpec
     )
 
 
-def softmax_spec(core, backend) -> ModuleSpec:
-    """The spec of Megatron's softmax attention around a core attention."""
+def softmax_spec(core, backend, layout) -> ModuleSpec:
+    """The spec of Megatron's softmax attention around a core; None: `LaspSoftmaxAttention`."""
+    core = core or ModuleSpec(module=LaspSoftmaxAttention, params=dict(layout=layout))
     return ModuleSpec(
         module=SelfAttention,
         params=dict(attn_mask_type=AttnMaskType.causal),
@@ -229,9 +216,8 @@ def softmax_spec(core, backend) -> ModuleSpec:
 
 
 def srms_norm(norm: str) -> type:
-    """The class that fills Megatron's norm slots; ValueError for an unknown name."""
-    if norm not in _NORMS:
-        raise ValueError(f"norm is {norm!r}: choose one of {', '.join(_NORMS)}.")
+    """The class for Megatron's norm slots; ValueError for an unknown name."""
+    check_choice("norm", norm, _NORMS)
     return _NORMS[norm]
 
 
@@ -254,7 +240,7 @@ def tnl_style_layer(
     norm: str = "torch",
     scale_embedding: bool = True,
 ) -> ModuleSpec:
-    """A pre-norm layer with TNL's norm and either mixer, or both."""
+    """A pre-norm layer with TNL's norm and one mixer or both."""
     submodules = TransformerLayerSubmodules()
     if attention is not None:
         submodules.input_layernorm = srms_norm(norm)
@@ -270,5 +256,5 @@ def tnl_style_layer(
 
 
 # For Megatron-LM's `--spec parallel.megatron.specs tnl_layer_spec`, which takes an object and calls
-# nothing. Megatron then adds a final norm of its own (RMSNorm with a weight).
+# no function. Megatron then adds its own final norm (RMSNorm with a weight).
 tnl_layer_spec = get_tnl_layer_spec()

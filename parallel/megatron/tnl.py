@@ -29,10 +29,9 @@ from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
 )
 
-from lasp.tnl.lrpe import LRPE, modulate
-from parallel.megatron.attention import FEATURE_MAPS
-from parallel.megatron.calls import process_groups
-from parallel.megatron.layout import segments
+from lasp.tnl.positions import LRPE
+from parallel.megatron.attention import FEATURE_MAPS, process_groups
+from parallel.megatron.context_parallel import segments
 
 __all__ = [
     "TNLSelfAttention",
@@ -45,7 +44,7 @@ __all__ = [
 
 @dataclass
 class TNLSelfAttentionSubmodules:
-    """What a `TNLSelfAttention` is made of."""
+    """The submodules of a `TNLSelfAttention`."""
 
     linear_qkvu: ModuleSpec | type | None = None
     core_attention: ModuleSpec | type | None = None
@@ -55,8 +54,8 @@ class TNLSelfAttentionSubmodules:
 class TNLSelfAttention(MegatronModule):
     """TNL's token mixer in Megatron's self-attention slot: y = W_o(u * core(phi(q), phi(k), v)).
 
-    arXiv 2405.17381 eq. 11 and 13. The rows of linear_qkvu go head by head, and q, k, v, u within a
-    head, as in `lasp.tnl`: any tensor-parallel size is a plain chunking of one checkpoint.
+    arXiv 2405.17381 eq. 11 and 13. The rows of linear_qkvu are ordered head by head, and within a
+    head q, k, v, u, as in `lasp.tnl`: any tensor-parallel size shards one checkpoint by rows.
 
     Args:
         feature_map: on queries and keys, before the positions ("silu" or "none").
@@ -125,13 +124,13 @@ class TNLSelfAttention(MegatronModule):
         inference_params=None,
         **unused,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[s, b, d] -> ([s, b, d], None); with sequence_parallel s is cut by tp at both ends.
+        """[s, b, d] -> ([s, b, d], None); with sequence_parallel s is divided by tp at both ends.
 
-        Rotary embeddings are not looked at: TNL's positions are its decay and LRPE.
+        Rotary embeddings are ignored: TNL's positions are its decay and LRPE.
         """
         if inference_context is not None or inference_params is not None:
             raise ValueError(
-                "an inference context is given: a TNL layer does not serve Megatron's inference. "
+                "an inference context is given: a TNL layer does not support Megatron's inference. "
                 "Generate with the native model (parallel.megatron.from_megatron)."
             )
         qkvu, _ = self.linear_qkvu(hidden_states)
@@ -163,7 +162,7 @@ class TNLSelfAttention(MegatronModule):
         sharded_offsets: tuple = (),
         metadata: dict | None = None,
     ) -> ShardedStateDict:
-        """Megatron's checkpoint entries; the LRPE rates reshard by heads."""
+        """Megatron's checkpoint entries; LRPE rates are sharded by heads."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         state = {}
         for name in ("linear_qkvu", "linear_proj"):
@@ -174,8 +173,8 @@ class TNLSelfAttention(MegatronModule):
                 {"theta": self.lrpe.theta},
                 f"{prefix}lrpe.",
                 {"theta": 0},
-                # Not stacked over layers, as Megatron does where all layers are alike: only some
-                # layers have rates. Hence a name with the layer's number instead.
+                # No offset: Megatron stacks equal layers into one entry, but only some layers have
+                # rates. Their layer's number is in the name instead.
                 (),
                 tp_group=self.tp_group,
                 dp_cp_group=metadata["dp_cp_group"],
@@ -186,10 +185,10 @@ class TNLSelfAttention(MegatronModule):
         return state
 
     def _build_lrpe(self) -> LRPE:
-        heads_here = self.config.num_attention_heads // self.tp_group.size()
-        first = self.tp_group.rank() * heads_here
-        heads = slice(first, first + heads_here)
-        lrpe = _FlatLRPE(self.config.num_attention_heads, self.head_dim, heads)
+        num_heads = self.config.num_attention_heads
+        local_heads = num_heads // self.tp_group.size()
+        first = self.tp_group.rank() * local_heads
+        lrpe = _FlatLRPE(num_heads, self.head_dim, slice(first, first + local_heads))
         if not self.config.use_cpu_initialization:
             lrpe.to(torch.cuda.current_device())
         set_tensor_model_parallel_attributes(lrpe.theta, True, 0, 1)
@@ -198,36 +197,30 @@ class TNLSelfAttention(MegatronModule):
     def _with_positions(self, q, k):
         """q, k [s, b, H, D] -> [s, b, H, 2D], by the global positions of this rank's tokens."""
         rank, size = self.cp_group.rank(), self.cp_group.size()
-        layout = self.core_attention.sequence_layout
+        ranges = segments(q.shape[0] * size, self.core_attention.sequence_layout, rank, size)
         q, k = (x.transpose(0, 1) for x in (q, k))
-        parts = segments(q.shape[1] * size, layout, rank, size)
-        lengths = [stop - start for start, stop in parts]
-        blocks = zip(q.split(lengths, 1), k.split(lengths, 1), parts, strict=True)
-        pieces = [self.lrpe(q_part, k_part, start) for q_part, k_part, (start, _) in blocks]
-        q, k = (torch.cat(x, dim=1) if len(x) > 1 else x[0] for x in zip(*pieces, strict=True))
-        return q.transpose(0, 1), k.transpose(0, 1)
+        return (x.transpose(0, 1) for x in self.lrpe(q, k, *(start for start, _ in ranges)))
 
 
 class _FlatLRPE(LRPE):
-    """LRPE of some heads, theta [H * D]: Megatron's optimizers spare from weight decay what has one
-    dimension, and a rate that decays is another position."""
+    """LRPE of some heads, theta [H * D]: Megatron's optimizers exclude one-dimensional parameters
+    from weight decay, which would change the positions."""
 
     def __init__(self, num_heads: int, head_dim: int, heads: slice) -> None:
         super().__init__(num_heads, head_dim)
         self.keep_heads(heads)
         self.theta = torch.nn.Parameter(self.theta.detach().flatten())
 
-    def forward(self, q, k, position):
-        assert self.theta.dtype == torch.float32
-        return modulate(q, k, self.theta.view(-1, 1, self.head_dim), position)
+    def _local_theta(self, num_heads):
+        return self.theta.view(num_heads, 1, self.head_dim)
 
 
 class TNLTransformerLayer(TransformerLayer):
     """Megatron's layer with TNL's channel mixer (SGLU) and its scaled embeddings.
 
     Args:
-        scale_embedding: multiply what enters the first layer of the model by sqrt(d), which makes
-            it the embedding's scale. Here because a spec reaches layers only.
+        scale_embedding: multiply the input of the model's first layer by sqrt(d), which scales the
+            embedding. It is done here because a spec reaches layers only.
     """
 
     def __init__(
@@ -241,7 +234,7 @@ class TNLTransformerLayer(TransformerLayer):
     ) -> None:
         config = tnl_layer_config(config)
         if isinstance(config.cp_comm_type, list | tuple):
-            # Megatron 0.16 looks up this list by the number that counts from 1.
+            # Megatron 0.16 indexes this list by a number that counts from 1.
             offset = 0
             if kwargs.get("add_layer_offset", True):
                 groups = kwargs.get("pg_collection")

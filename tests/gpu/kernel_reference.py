@@ -1,6 +1,6 @@
-"""What the kernels must compute, in plain torch: exact in float64, the error bar in other dtypes.
+"""What the kernels must compute, in plain torch: the truth in float64, the error bound in others.
 
-Independent of the kernels: one document at a time, and the reverse direction walks flipped tokens.
+Independent of the kernels: one document at a time, and in reverse the tokens are flipped.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def plain_scan(a, b, x, state, *, log_decay, scale, reverse, dtype, block):
 
 
 def plain_attention(
-    q, k, v, do, S0, dS, *, log_decay, scale, offsets=None, dtype=torch.float64, block=64
+    q, k, v, do, S0, dS, *, log_decay, scale, cu_seqlens=None, dtype=torch.float64, block=64
 ):
     """{o, dq, dk, dv [B, T, H, .], final, dS0 [N, H, D, E]} for S0, dS [N, H, D, E]."""
-    if offsets is None:
+    if cu_seqlens is None:
         documents = [(row, slice(None)) for row in range(q.shape[0])]
     else:
-        pairs = zip(offsets, offsets[1:], strict=False)
+        pairs = zip(cu_seqlens, cu_seqlens[1:], strict=False)
         documents = [(0, slice(start, stop)) for start, stop in pairs]
     likes = dict(o=v, dq=q, dk=k, dv=v)
     out = {name: torch.empty_like(like, dtype=dtype) for name, like in likes.items()}
@@ -64,6 +64,6 @@ def plain_attention(
 
 
 def head_errors(actual, truth, head_dim):
-    """||actual - truth|| / ||truth|| of each head: one that forgets nothing drowns the others."""
+    """||actual - truth|| / ||truth|| per head: one without decay would hide the others."""
     actual, truth = (x.double().movedim(head_dim, 0).flatten(1) for x in (actual, truth))
     return (actual - truth).norm(dim=1) / truth.norm(dim=1).clamp_min(1e-30)

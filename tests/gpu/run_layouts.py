@@ -13,19 +13,18 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from launch.checkpoint.save_resume import find_checkpoint, finish_save, resume, start_save
 from launch.config import load_config
-from launch.plan import batching
-from launch.saving import find_checkpoint, finish_save, resume, start_save
-from launch.step import take_step
+from launch.distributed import DistContext, get_rank_info
+from launch.resolve import batching
 from launch.train import set_up
-from launch.world import World, find_place
+from launch.trainer import train_step
 from parallel.mesh import build_mesh
 
 STEPS = 4
 FSDP = ["--parallelism.data_parallel_method", "fsdp"]
 SEQUENCE = ["--sp-size", "2"]
 FULL = ["--activation_checkpoint.mode", "full"]
-OFFLOAD = ["--activation_checkpoint.offload"]
 TENSOR = ["--parallelism.tensor_parallel_degree", "2"]
 LAYOUTS = {
     "ddp": [],
@@ -33,7 +32,6 @@ LAYOUTS = {
     "fsdp": FSDP,
     "fsdp, kept": [*FSDP, "--parallelism.fsdp_reshard_after_forward", "never"],
     "fsdp, ring": [*FSDP, *SEQUENCE, *FULL],
-    "fsdp, ring, host": [*FSDP, *SEQUENCE, *FULL, *OFFLOAD],
     "fsdp, ring, compiled": [*FSDP, *SEQUENCE, *FULL, "--compile.enable", "True"],
     "tensor": TENSOR,
 }
@@ -52,13 +50,13 @@ def make_run(folder, *more, alone=False):
     config = load_config(flags)
     here = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_WORLD_SIZE": "1"} if alone else {}
     with mock.patch.dict(os.environ, here):
-        place = find_place(config)
-    mesh = None if alone else mesh_of(place.dims)
-    return set_up(config, World(place, mesh), batching(config, place))
+        info = get_rank_info(config)
+    mesh = None if alone else mesh_of(info.dims)
+    return set_up(config, DistContext(info, mesh), batching(config, info))
 
 
 def losses(run, steps=STEPS):
-    return [take_step(run, False).loss for _ in range(steps)]
+    return [train_step(run, False).loss for _ in range(steps)]
 
 
 def saved_and_resumed(folder):
@@ -74,20 +72,6 @@ def saved_and_resumed(folder):
     return went_on, losses(other, 2)
 
 
-def peaks(folder):
-    """Bytes at the peak of a step with block inputs on the GPU and on the host; one block input."""
-    sizes = ["--training.seq_len", "65536", "--model.num_layers", "8", *FULL]
-    measured = []
-    for more in ([], OFFLOAD):
-        run = make_run(folder, *sizes, *more, alone=True)
-        losses(run, 1)
-        torch.cuda.reset_peak_memory_stats()
-        losses(run, 1)
-        measured.append(torch.cuda.max_memory_allocated())
-        del run
-    return [*measured, 65536 * 256 * 2]
-
-
 def main(folder):
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl")
@@ -100,7 +84,6 @@ def main(folder):
         ],
         "layouts": {name: losses(make_run(folder, *more)) for name, more in LAYOUTS.items()},
         "saved": saved_and_resumed(folder),
-        "peaks": peaks(folder),
     }
     if dist.get_rank() == 0:
         print("report: " + json.dumps(report), flush=True)

@@ -1,12 +1,13 @@
-"""Remembered launches and CUDA graphs on a GPU: the same bits as the first, plain launch gives."""
+"""Cached launches and CUDA graphs on a GPU give the bits of the first, plain launch."""
 
 import pytest
 import torch
 
 import lasp
 from lasp.ops import chunked
-from lasp.ops.triton import plan
+from lasp.ops.triton.launch_config import LARGE_VALUES
 from tests.lasp import cases
+from tests.lasp.ops.triton.launch_constants import launch_constants
 
 BF16 = torch.bfloat16
 
@@ -25,7 +26,7 @@ def run(leaves, do, log_decay):
 
 @pytest.fixture
 def plain_launches(monkeypatch):
-    """The launches that Triton itself had to find a compiled kernel for."""
+    """The kernels that Triton had to look up a compiled variant of."""
     from triton.runtime.jit import JITFunction
 
     seen, launch = [], JITFunction.run
@@ -33,18 +34,18 @@ def plain_launches(monkeypatch):
     return seen
 
 
-# The second with the Hopper scan, where the GPU has it.
-@pytest.mark.parametrize("D, large_values", [(64, plan.LARGE_VALUES), (128, 0)])
-def test_only_the_first_call_is_looked_up(D, large_values, plain_launches, monkeypatch):
-    monkeypatch.setattr(plan, "LARGE_VALUES", large_values)
+# The second with the Hopper scan, if the GPU is one.
+@pytest.mark.parametrize("D, large_values", [(64, LARGE_VALUES), (128, 0)])
+def test_only_the_first_call_is_looked_up(D, large_values, plain_launches):
     inputs = make_leaves(D=D)
-    run(*inputs)
-    del plain_launches[:]
-    run(*inputs)
+    with launch_constants(LARGE_VALUES=large_values):
+        run(*inputs)
+        del plain_launches[:]
+        run(*inputs)
     assert not plain_launches
 
 
-def test_addresses_that_are_not_aligned(plain_launches):
+def test_unaligned_addresses_give_the_same_bits(plain_launches):
     """Tensors of the same shape and strides, but with addresses that allow no vector loads."""
     leaves, do, log_decay = make_leaves()
     want = run(leaves, do, log_decay)
@@ -63,7 +64,7 @@ def test_addresses_that_are_not_aligned(plain_launches):
     assert plain_launches
 
 
-def test_strides_that_are_not_divisible():
+def test_strides_not_divisible_by_16_give_the_same_bits():
     leaves, do, log_decay = make_leaves()
     want = run(leaves, do, log_decay)
     for width in (65, 72):
@@ -78,7 +79,7 @@ def test_strides_that_are_not_divisible():
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_hooks_see_remembered_launches():
+def test_hooks_see_cached_launches():
     import triton
 
     inputs = make_leaves()
@@ -97,7 +98,7 @@ def test_hooks_see_remembered_launches():
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_decoding_steps():
+def test_steps_at_other_addresses_give_the_same_bits():
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, 128, device="cuda", generator=generator).to(BF16)
     state = torch.randn(2, 4, 128, 128, device="cuda", generator=generator)
@@ -107,8 +108,8 @@ def test_decoding_steps():
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 
-def test_decoding_steps_of_another_dtype():
-    """The same shapes and strides: a remembered float32 kernel must not run on bfloat16 memory."""
+def test_steps_of_another_dtype_run_their_own_kernel():
+    """The same shapes and strides: a cached float32 kernel must not run on bfloat16 memory."""
     generator = torch.Generator("cuda").manual_seed(0)
     qkv = torch.randn(3, 2, 4, 128, device="cuda", generator=generator)
     state = torch.randn(2, 4, 128, 128, device="cuda", generator=generator)

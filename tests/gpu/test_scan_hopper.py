@@ -1,4 +1,4 @@
-"""The Hopper scan at small shapes: right against float64, and really the one that runs."""
+"""The Hopper scan at small shapes against float64; every test asserts that it is what runs."""
 
 import functools
 
@@ -6,22 +6,24 @@ import pytest
 import torch
 
 import lasp
-from lasp.ops.triton import plan, prefix_states, scan, scan_hopper, scan_pair
+from lasp.ops.triton import chunk_states, scan, scan_dkdv
+from lasp.ops.triton.hopper import scan as hopper_scan
 from tests.gpu.test_attention import check, to_gpu
 from tests.lasp import cases
+from tests.lasp.ops.triton.launch_constants import launch_constants
 
 BF16 = torch.bfloat16
 
 
 @pytest.fixture(autouse=True)
 def launches(monkeypatch):
-    """Send every shape to the Hopper kernel; the list fills with its launches."""
+    """Every shape goes to the Hopper kernel; the list has an entry per launch."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper GPU")
-    monkeypatch.setattr(plan, "LARGE_VALUES", 0)
-    seen, launch = [], scan_hopper.launch
-    monkeypatch.setattr(scan_hopper, "launch", lambda *a, **k: (seen.append(1), launch(*a, **k)))
-    return seen
+    seen, launch = [], hopper_scan.launch
+    monkeypatch.setattr(hopper_scan, "launch", lambda *a, **k: (seen.append(1), launch(*a, **k)))
+    with launch_constants(LARGE_VALUES=0):
+        yield seen
 
 
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 300, 1000, 4097])
@@ -49,31 +51,31 @@ def test_head_sizes(D, E, dtype, launches):
 
 @pytest.mark.parametrize("D, num_launches", [(128, 3), (256, 4)])
 def test_packed_documents(D, num_launches, launches):
-    offsets = torch.tensor([0, 1, 16, 16, 500, 3000, 3063], dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, 1, 16, 16, 500, 3000, 3063], dtype=torch.int32)
     q, k, v, log_decay, state = cases.make_inputs(3063, H=5, D=D, E=128, dtype=BF16, N=6)
-    check((q / 8, k / 8, v, log_decay, state), cu_seqlens=offsets)
+    check((q / 8, k / 8, v, log_decay, state), cu_seqlens=cu_seqlens)
     assert len(launches) == num_launches
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("D", [128, 256])
 def test_states_of_some_documents_are_those_of_all(D, reverse, launches):
-    offsets, held = (0, 1, 16, 16, 500, 3000, 3063), (4, 0)
+    cu_seqlens, rows = (0, 1, 16, 16, 500, 3000, 3063), (4, 0)
     q, k, v, log_decay, state = to_gpu(
-        cases.make_inputs(3063, H=5, D=D, E=128, dtype=BF16, N=len(offsets) - 1)
+        cases.make_inputs(3063, H=5, D=D, E=128, dtype=BF16, N=len(cu_seqlens) - 1)
     )
-    common = dict(offsets=offsets, reverse=reverse)
-    states, total = prefix_states(k, v, log_decay, **common)
-    again, some = prefix_states(k, v, log_decay, held=held, **common)
-    none, _ = prefix_states(k, v, log_decay, with_total=False, **common)
-    assert states.numel() and torch.equal(some, total[list(held)])
+    common = dict(cu_seqlens=cu_seqlens, reverse=reverse)
+    states, total = chunk_states(k, v, log_decay, **common)
+    again, some = chunk_states(k, v, log_decay, state_rows=rows, **common)
+    none, _ = chunk_states(k, v, log_decay, with_total=False, **common)
+    assert torch.equal(some, total[list(rows)])
     entering = torch.zeros_like(state)
-    entering[list(held)] = state[list(held)]
-    rows = torch.cat([state[list(held)], torch.zeros_like(state[:1])])
+    entering[list(rows)] = state[list(rows)]
+    initial = torch.cat([state[list(rows)], torch.zeros_like(state[:1])])
     options = dict(scale=0.7, **common)
     y = scan(q, k, v, log_decay, initial_state=entering, segment_states=states, **options)
     for each in (again, none):
-        inputs = dict(initial_state=rows, held=held, segment_states=each)
+        inputs = dict(initial_state=initial, state_rows=rows, segment_states=each)
         assert torch.equal(y, scan(q, k, v, log_decay, **inputs, **options))
     assert len(launches) == 3
 
@@ -86,19 +88,19 @@ def test_wide_keys(T, launches):
     assert len(launches) == 4
 
 
-@pytest.mark.parametrize("offsets", [None, (0, 1, 65, 65, 900, 1000)])
+@pytest.mark.parametrize("cu_seqlens", [None, (0, 1, 65, 65, 900, 1000)])
 @pytest.mark.parametrize("D, E", [(128, 128), (72, 104)])
-def test_a_pair_is_two_scans(D, E, offsets, launches):
+def test_dv_and_dk_in_one_launch_are_those_of_two_scans(D, E, cu_seqlens, launches):
     """dv has the same bits; dk's state sums do * decay times q, not do times (q * decay)."""
-    T, N = 1000, 1 if offsets is None else len(offsets) - 1
+    T, N = 1000, 1 if cu_seqlens is None else len(cu_seqlens) - 1
     q, k, v, log_decay, _ = to_gpu(cases.make_inputs(T, H=5, D=D, E=E, dtype=BF16, state=False))
     do, grad = torch.randn_like(v), torch.randn(N, 5, E, D, device="cuda").mT
-    common = dict(scale=0.7, offsets=offsets, reverse=True)
-    states, _ = prefix_states(q, do, log_decay, with_total=False, **common)
-    assert states.numel()
+    common = dict(scale=0.7, cu_seqlens=cu_seqlens)
+    states, _ = chunk_states(q, do, log_decay, reverse=True, with_total=False, **common)
     entering = dict(initial_state=grad, segment_states=states)
-    dv, dk = scan_pair(k, q, do, v, log_decay, **entering, **common)
+    dk, dv = scan_dkdv(q, k, v, do, log_decay, **entering, **common)
     entering = dict(initial_state=grad.mT, segment_states=states.mT)
+    common["reverse"] = True
     want_dk = scan(v, do, q, log_decay, **entering, **common)
     entering = dict(initial_state=grad, segment_states=states)
     assert len(launches) == 2
@@ -117,13 +119,13 @@ def test_strided_operands_give_the_same_bits(launches):
 
 @pytest.mark.parametrize("D", [128, 256])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_neighbour_that_is_not_finite_is_not_seen(bad, D, launches):
+def test_documents_do_not_see_nan_or_inf_of_others(bad, D, launches):
     q, k, v, log_decay, _ = to_gpu(cases.make_inputs(1000, D=D, E=128, dtype=BF16))
-    offsets = torch.tensor([0, 300, 301, 640, 1000], dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, 300, 301, 640, 1000], dtype=torch.int32)
 
     def run(q, k, v):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        o = lasp.lightning_attention(*leaves, log_decay, cu_seqlens=offsets)
+        o = lasp.lightning_attention(*leaves, log_decay, cu_seqlens=cu_seqlens)
         o.backward(torch.ones_like(o))
         return [o, *(x.grad for x in leaves)]
 

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 
 from lasp import SequenceShard
 from lasp.tnl import TNL, TNLConfig
-from lasp.tnl.lrpe import LRPE
-from lasp.tnl.norm import SRMSNorm
+from lasp.tnl.layers import SRMSNorm
+from lasp.tnl.positions import LRPE
+from parallel.activation_checkpoint import checkpointed
 from parallel.compile import compile_blocks
-from parallel.recompute import checkpointed
 
 # The released head sizes: D = 128, and K = 256 in layer 0.
 CONFIG = TNLConfig(vocab_size=200, dim=256, num_layers=3, num_heads=2, glu_dim=384, init_std=0.06)
@@ -53,7 +53,7 @@ def compare(model, length, logits_tolerance, grad_tolerance):
 @pytest.mark.parametrize("length", [1, 63, 100, 1000])
 def test_float32(length, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    # 1e-2: a kernel may use TF32 for its products whatever the switch for matmul says.
+    # 1e-2: a kernel may use TF32 for its products despite the switch for matmul.
     compare(make(), length, 2e-3, 1e-2)
 
 
@@ -69,7 +69,7 @@ def test_autocast(length):
 
 
 def test_compiled_and_recomputed_under_autocast():
-    """As the launcher trains."""
+    """As in training."""
     model = make()
     for block in model.blocks:
         checkpointed(block)
@@ -84,11 +84,11 @@ def test_decoding_gives_the_logits_of_one_pass(length):
     model, tokens = make().cuda(), tokens_of(2, length + 8).cuda()
     expected = model(tokens)
     logits, states = model(tokens[:, :length], return_states=True)
-    pieces = [logits]
+    parts = [logits]
     for t in range(length, length + 8):
         logits, states = model(tokens[:, t : t + 1], states=states, return_states=True)
-        pieces.append(logits)
-    assert error(torch.cat(pieces, 1), expected) < 2e-3
+        parts.append(logits)
+    assert error(torch.cat(parts, 1), expected) < 2e-3
 
 
 def test_sampling_with_a_generator_on_the_gpu():

@@ -14,12 +14,16 @@ from pathlib import Path
 import numpy as np
 
 from launch import train
-from launch.indexed import IndexedWriter
+from launch.checkpoint.shards import shard_of, write_shards
+from launch.checkpoint.store import CheckpointStore, seal_file, tensor_file
+from launch.indexed_dataset import IndexedWriter
 from launch.prepare_data import prepare
 from launch.tokenizer import ByteTokenizer
 
 # Of a run in this process.
 STEPS = 8
+# For a subprocess on a loaded machine; a test that passes needs a tenth of it.
+PATIENCE = 600
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,16 +85,16 @@ def run_here(folder: Path, data: Path, *more: str, **changes) -> int:
 
 
 def at_step(monkeypatch, number: int, action: Callable) -> list:
-    """Run `action(run)` before the step that follows `number` finished ones, the first time."""
-    done, step = [], train.take_step
+    """Run `action(state)` once, when `number` steps are done."""
+    done, step = [], train.train_step
 
-    def wrapped(run, stop_requested):
-        if run.step == number and not done:
+    def wrapped(state, stop_requested):
+        if state.step == number and not done:
             done.append(1)
-            action(run)
-        return step(run, stop_requested)
+            action(state)
+        return step(state, stop_requested)
 
-    monkeypatch.setattr(train, "take_step", wrapped)
+    monkeypatch.setattr(train, "train_step", wrapped)
     return done
 
 
@@ -103,7 +107,7 @@ def records(folder: Path) -> list[dict]:
 def start(
     arguments: list[str], nproc: int, script: str | Path = "launch/train.py"
 ) -> subprocess.Popen:
-    """torchrun a script in a session of its own, output on one pipe."""
+    """Start torchrun in a session of its own, with all output on one pipe."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", str(nproc), str(script), *arguments]
     return subprocess.Popen(
@@ -117,25 +121,34 @@ def start(
     )
 
 
-def watch(process: subprocess.Popen, on_line: Callable[[str], None] | None = None) -> str:
-    """All output of a process, which is gone afterwards whatever happens."""
-    lines = []
+def output_of(process: subprocess.Popen) -> str:
+    """All output of a process started by `start`, which is gone afterwards whatever happens."""
     try:
-        for line in process.stdout:
-            lines.append(line)
-            if on_line is not None:
-                on_line(line)
-        process.wait(timeout=60)
+        return process.communicate(timeout=PATIENCE)[0]
     finally:
         # Only this run's own session.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    return "".join(lines)
+
+
+def save_tensors(store: CheckpointStore, step: int, tensors: dict, state: dict) -> Path:
+    """Save a checkpoint as a single rank does: {"model": {name: tensor}, "optimizer": ...}."""
+    staging = store.begin(step)
+    try:
+        for group, each in tensors.items():
+            shards = {name: shard_of(value, is_rank0=True) for name, value in each.items()}
+            write_shards(staging / tensor_file(group), shards)
+        (staging / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        files = [seal_file(path) for path in sorted(staging.iterdir())]
+    except BaseException:
+        store.discard(staging)
+        raise
+    return store.commit(step, staging, files)
 
 
 def losses(folder: Path) -> dict[int, float]:
-    """Loss by step; fails if a step is there twice."""
+    """Loss by step; fails if a step is recorded twice."""
     series = records(folder)
     steps = [record["step"] for record in series]
     assert len(set(steps)) == len(steps), f"a step is recorded twice: {steps}"

@@ -1,4 +1,4 @@
-"""The numbers of a run do not depend on its layout, and each step is recorded once."""
+"""Metrics are of the whole job, and each step is recorded once."""
 
 import json
 import math
@@ -6,7 +6,14 @@ import math
 import pytest
 
 from launch.config import Config
-from launch.metrics import MetricsLog, Speedometer, format_line, loss_metrics, plot_loss
+from launch.metrics import (
+    MetricsLog,
+    Speedometer,
+    format_line,
+    loss_metrics,
+    moving_average,
+    plot_loss,
+)
 
 
 def record(step, **more):
@@ -81,6 +88,31 @@ def test_speed_counts_tokens_once_and_every_device():
     unknown = Speedometer(1000, 6e6, 4, None)
     unknown.add_step(1.0)
     assert "mfu" not in unknown.read(0)
+
+
+def test_the_time_left_ignores_compilation():
+    speed = Speedometer(1000, 6e6, 1, None)
+    speed.add_step(180.0)
+    assert speed.read(steps_left=119)["eta"] == 119 * 180
+    for _ in range(2):
+        speed.add_step(0.4)
+    assert speed.read(steps_left=117)["eta"] == pytest.approx(117 * 0.4)
+    for _ in range(57):
+        speed.add_step(0.4)
+    assert speed.read(steps_left=60)["eta"] == pytest.approx(24)
+
+
+def test_the_time_left_follows_a_lasting_change():
+    speed = Speedometer(1000, 6e6, 1, None)
+    for seconds in [1.0] * 100 + [3.0] * 20:
+        speed.add_step(seconds)
+    assert speed.read(steps_left=10)["eta"] == 30
+
+
+def test_the_smoothed_loss_is_the_mean_of_the_values_before():
+    assert moving_average([4.0, 2.0, 6.0, 1.0], 1) == [4.0, 2.0, 6.0, 1.0]
+    assert moving_average([4.0, 2.0, 6.0, 1.0], 2) == [4.0, 3.0, 4.0, 3.5]
+    assert moving_average([4.0, 2.0], 5) == [4.0, 3.0]
 
 
 def test_the_line_can_be_grepped():

@@ -1,4 +1,4 @@
-"""Text to tokens: what is read, how it is split, and that nothing is left half done."""
+"""Text to tokens: what is read, how it is split, and that nothing is left incomplete."""
 
 import json
 import os
@@ -8,8 +8,8 @@ import pytest
 
 from launch import prepare_data
 from launch.data import DataFolder
-from launch.errors import DataError
-from launch.indexed import IndexedTokens
+from launch.exit_codes import DataError
+from launch.indexed_dataset import IndexedTokens
 from launch.prepare_data import prepare, standard_library
 from launch.tokenizer import ByteTokenizer
 
@@ -18,9 +18,9 @@ def documents(folder, split):
     """The texts of a split, by its end-of-document tokens."""
     tokenizer = DataFolder(folder).tokenizer
     tokens = IndexedTokens(folder / split).tokens.astype(np.int64)
-    pieces = np.split(tokens, np.flatnonzero(tokens == tokenizer.eod_id) + 1)
-    assert len(pieces[-1]) == 0
-    return [tokenizer.decode(piece.tolist()) for piece in pieces[:-1]]
+    texts = np.split(tokens, np.flatnonzero(tokens == tokenizer.eod_id) + 1)
+    assert len(texts[-1]) == 0
+    return [tokenizer.decode(text.tolist()) for text in texts[:-1]]
 
 
 @pytest.fixture

@@ -1,8 +1,7 @@
-"""Each setting of the config reaches what it is about: looked at from inside a step."""
+"""Each setting of the config has its effect, observed from inside a step."""
 
 import math
 import random
-from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -11,14 +10,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import lasp
-from launch import build, random_state, step, train
+from launch import build, random_state, train
+from launch.build import model_config
 from launch.config import load_config
 from launch.data import IGNORE
-from launch.plan import batching, describe, model_config
-from launch.step import take_step, validate
+from launch.distributed import DistContext, RankInfo, get_rank_info
+from launch.resolve import batching, describe
 from launch.tokenizer import ByteTokenizer
-from launch.world import Place, World, find_place
-from parallel.mesh import ParallelDims
+from launch.trainer import forward_backward, step_indices, train_step, validate
+from parallel.mesh import ParallelDims, build_mesh
 from tests.launch.runs import arguments_here, flags, run_here, write_tokens
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -28,12 +28,12 @@ SEQ_LEN = 101
 def make_run(folder, data, *more, **changes):
     """A run before its first step."""
     config = load_config(arguments_here(folder, data, *more, **changes))
-    place = find_place(config)
-    return train.set_up(config, World(place, None), batching(config, place))
+    info = get_rank_info(config)
+    return train.set_up(config, DistContext(info, None), batching(config, info))
 
 
 def record_calls(monkeypatch, owner, name):
-    """The keyword arguments with which `owner.name` is called; it still does its work."""
+    """Record the keyword arguments of calls to `owner.name`, which still does its work."""
     calls, original = [], getattr(owner, name)
 
     def spy(*args, **kwargs):
@@ -55,29 +55,29 @@ BY_TOKENS = "parallelism.tensor_parallel_shard_sequence"
 @pytest.mark.parametrize(
     ("degrees", "idle"),
     [
-        (dict(), f"{', '.join(CUTS)} (data parallelism cuts no weights); {BY_TOKENS} (tp is 1)"),
+        (dict(), f"{', '.join(CUTS)} (data parallelism shards no weights); {BY_TOKENS} (tp is 1)"),
         (
             dict(dp_replicate=2),
-            f"{', '.join(CUTS)} (data parallelism cuts no weights); {BY_TOKENS} (tp is 1)",
+            f"{', '.join(CUTS)} (data parallelism shards no weights); {BY_TOKENS} (tp is 1)",
         ),
         (dict(cp=2), f"{BY_TOKENS} (tp is 1)"),
-        (dict(tp=2), f"{', '.join(CUTS)} (data parallelism cuts no weights)"),
+        (dict(tp=2), f"{', '.join(CUTS)} (data parallelism shards no weights)"),
         (dict(cp=2, tp=2), None),
     ],
     ids=str,
 )
-def test_what_has_no_effect_on_a_mesh_is_said(degrees, idle):
-    """And not refused: the same config may serve larger meshes."""
+def test_settings_without_effect_on_a_mesh_are_listed(degrees, idle):
+    """They are not refused: the same config may be meant for other meshes."""
     values = [[f"--{CUTS[0]}", "fsdp"], [f"--{CUTS[1]}", "never"], [f"--{CUTS[2]}"]]
     random_tokens = flags(data__source="random", training__global_batch_size=2)
     config = load_config([*random_tokens, *sum(values, []), f"--{BY_TOKENS}"])
     dims = ParallelDims(**degrees, world_size=math.prod(degrees.values()))
-    place = Place(0, 0, "gloo", torch.device("cpu"), dims)
-    plan = describe(config, place, model_config(config, None), batching(config, place))
+    info = RankInfo(0, 0, "gloo", torch.device("cpu"), dims)
+    plan = describe(config, info, model_config(config, None), batching(config, info))
     lines = [line for line in plan.splitlines() if line.startswith("no effect:")]
     assert lines == ([] if idle is None else [f"no effect:   {idle}"])
     plain = load_config(random_tokens)
-    plan = describe(plain, place, model_config(plain, None), batching(plain, place))
+    plan = describe(plain, info, model_config(plain, None), batching(plain, info))
     assert "no effect" not in plan
 
 
@@ -88,7 +88,7 @@ def test_max_norm_bounds_the_change_of_weights(tmp_path, data, max_norm):
     rate = dict(lr_scheduler__warmup_steps=0, **adam)
     run = make_run(tmp_path, data, training__max_norm=max_norm, **rate)
     before = [p.detach().clone() for p in run.model.parameters()]
-    outcome = take_step(run, False)
+    outcome = train_step(run, False)
     pairs = zip(run.model.parameters(), before, strict=True)
     change = math.sqrt(sum((p - b).square().sum().item() for p, b in pairs))
     # The norm that is reported is that before clipping.
@@ -102,7 +102,7 @@ def test_mixed_precision_is_what_the_model_sees(tmp_path, data, wanted):
     seen = []
     linear = run.model.blocks[0].channel_mixer.w1
     linear.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
-    take_step(run, False)
+    train_step(run, False)
     assert seen == [getattr(torch, wanted)] * run.batching.accumulation
     assert {p.dtype for p in run.model.parameters()} == {torch.float32}
 
@@ -112,43 +112,58 @@ def test_compile_enable_compiles_blocks_and_loss(tmp_path, data, enable, wanted)
     flag = {} if enable is None else {"compile__enable": enable}
     run = make_run(tmp_path, data, **flag)
     assert all((block._compiled_call_impl is not None) == wanted for block in run.model.blocks)
-    assert run.loss_model._compiled == wanted
+    assert run.loss_model.compiled == wanted
 
 
 def test_a_norm_below_the_limit_leaves_gradients_alone(tmp_path, data, monkeypatch):
     calls = record_calls(monkeypatch, torch.nn.utils, "clip_grads_with_norm_")
-    take_step(make_run(tmp_path, data, training__max_norm=1e6), False)
+    train_step(make_run(tmp_path, data, training__max_norm=1e6), False)
     assert not calls
-    take_step(make_run(tmp_path / "other", data, training__max_norm=1e-3), False)
+    train_step(make_run(tmp_path / "other", data, training__max_norm=1e-3), False)
     assert len(calls) == 1
 
 
 def test_the_loss_gets_its_chunk_size_and_what_to_ignore(tmp_path, data, monkeypatch):
-    calls = record_calls(monkeypatch, step, "chunked_cross_entropy")
-    take_step(make_run(tmp_path, data, training__loss_chunk_size=17), False)
+    calls = record_calls(monkeypatch, build, "chunked_cross_entropy")
+    train_step(make_run(tmp_path, data, training__loss_chunk_size=17), False)
     assert calls == [{"ignore_index": IGNORE, "chunk_size": 17, "compiled": False}] * 4
 
 
-def test_recomputation_is_asked_for_as_configured(tmp_path, data, monkeypatch):
-    asked = []
-    monkeypatch.setattr(build, "recompute", lambda *args, **kwargs: asked.append((args, kwargs)))
-    wanted = dict(activation_checkpoint__mode="selective")
-    run = make_run(tmp_path, data, "--activation_checkpoint.offload", **wanted)
-    assert asked == [((run.model.blocks, "selective"), {"offload": True})]
+def test_activation_checkpointing_has_the_configured_mode(tmp_path, data, monkeypatch):
+    calls = []
+    monkeypatch.setattr(build, "checkpoint_blocks", lambda *args: calls.append(args))
+    run = make_run(tmp_path, data, activation_checkpoint__mode="selective")
+    assert calls == [(run.model.blocks, "selective")]
+
+
+def test_a_step_takes_its_gradients_from_forward_backward(tmp_path, data):
+    """Another implementation can replace the trainer's."""
+    run, other = make_run(tmp_path, data), make_run(tmp_path, data)
+    calls = []
+
+    def in_reverse(state, *, batches, num_labels):
+        calls.append((len(batches), num_labels))
+        return forward_backward(state, batches=batches[::-1], num_labels=num_labels)
+
+    result = train_step(run, forward_backward=in_reverse)
+    assert calls == [(4, 4 * SEQ_LEN)]
+    assert result.loss == pytest.approx(train_step(other).loss, rel=1e-6)
+    skipped = train_step(run, forward_backward=lambda state, **_: torch.tensor(torch.nan).double())
+    assert skipped.loss is None and run.step == 1
 
 
 def documents_by_hand(run, documents, samples):
-    """Loss per token of documents read one by one, each as if nothing had come before it."""
+    """Loss per token of documents that are run one by one."""
     stream = np.concatenate(documents)
     owner = np.repeat(np.arange(len(documents)), [len(each) for each in documents])
     total, count = 0.0, 0
     for sample in samples:
-        place = slice(sample * SEQ_LEN, (sample + 1) * SEQ_LEN + 1)
-        for document in np.unique(owner[place]):
-            tokens = torch.from_numpy(stream[place][owner[place] == document])
+        span = slice(sample * SEQ_LEN, (sample + 1) * SEQ_LEN + 1)
+        for document in np.unique(owner[span]):
+            tokens = torch.from_numpy(stream[span][owner[span] == document])
             inputs, labels = tokens[:-1], tokens[1:].clone()
             labels[labels == ByteTokenizer.pad_id] = IGNORE
-            # The last token of the stretch may be the sample's last label: then it is no input.
+            # A single token at the sample's end is a label but no input.
             if len(inputs):
                 logits = run.model(inputs[None])[0]
                 total += F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
@@ -158,18 +173,18 @@ def documents_by_hand(run, documents, samples):
 
 def test_varlen_keeps_documents_apart(tmp_path, monkeypatch):
     generator = np.random.default_rng(0)
-    # The fourth starts where the first sample ends; the padding is no label.
+    # The fourth document starts where the first sample ends, and holds padding.
     lengths = [30, 1, 70, 200, 60, 60, 200]
     documents = [generator.integers(0, 256, length) for length in lengths]
     documents[3][5:9] = ByteTokenizer.pad_id
     data = write_tokens(tmp_path / "data", documents)
     run = make_run(tmp_path / "out", data, "--training.varlen", training__global_batch_size=6)
-    samples = step.step_indices(run)
+    samples = step_indices(run)
     assert sorted(samples) == list(range(6))
     with torch.no_grad():
         expected = documents_by_hand(run, documents, samples)
     calls = record_calls(monkeypatch, lasp, "lightning_attention")
-    assert take_step(run, False).loss == pytest.approx(expected, rel=1e-5)
+    assert train_step(run, False).loss == pytest.approx(expected, rel=1e-5)
     starts = np.cumsum([0, *lengths])
     for sample, call in zip(np.repeat(samples, 2), calls, strict=True):
         inside = starts - sample * SEQ_LEN
@@ -177,7 +192,7 @@ def test_varlen_keeps_documents_apart(tmp_path, monkeypatch):
         assert call["cu_seqlens"].tolist() == [0, *inside, SEQ_LEN]
 
 
-def test_random_states_are_put_back():
+def test_random_states_are_restored():
     device = torch.device("cpu")
     random.seed(1)
     torch.manual_seed(1)
@@ -189,9 +204,9 @@ def test_random_states_are_put_back():
         assert (random.random(), torch.rand(3).tolist()) == drawn
 
 
-def test_patience_ends_with_the_first_step(tmp_path, data, monkeypatch):
+def test_the_long_timeout_ends_with_the_first_step(tmp_path, data, monkeypatch):
     seen = []
-    monkeypatch.setattr(World, "set_timeout", lambda self, seconds: seen.append(seconds))
+    monkeypatch.setattr(DistContext, "set_timeout", lambda self, seconds: seen.append(seconds))
     times = dict(comm__train_timeout_seconds=7, comm__init_timeout_seconds=9, training__steps=2)
     quiet = ["--checkpoint.no-enable", "--validation.no-enable", "--sample.no-enable"]
     assert run_here(tmp_path, data, *quiet, **times) == 0
@@ -202,51 +217,34 @@ CP2 = dict(parallelism__context_parallel_degree=2, parallelism__context_parallel
 
 
 def on_four_ranks(group, folder):
-    """What a rank saw: dtypes of gradients on the wire, exchanges, validation loss, timeouts."""
-    rank = dist.get_rank(group)
-    place = Place(rank, rank, "gloo", torch.device("cpu"), ParallelDims.resolve(4, cp=2))
-    world = World(place, None)
-    world.gradient_group = group
-    pairs = [dist.new_group([first, first + 1]) for first in (0, 2)]
-    world.cp_group = pairs[rank // 2]
+    """Dtypes in which gradients are reduced, exchanges, and the validation loss."""
+    rank, dims = dist.get_rank(), ParallelDims.resolve(4, cp=2)
+    info = RankInfo(rank, rank, "gloo", torch.device("cpu"), dims)
     changes = dict(data__source="random", model__vocab_size=50, job__dump_folder=folder)
     more = dict(training__mixed_precision_reduce="bfloat16", validation__steps=3)
     config = load_config(flags(**changes, **more, **CP2))
-    run = train.set_up(config, world, batching(config, place))
+    ctx = DistContext(info, build_mesh(dims, "cpu"))
+    run = train.set_up(config, ctx, batching(config, info))
     held_out = validate(run)
 
-    wire, reduce = [], dist.all_reduce
+    dtypes, reduce = set(), dist.all_reduce
 
     def all_reduce(tensor, *args, **kwargs):
         if kwargs.get("async_op"):
-            wire.append(tensor.dtype)
+            dtypes.add(tensor.dtype)
         return reduce(tensor, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_reduce", all_reduce)
         calls = record_calls(patch, lasp, "lightning_attention")
-        take_step(run, False)
-
-    backends = [each._get_backend(place.device) for each in (group, world.cp_group)]
-    before = backends[0].options._timeout
-    world.set_timeout(17)
-    limits = [backend.options._timeout for backend in backends]
-    world.set_timeout(int(before.total_seconds()))
-    return wire, {call["exchange"] for call in calls}, held_out, limits
+        train_step(run, False)
+    return dtypes, {call["exchange"] for call in calls}, held_out
 
 
-def test_ranks_share_gradients_validation_and_timeouts(pool, tmp_path):
-    outcomes = pool.run(on_four_ranks, str(tmp_path / "ranks"), size=4)
-    alone = make_run(
-        tmp_path / "alone",
-        tmp_path,
-        data__source="random",
-        model__vocab_size=50,
-        validation__steps=3,
-    )
-    expected = validate(alone)
-    for wire, exchanges, held_out, limits in outcomes:
-        assert set(wire) == {torch.bfloat16}
+def test_gradient_dtype_exchange_and_validation_over_ranks(pool, tmp_path):
+    random_tokens = dict(data__source="random", model__vocab_size=50, validation__steps=3)
+    expected = validate(make_run(tmp_path / "alone", tmp_path, **random_tokens))
+    for dtypes, exchanges, held_out in pool.run(on_four_ranks, str(tmp_path / "ranks"), size=4):
+        assert dtypes == {torch.bfloat16}
         assert exchanges == {"doubling"}
         assert held_out == pytest.approx(expected, rel=1e-6)
-        assert limits == [timedelta(seconds=17)] * 2

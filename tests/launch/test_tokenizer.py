@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.errors import DataError
+from launch.exit_codes import DataError
 from launch.tokenizer import ByteTokenizer, tokenizer_from_spec, train_bpe
 
 TEXTS = ["def f(x):\n\treturn x\n", "na\u00efve \u4e16\u754c \U0001f600", " leading", "a\0b", ""]
@@ -32,7 +32,7 @@ def test_a_spec_makes_an_equal_tokenizer(bpe, text):
         assert (again.vocab_size, again.eod_id) == (tokenizer.vocab_size, tokenizer.eod_id)
 
 
-def test_bytes_that_are_no_text_do_not_fail():
+def test_bytes_that_are_not_text_are_replaced():
     assert ByteTokenizer().decode([0x61, 0xE9, 256, 300]) == "a\ufffd"
 
 

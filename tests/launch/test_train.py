@@ -1,4 +1,4 @@
-"""The launcher in this process, alone: plans, refusals, bad data, stopping, resuming."""
+"""The launcher in a single process: dry runs, refusals, bad data, stopping, resuming."""
 
 import json
 import math
@@ -12,9 +12,10 @@ import time
 import pytest
 import torch
 
-from launch import generate, random_state, saving, train
-from launch.checkpoint import CheckpointStore, verify
-from launch.errors import REQUEUE, TERMINATED
+from launch import generate, random_state, train
+from launch.checkpoint import save_resume
+from launch.checkpoint.store import CheckpointStore, verify
+from launch.exit_codes import REQUEUE, TERMINATED
 from launch.tokenizer import ByteTokenizer
 from tests.launch.runs import STEPS, at_step, flags, losses, records, run_here, write_tokens
 
@@ -36,7 +37,7 @@ def undisturbed(tmp_path_factory, data):
     return folder
 
 
-def test_a_run_leaves_what_it_promises(undisturbed, tmp_path, data, capsys):
+def test_a_run_writes_its_metrics_and_prints_its_progress(undisturbed, tmp_path, data, capsys):
     assert run_here(tmp_path / "out", data) == 0
     output = capsys.readouterr().out
     series = losses(tmp_path / "out")
@@ -61,7 +62,7 @@ def test_a_run_leaves_what_it_promises(undisturbed, tmp_path, data, capsys):
     assert (tmp_path / "out" / "config.toml").is_file()
 
 
-def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, data, capsys, monkeypatch):
+def test_a_dry_run_prints_the_resolved_run_and_writes_nothing(tmp_path, data, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert train.main([*flags(data__folder=data, data__source="folder"), "--job.dry_run"]) == 0
     output = capsys.readouterr().out
@@ -74,7 +75,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, data, capsys, monk
         "GiB",
     ):
         assert word in output
-    # What a rank holds stands in one table, and not in the plan once more.
+    # Memory is printed once.
     assert re.findall("(?m)^memory.*", output) == ["memory of one rank in GiB:"]
     assert "no effect" not in output
     assert list(tmp_path.iterdir()) == []
@@ -86,7 +87,6 @@ TP = "--parallelism.tensor_parallel_degree"
 @pytest.mark.parametrize(
     ("argv", "world", "sentence"),
     [
-        (["--training.seqlen", "3"], "1", "did you mean --training.seq_len?"),
         (["--cp-size", "3"], "2", "cp 3 x tp 1 = 3 does not divide the 2 processes"),
         (
             [
@@ -94,7 +94,7 @@ TP = "--parallelism.tensor_parallel_degree"
                 *("--parallelism.data_parallel_method", "ddp"),
             ],
             "2",
-            "data_parallel_method ddp cuts no weights",
+            "data_parallel_method ddp shards no weights",
         ),
         (["--training.global_batch_size", "3"], "2", "local_batch_size 1 x data-parallel ranks 2"),
         (["--comm.backend", "nccl"], "1", "0 GPUs"),
@@ -118,11 +118,11 @@ TP = "--parallelism.tensor_parallel_degree"
             # 4 and 2 tokens: neither is a multiple of 3.
             "training.seq_len 6 is not a multiple of cp 2 x tp 3 x 2 (zigzag) = 12",
         ),
-        (["--job.dry_run", "--job.dry_run_gpus", "65537"], "1", "a plan is for 65536 at most"),
+        (["--job.dry_run", "--job.dry_run_gpus", "65537"], "1", "it must be at most 65536"),
         (
             [TP, "2", "--cp-size", "2", "--parallelism.data_parallel_method", "ddp"],
             "4",
-            "DDP cannot hold weights that are cut; use auto or fsdp",
+            "DDP cannot hold sharded weights; use auto or fsdp",
         ),
         (["--training.varlen", "--training.local_batch_size", "2"], "1", "local_batch_size is 2"),
         (["--model.preset", "9b", "--job.dry_run"], "1", "9b"),
@@ -138,7 +138,7 @@ TP = "--parallelism.tensor_parallel_degree"
         (["--metrics.enable_wandb"], "1", "needs the package wandb"),
     ],
 )
-def test_what_cannot_run_is_refused_before_a_socket_opens(
+def test_invalid_runs_are_refused_before_a_socket_opens(
     argv, world, sentence, capsys, monkeypatch, tmp_path
 ):
     monkeypatch.chdir(tmp_path)
@@ -155,7 +155,7 @@ def test_what_cannot_run_is_refused_before_a_socket_opens(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_world_equation_is_printed_by_one_rank(capsys, monkeypatch):
+def test_an_invalid_mesh_is_reported_by_rank_0_only(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert train.main(["--cp-size", "3"]) == 73
@@ -171,7 +171,7 @@ def test_the_world_equation_is_printed_by_one_rank(capsys, monkeypatch):
         ([[ByteTokenizer.pad_id] * 900], "every label is ignored"),
     ],
 )
-def test_bad_data_is_an_error_and_never_nan(tmp_path, documents, sentence, capsys):
+def test_bad_data_is_refused_and_never_gives_nan(tmp_path, documents, sentence, capsys):
     data = write_tokens(tmp_path / "data", documents)
     assert run_here(tmp_path / "out", data) == 73
     captured = capsys.readouterr()
@@ -190,7 +190,7 @@ def test_bad_data_is_an_error_and_never_nan(tmp_path, documents, sentence, capsy
         ({"tokenizer": {"kind": "byte"}, "val": {"bytes": "x", "tokens": 3}}, "'val' is"),
     ],
 )
-def test_a_damaged_meta_json_is_a_sentence(tmp_path, meta, sentence, capsys):
+def test_a_damaged_meta_json_is_refused(tmp_path, meta, sentence, capsys):
     data = write_tokens(tmp_path / "data", [range(200)])
     (data / "meta.json").write_text(json.dumps(meta))
     assert run_here(tmp_path / "out", data) == 73
@@ -199,7 +199,7 @@ def test_a_damaged_meta_json_is_a_sentence(tmp_path, meta, sentence, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_without_a_count_of_bytes_there_are_no_bits_per_byte(tmp_path):
+def test_bits_per_byte_need_a_count_of_bytes(tmp_path):
     data = write_tokens(tmp_path / "data", [range(200)])
     tokenizer = ByteTokenizer().spec()
     (data / "meta.json").write_text(json.dumps({"tokenizer": tokenizer, "train": {"tokens": 200}}))
@@ -217,7 +217,7 @@ def test_without_a_count_of_bytes_there_are_no_bits_per_byte(tmp_path):
         ({"dims": 3}, "no config field ['dims']"),
     ],
 )
-def test_mistakes_in_a_model_file(tmp_path, data, fields, sentence, capsys):
+def test_invalid_model_files_are_refused(tmp_path, data, fields, sentence, capsys):
     path = tmp_path / "model.json"
     path.write_text(json.dumps(fields))
     assert run_here(tmp_path / "out", data, model__config=path) == 73
@@ -226,7 +226,7 @@ def test_mistakes_in_a_model_file(tmp_path, data, fields, sentence, capsys):
     assert run_here(tmp_path / "out", data, model__config=path, training__steps=1) == 0
 
 
-def test_records_that_cannot_be_written_are_named(tmp_path, data, capsys):
+def test_a_dump_folder_that_cannot_be_written_is_refused(tmp_path, data, capsys):
     (tmp_path / "out" / "metrics.jsonl").mkdir(parents=True)
     assert run_here(tmp_path / "out", data) == 73
     assert "metrics.jsonl" in capsys.readouterr().err
@@ -245,10 +245,10 @@ def test_sigterm_saves_and_the_same_command_goes_on(undisturbed, tmp_path, data,
     folder = tmp_path / "out"
     states = []
 
-    def draw_and_stop(run):
-        # Otherwise the states would be those of any run that has just made its model.
+    def draw_and_stop(state):
+        # So that the states differ from those of a run that has just built its model.
         torch.rand(3), random.random()
-        states.append(random_state.capture(run.world.device))
+        states.append(random_state.capture(state.ctx.device))
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
@@ -258,21 +258,23 @@ def test_sigterm_saves_and_the_same_command_goes_on(undisturbed, tmp_path, data,
     assert stopped_at in (4, 5)
     with monkeypatch.context() as patch:
         at_step(
-            patch, stopped_at, lambda run: states.append(random_state.capture(torch.device("cpu")))
+            patch,
+            stopped_at,
+            lambda state: states.append(random_state.capture(torch.device("cpu"))),
         )
         assert run_here(folder, data) == 0
-    # The random states are part of what goes on.
+    # Random states are resumed too.
     assert len(states) == 2 and states[0] == states[1]
     assert losses(folder) == losses(undisturbed)
     assert same(weights(folder, STEPS), weights(undisturbed, STEPS))
 
 
-def test_what_to_run_after_a_start_that_cannot_be_repeated(
+def test_sigterm_of_a_run_that_may_not_resume_says_how_to_resume(
     undisturbed, tmp_path, data, monkeypatch, capsys
 ):
     wanted = dict(checkpoint__resume="never")
     with monkeypatch.context() as patch:
-        at_step(patch, 2, lambda run: os.kill(os.getpid(), signal.SIGTERM))
+        at_step(patch, 2, lambda state: os.kill(os.getpid(), signal.SIGTERM))
         assert run_here(tmp_path, data, **wanted) == REQUEUE
     assert "run the command again with --checkpoint.resume auto" in capsys.readouterr().out
     assert run_here(tmp_path, data, **wanted) == 70
@@ -280,11 +282,9 @@ def test_what_to_run_after_a_start_that_cannot_be_repeated(
     assert losses(tmp_path) == losses(undisturbed)
 
 
-def test_sigterm_where_a_named_checkpoint_was_taken_saves_no_second_one(
-    tmp_path, data, monkeypatch
-):
-    def poison_and_stop(run):
-        run.trained.forward = lambda *args: torch.tensor(float("nan"), requires_grad=True)
+def test_sigterm_at_a_step_that_is_saved_already_saves_nothing(tmp_path, data, monkeypatch):
+    def poison_and_stop(state):
+        state.wrapped_model.forward = lambda *args: torch.tensor(float("nan"), requires_grad=True)
         os.kill(os.getpid(), signal.SIGTERM)
 
     assert run_here(tmp_path / "out", data, training__steps=2) == 0
@@ -299,7 +299,7 @@ def test_sigterm_without_checkpoints_says_that_nothing_was_saved(
     tmp_path, data, monkeypatch, capsys
 ):
     folder = tmp_path / "out"
-    at_step(monkeypatch, 3, lambda run: os.kill(os.getpid(), signal.SIGTERM))
+    at_step(monkeypatch, 3, lambda state: os.kill(os.getpid(), signal.SIGTERM))
     assert run_here(folder, data, "--checkpoint.no-enable") == TERMINATED == 143
     assert "nothing was saved" in capsys.readouterr().out
     assert not (folder / "checkpoint").exists()
@@ -310,10 +310,10 @@ def test_sigterm_without_checkpoints_says_that_nothing_was_saved(
     assert list(losses(folder)) == [1, 2]
 
 
-def test_sigterm_in_a_first_step_that_failed_leaves_no_checkpoint(tmp_path, data, monkeypatch):
-    def poison_and_stop(run):
-        forward = run.trained.forward
-        run.trained.forward = lambda *args: forward(*args) * float("nan")
+def test_sigterm_in_a_skipped_first_step_saves_nothing(tmp_path, data, monkeypatch):
+    def poison_and_stop(state):
+        forward = state.wrapped_model.forward
+        state.wrapped_model.forward = lambda *args: forward(*args) * float("nan")
         os.kill(os.getpid(), signal.SIGTERM)
 
     folder = tmp_path / "out"
@@ -349,18 +349,18 @@ def test_a_finished_run_is_left_as_it_is(tmp_path, data, capsys):
     assert "already holds checkpoints" in capsys.readouterr().err
     assert run_here(folder, data, model__dim=64) == 70
     assert "of another model" in capsys.readouterr().err
-    # What was refused leaves no trace, in the record of the config neither.
+    # A refused run changes nothing, not even config.toml.
     assert losses(folder) == before and (folder / "config.toml").read_text() == config
 
 
-def test_nonfinite_steps_change_nothing_and_end_the_run(tmp_path, data, monkeypatch, capsys):
+def test_nonfinite_steps_change_nothing_and_then_end_the_run(tmp_path, data, monkeypatch, capsys):
     seen = []
 
-    def poison(run):
-        forward = run.trained.forward
-        run.trained.forward = lambda *args: forward(*args) * float("nan")
-        state = (run.step, run.consumed, {k: v.clone() for k, v in run.model.state_dict().items()})
-        seen.append((run, state))
+    def poison(state):
+        forward = state.wrapped_model.forward
+        state.wrapped_model.forward = lambda *args: forward(*args) * float("nan")
+        tensors = {name: value.clone() for name, value in state.model.state_dict().items()}
+        seen.append((state, (state.step, state.consumed, tensors)))
 
     at_step(monkeypatch, 4, poison)
     assert run_here(tmp_path / "out", data, training__max_nonfinite_steps=2) == 72
@@ -373,15 +373,15 @@ def test_nonfinite_steps_change_nothing_and_end_the_run(tmp_path, data, monkeypa
     assert list(losses(tmp_path / "out")) == [1, 2, 3, 4]
 
 
-def test_one_bad_try_leaves_no_trace(undisturbed, tmp_path, data, monkeypatch):
-    def poison_once(run):
-        forward = run.trained.forward
+def test_a_single_nonfinite_step_changes_nothing(undisturbed, tmp_path, data, monkeypatch):
+    def poison_once(state):
+        forward = state.wrapped_model.forward
 
         def broken(*args):
-            run.trained.forward = forward
+            state.wrapped_model.forward = forward
             return forward(*args) * float("inf")
 
-        run.trained.forward = broken
+        state.wrapped_model.forward = broken
 
     done = at_step(monkeypatch, 4, poison_once)
     assert run_here(tmp_path / "out", data) == 0
@@ -390,21 +390,21 @@ def test_one_bad_try_leaves_no_trace(undisturbed, tmp_path, data, monkeypatch):
     assert same(weights(tmp_path / "out", STEPS), weights(undisturbed, STEPS))
 
 
-def test_a_picture_that_cannot_be_written_costs_nothing_else(tmp_path, data, capsys):
+def test_a_loss_curve_that_cannot_be_written_is_only_a_warning(tmp_path, data, capsys):
     (tmp_path / "loss.png").mkdir()
     assert run_here(tmp_path, data, training__steps=1) == 0
     assert "loss.png cannot be written" in capsys.readouterr().out
 
 
-def test_tokens_seen_are_counted_over_changes_of_the_batch(tmp_path, data):
+def test_tokens_are_counted_across_changes_of_the_batch(tmp_path, data):
     assert run_here(tmp_path, data, training__steps=2) == 0
     assert run_here(tmp_path, data, training__steps=3, training__global_batch_size=2) == 0
     assert [each["tokens"] // 101 for each in records(tmp_path)] == [4, 8, 10]
 
 
-def test_records_are_closed_when_a_run_fails(tmp_path, data, monkeypatch):
-    def poison(run):
-        run.trained.forward = lambda *args: torch.tensor(float("nan"), requires_grad=True)
+def test_the_log_is_closed_when_a_run_fails(tmp_path, data, monkeypatch):
+    def poison(state):
+        state.wrapped_model.forward = lambda *args: torch.tensor(float("nan"), requires_grad=True)
 
     closed = []
     monkeypatch.setattr(train.MetricsLog, "close", lambda log: closed.append(log))
@@ -413,7 +413,7 @@ def test_records_are_closed_when_a_run_fails(tmp_path, data, monkeypatch):
     assert len(closed) == 1
 
 
-def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, data, monkeypatch, capsys):
+def test_a_full_disk_skips_a_checkpoint_and_the_run_goes_on(tmp_path, data, monkeypatch, capsys):
     original = CheckpointStore.commit
 
     def commit(self, step, *args):
@@ -434,7 +434,7 @@ def test_checkpoints_in_the_background_change_nothing(undisturbed, tmp_path, dat
     output = capsys.readouterr().out
     assert losses(folder) == losses(undisturbed)
     assert CheckpointStore(folder / "checkpoint", 9).steps() == [4, 6, STEPS]
-    # The last one is waited for; each of the others is written while training goes on.
+    # Only the last checkpoint is waited for.
     assert output.count("s, writing") == STEPS // 2 - 1
     assert output.count("checkpoint: ") == STEPS // 2
     assert same(weights(folder, STEPS), weights(undisturbed, STEPS))
@@ -442,17 +442,17 @@ def test_checkpoints_in_the_background_change_nothing(undisturbed, tmp_path, dat
 
 @pytest.fixture
 def slow_disk(monkeypatch):
-    """Every file of tensors takes longer than some steps."""
-    write = saving.write_pieces
-    monkeypatch.setattr(saving, "write_pieces", lambda *args: time.sleep(0.3) or write(*args))
+    """Writing a file of tensors takes longer than several steps."""
+    write = save_resume.write_shards
+    monkeypatch.setattr(save_resume, "write_shards", lambda *args: time.sleep(0.3) or write(*args))
 
 
-def test_sigterm_waits_for_the_checkpoint_that_is_being_written(
+def test_sigterm_waits_for_the_checkpoint_being_written(
     undisturbed, tmp_path, data, monkeypatch, slow_disk
 ):
     wanted = dict(checkpoint__async_mode="async", checkpoint__interval=2)
     with monkeypatch.context() as patch:
-        at_step(patch, 2, lambda run: os.kill(os.getpid(), signal.SIGTERM))
+        at_step(patch, 2, lambda state: os.kill(os.getpid(), signal.SIGTERM))
         assert run_here(tmp_path, data, **wanted) == REQUEUE
     earlier, stopped_at = CheckpointStore(tmp_path / "checkpoint").steps()
     assert earlier == 2 < stopped_at
@@ -460,12 +460,10 @@ def test_sigterm_waits_for_the_checkpoint_that_is_being_written(
     assert losses(tmp_path) == losses(undisturbed)
 
 
-def test_a_run_that_fails_keeps_the_checkpoint_that_was_being_written(
-    tmp_path, data, monkeypatch, slow_disk
-):
-    def poison(run):
-        forward = run.trained.forward
-        run.trained.forward = lambda *args: forward(*args) * float("nan")
+def test_a_failing_run_commits_the_checkpoint_being_written(tmp_path, data, monkeypatch, slow_disk):
+    def poison(state):
+        forward = state.wrapped_model.forward
+        state.wrapped_model.forward = lambda *args: forward(*args) * float("nan")
 
     at_step(monkeypatch, 2, poison)
     wanted = dict(checkpoint__async_mode="async", checkpoint__interval=2)
@@ -485,7 +483,7 @@ def test_accumulation_and_local_batch_give_the_same_losses(undisturbed, tmp_path
     assert losses(tmp_path / "out") == pytest.approx(losses(undisturbed), rel=1e-5)
 
 
-def test_recomputation_gives_the_same_losses(undisturbed, tmp_path, data):
+def test_activation_checkpointing_gives_the_same_losses(undisturbed, tmp_path, data):
     assert run_here(tmp_path / "out", data, activation_checkpoint__mode="full") == 0
     assert losses(tmp_path / "out") == losses(undisturbed)
 
@@ -498,7 +496,7 @@ def test_bfloat16_learns_and_random_tokens_do_not(undisturbed, tmp_path, data):
     assert 1e-5 < abs(got[STEPS] / expected[STEPS] - 1) < 0.05
     uniform = dict(data__source="random", model__vocab_size=50, training__steps=2)
     assert train.main(flags(job__dump_folder=tmp_path / "uniform", **uniform)) == 0
-    # Nothing is to be known about them but their number.
+    # The best loss is that of a uniform guess.
     assert losses(tmp_path / "uniform")[1] == pytest.approx(math.log(50), rel=0.05)
 
 
@@ -513,7 +511,7 @@ def test_text_is_generated_from_a_checkpoint_alone(undisturbed, capsys):
     assert all(text.startswith("line") for text in texts)
     assert generate.main(["--checkpoint", str(undisturbed / "none")]) == 70
     error = capsys.readouterr().err
-    # The launcher's flags mean nothing here.
+    # Only the launcher has that flag.
     assert "none holds no valid checkpoint: give a step folder" in error
     assert "checkpoint.resume" not in error
 
@@ -531,7 +529,7 @@ def test_text_is_generated_from_a_checkpoint_alone(undisturbed, capsys):
         (["--seed", "-1"], "seed is -1"),
     ],
 )
-def test_generation_refuses_with_a_sentence(undisturbed, argv, sentence, capsys):
+def test_invalid_generation_options_are_refused(undisturbed, argv, sentence, capsys):
     assert generate.main(["--checkpoint", str(undisturbed / "checkpoint"), *argv]) == 73
     error = capsys.readouterr().err
     assert sentence in error and error.startswith("error: ") and error.count("\n") == 1

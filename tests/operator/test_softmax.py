@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 import lasp
-from parallel import recompute
+from parallel import activation_checkpoint
 from tests.lasp.cases import assert_close, relative_error
 from tests.lasp.sharded import positions_of
 from tests.operator.variants import cut
@@ -188,7 +188,7 @@ def collectives_of(group, how):
     plain = results(lasp.softmax_attention, q, k, v, do, group=group)
     attend = Attend(group)
     if how == "kept":
-        attend = recompute.checkpointed(attend)
+        attend = activation_checkpoint.checkpointed(attend)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     o, forward = collectives(lambda: attend(*leaves))
     grads, backward = collectives(lambda: torch.autograd.grad(o, leaves, do))

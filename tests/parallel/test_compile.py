@@ -7,10 +7,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lasp import SequenceShard, exchange
 from lasp.tnl import TNL, TNLConfig
+from parallel.activation_checkpoint import checkpoint_blocks
 from parallel.compile import compile_blocks, eagerly
-from parallel.mesh import whole
-from parallel.recompute import checkpointed
-from parallel.tensor import tensor_parallel
+from parallel.mesh import full_tensor
+from parallel.tnl import tensor_parallel
 from tests.compiler import needs_compiler
 
 CONFIG = dict(vocab_size=64, dim=32, num_layers=4, num_heads=2, glu_dim=48)
@@ -25,12 +25,10 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def make(backend=None, recompute=False, **config):
+def make(backend=None, mode="none", **config):
     torch.manual_seed(0)
     model = TNL(TNLConfig.preset("tiny", **CONFIG | config))
-    if recompute:
-        for block in model.blocks:
-            checkpointed(block)
+    checkpoint_blocks(model.blocks, mode)
     if backend is not None:
         compile_blocks(model.blocks, fullgraph=True, backend=backend)
     return model
@@ -41,10 +39,9 @@ def gradients(model, length=T, group=None, dtype=None):
     tokens = torch.randint(64, (1, length), generator=generator)
     weight = torch.randn(1, length, 32, generator=generator)
     shard = SequenceShard.split(length, group)
-    mine = shard.token_slice
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        hidden = model(tokens[:, mine], shard=shard, return_hidden=True)
-    (hidden.float() * weight[:, mine]).sum().backward()
+        hidden = model(shard.take(tokens), shard, return_hidden=True)
+    (hidden.float() * shard.take(weight)).sum().backward()
     return [p.grad.double() for p in model.parameters()]
 
 
@@ -52,31 +49,30 @@ def errors(actual, truth):
     return [((a - b).norm() / b.norm()).item() for a, b in zip(actual, truth, strict=True)]
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_blocks_of_one_kind_share_a_graph_and_break_nowhere(recompute):
-    actual = gradients(make("aot_eager", recompute))
-    # The first layer has LRPE, the others have not.
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_blocks_of_one_kind_share_a_graph_without_breaks(mode):
+    actual = gradients(make("aot_eager", mode))
+    # The first layer has LRPE, the others do not.
     assert counters["stats"]["unique_graphs"] == 2
     assert max(errors(actual, gradients(make()))) < 1e-6
 
 
-def test_another_length_does_not_ask_for_another_graph_each_time():
-    model = make("aot_eager", num_layers=2, lrpe_layers=())
+def test_other_lengths_share_one_more_graph():
+    shape = dict(num_layers=2, lrpe_layers=())
+    model = make("aot_eager", **shape)
     for length in (T, 20, 21, 50, 7):
         model.zero_grad()
         actual = gradients(model, length)
-        assert max(errors(actual, gradients(make(None, num_layers=2, lrpe_layers=()), length))) < (
-            1e-6
-        )
+        assert max(errors(actual, gradients(make(**shape), length))) < 1e-6
     assert counters["stats"]["unique_graphs"] == 2
 
 
 @needs_compiler
 def test_fused_kernels_are_as_exact_as_eager_ones():
-    """As in training: recomputed, under autocast."""
+    """As in training: checkpointed, under autocast."""
     shape, dtype = dict(num_layers=1), torch.bfloat16
     truth = gradients(make(**shape).double())
-    actual = errors(gradients(make("inductor", recompute=True, **shape), dtype=dtype), truth)
+    actual = errors(gradients(make("inductor", "full", **shape), dtype=dtype), truth)
     eager = errors(gradients(make(**shape), dtype=dtype), truth)
     assert max(actual) < 2 * max(eager)
 
@@ -90,7 +86,7 @@ def test_eagerly_compiles_nothing():
     assert counters["stats"]["unique_graphs"] == 2
 
 
-def on_a_rank(group):
+def exchanges_and_error(group):
     torch._dynamo.reset()
     starts, original = [], exchange.start
 
@@ -100,37 +96,34 @@ def on_a_rank(group):
 
     exchange.start = start
     try:
-        actual = gradients(make("aot_eager", recompute=True), group=group)
-        count = len(starts)
-        expected = gradients(make(), group=group)
+        actual = gradients(make("aot_eager", "full"), group=group)
     finally:
         exchange.start = original
-    return count, max(errors(actual, expected))
+    return len(starts), max(errors(actual, gradients(make(), group=group)))
 
 
-def test_recomputed_compiled_blocks_exchange_once(pool):
-    for count, error in pool.run(on_a_rank, size=2):
+def test_checkpointed_compiled_blocks_exchange_once(pool):
+    for count, error in pool.run(exchanges_and_error, size=2):
         assert count == 2 * CONFIG["num_layers"]
         assert error < 1e-6
 
 
-def on_a_tensor_rank(group):
+def error_of_compiled_shards(group):
     torch._dynamo.reset()
     mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tp",))
-    found = []
-    for backend in ("aot_eager", None):
+    results = []
+    for is_compiled in (True, False):
         model = tensor_parallel(make(), mesh)
-        if backend is not None:
-            for block in model.blocks:
-                checkpointed(block)
-            compile_blocks(model.blocks, fullgraph=True, backend=backend)
+        if is_compiled:
+            checkpoint_blocks(model.blocks, "full")
+            compile_blocks(model.blocks, fullgraph=True, backend="aot_eager")
         gradients(model)
-        found.append([whole(p.grad) for p in model.parameters()])
-    return max(errors(*found))
+        results.append([full_tensor(p.grad) for p in model.parameters()])
+    return max(errors(*results))
 
 
-def test_blocks_cut_over_tensor_ranks_compile_whole(pool):
-    assert max(pool.run(on_a_tensor_rank, size=2)) < 1e-6
+def test_tensor_parallel_blocks_compile_without_breaks(pool):
+    assert max(pool.run(error_of_compiled_shards, size=2)) < 1e-6
 
 
 def test_autocast_halves_the_residual_stream():

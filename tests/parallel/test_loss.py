@@ -1,4 +1,4 @@
-"""Chunked cross-entropy against torch's, on logits that exist whole."""
+"""Chunked cross-entropy against torch's on the full logits."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def worst(got, expected):
 
 @pytest.mark.parametrize("chunk_size", [1, 5, T, 2 * T, 1000])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
-def test_loss_and_gradients_are_those_of_whole_logits(chunk_size, dtype, bound):
+def test_loss_and_gradients_are_those_of_full_logits(chunk_size, dtype, bound):
     hidden, weight, labels = make(dtype)
     got = with_gradients(
         chunked_cross_entropy(hidden, weight, labels, chunk_size=chunk_size), hidden, weight
@@ -59,7 +59,7 @@ def test_loss_and_gradients_are_those_of_whole_logits(chunk_size, dtype, bound):
 def test_compiled_passes_give_the_same(chunk_size):
     hidden, weight, labels = make(torch.float32)
     with torch.no_grad():
-        # Its label is to be ignored, and its logits are not numbers.
+        # Its label is ignored, and its logits are infinite.
         hidden[0, 3] = torch.inf
     labels[0, 3] = -100
     got, expected = (
@@ -73,21 +73,21 @@ def test_compiled_passes_give_the_same(chunk_size):
     assert worst(got, expected) < 2e-6
 
 
-def test_under_autocast_no_worse_than_whole_logits():
+def test_under_autocast_no_worse_than_full_logits():
     hidden, weight, labels = make(torch.float32)
     truth = with_gradients(plain(hidden, weight, labels), hidden, weight)
     with torch.autocast("cpu", torch.bfloat16):
         loss = chunked_cross_entropy(hidden, weight, labels, chunk_size=8)
-        whole = plain(hidden, weight, labels)
+        reference = plain(hidden, weight, labels)
     got = with_gradients(loss, hidden, weight)
     assert loss.dtype == torch.float32 and got[2].dtype == torch.float32
     error = worst(got, truth)
-    # bfloat16 was used, and costs no more than it costs whole logits.
-    assert 1e-5 < error <= 2 * worst(with_gradients(whole, hidden, weight), truth)
+    # bfloat16 was used, and is no less exact than with full logits.
+    assert 1e-5 < error <= 2 * worst(with_gradients(reference, hidden, weight), truth)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_shapes_alone_on_the_meta_device(dtype):
+def test_meta_device_gives_shapes(dtype):
     hidden = torch.empty(B, T, D, dtype=dtype, device="meta", requires_grad=True)
     weight = torch.empty(V, D, dtype=dtype, device="meta", requires_grad=True)
     labels = torch.empty(B, T, dtype=torch.long, device="meta")
@@ -98,7 +98,7 @@ def test_shapes_alone_on_the_meta_device(dtype):
         assert leaf.grad.shape == leaf.shape and leaf.grad.dtype == dtype
 
 
-def test_ignored_tokens_leave_no_trace_even_if_infinite():
+def test_ignored_tokens_have_no_effect_even_if_infinite():
     hidden, weight, labels = make()
     with torch.no_grad():
         hidden[labels == -100] = float("inf")
@@ -110,7 +110,7 @@ def test_ignored_tokens_leave_no_trace_even_if_infinite():
 
 
 @pytest.mark.parametrize("tokens", [0, T])
-def test_nothing_to_learn_from_is_zero(tokens):
+def test_a_batch_without_labels_gives_zero(tokens):
     hidden, weight, labels = make(torch.float32)
     hidden, labels = hidden[:, :tokens], torch.full_like(labels[:, :tokens], -100)
     loss, grad_hidden, grad_weight = with_gradients(
@@ -134,7 +134,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_logits_exist_for_one_chunk_only(grad):
+def test_logits_are_held_for_one_chunk_only(grad):
     hidden, weight, labels = make(torch.float32)
     chunk_size = 20
     with torch.set_grad_enabled(grad), Largest() as largest:
@@ -146,52 +146,52 @@ def test_logits_exist_for_one_chunk_only(grad):
 
 
 # Divides by two and by three.
-WORDS = 96
+SHARDED_V = 96
 
 
-def make_words(dtype):
+def make_sharded(dtype):
     hidden, weight, labels = make(dtype)
-    labels = torch.where(labels < WORDS, labels, 0)
-    return hidden, weight.detach()[:WORDS].requires_grad_(), labels
+    labels = torch.where(labels < SHARDED_V, labels, 0)
+    return hidden, weight.detach()[:SHARDED_V].requires_grad_(), labels
 
 
 def over_ranks(group, dtype, chunk_size):
-    """Loss, both gradients, and the most elements of an operation, with the words cut."""
+    """Loss, both gradients, and the most elements of an operation, with a sharded vocabulary."""
     mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tp",))
-    hidden, weight, labels = make_words(dtype)
+    hidden, weight, labels = make_sharded(dtype)
     weight = distribute_tensor(weight.detach(), mesh, [Shard(0)]).requires_grad_()
     with Largest() as largest:
         loss = chunked_cross_entropy(hidden, weight, labels, chunk_size=chunk_size)
     loss, grad_hidden, grad_weight = with_gradients(loss, hidden, weight)
     with torch.no_grad():
         no_grad = chunked_cross_entropy(hidden, weight, labels, chunk_size=chunk_size)
-        wrong = chunked_cross_entropy(hidden, weight, torch.full_like(labels, WORDS))
+        wrong = chunked_cross_entropy(hidden, weight, torch.full_like(labels, SHARDED_V))
     assert grad_weight.placements == (Shard(0),)
     return (loss, grad_hidden, grad_weight.full_tensor()), no_grad, wrong, largest.elements
 
 
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
-def test_words_cut_over_ranks_give_the_loss_of_all_words(pool, size, dtype, bound):
-    hidden, weight, labels = make_words(dtype)
+def test_sharded_vocabulary_gives_the_loss_of_the_full_one(pool, size, dtype, bound):
+    hidden, weight, labels = make_sharded(dtype)
     truth = with_gradients(plain(hidden, weight, labels), hidden, weight)
     outcomes = pool.run(over_ranks, dtype, 60, size=size)
     for got, no_grad, wrong, elements in outcomes:
         assert worst(got, truth) < bound
         # To the bit the same on all ranks, with a gradient or without.
         assert got[0] == no_grad == outcomes[0][0][0]
-        # A label that no rank has is not passed over.
+        # A label that no rank has is not ignored.
         assert wrong == torch.inf
-        # Nobody had the logits of all words.
-        assert elements == 60 * WORDS // size
+        # No rank had the logits of the full vocabulary.
+        assert elements == 60 * SHARDED_V // size
 
 
-def test_a_head_cut_by_columns_is_refused(pool):
-    for sentence in pool.run(cut_by_columns, size=2):
-        assert "must be cut evenly by words" in sentence
+def test_a_head_sharded_by_columns_is_refused(pool):
+    for message in pool.run(sharded_by_columns, size=2):
+        assert "must be sharded evenly by vocabulary" in message
 
 
-def cut_by_columns(group):
+def sharded_by_columns(group):
     mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tp",))
     hidden, weight, labels = make()
     weight = distribute_tensor(weight.detach(), mesh, [Shard(1)])
@@ -201,15 +201,15 @@ def cut_by_columns(group):
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("change", "message"),
     [
         (dict(labels_BT=torch.zeros(B, T - 1, dtype=torch.long)), "do not fit"),
         (dict(weight_VD=torch.zeros(V, D + 1)), "do not fit"),
         (dict(chunk_size=0), "chunk_size is 0"),
     ],
 )
-def test_bad_calls_are_refused(change, sentence):
+def test_bad_calls_are_refused(change, message):
     hidden, weight, labels = make()
     call = dict(hidden_BTD=hidden, weight_VD=weight, labels_BT=labels) | change
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=message):
         chunked_cross_entropy(**call)

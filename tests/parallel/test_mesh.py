@@ -1,4 +1,4 @@
-"""The mesh equation, from numbers alone."""
+"""The degrees of the mesh must multiply to the number of processes."""
 
 import itertools
 
@@ -11,22 +11,22 @@ DEGREES = (1, 2, 3)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 6, 8, 12])
-def test_only_layouts_whose_product_is_the_world_are_accepted(world_size):
+def test_only_degrees_whose_product_is_the_world_size_are_accepted(world_size):
     for degrees in itertools.product(DEGREES, repeat=4):
         replicate, shard, cp, tp = degrees
-        layout = dict(dp_replicate=replicate, dp_shard=shard, cp=cp, tp=tp)
+        named = dict(dp_replicate=replicate, dp_shard=shard, cp=cp, tp=tp)
         product = replicate * shard * cp * tp
         if product == world_size:
-            dims = ParallelDims(**layout, world_size=world_size)
+            dims = ParallelDims(**named, world_size=world_size)
             assert tuple(dims.degrees.values()) == degrees
             assert dims.dp == replicate * shard
         else:
             with pytest.raises(ValueError, match=f"= {product} != {world_size} processes"):
-                ParallelDims(**layout, world_size=world_size)
+                ParallelDims(**named, world_size=world_size)
     assert not dist.is_initialized()
 
 
-def test_equation_shows_every_number():
+def test_the_equation_shows_every_number():
     dims = ParallelDims(dp_replicate=2, cp=4, world_size=8)
     assert dims.equation == "dp_replicate 2 x dp_shard 1 x cp 4 x tp 1 = 8 processes"
 
@@ -44,12 +44,12 @@ def test_equation_shows_every_number():
         (dict(world_size=8, dp_replicate=2), (2, 4, 1, 1)),
     ],
 )
-def test_minus_one_is_what_the_others_leave(given, expected):
+def test_minus_one_takes_the_ranks_that_the_others_leave(given, expected):
     assert tuple(ParallelDims.resolve(**given).degrees.values()) == expected
 
 
 @pytest.mark.parametrize(
-    ("given", "sentence"),
+    ("given", "message"),
     [
         (dict(world_size=2, cp=3), "cp 3 x tp 1 = 3 does not divide the 2 processes"),
         (dict(world_size=6, cp=4), "= 4 does not divide the 6 processes"),
@@ -61,8 +61,8 @@ def test_minus_one_is_what_the_others_leave(given, expected):
         (dict(world_size=2, dp_shard=0), "dp_shard is 0"),
     ],
 )
-def test_impossible_layouts_say_why(given, sentence):
-    with pytest.raises(ValueError, match=sentence):
+def test_impossible_degrees_are_refused_with_their_numbers(given, message):
+    with pytest.raises(ValueError, match=message):
         ParallelDims.resolve(**given)
 
 

@@ -1,4 +1,4 @@
-"""A model whose layers are cut over ranks is the model on one device."""
+"""A tensor-parallel model computes what the model computes on one device."""
 
 import pytest
 import torch
@@ -6,13 +6,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from lasp.tnl import TNL, TNLConfig
-from lasp.tnl.norm import SRMSNorm
+from lasp.tnl.layers import SRMSNorm
+from parallel.activation_checkpoint import checkpoint_blocks
 from parallel.loss import chunked_cross_entropy
-from parallel.mesh import whole
-from parallel.recompute import checkpointed
-from parallel.tensor import NormOverRanks, tensor_parallel
+from parallel.mesh import full_tensor
+from parallel.tensor import ShardedSRMSNorm
+from parallel.tnl import float32_blocks, tensor_parallel
 
-# Six heads: two ranks or three, and the decays of a number of heads that is no power of two.
+# Six heads: for two or three ranks, and not a power of two, for which decays differ.
 CONFIG = dict(vocab_size=54, dim=48, num_layers=3, num_heads=6, glu_dim=66, init_std=0.2)
 
 
@@ -34,122 +35,115 @@ def error(actual, expected):
 
 
 def results_of(model, total, **options):
-    """Logits, loss, states and gradients, each whole."""
+    """Logits, loss, states and full gradients."""
     tokens, labels = batch_of(total)
     with torch.no_grad():
         logits, states = model(tokens, return_states=True, **options)
     hidden = model(tokens, return_hidden=True, **options)
     loss = chunked_cross_entropy(hidden, model.head_weight, labels, chunk_size=25)
     (loss / total).backward()
-    gradients = {name: whole(p.grad) for name, p in model.named_parameters()}
+    gradients = {name: full_tensor(p.grad) for name, p in model.named_parameters()}
     return logits, loss.detach(), states.layers, gradients
 
 
-def cut(group, model, **options):
+def sharded(group, model, **options):
     mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tp",))
     return tensor_parallel(model, mesh, **options)
 
 
-def on_one_rank(group, total, dtype, shard_sequence, recompute, options, changes):
-    model = cut(group, make(dtype, **changes), shard_sequence=shard_sequence)
+def on_one_rank(group, total, dtype, shard_sequence, mode, options, changes):
+    model = sharded(group, make(dtype, **changes), shard_sequence=shard_sequence)
     plain = make(dtype, **changes).state_dict()
     weights_equal = all(
-        torch.equal(whole(value), plain[name]) for name, value in model.state_dict().items()
+        torch.equal(full_tensor(x), plain[n]) for n, x in model.state_dict().items()
     )
-    cut_evenly = all(p.to_local().numel() * group.size() == p.numel() for p in model.parameters())
+    even = all(p.to_local().numel() * group.size() == p.numel() for p in model.parameters())
     lengths = set()
     for block in model.blocks:
         block.register_forward_pre_hook(lambda module, args: lengths.add(args[0].shape[1]))
-        if recompute:
-            checkpointed(block)
+    checkpoint_blocks(model.blocks, mode)
     results = results_of(model, total, **options)
-    mixer = model.blocks[0].token_mixer
-    return weights_equal, cut_evenly, lengths, mixer.log_decay.tolist(), results
+    decays = model.blocks[0].token_mixer.log_decay.tolist()
+    return weights_equal and even, lengths, decays, results
 
 
 def check(
-    pool,
-    size,
-    total,
-    dtype,
-    bound,
-    shard_sequence=False,
-    recompute=False,
-    options=None,
-    changes=None,
+    pool, size, *, dtype=torch.float64, bound=1e-12, shard_sequence=False, mode="none", **more
 ):
-    options, changes = options or {}, changes or {}
+    total = 66 if shard_sequence else 63
+    options, changes = more.get("options", {}), more.get("changes", {})
     model = make(dtype, **changes)
-    decays = model.blocks[0].token_mixer.log_decay.tolist()
     logits, loss, states, gradients = results_of(model, total, **options)
-    outcomes = pool.run(
-        on_one_rank, total, dtype, shard_sequence, recompute, options, changes, size=size
-    )
-    assert sum((decay for _, _, _, decay, _ in outcomes), []) == decays
-    for weights_equal, cut_evenly, lengths, _, got in outcomes:
-        assert weights_equal and cut_evenly
+    arguments = (total, dtype, shard_sequence, mode, options, changes)
+    outcomes = pool.run(on_one_rank, *arguments, size=size)
+    decays = [decay for _, _, of_rank, _ in outcomes for decay in of_rank]
+    assert decays == model.blocks[0].token_mixer.log_decay.tolist()
+    for weights_as_expected, lengths, _, actual in outcomes:
+        assert weights_as_expected
         assert lengths == {total // size if shard_sequence else total}
-        assert error(got[0], logits) < bound
-        assert error(got[1], loss) < bound
+        assert error(actual[0], logits) < bound
+        assert error(actual[1], loss) < bound
         for name, expected in gradients.items():
-            # In float64 too, the rates' own gradient is stored in float32.
-            assert error(got[3][name], expected) < max(bound, 1e-5 * name.endswith("theta")), name
-    # A rank's states are those of its heads.
+            # The gradient of LRPE rates is stored in float32, in float64 too.
+            allowed = max(bound, 1e-5 * name.endswith("theta"))
+            assert error(actual[3][name], expected) < allowed, name
+    # A rank's states are those of its heads. (Of a softmax layer: keys and values [2, B, S, G, D].)
     for layer, state in enumerate(states):
-        # (Of a softmax layer: keys and values [2, B, S, G, D].)
-        heads = torch.cat([got[2][layer] for *_, got in outcomes], 1 if state.ndim == 4 else 3)
-        assert error(heads, state) < bound
+        of_ranks = [actual[2][layer] for *_, actual in outcomes]
+        assert error(torch.cat(of_ranks, 1 if state.ndim == 4 else 3), state) < bound
 
 
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_cut_model_is_the_whole_model(pool, size, dtype, bound):
-    check(pool, size, 63, dtype, bound)
+def test_sharded_model_is_the_full_model(pool, size, dtype, bound):
+    check(pool, size, dtype=dtype, bound=bound)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_with_sequence_sharded_norms(pool, recompute):
-    check(pool, 3, 66, torch.float64, 1e-12, shard_sequence=True, recompute=recompute)
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_with_a_sharded_residual_stream(pool, mode):
+    check(pool, 3, shard_sequence=True, mode=mode)
 
 
 @pytest.mark.parametrize("shard_sequence", [False, True])
 def test_hybrid_with_grouped_heads(pool, shard_sequence):
     changes = dict(layer_types="LSS", num_key_value_heads=3)
-    total = 66 if shard_sequence else 63
-    check(pool, 3, total, torch.float64, 1e-12, shard_sequence=shard_sequence, changes=changes)
+    check(pool, 3, shard_sequence=shard_sequence, changes=changes)
 
 
 def test_with_padding(pool):
     mask = torch.ones(2, 63, dtype=torch.bool)
     mask[0, :9] = False
-    check(pool, 2, 63, torch.float64, 1e-12, options=dict(padding_mask=mask))
+    check(pool, 2, options=dict(padding_mask=mask))
 
 
-def padded_embedding(group, shard_sequence):
-    whole_model, model = make(pad_token_id=30), make(pad_token_id=30)
-    cut(group, model, shard_sequence=shard_sequence)
+def embedding_gradients(group, shard_sequence):
+    plain, model = make(pad_token_id=30), make(pad_token_id=30)
+    sharded(group, model, shard_sequence=shard_sequence)
     tokens, _ = batch_of(64)
-    # The padding token, and the one in its place on the first rank.
+    # The padding token, and the token with its index on the first rank.
     tokens[0, :20:2], tokens[0, 1:20:2] = 30, 3
-    gradients = []
-    for each in (whole_model, model):
+    for each in (plain, model):
         each(tokens, return_hidden=True).pow(3).sum().backward()
-        gradients.append(whole(each.embedding.weight.grad))
-    return gradients
+    return [full_tensor(each.embedding.weight.grad) for each in (plain, model)]
 
 
 @pytest.mark.parametrize("shard_sequence", [False, True])
 def test_padding_token_learns_nothing_from_look_ups(pool, shard_sequence):
-    for expected, got in pool.run(padded_embedding, shard_sequence, size=2):
-        assert (got[30] == 0).all() and (got[3] != 0).any()
-        assert error(got, expected) < 1e-12
+    for expected, actual in pool.run(embedding_gradients, shard_sequence, size=2):
+        assert (actual[30] == 0).all() and (actual[3] != 0).any()
+        assert error(actual, expected) < 1e-12
+
+
+def test_blocks_with_lrpe_need_float32():
+    model = make(lrpe_layers=(0, 2), layer_types="LLS")
+    assert float32_blocks(model) == [model.blocks[0]]
 
 
 def norm_errors(group, dtype):
-    """Errors of output and gradient: over ranks, of plain torch, and of a norm per rank."""
+    """Errors of output and gradient: sharded, in plain torch, and with a norm per rank."""
     rank, size, dim = dist.get_rank(group), dist.get_world_size(group), 90
     generator = torch.Generator().manual_seed(0)
-    # Heads of different size, as decays make them.
+    # Heads of different magnitude, as from different decays.
     x, grad = torch.randn(2, 2, 7, dim, generator=generator, dtype=torch.float64)
     x = x * torch.linspace(0.01, 3, dim, dtype=torch.float64)
     part = slice(rank * dim // size, (rank + 1) * dim // size)
@@ -162,44 +156,41 @@ def norm_errors(group, dtype):
     truth = [each[..., part] for each in run(SRMSNorm(dim), x, grad)]
     low_x, low_grad = x.to(dtype), grad.to(dtype)
     plain = [each[..., part] for each in run(SRMSNorm(dim), low_x, low_grad)]
-    own = low_x[..., part], low_grad[..., part]
-    over_ranks = run(NormOverRanks(dim, 1e-6, group), *own)
-    per_rank = run(SRMSNorm(dim // size), *own)
+    local = low_x[..., part], low_grad[..., part]
+    over_ranks = run(ShardedSRMSNorm(dim, 1e-6, group), *local)
+    per_rank = run(SRMSNorm(dim // size), *local)
     return [
-        [error(a, b) for a, b in zip(got, truth, strict=True)]
-        for got in (over_ranks, plain, per_rank)
+        [error(a, b) for a, b in zip(actual, truth, strict=True)]
+        for actual in (over_ranks, plain, per_rank)
     ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_norm_over_all_heads_is_no_norm_per_rank(pool, dtype):
+def test_norm_is_over_the_heads_of_all_ranks(pool, dtype):
     for over_ranks, plain, per_rank in pool.run(norm_errors, dtype, size=3):
-        for mine, theirs, wrong in zip(over_ranks, plain, per_rank, strict=True):
-            assert mine <= 2 * theirs + 1e-15
+        for actual, allowed, wrong in zip(over_ranks, plain, per_rank, strict=True):
+            assert actual <= 2 * allowed + 1e-15
             assert wrong > 0.1
 
 
 def refusals(group):
-    sentences = []
+    messages = []
     for changes in (
         dict(num_heads=4),
         dict(glu_dim=65),
         dict(vocab_size=55),
         dict(num_key_value_heads=2, layer_types="S"),
     ):
-        try:
-            cut(group, make(**changes))
-        except ValueError as problem:
-            sentences.append(str(problem))
-    model = cut(group, make(), shard_sequence=True)
-    try:
+        with pytest.raises(ValueError) as refused:
+            sharded(group, make(**changes))
+        messages.append(str(refused.value))
+    model = sharded(group, make(), shard_sequence=True)
+    with pytest.raises(ValueError) as refused:
         model(batch_of(64)[0])
-    except ValueError as problem:
-        sentences.append(str(problem))
-    return sentences
+    return *messages, str(refused.value)
 
 
-def test_what_does_not_divide_is_refused_with_its_numbers(pool):
+def test_sizes_that_do_not_divide_are_refused_with_their_numbers(pool):
     for heads, glu, vocabulary, kv_heads, tokens in pool.run(refusals, size=3):
         assert "num_heads 4 does not divide by 3 tensor-parallel ranks (4 = 1 x 3 + 1)" in heads
         assert "use 1 or 2 of them" in heads

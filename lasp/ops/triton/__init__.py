@@ -1,27 +1,27 @@
-"""The GPU kernels: `prefix_states`, `scan`, `scan_pair`, `scan_gradients` and `step`, in Triton.
+"""The GPU kernels, in Triton.
 
-    k, v -> state kernel -> combine kernel -> segment states, total      (prefix_states)
+    k, v -> state kernel -> combine kernel -> segment states, total      (chunk_states)
     a, b, x, states -> scan kernel -> y                                  (scan: o, dq, dk and dv)
-    a, b, x, c, states -> scan kernel -> y, z                            (scan_pair: dv and dk)
-    a, b, x -> chained scan kernel -> y                      (scan of few heads, short sequences)
-    q, k, v, do -> chained scan kernel -> dq, dk, dv                     (scan_gradients of these)
+    q, k, v, do, states -> Hopper scan -> dk, dv                         (scan_dkdv)
     q, k, v, state -> step kernel -> o, new state                        (step: decoding)
+    state of the previous rank -> kernel -> state for the following one  (send_recv_state)
 
-`plan.py` holds the launch table and cuts documents into segments; `launch.py` remembers which
-compiled variant of a kernel serves which shapes.
+`launch_config` has every launch constant and chooses the kernel for a call, `segments` divides
+documents among programs, `launcher` caches launches, `hopper` is the scan for Hopper GPUs, and
+`lrpe` the positional encoding of TransNormerLLM.
 """
 
-from lasp.ops.triton.prefix import is_one_pass, prefix_states
-from lasp.ops.triton.relay import relay
-from lasp.ops.triton.scan import scan, scan_gradients, scan_pair
+from lasp.ops.triton.scan import scan, scan_dkdv
+from lasp.ops.triton.send_recv_state import send_recv_state
+from lasp.ops.triton.state import chunk_states, needs_segment_states, segment_states_shape
 from lasp.ops.triton.step import step
 
 __all__ = [
-    "is_one_pass",
-    "prefix_states",
-    "relay",
+    "chunk_states",
+    "needs_segment_states",
     "scan",
-    "scan_gradients",
-    "scan_pair",
+    "scan_dkdv",
+    "segment_states_shape",
+    "send_recv_state",
     "step",
 ]

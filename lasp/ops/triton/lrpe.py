@@ -1,7 +1,7 @@
-"""LRPE kernels: queries and keys times the cosines and sines of their angles, in one pass.
+"""LRPE: queries and keys times the cosines and sines of their angles, in one pass.
 
-Bound by memory: q and k are read once and what is twice their size is written once (the backward
-the other way round). An angle is formed as a number of turns in float64, of which the fraction is
+Bound by memory: q and k are read once, and twice their size is written once (the backward reads
+and writes the other way round). An angle is a number of turns in float64, of which the fraction is
 kept; its cosine and sine are float32.
 """
 
@@ -13,13 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from lasp.ops.strides import with_unit_stride
-from lasp.ops.triton.tiles import check_operands, layout, on_device_of, strides
-
-# Tokens per tile: 16 x 128 values over 4 warps leave room for two tensors and their tables.
-TOKENS = 16
-# Most programs per head in the backward, each with one float64 row of the rates' gradient.
-MAX_ROWS = 128
+from lasp.ops.host_values import with_unit_stride
+from lasp.ops.triton.launch_config import LRPE_MAX_ROWS, LRPE_TOKENS, LRPE_WARPS
+from lasp.ops.triton.launcher import check_operands, on_device_of, spec, strides
 
 
 @triton.jit
@@ -27,12 +23,12 @@ def _cos_sin(o_n, p_turns, m_d, position, T, BD: tl.constexpr):
     """(position of each token [BT] float64, cos [BT, BD], sin [BT, BD])."""
     b_turns = tl.load(p_turns + tl.arange(0, BD), mask=m_d, other=0.0)  # [BD] float64
     b_position = ((o_n % T).to(tl.int64) + position).to(tl.float64)
-    # The nearest whole number of quarter turns, and what is left of the angle, at most pi / 4.
+    # The nearest whole number of quarter turns, and the rest of the angle, at most pi / 4.
     b_quarters = b_position[:, None] * (4.0 * b_turns)[None, :]
     b_whole = tl.floor(b_quarters + 0.5)
     b_x = ((b_quarters - b_whole) * 1.5707963267948966).to(tl.float32)
-    # Taylor's series, to 3e-8. The library's functions are built for any argument, at four times
-    # the instructions and with a table on the stack.
+    # Taylor series, to 3e-8. The library's functions take any argument, with four times the
+    # instructions and a table on the stack.
     b_y = b_x * b_x
     b_sin = b_x * (1 + b_y * (-1 / 6 + b_y * (1 / 120 + b_y * (-1 / 5040 + b_y / 362880))))
     b_cos = 1 + b_y * (-1 / 2 + b_y * (1 / 24 + b_y * (-1 / 720 + b_y / 40320)))
@@ -46,27 +42,13 @@ def _cos_sin(o_n, p_turns, m_d, position, T, BD: tl.constexpr):
 
 @triton.jit(do_not_specialize=["position"])
 def lrpe_kernel(
-    p_q,
-    p_k,
-    p_turns,
-    p_out_q,
-    p_out_k,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    position,
-    N,
-    T,
-    H,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    BT: tl.constexpr,
-):
+    p_q, p_k, p_turns, p_out_q, p_out_k,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
+    position, N, T, H,
+    D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
     """Program (tile of BT among all N = B T tokens, head)."""
-    # One axis: the others end at 65,535 programs.
+    # One grid axis: the others allow at most 65,535 programs.
     i_h = (tl.program_id(0) % H).to(tl.int64)
     o_n = tl.program_id(0) // H * BT + tl.arange(0, BT)
     o_d = tl.arange(0, BD)
@@ -89,29 +71,12 @@ def lrpe_kernel(
 
 @triton.jit(do_not_specialize=["position"])
 def lrpe_backward_kernel(
-    p_grad_q,
-    p_grad_k,
-    p_q,
-    p_k,
-    p_turns,
-    p_into_q,
-    p_into_k,
-    p_rates,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    position,
-    N,
-    T,
-    H,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    BT: tl.constexpr,
-):
-    """Program (head, row): every so many-th tile, and one row of the rates' gradient."""
+    p_grad_q, p_grad_k, p_q, p_k, p_turns, p_into_q, p_into_k, p_rates,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
+    position, N, T, H,
+    D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """Program (head, row): every num_rows-th tile, and one row of the rates' gradient."""
     i_h = tl.program_id(0).to(tl.int64)
     i_r = tl.program_id(1)
     num_rows = tl.num_programs(1)
@@ -142,7 +107,7 @@ def lrpe_backward_kernel(
         tl.store(p_into_k + o_into, (b_c * b_cos + b_s * b_sin).to(element), mask=m_x)
         b_angle += b_x * (b_s * b_cos - b_c * b_sin)
 
-        # A rate's gradient weighs token p by p: sums over a million of them are kept in float64.
+        # A rate's gradient weighs token p by p: sums over a million tokens need float64.
         b_rates += tl.sum(b_angle.to(tl.float64) * b_position[:, None], axis=0)
     tl.store(p_rates + (i_r * H + i_h) * D + o_d, b_rates, mask=m_d)
 
@@ -159,7 +124,7 @@ def lrpe(
     if out_q.numel() == 0:
         return out_q, out_k
     with on_device_of(q):
-        lrpe_kernel[(triton.cdiv(batch * length, TOKENS) * num_heads,)](
+        lrpe_kernel[(triton.cdiv(batch * length, LRPE_TOKENS) * num_heads,)](
             q, k, _turns(theta), out_q, out_k, *_arguments(q, k, position), **_constants(dim)
         )
     return out_q, out_k
@@ -179,7 +144,7 @@ def lrpe_backward(
     into_q, into_k = (x.new_empty(x.shape) for x in (q, k))
     if q.numel() == 0:
         return into_q, into_k, theta.new_zeros(num_heads, dim, dtype=torch.float64)
-    num_rows = min(triton.cdiv(batch * length, TOKENS), MAX_ROWS)
+    num_rows = min(triton.cdiv(batch * length, LRPE_TOKENS), LRPE_MAX_ROWS)
     rates = theta.new_empty(num_rows, num_heads, dim, dtype=torch.float64)
     with on_device_of(q):
         lrpe_backward_kernel[num_heads, num_rows](
@@ -204,8 +169,10 @@ def _turns(theta: torch.Tensor) -> torch.Tensor:
 def _arguments(q: torch.Tensor, k: torch.Tensor, position: int) -> tuple[int, ...]:
     batch, length, num_heads, _ = q.shape
     sizes = (position, batch * length, length, num_heads)
-    return (*strides(layout(q), (0, 1, 2)), *strides(layout(k), (0, 1, 2)), *sizes)
+    return (*strides(spec(q), (0, 1, 2)), *strides(spec(k), (0, 1, 2)), *sizes)
 
 
 def _constants(dim: int) -> dict[str, int]:
-    return dict(D=dim, BD=max(16, triton.next_power_of_2(dim)), BT=TOKENS, num_warps=4)
+    return dict(
+        D=dim, BD=max(16, triton.next_power_of_2(dim)), BT=LRPE_TOKENS, num_warps=LRPE_WARPS
+    )

@@ -1,84 +1,57 @@
-"""Scan kernel: one pass over the tokens with the state in registers, forward or reverse.
+"""Scan: one pass over the tokens with the state in registers, forward or reverse.
 
-The same kernel serves o, dq, dk and dv; only the roles of the operands change (see `scan`).
+The same kernel computes o, dq, dk and dv; only the roles of the operands change (see `scan`).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
-from lasp.ops.triton import scan_chained, scan_hopper
-from lasp.ops.triton.launch import Bound
-from lasp.ops.triton.plan import Plan, States, make_plan, make_single_plan, scan_launch
-from lasp.ops.triton.tiles import (
-    Layout,
+from lasp.ops.triton.hopper import scan as hopper_scan
+from lasp.ops.triton.launch_config import (
+    ScanChoice,
+    SegmentChoice,
+    Tiles,
+    choose_scan,
+    scan_shape,
+)
+from lasp.ops.triton.launcher import (
+    CachedLaunch,
+    TensorSpec,
     addressable,
     check_operands,
     decay_or_zeros,
-    layout,
-    locate_segment,
     on_device_of,
+    spec,
     state_strides,
     strides,
 )
+from lasp.ops.triton.segments import ALL, DocumentStates, divide, locate_segment
 
 
 @triton.jit(do_not_specialize=["scale", "T", "segments_per_row", "segment_length"])
 def scan_kernel(
-    p_a,
-    p_b,
-    p_x,
-    p_y,
-    p_initial,
-    p_segment,
-    p_log_decay,
-    p_table,
-    stride_ab,
-    stride_at,
-    stride_ah,
-    stride_bb,
-    stride_bt,
-    stride_bh,
-    stride_xb,
-    stride_xt,
-    stride_xh,
-    stride_in,
-    stride_ih,
-    stride_ia,
-    stride_ix,
-    stride_sn,
-    stride_sh,
-    stride_sa,
-    stride_sx,
-    scale,
-    T,
-    segments_per_row,
-    segment_length,
-    H,
-    A: tl.constexpr,
-    X: tl.constexpr,
-    BA: tl.constexpr,
-    BX: tl.constexpr,
-    BC: tl.constexpr,
-    REVERSE: tl.constexpr,
-    PACKED: tl.constexpr,
-    HAS_INITIAL: tl.constexpr,
-    HAS_SEGMENT: tl.constexpr,
-    FOLDED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    p_a, p_b, p_x, p_y, p_initial, p_segment, p_log_decay, p_table,
+    stride_ab, stride_at, stride_ah, stride_bb, stride_bt, stride_bh,
+    stride_xb, stride_xt, stride_xh,
+    stride_in, stride_ih, stride_ia, stride_ix, stride_sn, stride_sh, stride_sa, stride_sx,
+    scale, T, segments_per_row, segment_length, H,
+    A: tl.constexpr, X: tl.constexpr, BA: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr,
+    REVERSE: tl.constexpr, PACKED: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    HAS_SEGMENT: tl.constexpr, FOLDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     NX: tl.constexpr = (X + BX - 1) // BX
     # Value blocks of one head run next to each other: a and b come from L2 for all but the first.
     i_p = tl.program_id(0)
     i_x = i_p % NX
     i_h = (i_p // NX % H).to(tl.int64)
     i_s = i_p // (NX * H)
-    i_n, i_b, start, count, outside, slot = locate_segment(
+    i_n, i_b, start, count, outside, i_boundary = locate_segment(
         p_table, i_s, T, segments_per_row, segment_length, PACKED, REVERSE
     )
 
@@ -89,7 +62,7 @@ def scan_kernel(
     m_x = o_x < X
     m_state = m_a[:, None] & m_x[None, :]  # [BA, BX]
 
-    # A head's decay is fixed, so its matrix is built once. Chunks lie against the side that the
+    # A head's decay is constant, so its matrix is built once. Chunks lie against the side that the
     # scan starts from: only the last one met can be short, and no state leaves that one, so these
     # factors hold for every chunk. Masking comes before exp: no exponent is ever positive.
     b_log_decay = tl.load(p_log_decay + i_h)
@@ -107,10 +80,10 @@ def scan_kernel(
 
     b_state = tl.zeros([BA, BX], dtype=tl.float32)
     if HAS_SEGMENT:
-        p_segment += slot * stride_sn + i_h * stride_sh
+        p_segment += i_boundary * stride_sn + i_h * stride_sh
         p_segment += o_a[:, None] * stride_sa + o_x[None, :] * stride_sx
         if FOLDED:
-            # Every slot holds what one segment adds: sum over those that come first, nearest last.
+            # Every row holds what one segment adds: sum over those that come first, nearest last.
             # All of them are whole segments, but for a document's last one in reverse.
             b_segment_decay = tl.exp(b_log_decay * segment_length)
             stride_next = stride_sn if REVERSE else -stride_sn
@@ -168,10 +141,9 @@ def scan(
     scale: float,
     initial_state: torch.Tensor | None = None,
     segment_states: torch.Tensor | None = None,
-    offsets: tuple[int, ...] | None = None,
-    held: tuple[int, ...] | None = None,
+    cu_seqlens: tuple[int, ...] | None = None,
+    state_rows: tuple[int, ...] | None = None,
     reverse: bool = False,
-    segment_length: int | None = None,
 ) -> torch.Tensor:
     """Decayed linear attention of a, b [B, T, H, A] over x [B, T, H, X] in one pass.
 
@@ -185,201 +157,133 @@ def scan(
     of Lightning Attention-2 (arXiv 2401.04658) with exchanged roles instead of further kernels.
 
     `initial_state` S [N, H, A, X] float32 (any strides) enters each document, None is zero; with
-    `held` it has a row for each of those packed documents, in that order, and a last one of zeros,
-    which stands for all others;
-    `segment_states` [S, H, A, X] float32 (any strides) is what `prefix_states` returned for the
-    same tokens. Without it a kernel that makes them itself scans short sequences, where there is
-    one, and one program per head and value block walks through each document elsewhere.
-    `offsets` packs documents (0, ..., T) into a batch of one. Returns y [B, T, H, X], contiguous,
-    in a's dtype. Raises ValueError for dtypes or head dims that the kernels do not have.
-    `segment_length` is for tests: it must be what `prefix_states` was given.
+    `state_rows` it has a row for each of those packed documents, in this order, and a last one of
+    zeros for all others. `segment_states` [S, H, A, X] float32 (any strides) is what `chunk_states`
+    returned for the same tokens; without it one program per head and value block scans each
+    document. `cu_seqlens` packs documents (0, ..., T) into a batch of one. Returns y [B, T, H, X],
+    contiguous, in a's dtype. Raises ValueError for dtypes or head dims that the kernels do not
+    support.
     """
     check_operands(a=a, b=b, x=x)
     assert b.shape == a.shape and x.shape[:3] == a.shape[:3], (a.shape, b.shape, x.shape)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if y.numel() == 0:
         return y
-    if not (reverse or _has_any(segment_states)) and scan_chained.applies(a, x, offsets):
-        _run_chained((a, b, x), (y,), log_decay, scale, initial_state)
-        return y
-    plan, segment_states = _plan(a, x, initial_state, segment_states, offsets, held, segment_length)
     operands = [addressable(operand) for operand in (a, b, x)]
-    launch = scan_hopper.launch if scan_hopper.supported(operands, plan) else _launch
-    states = dict(initial_state=initial_state, segment_states=segment_states)
-    _run(launch, operands, (y,), log_decay, plan, scale=scale, reverse=reverse, **states)
+    with on_device_of(a):
+        launch, arguments, descriptors = _prepare(
+            _choose(operands, cu_seqlens),
+            operands,
+            (y,),
+            log_decay,
+            scale=scale,
+            initial_state=initial_state,
+            segment_states=segment_states,
+            cu_seqlens=cu_seqlens,
+            state_rows=state_rows,
+            reverse=reverse,
+        )
+        launch(*arguments, leading=descriptors)
     return y
 
 
-def scan_pair(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    x: torch.Tensor,
-    c: torch.Tensor,
-    log_decay: torch.Tensor | None,
-    *,
-    scale: float,
-    initial_state: torch.Tensor | None = None,
-    segment_states: torch.Tensor | None = None,
-    offsets: tuple[int, ...] | None = None,
-    held: tuple[int, ...] | None = None,
-    reverse: bool = False,
-    segment_length: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(`scan` of a, b, x; `scan` of c, x, b with the states transposed) in one launch.
-
-    It reads b and x once: with (k, q, do, v) and reverse, dv and dk. None where no kernel makes
-    both. c is [B, T, H, X]; the other arguments are those of the first `scan`.
-    """
-    operands = [addressable(operand) for operand in (a, b, x, c)]
-    if a.numel() == 0 or x.numel() == 0:
-        return None
-    plan, segment_states = _plan(a, x, initial_state, segment_states, offsets, held, segment_length)
-    if not scan_hopper.supported(operands, plan):
-        return None
-    results = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, b)]
-    states = dict(initial_state=initial_state, segment_states=segment_states)
-    _run(
-        scan_hopper.launch,
-        operands,
-        results,
-        log_decay,
-        plan,
-        scale=scale,
-        reverse=reverse,
-        **states,
-    )
-    return tuple(results)
-
-
-def scan_gradients(
+def scan_dkdv(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     do: torch.Tensor,
     log_decay: torch.Tensor | None,
     *,
-    scale: float,
     initial_state: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """(dq, dk, dv) of whole sequences, whose final states have no gradient, in one launch.
+    segment_states: torch.Tensor | None = None,
+    **options,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dk = scan(v, do, q, G^T, reverse) and dv = scan(k, q, do, G, reverse): (dk, dv).
 
-    q, k are [B, T, H, D], v, do [B, T, H, E], the initial state [B, H, D, E]. None where no kernel
-    makes all three.
+    One launch computes both and reads q and do once, if a kernel does that. `initial_state` G and
+    `segment_states` are those of dv; other keywords are those of `scan`.
     """
     check_operands(q=q, k=k, v=v, do=do)
-    if q.shape[-1] != v.shape[-1] or not scan_chained.applies(q, v, None):
-        return None
-    operands = (q, k, v, do)
-    results = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in operands[:3]]
-    state = None if initial_state is None else initial_state.mT
-    _run_chained(operands, results, log_decay, scale, state)
-    return tuple(results)
+    operands = k, q, do, v = [addressable(operand) for operand in (k, q, do, v)]
+    states = dict(initial_state=initial_state, segment_states=segment_states)
+    if k.numel() and v.numel():
+        choice = _choose(operands, options.get("cu_seqlens"))
+        if choice.num_results == 2:
+            dv, dk = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (v, k))
+            with on_device_of(k):
+                launch, arguments, descriptors = _prepare(
+                    choice, operands, (dv, dk), log_decay, reverse=True, **states, **options
+                )
+                launch(*arguments, leading=descriptors)
+            return dk, dv
+    dv = scan(k, q, do, log_decay, reverse=True, **states, **options)
+    states = {name: None if s is None else s.mT for name, s in states.items()}
+    return scan(v, do, q, log_decay, reverse=True, **states, **options), dv
 
 
-def _run_chained(
+def _choose(operands: Sequence[torch.Tensor], cu_seqlens: tuple[int, ...] | None) -> ScanChoice:
+    """The kernel for a, b, x, or for the k, q, do, v of dv and dk."""
+    a, _, x, *_ = operands
+    key = scan_shape(a, x, cu_seqlens), a.dtype, a.device, len(operands) - 2
+    choice = choose_scan(*key)
+    if choice.kernel == "hopper" and not all(map(hopper_scan.copyable, operands)):
+        choice = choose_scan(*key, copyable=False)
+    return choice
+
+
+def _prepare(
+    choice: ScanChoice,
     operands: Sequence[torch.Tensor],
     results: Sequence[torch.Tensor],
     log_decay: torch.Tensor | None,
-    scale: float,
-    initial_state: torch.Tensor | None,
-) -> None:
-    """Write `results` of whole sequences by the chained scan, on the operands' device."""
-    a = operands[0]
-    log_decay = decay_or_zeros(log_decay, a.shape[2], a.device)
-    with on_device_of(a):
-        scan_chained.launch(operands, results, log_decay, scale=scale, initial_state=initial_state)
-
-
-def _run(
-    launch: Callable[..., None],
-    operands: Sequence[torch.Tensor],
-    results: Sequence[torch.Tensor],
-    log_decay: torch.Tensor | None,
-    plan: Plan,
-    **how,
-) -> None:
-    """Write `results` by one of the launches, on the operands' device."""
-    a = operands[0]
-    log_decay = decay_or_zeros(log_decay, a.shape[2], a.device)
-    with on_device_of(a):
-        table, _ = plan.device_tables(a.device)
-        launch(operands, results, log_decay, plan, table, **how)
-
-
-def _has_any(segment_states: torch.Tensor | None) -> bool:
-    return segment_states is not None and segment_states.numel() > 0
-
-
-def _plan(
-    a: torch.Tensor,
-    x: torch.Tensor,
-    initial_state: torch.Tensor | None,
-    segment_states: torch.Tensor | None,
-    offsets: tuple[int, ...] | None,
-    held: tuple[int, ...] | None,
-    segment_length: int | None,
-) -> tuple[Plan, torch.Tensor | None]:
-    """The plan of a scan, and the segment states if it reads any; asserts the states' shapes."""
-    shape = (*a.shape[2:], x.shape[-1])
-    entering = States(held, zeros=held is not None)
-    if _has_any(segment_states):
-        plan = make_plan(a, x, offsets, segment_length, entering)
-        assert segment_states.shape == (plan.num_slots, *shape)
-    else:
-        plan = make_single_plan(a, offsets, entering)
-    if initial_state is not None:
-        assert initial_state.shape == (plan.num_states, *shape)
-    return plan, None if plan.single else segment_states
-
-
-def _launch(
-    operands: Sequence[torch.Tensor],
-    results: Sequence[torch.Tensor],
-    log_decay: torch.Tensor,
-    plan: Plan,
-    table: torch.Tensor | None,
     *,
     scale: float,
     initial_state: torch.Tensor | None,
     segment_states: torch.Tensor | None,
-    reverse: bool,
-) -> None:
-    """Write y [B, T, H, X], contiguous: what `scan` does once it has its plan."""
-    a, b, x = operands
-    (y,) = results
-    programs, bound = _bind(
-        layout(a),
-        layout(b),
-        layout(x),
-        layout(initial_state),
-        layout(segment_states),
-        float(scale),
-        (plan.num_segments, plan.segments_per_row, plan.segment_length),
-        reverse,
-        plan.packed,
-        plan.folded,
-    )
-    bound(programs, a, b, x, y, initial_state, segment_states, log_decay, table)
+    cu_seqlens: tuple[int, ...] | None = None,
+    state_rows: tuple[int, ...] | None = None,
+    reverse: bool = False,
+) -> tuple[CachedLaunch, tuple, tuple]:
+    """(launch of the chosen kernel, number of programs and tensors, descriptors) for `results`."""
+    a, _, x, *_ = operands
+    batch, seq_len, num_heads, _ = a.shape
+    shape = (*a.shape[2:], x.shape[-1])
+    if segment_states is not None:
+        parts = choice.segments
+        assert segment_states.shape == (parts.num_boundaries, *shape), segment_states.shape
+    else:
+        parts = SegmentChoice(seq_len)
+    documents = ALL if state_rows is None else DocumentStates(state_rows, zeros=True)
+    segments = divide(batch, seq_len, cu_seqlens, parts, documents, a.is_cuda)
+    if initial_state is not None:
+        assert initial_state.shape == (segments.num_states, *shape), initial_state.shape
+    if segments.single:
+        segment_states = None
+    log_decay = decay_or_zeros(log_decay, num_heads, a.device)
+    table, _ = segments.device_tables(a.device)
+    others = initial_state, segment_states, log_decay, table
+    if choice.kernel == "hopper":
+        return hopper_scan.prepare(
+            operands, results, others, segments, choice.tiles, scale=float(scale), reverse=reverse
+        )
+    specs = tuple(spec(tensor) for tensor in (*operands, *others[:2]))
+    programs, launch = _scan_launch(specs, segments.key, choice.tiles, float(scale), reverse)
+    return launch, (programs, *operands, *results, *others), ()
 
 
 @functools.lru_cache(maxsize=1024)
-def _bind(
-    a: Layout,
-    b: Layout,
-    x: Layout,
-    initial: Layout | None,
-    segment: Layout | None,
+def _scan_launch(
+    specs: tuple[TensorSpec | None, ...],
+    segments: tuple,
+    tiles: Tiles,
     scale: float,
-    segments: tuple[int, int, int],
     reverse: bool,
-    packed: bool,
-    folded: bool,
-) -> tuple[int, Bound]:
-    """How many programs run, and the kernel without its tensors."""
-    (_, seq_len, num_heads, key_dim), _, dtype = a
+) -> tuple[int, CachedLaunch]:
+    """How many programs run, and the launch; `segments` is `Segments.key`."""
+    a, b, x, initial, segment = specs
+    (_, seq_len, num_heads, key_dim), *_ = a
     value_dim = x[0][-1]
-    num_segments, segments_per_row, segment_length = segments
-    tiles = scan_launch(key_dim, dtype)
+    _, num_segments, per_row, length, folded, packed = segments
     numbers = (
         *strides(a, (0, 1, 2)),
         *strides(b, (0, 1, 2)),
@@ -388,8 +292,8 @@ def _bind(
         *state_strides(segment),
         scale,
         seq_len,
-        segments_per_row,
-        segment_length,
+        per_row,
+        length,
         num_heads,
     )
     constants = dict(
@@ -405,7 +309,6 @@ def _bind(
         FOLDED=folded,
         PRECISION="ieee",
     )
-    bound = Bound(
-        scan_kernel, numbers, constants, num_warps=tiles.num_warps, num_stages=tiles.num_stages
-    )
-    return num_segments * num_heads * triton.cdiv(value_dim, tiles.value), bound
+    options = dict(num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+    launch = CachedLaunch(scan_kernel, numbers, constants, **options)
+    return num_segments * num_heads * triton.cdiv(value_dim, tiles.value), launch

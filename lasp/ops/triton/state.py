@@ -1,4 +1,8 @@
-"""State kernel: sum over a segment of decayed k v^T, forward or reverse."""
+"""The states that enter every segment, and every document's whole state.
+
+The state kernel sums decayed k v^T over each segment; the combine kernel turns these sums into the
+states that cross the boundaries.
+"""
 
 from __future__ import annotations
 
@@ -8,41 +12,37 @@ import torch
 import triton
 import triton.language as tl
 
-from lasp.ops.triton.launch import Bound
-from lasp.ops.triton.plan import Plan, state_launch
-from lasp.ops.triton.tiles import Layout, layout, locate_segment, strides
+from lasp.ops.triton.launch_config import (
+    COMBINE_BLOCK,
+    COMBINE_STAGES,
+    COMBINE_WARPS,
+    ScanShape,
+    choose_segments,
+    scan_shape,
+    state_tiles,
+)
+from lasp.ops.triton.launcher import (
+    CachedLaunch,
+    TensorSpec,
+    addressable,
+    check_operands,
+    decay_or_zeros,
+    on_device_of,
+    spec,
+    strides,
+)
+from lasp.ops.triton.segments import NONE, DocumentStates, Segments, divide, locate_segment
 
 
 @triton.jit(do_not_specialize=["scale", "T", "segments_per_row", "segments_run", "segment_length"])
 def state_kernel(
-    p_k,
-    p_v,
-    p_states,
-    p_total,
-    p_log_decay,
-    p_table,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    scale,
-    T,
-    segments_per_row,
-    segments_run,
-    segment_length,
-    H,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    BD: tl.constexpr,
-    BE: tl.constexpr,
-    BC: tl.constexpr,
-    REVERSE: tl.constexpr,
-    PACKED: tl.constexpr,
-    WITH_TOTAL: tl.constexpr,
+    p_k, p_v, p_states, p_total, p_log_decay, p_table,
+    stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    scale, T, segments_per_row, segments_run, segment_length, H,
+    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BC: tl.constexpr,
+    REVERSE: tl.constexpr, PACKED: tl.constexpr, WITH_TOTAL: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     ND: tl.constexpr = (D + BD - 1) // BD
     NE: tl.constexpr = (E + BE - 1) // BE
     # Blocks of one head run next to each other: what they both read comes from L2 the second time.
@@ -52,11 +52,11 @@ def state_kernel(
     i_h = (i_p // (NE * ND) % H).to(tl.int64)
     i_s = i_p // (NE * ND * H)
     if not PACKED:
-        # Where only the states between segments are wanted, those that end a row are not run.
+        # If only the states between segments are needed, those that end a row are not computed.
         skipped = segments_per_row - segments_run if REVERSE else 0
         i_s = i_s // segments_run * segments_per_row + i_s % segments_run + skipped
-    # Seen from the other side: what lies beyond the segment, and the slot that its state leaves by.
-    i_n, i_b, start, count, beyond, slot = locate_segment(
+    # Seen from the other side: the tokens beyond the segment, and the boundary its state leaves by.
+    i_n, i_b, start, count, beyond, i_boundary = locate_segment(
         p_table, i_s, T, segments_per_row, segment_length, PACKED, not REVERSE
     )
 
@@ -81,13 +81,13 @@ def state_kernel(
     b_state = tl.zeros([BD, BE], dtype=tl.float32)
     num_chunks = tl.cdiv(count, BC)
     if PACKED:
-        # The state that ends a document is not wanted, and most documents are one segment.
-        wanted = beyond > 0
+        # The state that ends a document is not needed, and most documents are one segment.
+        is_needed = beyond > 0
         if WITH_TOTAL:
-            wanted = wanted | (i_n >= 0)
-        num_chunks = tl.where(wanted, num_chunks, 0)
+            is_needed = is_needed | (i_n >= 0)
+        num_chunks = tl.where(is_needed, num_chunks, 0)
     # Tokens so far from where the state leaves that exp(-104) = 0 in float32 add nothing to it:
-    # heads that forget quickly read a part of the segment only.
+    # heads of fast decay read only a part of the segment.
     b_reach = tl.minimum(104.0 / tl.maximum(-b_log_decay, 1e-9), 2.0**30).to(tl.int32)
     first_chunk = tl.maximum(num_chunks - 2 - b_reach // BC, 0)
     for i_c in range(first_chunk, num_chunks):
@@ -109,89 +109,213 @@ def state_kernel(
         )  # [BD, BE]
 
     if REVERSE:
-        # Kept out of the weights: one decay of -50 alone would round a float16 operand to zero.
+        # Not part of the weights: a log decay of -50 alone would round a float16 operand to zero.
         b_state *= scale * tl.exp(b_log_decay)
     m_state = m_d[:, None] & m_e[None, :]  # [BD, BE]
     o_state = o_d[:, None] * E + o_e[None, :]
     if beyond > 0:
-        tl.store(p_states + (slot * H + i_h) * (D * E) + o_state, b_state, mask=m_state)
+        tl.store(p_states + (i_boundary * H + i_h) * (D * E) + o_state, b_state, mask=m_state)
     elif WITH_TOTAL:
         m_total = (o_d < tl.where(i_n >= 0, D, 0))[:, None] & m_e[None, :]  # [BD, BE]
         tl.store(p_total + (i_n * H + i_h) * (D * E) + o_state, b_state, mask=m_total)
 
 
-def local_states(
+@triton.jit(do_not_specialize=["T", "segments_per_row", "segment_length"])
+def combine_kernel(
+    p_states, p_total, p_log_decay, p_documents,
+    T, segments_per_row, segment_length, H,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr,
+    STORE: tl.constexpr, WITH_TOTAL: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    NB: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
+    i_p = tl.program_id(0)
+    i_h = (i_p // NB % H).to(tl.int64)
+    i_n = (i_p // (NB * H)).to(tl.int64)
+    if PACKED:
+        first_boundary = tl.load(p_documents + i_n * 5)
+        count = tl.load(p_documents + i_n * 5 + 1).to(tl.int32)
+        last_length = tl.load(p_documents + i_n * 5 + 2).to(tl.int32)
+        i_n = tl.load(p_documents + i_n * 5 + 3)
+    else:
+        count = segments_per_row - 1
+        first_boundary = i_n * count
+        last_length = T - (segments_per_row - 1) * segment_length
+
+    b_log_decay = tl.load(p_log_decay + i_h)
+    b_decay = tl.exp(b_log_decay * segment_length)
+    b_last_decay = tl.exp(b_log_decay * last_length)
+    o_s = i_p % NB * BLOCK + tl.arange(0, BLOCK)
+    m_s = o_s < SIZE
+    p_states += (first_boundary * H + i_h) * SIZE
+    if WITH_TOTAL:
+        p_total += (i_n * H + i_h) * SIZE
+        m_total = o_s < tl.where(i_n >= 0, SIZE, 0)
+    b_state = tl.zeros([BLOCK], dtype=tl.float32)
+    # In place: later rows, whose loads may already be in flight, are elsewhere.
+    for i in tl.range(0, count, num_stages=NUM_STAGES):
+        i_next = count - 1 - i if REVERSE else i
+        p_state = p_states + tl.cast(i_next, tl.int64) * H * SIZE
+        b_state = b_state * b_decay + tl.load(p_state + o_s, mask=m_s, other=0.0)
+        if STORE:
+            tl.store(p_state + o_s, b_state, mask=m_s)
+    if WITH_TOTAL:
+        # What is left is a document's last segment, which may be short, or in reverse its first.
+        b_rest_decay = b_decay if REVERSE else b_last_decay
+        b_own = tl.load(p_total + o_s, mask=m_total, other=0.0)
+        tl.store(p_total + o_s, b_state * b_rest_decay + b_own, mask=m_total)
+
+
+def needs_segment_states(
+    k: torch.Tensor, v: torch.Tensor, *, cu_seqlens: tuple[int, ...] | None = None
+) -> bool:
+    """True if `scan` over k [B, T, H, D] and v [B, T, H, E] needs segment states.
+
+    If not, call `chunk_states` only for its total. In reverse the answer is the same.
+    """
+    return choose_segments(scan_shape(k, v, cu_seqlens)).num_boundaries > 0
+
+
+def segment_states_shape(
+    k_shape: tuple[int, int, int, int], value_dim: int, packed: bool
+) -> tuple[int, ...]:
+    """The shape of the segment states that `chunk_states` returns, (0,) for none."""
+    shape = ScanShape(*k_shape, value_dim, packed)
+    rows = choose_segments(shape).num_boundaries
+    return (rows, shape.num_heads, shape.key_dim, value_dim) if rows else (0,)
+
+
+def chunk_states(
     k: torch.Tensor,
     v: torch.Tensor,
-    log_decay: torch.Tensor,
-    plan: Plan,
-    table: torch.Tensor | None,
+    log_decay: torch.Tensor | None,
     *,
-    reverse: bool,
-    scale: float,
-    states: torch.Tensor,
-    total: torch.Tensor | None,
-) -> None:
-    """Write every segment's own state, as if it stood alone, in float32.
+    cu_seqlens: tuple[int, ...] | None = None,
+    state_rows: tuple[int, ...] | None = None,
+    reverse: bool = False,
+    scale: float = 1.0,
+    with_total: bool = True,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """States of k [B, T, H, D] and v [B, T, H, E], from zero at the start of every document.
 
-    That of the segment that ends a document (reverse: begins it) goes to `total` [R, H, D, E], and
-    is left out for None or where the plan has no row for it; the others' to the slots of the
-    borders they are followed by, in `states` [S, H, D, E].
+    Returns (segment_states [S, H, D, E], total [N, H, D, E]), both float32. With
+    l = exp(log_decay) and a document of n tokens, the total, its local state, is
+
+        forward: sum_j l^(n-1-j) k_j v_j^T          (`scale` is not used)
+        reverse: sum_i scale * l^(i+1) k_i v_i^T    (k=q, v=do: the gradient of the initial state)
+
+    The segment states are what `scan` needs of the segments before each (reverse: after each), in
+    a form that it knows. `with_total=False` saves the work of the total, which is then None; with
+    `state_rows` it is that of these packed documents alone, in this order. S depends on shapes
+    alone, so packed documents may leave some rows unused; if every document is sure to be one
+    segment, they are None. Shapes fix the order of every sum: the same inputs give the same bits.
+    `cu_seqlens` packs documents (0, ..., T) into a batch of one. Raises ValueError for dtypes or
+    head dims that the kernels do not support.
     """
-    programs, bound = _bind(
-        layout(k),
-        layout(v),
-        float(scale) if reverse else 1.0,
-        (plan.num_documents, plan.num_segments, plan.segments_per_row, plan.segment_length),
-        reverse,
-        plan.packed,
-        total is not None,
-    )
-    if programs:
-        bound(programs, k, v, states, total, log_decay, table)
+    check_operands(k=k, v=v)
+    assert k.shape[:3] == v.shape[:3], (k.shape, v.shape)
+    batch, seq_len, num_heads, key_dim = k.shape
+    choice = choose_segments(scan_shape(k, v, cu_seqlens))
+    documents = DocumentStates(state_rows) if with_total else NONE
+    segments = divide(batch, seq_len, cu_seqlens, choice, documents, k.is_cuda)
+    shape = (num_heads, key_dim, v.shape[-1])
+    wide = dict(dtype=torch.float32, device=k.device)
+    if seq_len == 0:
+        total = torch.zeros(segments.num_states, *shape, **wide) if with_total else None
+        return None, total
+    rows = segments.num_boundaries
+    states = torch.empty(rows, *shape, **wide) if rows else None
+    total = torch.empty(segments.num_states, *shape, **wide) if with_total else None
+    if segments.single and not with_total:
+        return states, None
+    k, v = addressable(k), addressable(v)
+    log_decay = decay_or_zeros(log_decay, num_heads, k.device)
+    with on_device_of(k):
+        segment_table, document_table = segments.device_tables(k.device)
+        programs, launch = _state_launch(
+            (spec(k), spec(v)), float(scale) if reverse else 1.0, segments.key, reverse, with_total
+        )
+        # The sum of the segment that ends a document (reverse: begins it) goes to the total.
+        if programs:
+            first = total if states is None else states
+            launch(programs, k, v, first, total, log_decay, segment_table)
+        if not segments.single:
+            _combine(states, total, log_decay, document_table, segments, reverse=reverse, T=seq_len)
+    return states, total
 
 
 @functools.lru_cache(maxsize=1024)
-def _bind(
-    k: Layout,
-    v: Layout,
+def _state_launch(
+    operands: tuple[TensorSpec, TensorSpec],
     scale: float,
-    segments: tuple[int, int, int, int],
+    segments: tuple,
     reverse: bool,
-    packed: bool,
     with_total: bool,
-) -> tuple[int, Bound]:
-    """How many programs run, and the kernel without its tensors."""
+) -> tuple[int, CachedLaunch]:
+    """How many programs run, and the launch; `segments` is `Segments.key`."""
+    k, v = operands
     (_, seq_len, num_heads, key_dim), _, dtype = k
     value_dim = v[0][-1]
-    num_documents, num_segments, segments_per_row, segment_length = segments
-    run = segments_per_row - (not with_total)
+    num_documents, num_segments, per_row, length, _, packed = segments
+    run = per_row - (not with_total)
     if not packed:
         num_segments = num_documents * run
-    launch = state_launch(key_dim, value_dim, dtype, num_segments * num_heads)
-    blocks = triton.cdiv(key_dim, launch.key) * triton.cdiv(value_dim, launch.value)
+    tiles = state_tiles(key_dim, value_dim, dtype, num_segments * num_heads)
+    blocks = triton.cdiv(key_dim, tiles.key) * triton.cdiv(value_dim, tiles.value)
     numbers = (
         *strides(k, (0, 1, 2)),
         *strides(v, (0, 1, 2)),
         scale,
         seq_len,
-        segments_per_row,
+        per_row,
         run,
-        segment_length,
+        length,
         num_heads,
     )
     constants = dict(
         D=key_dim,
         E=value_dim,
-        BD=launch.key,
-        BE=launch.value,
-        BC=launch.chunk,
+        BD=tiles.key,
+        BE=tiles.value,
+        BC=tiles.chunk,
         REVERSE=reverse,
         PACKED=packed,
         WITH_TOTAL=with_total,
         PRECISION="ieee",
     )
-    bound = Bound(
-        state_kernel, numbers, constants, num_warps=launch.num_warps, num_stages=launch.num_stages
-    )
-    return num_segments * num_heads * blocks, bound
+    options = dict(num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+    launch = CachedLaunch(state_kernel, numbers, constants, **options)
+    return num_segments * num_heads * blocks, launch
+
+
+def _combine(
+    states: torch.Tensor,
+    total: torch.Tensor | None,
+    log_decay: torch.Tensor,
+    table: torch.Tensor | None,
+    segments: Segments,
+    *,
+    reverse: bool,
+    T: int,
+) -> None:
+    """Sum over the segments of each document, in place: into `total` [R, H, D, E] (None: not
+    needed) all of them, and into a row of `states` [S, H, D, E], unless they stay folded, all
+    before it."""
+    _, num_heads, key_dim, value_dim = states.shape
+    size = key_dim * value_dim
+    programs = segments.num_combined * num_heads * triton.cdiv(size, COMBINE_BLOCK)
+    # What crosses a row's only boundary is what one segment adds. Packed documents store in any
+    # case: one kernel for all of them.
+    store = segments.packed or (segments.per_row > 2 and not segments.folded)
+    if programs == 0 or not (store or total is not None):
+        return
+    numbers = (T, segments.per_row, segments.length, num_heads)
+    flags = (reverse, segments.packed, store, total is not None)
+    _combine_launch(numbers, size, flags)(programs, states, total, log_decay, table)
+
+
+@functools.lru_cache(maxsize=1024)
+def _combine_launch(numbers: tuple[int, ...], size: int, flags: tuple[bool, ...]) -> CachedLaunch:
+    constants = dict(SIZE=size, BLOCK=COMBINE_BLOCK)
+    constants |= dict(zip(("REVERSE", "PACKED", "STORE", "WITH_TOTAL"), flags, strict=True))
+    constants["NUM_STAGES"] = COMBINE_STAGES
+    return CachedLaunch(combine_kernel, numbers, constants, num_warps=COMBINE_WARPS)

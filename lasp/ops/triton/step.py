@@ -1,4 +1,4 @@
-"""Step kernel: one token of decoding. The state is read once and written once."""
+"""One step of decoding: the state is read once and written once."""
 
 from __future__ import annotations
 
@@ -8,47 +8,27 @@ import torch
 import triton
 import triton.language as tl
 
-from lasp.ops.strides import with_unit_stride
-from lasp.ops.triton.launch import Bound
-from lasp.ops.triton.tiles import (
-    Layout,
+from lasp.ops.host_values import with_unit_stride
+from lasp.ops.triton.launch_config import STEP_VALUE_BLOCK, STEP_WARPS
+from lasp.ops.triton.launcher import (
+    CachedLaunch,
+    TensorSpec,
     check_operands,
     decay_or_zeros,
-    layout,
     on_device_of,
+    spec,
     strides,
 )
-
-# Columns of the state per program: a whole 128-byte line of float32.
-VALUE_BLOCK = 32
 
 
 @triton.jit(do_not_specialize=["scale"])
 def step_kernel(
-    p_q,
-    p_k,
-    p_v,
-    p_state,
-    p_o,
-    p_new,
-    p_log_decay,
-    stride_qb,
-    stride_qh,
-    stride_kb,
-    stride_kh,
-    stride_vb,
-    stride_vh,
-    stride_sb,
-    stride_sh,
-    stride_sd,
-    stride_se,
-    scale,
-    H,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    BD: tl.constexpr,
-    BE: tl.constexpr,
-):
+    p_q, p_k, p_v, p_state, p_o, p_new, p_log_decay,
+    stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_sb, stride_sh,
+    stride_sd, stride_se,
+    scale, H,
+    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
     NE: tl.constexpr = (E + BE - 1) // BE
     i_p = tl.program_id(0)
     i_e = i_p % NE
@@ -91,8 +71,8 @@ def step(
     """One token: S' = exp(log_decay) S + k v^T, o = scale * q . S'.
 
     q, k [B, H, D], v [B, H, E], state [B, H, D, E] float32 (any strides). Returns o [B, H, E] in
-    q's dtype and the new state, a tensor of its own. Raises ValueError for dtypes or head dims that
-    the kernels do not have.
+    q's dtype and S', a new tensor. Raises ValueError for dtypes or head dims that the kernels do
+    not support.
     """
     check_operands(q=q, k=k, v=v)
     batch, num_heads, key_dim = q.shape
@@ -105,16 +85,17 @@ def step(
         return o, new_state
     q, k, v = (with_unit_stride(t) for t in (q, k, v))
     log_decay = decay_or_zeros(log_decay, num_heads, q.device)
-    programs = batch * num_heads * triton.cdiv(value_dim, VALUE_BLOCK)
-    bound = _bind(layout(q), layout(k), layout(v), layout(state), float(scale))
+    programs = batch * num_heads * triton.cdiv(value_dim, STEP_VALUE_BLOCK)
+    launch = _step_launch(spec(q), spec(k), spec(v), spec(state), float(scale))
     with on_device_of(q):
-        bound(programs, q, k, v, state, o, new_state, log_decay)
+        launch(programs, q, k, v, state, o, new_state, log_decay)
     return o, new_state
 
 
 @functools.lru_cache(maxsize=256)
-def _bind(q: Layout, k: Layout, v: Layout, state: Layout, scale: float) -> Bound:
-    """The kernel without its tensors."""
+def _step_launch(
+    q: TensorSpec, k: TensorSpec, v: TensorSpec, state: TensorSpec, scale: float
+) -> CachedLaunch:
     (_, num_heads, key_dim), *_ = q
     numbers = (
         *strides(q, (0, 1)),
@@ -125,5 +106,5 @@ def _bind(q: Layout, k: Layout, v: Layout, state: Layout, scale: float) -> Bound
         num_heads,
     )
     block = max(16, triton.next_power_of_2(key_dim))
-    constants = dict(D=key_dim, E=v[0][-1], BD=block, BE=VALUE_BLOCK)
-    return Bound(step_kernel, numbers, constants, num_warps=4)
+    constants = dict(D=key_dim, E=v[0][-1], BD=block, BE=STEP_VALUE_BLOCK)
+    return CachedLaunch(step_kernel, numbers, constants, num_warps=STEP_WARPS)

@@ -13,7 +13,7 @@ from lasp import exchange, shard
 from lasp.exchange import ChunkChain, Transition, comm
 from lasp.exchange.symmetric_memory import StateBuffer
 from lasp.ops import chunked
-from parallel import recompute as activation_checkpoint
+from parallel import activation_checkpoint
 from tests.lasp import cases, sharded
 from tests.lasp.sharded import METHODS, Problem
 

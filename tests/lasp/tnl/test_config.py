@@ -1,3 +1,5 @@
+"""Presets, parameter and FLOP counts, refused configs."""
+
 import pytest
 import torch
 
@@ -47,7 +49,7 @@ def test_flops_by_hand():
         ({"num_heads": 4}, "a head has 256 values"),
     ],
 )
-def test_refusals_name_value_and_remedy(fields, message):
+def test_bad_configs_are_refused_with_value_and_remedy(fields, message):
     with pytest.raises(ValueError, match=message):
         TNLConfig(**fields)
 

@@ -1,15 +1,22 @@
+"""Generation continues as full forwards would."""
+
+import dataclasses
+
 import pytest
 import torch
 
-from lasp.tnl import TNL, TNLConfig
+from lasp.tnl import TNL, TNLConfig, generate
 from lasp.tnl.generation import prefill, sample
 
 CONFIG = TNLConfig(vocab_size=50, dim=32, num_layers=3, num_heads=4, glu_dim=48, init_std=0.2)
 
 
-def make(dtype=torch.float32):
+HYBRID = dataclasses.replace(CONFIG, layer_types="LSL", num_key_value_heads=2)
+
+
+def make(dtype=torch.float32, config=CONFIG):
     torch.manual_seed(0)
-    return TNL(CONFIG).to(dtype)
+    return TNL(config).to(dtype)
 
 
 def prompt_of(batch, length):
@@ -24,29 +31,21 @@ def test_decoding_gives_the_logits_of_one_pass(length, dtype, tolerance):
     model, tokens = make(dtype), prompt_of(2, length + 20)
     expected = model(tokens)
     logits, states = prefill(model, tokens[:, :length], chunk=32)
-    pieces = [logits]
+    steps = [logits]
     for t in range(length, length + 20):
         logits, states = model(tokens[:, t : t + 1], states=states, return_states=True)
-        pieces.append(logits[:, 0])
-    error = (torch.stack(pieces, 1) - expected[:, length - 1 :]).abs().max()
+        steps.append(logits[:, 0])
+    error = (torch.stack(steps, 1) - expected[:, length - 1 :]).abs().max()
     assert error < tolerance * expected.abs().max()
     assert states.position == length + 20
 
 
+@pytest.mark.parametrize("config", [CONFIG, HYBRID], ids=["linear", "hybrid"])
 @torch.no_grad()
-def test_token_by_token_from_the_first():
-    model, tokens = make(torch.float64), prompt_of(1, 70)
-    expected, states, pieces = model(tokens), None, []
-    for t in range(70):
-        logits, states = model(tokens[:, t : t + 1], states=states, return_states=True)
-        pieces.append(logits)
-    torch.testing.assert_close(torch.cat(pieces, 1), expected)
-
-
-@torch.no_grad()
-def test_greedy_generation_repeats_the_argmax_of_full_forwards():
-    model, tokens = make(torch.float64), prompt_of(2, 9)
+def test_greedy_generation_repeats_the_argmax_of_full_forwards(config):
+    model, tokens = make(torch.float64, config), prompt_of(2, 9)
     generated = model.generate(tokens, 12, prefill_chunk=4)
+    assert torch.equal(generated, generate(model, tokens, 12))
     for _ in range(12):
         tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], 1)
     assert torch.equal(generated, tokens)
@@ -64,7 +63,7 @@ def test_samples_follow_the_generator_and_top_k():
     assert torch.equal(draw(1, top_k=1), model.generate(tokens, 15))
 
 
-def test_sampling_frequencies():
+def test_sampling_frequencies_follow_temperature_and_top_k():
     logits = torch.tensor([1.0, 2.0, 0.5, -1.0]).expand(20000, -1)
     generator = torch.Generator().manual_seed(0)
     counts = sample(logits, 0.7, 3, generator).bincount(minlength=4) / 20000
@@ -88,7 +87,7 @@ def test_end_of_sequence_stops_each_row():
     assert model.generate(tokens[:1], 20, eos_token_id=eos).shape[1] <= 9
 
 
-def test_left_padded_prompts_generate_as_alone():
+def test_left_padded_prompts_generate_as_if_unpadded():
     model, tokens = make(torch.float64), prompt_of(2, 12)
     mask = torch.ones(2, 12, dtype=torch.bool)
     mask[1, :7] = False
@@ -97,7 +96,7 @@ def test_left_padded_prompts_generate_as_alone():
     assert torch.equal(together[1:, 7:], model.generate(tokens[1:, 7:], 10))
 
 
-def test_nothing_to_generate():
+def test_no_new_tokens():
     tokens = prompt_of(1, 3)
     assert torch.equal(make().generate(tokens, 0), tokens)
 
@@ -112,7 +111,7 @@ def test_nothing_to_generate():
         (2, {"prefill_chunk": 0}, "prefill_chunk is 0"),
     ],
 )
-def test_refusals(length, options, message):
+def test_bad_options_are_refused(length, options, message):
     options = {"max_new_tokens": 1, **options}
     with pytest.raises(ValueError, match=message):
         make().generate(torch.zeros(1, length, dtype=torch.int64), **options)

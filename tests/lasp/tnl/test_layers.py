@@ -1,4 +1,6 @@
-import copy
+"""The layers of a TNL: rows, decay, channel mixer, norm, compilation."""
+
+import dataclasses
 
 import pytest
 import torch
@@ -6,21 +8,21 @@ import torch.nn.functional as F
 
 from lasp import SequenceShard, decay
 from lasp.tnl import TNLConfig
-from lasp.tnl.layers import SGLU, GatedLinearAttention, TNLBlock
+from lasp.tnl.layers import SGLU, GatedLinearAttention, SRMSNorm, TNLBlock
 
 CONFIG = TNLConfig(vocab_size=32, dim=24, num_layers=3, num_heads=3, glu_dim=40, init_std=0.2)
 
 
-def make_block(layer, dtype=torch.float64):
+def make_block(layer, dtype=torch.float64, config=CONFIG):
     torch.manual_seed(layer)
-    block = TNLBlock(CONFIG, layer)
+    block = TNLBlock(config, layer)
     for parameter in block.parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.2)
     return block.to(dtype)
 
 
-def test_rows_of_the_projection_go_head_by_head():
+def test_rows_of_the_projection_are_ordered_by_head():
     """Zeroing head 1's contiguous rows must change nothing but head 1's columns of W_o's input."""
     mixer = make_block(1).token_mixer
     seen = []
@@ -36,35 +38,6 @@ def test_rows_of_the_projection_go_head_by_head():
     assert (after[:, :, 1] == 0).all()
     assert torch.equal(before[:, :, [0, 2]], after[:, :, [0, 2]])
     assert (before != 0).any(-1).all()
-
-
-def test_head_slices_sum_to_the_whole():
-    """What tensor parallelism does: rows of qkvu and columns of W_o in parts, one norm for all."""
-    mixer = make_block(0).token_mixer
-    x = torch.randn(2, 11, 24, dtype=torch.float64)
-    shard = SequenceShard.whole(11)
-    whole, _ = mixer(x, shard)
-    scales = []
-    norm = mixer.norm
-
-    def measure(_, inputs, output):
-        scales.append((output / inputs[0]).detach()[..., :1])
-
-    norm.register_forward_hook(measure)
-    mixer(x, shard)
-    total = 0
-    for heads in (slice(0, 1), slice(1, 3)):
-        part = copy.deepcopy(mixer)
-        part.keep_heads(heads)
-        rows = slice(heads.start * 32, heads.stop * 32)
-        columns = slice(heads.start * 8, heads.stop * 8)
-        part.qkvu_proj.weight = torch.nn.Parameter(mixer.qkvu_proj.weight[rows])
-        part.out_proj.weight = torch.nn.Parameter(mixer.out_proj.weight[:, columns])
-        part.norm = torch.nn.Identity()
-        part.norm.register_forward_hook(lambda _, inputs, output: output * scales[0])
-        part.double()
-        total = total + part(x, shard)[0]
-    torch.testing.assert_close(total, whole)
 
 
 @pytest.mark.parametrize("cast", ["bfloat16", "half", "double"])
@@ -89,8 +62,8 @@ def test_sglu_is_the_equation():
     assert torch.equal(glu(x), expected)
 
 
-def test_last_layer_hardly_forgets_and_first_does():
-    """The decay is that of the layer: moving the block to another layer changes its output."""
+def test_decay_depends_on_the_layer():
+    """The same weights in another layer give another output."""
     mixers = [GatedLinearAttention(CONFIG, layer).double() for layer in (1, 2)]
     mixers[1].load_state_dict(mixers[0].state_dict())
     x = torch.randn(1, 50, 24, dtype=torch.float64)
@@ -99,15 +72,50 @@ def test_last_layer_hardly_forgets_and_first_does():
     assert (first[:, 10:] - second[:, 10:]).abs().max() > 1e-3 * first.abs().max()
 
 
+@pytest.mark.parametrize("layer_types", ["L", "LSL"])
 @pytest.mark.parametrize("layer", [0, 1])
-def test_block_compiles(layer):
-    block = make_block(layer, torch.float32)
-    x = torch.randn(2, 17, 24, requires_grad=True)
-    shard = SequenceShard.whole(17)
-    expected, _ = block(x, shard)
-    (want,) = torch.autograd.grad(expected.square().sum(), x)
-    compiled = torch.compile(block, backend="aot_eager")
-    out, _ = compiled(x, shard)
-    (grad,) = torch.autograd.grad(out.square().sum(), x)
-    torch.testing.assert_close(out, expected)
-    torch.testing.assert_close(grad, want)
+def test_compiled_block_equals_eager(layer, layer_types):
+    config = dataclasses.replace(CONFIG, layer_types=layer_types)
+    block, shard = make_block(layer, torch.float32, config), SequenceShard.whole(17)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    results = []
+    for call in (block, compiled):
+        x = torch.randn(2, 17, 24, generator=torch.Generator().manual_seed(0))
+        y, _ = call(x.requires_grad_(), shard)
+        results.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    torch.testing.assert_close(*results)
+
+
+def norm_equation(x, eps=1e-6):
+    x = x.double()
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 2**-8), (torch.float16, 1e-3)],
+)
+def test_norm_equals_the_equation(dtype, tolerance):
+    torch.manual_seed(0)
+    # Squares of 300 overflow float16: the mean square must be taken in float32.
+    x = (300 * torch.randn(3, 7, 96)).to(dtype).requires_grad_()
+    y = SRMSNorm(96)(x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), norm_equation(x), rtol=tolerance, atol=tolerance)
+    weight = torch.randn_like(y)
+    (grad,) = torch.autograd.grad(y, x, weight)
+    (expected,) = torch.autograd.grad(norm_equation(x), x, weight.double())
+    assert (grad - expected).abs().max() <= 4 * tolerance * expected.abs().max()
+
+
+def test_norm_of_zero_is_zero_with_a_finite_gradient():
+    x = torch.zeros(2, 8, requires_grad=True)
+    y = SRMSNorm(8)(x)
+    y.sum().backward()
+    assert (y == 0).all()
+    torch.testing.assert_close(x.grad, torch.full_like(x, 1000.0))
+
+
+def test_norm_under_autocast_keeps_the_dtype():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert SRMSNorm(8)(torch.ones(2, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16

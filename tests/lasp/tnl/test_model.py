@@ -1,3 +1,5 @@
+"""The full model: causality, chunked reading, packing, padding, dtypes, initialisation."""
+
 import math
 
 import pytest
@@ -40,17 +42,19 @@ def test_causal():
     assert (a[:, 25:] - b[:, 25:]).abs().amax(-1).min() > 1e-3
 
 
-@pytest.mark.parametrize("cuts", [(0, 100), (0, 1, 64, 100), (0, 63, 64, 65, 100), (0, 0, 50, 100)])
+@pytest.mark.parametrize(
+    "boundaries", [(0, 100), (0, 1, 64, 100), (0, 63, 64, 65, 100), (0, 0, 50, 100)]
+)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 @torch.no_grad()
-def test_reading_in_pieces_is_reading_at_once(cuts, dtype, tolerance):
+def test_reading_in_chunks_is_reading_at_once(boundaries, dtype, tolerance):
     model, tokens = make(dtype), tokens_of(2, 100)
-    whole, final = model(tokens, return_states=True)
-    states, pieces = None, []
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    expected, final = model(tokens, return_states=True)
+    states, parts = None, []
+    for start, stop in zip(boundaries, boundaries[1:], strict=False):
         logits, states = model(tokens[:, start:stop], states=states, return_states=True)
-        pieces.append(logits)
-    error = (torch.cat(pieces, 1) - whole).abs().max() / whole.abs().max()
+        parts.append(logits)
+    error = (torch.cat(parts, 1) - expected).abs().max() / expected.abs().max()
     assert error < tolerance
     assert states.position == final.position == 100
     for layer, (a, b) in enumerate(zip(states.layers, final.layers, strict=True)):
@@ -59,24 +63,26 @@ def test_reading_in_pieces_is_reading_at_once(cuts, dtype, tolerance):
 
 
 def test_shard_offset_is_the_lrpe_position():
-    """A shard in the middle, alone, equals the same tokens read from a state at that position."""
+    """Reading from an empty state at another position shifts LRPE and nothing else."""
     model, tokens = make(), tokens_of(1, 10)
     fresh = [torch.zeros(1, 4, CONFIG.key_dim(i), 8) for i in range(3)]
     for position in (0, 1000):
         state = TNLState([x.clone() for x in fresh], position)
         logits = model(tokens, states=state)
-        # Positions are relative: with an empty past, a shift changes nothing but rounding.
+        # Positions are relative: with an empty state, a shift changes only rounding.
         torch.testing.assert_close(logits, model(tokens), rtol=1e-3, atol=1e-4)
 
 
-def test_packed_documents_equal_separate_ones():
-    model, tokens = make(torch.float64), tokens_of(1, 60)
-    packed = model(tokens, cu_seqlens=torch.tensor([0, 23, 60], dtype=torch.int32))
+@pytest.mark.parametrize("layer_types", ["L", "LSL"])
+def test_packed_documents_equal_separate_ones(layer_types):
+    """Their positions differ, but only differences of positions matter."""
+    model, tokens = make(torch.float64, layer_types=layer_types), tokens_of(1, 60)
+    packed = model(tokens, cu_seqlens=torch.tensor([0, 23, 23, 60], dtype=torch.int32))
     separate = torch.cat([model(tokens[:, :23]), model(tokens[:, 23:])], 1)
     torch.testing.assert_close(packed, separate)
 
 
-def test_left_padding_leaves_no_trace():
+def test_left_padding_has_no_effect():
     model, tokens = make(torch.float64), tokens_of(2, 30)
     mask = torch.ones(2, 30, dtype=torch.bool)
     mask[1, :12] = False
@@ -132,7 +138,7 @@ def test_meta_model_materialises():
 
 
 @pytest.mark.parametrize("layer_types", ["L", "LLS"])
-def test_shapes_alone_on_the_meta_device(layer_types):
+def test_meta_device_gives_shapes(layer_types):
     with torch.device("meta"):
         model = TNL(TNLConfig(**{**vars(CONFIG), "layer_types": layer_types}))
         logits, states = model(torch.zeros(2, 9, dtype=torch.int64), return_states=True)
@@ -188,6 +194,6 @@ def test_training_lowers_the_loss():
         (lambda m: m(tokens_of(1, 5), states=TNLState([], 0)), "0 layers and this model 3"),
     ],
 )
-def test_refusals(call, message):
+def test_bad_calls_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(make())

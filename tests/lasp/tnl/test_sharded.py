@@ -1,4 +1,4 @@
-"""The model cut over ranks is the model on one device: logits, loss, gradients, states."""
+"""The model over ranks is the model on one device: logits, loss, gradients, states."""
 
 import dataclasses
 from itertools import pairwise
@@ -15,7 +15,7 @@ CONFIG = TNLConfig(vocab_size=50, dim=32, num_layers=3, num_heads=4, glu_dim=48,
 
 HYBRID = dataclasses.replace(CONFIG, layer_types="LSL", num_key_value_heads=2)
 
-CUTS = [(0, 50, 100), (0, 1, 63), (0, 7, 64, 100), (0, 40, 40, 63), (0, 0, 1, 1)]
+BOUNDARIES = [(0, 50, 100), (0, 1, 63), (0, 7, 64, 100), (0, 40, 40, 63), (0, 0, 1, 1)]
 
 
 def make(config, dtype):
@@ -26,10 +26,10 @@ def make(config, dtype):
 def batch_of(total):
     generator = torch.Generator().manual_seed(total)
     tokens = torch.randint(50, (2, total + 1), generator=generator)
-    return tokens[:, :-1], tokens[:, 1:]  # shifted before the cut
+    return tokens[:, :-1], tokens[:, 1:]  # shifted before sharding
 
 
-def entering_state(config, dtype):
+def initial_states(config, dtype):
     generator = torch.Generator().manual_seed(7)
     # States are float32 or, in a float64 model on the CPU, float64.
     shapes = [
@@ -41,68 +41,72 @@ def entering_state(config, dtype):
 
 
 def loss_and_grads(model, tokens, labels, total, shard, states):
-    logits, leaving = model(tokens, shard, states=states, return_states=True)
+    logits, final = model(tokens, shard, states=states, return_states=True)
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / total
     loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters()}
-    return logits.detach(), loss.detach(), grads, leaving
+    return logits.detach(), loss.detach(), grads, final
 
 
-def on_one_rank(group, config, cuts, dtype, exchange, with_state, told):
-    rank, total = dist.get_rank(group), cuts[-1]
-    lengths = tuple(stop - start for start, stop in pairwise(cuts)) if told else None
-    shard = SequenceShard(cuts[rank], cuts[rank + 1], total, group, exchange, lengths=lengths)
+def on_one_rank(group, config, boundaries, dtype, exchange, with_state, with_lengths):
+    rank, total = dist.get_rank(group), boundaries[-1]
+    lengths = tuple(stop - start for start, stop in pairwise(boundaries)) if with_lengths else None
+    shard = SequenceShard(
+        boundaries[rank], boundaries[rank + 1], total, group, exchange, lengths=lengths
+    )
     tokens, labels = (x[:, shard.token_slice] for x in batch_of(total))
-    states = entering_state(config, dtype) if with_state else None
+    states = initial_states(config, dtype) if with_state else None
     model = make(config, dtype)
-    logits, loss, grads, leaving = loss_and_grads(model, tokens, labels, total, shard, states)
+    logits, loss, grads, final = loss_and_grads(model, tokens, labels, total, shard, states)
     for tensor in (loss, *grads.values()):
         dist.all_reduce(tensor, group=group)
-    last = [x.detach() for x in leaving.layers]
-    return logits, loss, grads, last, leaving.position
+    last = [x.detach() for x in final.layers]
+    return logits, loss, grads, last, final.position
 
 
 def error(actual, expected):
     return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
-@pytest.mark.parametrize("cuts", CUTS, ids=str)
+@pytest.mark.parametrize("boundaries", BOUNDARIES, ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-7), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("with_state", [False, True])
-def test_sharded_model_is_the_whole_model(pool, cuts, dtype, tolerance, with_state):
-    check(pool, cuts, dtype, tolerance, "ring", with_state)
+def test_sharded_model_is_the_full_model(pool, boundaries, dtype, tolerance, with_state):
+    check(pool, boundaries, dtype, tolerance, "ring", with_state)
 
 
-@pytest.mark.parametrize("cuts", CUTS, ids=str)
+@pytest.mark.parametrize("boundaries", BOUNDARIES, ids=str)
 @pytest.mark.parametrize(
-    ("dtype", "tolerance", "with_state", "told"),
+    ("dtype", "tolerance", "with_state", "with_lengths"),
     [
         (torch.float64, 1e-7, True, True),
         (torch.float64, 1e-7, True, False),
         (torch.float32, 1e-5, False, True),
     ],
 )
-def test_sharded_hybrid_is_the_whole_model(pool, cuts, dtype, tolerance, with_state, told):
-    """Whether a shard knows all lengths, or the ranks ask each other."""
-    check(pool, cuts, dtype, tolerance, "ring", with_state, HYBRID, told)
+def test_sharded_hybrid_is_the_full_model(
+    pool, boundaries, dtype, tolerance, with_state, with_lengths
+):
+    """A shard is given all lengths, or the ranks exchange them."""
+    check(pool, boundaries, dtype, tolerance, "ring", with_state, HYBRID, with_lengths)
 
 
 def zigzag(group, config, total, exchange):
-    """Every rank's tokens, logits, gradients, and what it leaves: (position, states)."""
+    """This rank's positions, logits, gradients, and (position, states) after its last token."""
     shard = SequenceShard.split(total, group, exchange, layout="zigzag")
     tokens, labels = (shard.take(x) for x in batch_of(total))
     model = make(config, torch.float64)
-    logits, _, grads, leaving = loss_and_grads(model, tokens, labels, total, shard, None)
+    logits, _, grads, final = loss_and_grads(model, tokens, labels, total, shard, None)
     for grad in grads.values():
         dist.all_reduce(grad, group=group)
-    states = [x.detach() for x in leaving.layers] if shard.is_last else None
-    return shard.positions(), logits, grads, leaving.position, states
+    states = [x.detach() for x in final.layers] if shard.is_last else None
+    return shard.positions(), logits, grads, final.position, states
 
 
 @pytest.mark.parametrize("total", [2, 62, 100])
 @pytest.mark.parametrize(("exchange", "size"), [("ring", 3), ("all_gather", 2), ("doubling", 4)])
-def test_zigzag_shards_are_the_whole_model(pool, exchange, size, total):
-    logits, _, grads, leaving = loss_and_grads(
+def test_zigzag_shards_are_the_full_model(pool, exchange, size, total):
+    logits, _, grads, final = loss_and_grads(
         make(HYBRID, torch.float64), *batch_of(total), total, None, None
     )
     results = pool.run(zigzag, HYBRID, total, exchange, size=size)
@@ -113,7 +117,7 @@ def test_zigzag_shards_are_the_whole_model(pool, exchange, size, total):
         for name, grad in grads.items():
             if grad.abs().max() > 0:
                 assert error(rank_grads[name], grad) < (1e-5 if name.endswith("theta") else 1e-7)
-        for mine, wanted in zip(states or (), leaving.layers, strict=False):
+        for mine, wanted in zip(states or (), final.layers, strict=False):
             assert error(mine, wanted) < 1e-7
     assert sum(states is not None for *_, states in results) == 1
 
@@ -127,8 +131,8 @@ DOCUMENTS = (0, 30, 30, 47, 63)
 
 
 def packed(tokens, shard):
-    state = entering_state(CONFIG, torch.float64)
-    # Four documents, each with a state of its own.
+    state = initial_states(CONFIG, torch.float64)
+    # Four documents, each with its own state.
     state.layers = [torch.cat([x, 2 * x]) for x in state.layers]
     options = dict(states=state, cu_seqlens=torch.tensor(DOCUMENTS, dtype=torch.int32))
     return make(CONFIG, torch.float64)(tokens, shard, return_states=True, **options)
@@ -142,30 +146,32 @@ def packed_on_one_rank(group):
 @torch.no_grad()
 def test_documents_that_begin_on_any_rank_continue_from_their_states(pool):
     tokens = batch_of(63)[0][:1]
-    logits, leaving = packed(tokens, None)
+    logits, final = packed(tokens, None)
     results = pool.run(packed_on_one_rank, size=3)
     assert error(torch.cat([of_rank[0] for of_rank in results], 1), logits) < 1e-7
-    # 21 tokens on each rank: the rank of each document's last one, and of the empty document's.
+    # With 21 tokens per rank: the rank on which each document ends, the empty one included.
     for document, owner in enumerate((1, 1, 2, 2)):
-        for mine, wanted in zip(results[owner][1].layers, leaving.layers, strict=True):
+        for mine, wanted in zip(results[owner][1].layers, final.layers, strict=True):
             assert error(mine[document], wanted[document]) < 1e-7
 
 
-def check(pool, cuts, dtype, tolerance, exchange, with_state, config=CONFIG, told=False):
-    total, size = cuts[-1], len(cuts) - 1
-    options = (config, cuts, dtype, exchange, with_state, told)
+def check(
+    pool, boundaries, dtype, tolerance, exchange, with_state, config=CONFIG, with_lengths=False
+):
+    total, size = boundaries[-1], len(boundaries) - 1
+    options = (config, boundaries, dtype, exchange, with_state, with_lengths)
     results = pool.run(on_one_rank, *options, size=size)
-    states = entering_state(config, dtype) if with_state else None
-    logits, loss, grads, leaving = loss_and_grads(
+    states = initial_states(config, dtype) if with_state else None
+    logits, loss, grads, final = loss_and_grads(
         make(config, dtype), *batch_of(total), total, None, states
     )
     assert error(torch.cat([result[0] for result in results], 1), logits) < tolerance
-    for name, state in enumerate(leaving.layers):
+    for name, state in enumerate(final.layers):
         assert error(results[-1][3][name], state) < tolerance
-    assert results[-1][4] == leaving.position == total + (333 if with_state else 0)
+    assert results[-1][4] == final.position == total + (333 if with_state else 0)
     for _, rank_loss, rank_grads, _, _ in results:
         assert error(rank_loss, loss) < tolerance
-        # In float64 too, the rates' own gradient is stored in float32.
+        # The gradient of LRPE rates is stored in float32, in float64 too.
         for name, grad in grads.items():
             if grad.abs().max() > 0:
                 assert error(rank_grads[name], grad) < max(tolerance, 1e-5 * name.endswith("theta"))

@@ -1,6 +1,6 @@
-"""What the ranks run: models built by megatron-core, compared with the native TNL.
+"""Functions that the ranks run: models built by megatron-core, to compare with the native TNL.
 
-Imported on the ranks only, where it makes Megatron run on the CPU.
+Imported on the ranks only; importing it makes Megatron run on the CPU.
 """
 
 # ruff: noqa: E402 (Megatron is imported after the shim)
@@ -40,7 +40,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 import lasp
 import lasp.exchange
-from lasp.exchange import tokens as token_exchange
+from lasp.exchange import comm
 from lasp.tnl import TNL, TNLConfig
 from parallel.megatron import (
     BatchSplitter,
@@ -55,11 +55,11 @@ ROOT = Path(__file__).parents[3]
 _kept_groups = []
 
 
-def lay_out(tp, cp, pp=1):
-    """Megatron's groups over the four ranks; the rest is data parallel."""
+def set_up_groups(tp, cp, pp=1):
+    """Create Megatron's groups over the four ranks; the remaining axis is data parallel."""
     if parallel_state.model_parallel_is_initialized():
         dist.barrier()
-        # Megatron only forgets its groups: their threads would pile up.
+        # Megatron does not destroy its groups: their threads would pile up.
         ours = {id(group) for group in _kept_groups}
         for group in list(dist.distributed_c10d._world.pg_map):
             if id(group) not in ours:
@@ -95,23 +95,25 @@ def build_tnl(tnl, weights=None, *, megatron=None, **spec):
         "rope" if tnl.num_softmax_layers else "none",
     )
     if weights is None:
-        # Megatron's own would depend on the layout: pipeline stages draw differently.
+        # Megatron's own weights would depend on the groups: pipeline stages draw differently.
         torch.manual_seed(1)
         weights = TNL(tnl).state_dict()
     first = model.decoder.layers[0].layer_number - 1
-    part = to_megatron(
-        weights,
-        tnl,
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
-        layers=range(first, first + len(model.decoder.layers)),
-    )
-    model.load_state_dict(part)
+    layers = range(first, first + len(model.decoder.layers))
+    model.load_state_dict(to_megatron(weights, tnl, **tp_shard(), layers=layers))
     return model
 
 
+def tp_shard():
+    """Arguments of to_megatron for this rank."""
+    return dict(
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+    )
+
+
 def build_gpt(fields, *, positions="rope", megatron=None, **core):
-    """A GPTModel whose layers are Megatron's but for the core attention."""
+    """A GPTModel of Megatron's layers with our core attention."""
     config = TransformerConfig(**sizes_here(), **fields, **(megatron or {}))
     torch.manual_seed(1)
     spec = get_lasp_gpt_layer_spec(get_gpt_layer_local_spec(normalization="RMSNorm"), **core)
@@ -132,7 +134,7 @@ def gpt_model(config, spec, vocab_size, positions):
 
 
 def batch_of(tokens):
-    """This data-parallel rank's rows of tokens [B, T + 1], whole sequences."""
+    """This data-parallel rank's rows of tokens [B, T + 1], full sequences."""
     rank = parallel_state.get_data_parallel_rank()
     rows = tokens.chunk(parallel_state.get_data_parallel_world_size())[rank]
     positions = torch.arange(rows.shape[1] - 1).expand(rows.shape[0], -1)
@@ -147,22 +149,22 @@ def global_loss(model, split, tokens):
 
 
 def summed(x):
-    """Over the ranks that hold the same weights."""
+    """Sum x over the ranks that hold the same weights."""
     dist.all_reduce(x, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     return x
 
 
-def whole_tnl(parts, tnl):
-    """Native names and shapes from what this rank's tensor-parallel group holds."""
+def full_tnl(parts, tnl):
+    """Native names and shapes, from the shards of this rank's tensor-parallel group."""
     gathered = [None] * parallel_state.get_tensor_model_parallel_world_size()
     group = parallel_state.get_tensor_model_parallel_group()
     dist.all_gather_object(gathered, parts, group=group)
     return from_megatron(gathered, TNLConfig(**tnl))
 
 
-def whole(model, tensors):
-    """Megatron names, layers numbered over all pipeline stages; the parts of all tensor-parallel
-    ranks put together."""
+def full(model, tensors):
+    """Megatron names with layers numbered over all pipeline stages -> the tensors of all
+    tensor-parallel ranks, concatenated."""
     first = model.decoder.layers[0].layer_number - 1
     size = parallel_state.get_tensor_model_parallel_world_size()
     group = parallel_state.get_tensor_model_parallel_group()
@@ -174,10 +176,10 @@ def whole(model, tensors):
         if not getattr(p, "tensor_model_parallel", False):
             joined[global_name(name, first)] = parts[0]
             continue
-        # A stride of 2 is two matrices, one above the other, in each rank's part.
-        chunks = [part.chunk(p.partition_stride, p.partition_dim) for part in parts]
-        pieces = [piece for of_matrix in zip(*chunks, strict=True) for piece in of_matrix]
-        joined[global_name(name, first)] = torch.cat(pieces, p.partition_dim)
+        # A stride of 2 means two matrices, one above the other, in each rank's shard.
+        matrices = zip(*(x.chunk(p.partition_stride, p.partition_dim) for x in parts), strict=True)
+        shards = [shard for of_matrix in matrices for shard in of_matrix]
+        joined[global_name(name, first)] = torch.cat(shards, p.partition_dim)
     return joined
 
 
@@ -189,7 +191,7 @@ def global_name(name, first_layer):
 
 @contextlib.contextmanager
 def counted_exchanges():
-    """A list that grows by one for each exchange of states, or gathering of keys and values."""
+    """A list that grows by one for each exchange of states or all-gather of keys and values."""
     seen = []
 
     def counting(function):
@@ -201,7 +203,7 @@ def counted_exchanges():
 
     with (
         mock.patch.object(lasp.exchange, "start", counting(lasp.exchange.start)),
-        mock.patch.object(token_exchange, "gather_rows", counting(token_exchange.gather_rows)),
+        mock.patch.object(comm, "gather_rows", counting(comm.gather_rows)),
     ):
         yield seen
 
@@ -218,17 +220,17 @@ def step(model, tokens):
 
 def native_gradients(sizes, tnl, weights, tokens, options):
     """(loss, gradients by native names, exchanges) of the Megatron TNL with native weights."""
-    lay_out(*sizes)
+    set_up_groups(*sizes)
     loss, grads, exchanges = step(build_tnl(tnl, weights, **options), tokens)
-    return loss, whole_tnl(grads, tnl), exchanges
+    return loss, full_tnl(grads, tnl), exchanges
 
 
 def gradients(sizes, kind, fields, tokens, options):
     """(loss, gradients by Megatron's names, exchanges) of a model with a seed's weights."""
-    lay_out(*sizes)
+    set_up_groups(*sizes)
     model = {"tnl": build_tnl, "gpt": build_gpt}[kind](fields, **options)
     loss, grads, exchanges = step(model, tokens)
-    return loss, whole(model, grads), exchanges
+    return loss, full(model, grads), exchanges
 
 
 def train(sizes, tnl, tokens, options, *, steps=3, ddp=None, save=None, load=None, micro=1):
@@ -238,7 +240,7 @@ def train(sizes, tnl, tokens, options, *, steps=3, ddp=None, save=None, load=Non
         ddp: fields of DistributedDataParallelConfig.
         save, load: checkpoint folders.
     """
-    lay_out(*sizes)
+    set_up_groups(*sizes)
     megatron = dict(calculate_per_token_loss=True) | options.pop("megatron", {})
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, **(ddp or {}))
     inner = build_tnl(tnl, megatron=megatron, **options)
@@ -264,10 +266,10 @@ def train(sizes, tnl, tokens, options, *, steps=3, ddp=None, save=None, load=Non
     if save is not None:
         parts = inner.sharded_state_dict()
         state = {"model": parts, "optimizer": optimizer.sharded_state_dict(parts)}
-        # Megatron's writers are processes, which the pool's may not start.
+        # Megatron writes in processes, and daemons may not start any.
         multiprocessing.current_process()._config["daemon"] = False
         dist_checkpointing.save(state, save)
-    return losses, whole(inner, {n: p.detach() for n, p in inner.named_parameters()})
+    return losses, full(inner, {n: p.detach() for n, p in inner.named_parameters()})
 
 
 def restore(folder, model, optimizer):
@@ -312,8 +314,8 @@ def megatron_step(model, split, tokens, micro):
 
 
 def recompute_after_a_lost_forward(tnl, tokens):
-    """What the backward says after a forward in training mode that had none."""
-    lay_out(1, 2)
+    """The error of a backward after a forward in training mode without one."""
+    set_up_groups(1, 2)
     recompute = dict(recompute_granularity="full", recompute_method="uniform")
     model = build_tnl(tnl, megatron=recompute | dict(recompute_num_layers=1))
     split = BatchSplitter(model)
@@ -327,7 +329,7 @@ def recompute_after_a_lost_forward(tnl, tokens):
 
 def half_precision(tnl, tokens):
     """(decay used by the first layer, its exact value, LRPE rates, loss) under Float16Module."""
-    lay_out(1, 2)
+    set_up_groups(1, 2)
     inner = build_tnl(tnl | dict(init_std=0.02), megatron=dict(bf16=True))
     model = Float16Module(inner.config, inner)
     attention = inner.decoder.layers[0].self_attention
@@ -339,12 +341,12 @@ def half_precision(tnl, tokens):
 
 def example(sizes, argv):
     """Losses of examples/megatron_gpt.py with these options."""
-    lay_out(*sizes)
+    set_up_groups(*sizes)
     tp, cp, *pp = sizes
     argv = [*argv, "--device=cpu", "--data-path=random", "--seq-length=64", "--lr=2e-3"]
     argv += [f"--tensor-model-parallel-size={tp}", f"--context-parallel-size={cp}"]
     argv += [f"--pipeline-model-parallel-size={pp[0] if pp else 1}"]
-    # Megatron's writers are processes, which the pool's may not start.
+    # Megatron writes in processes, and daemons may not start any.
     multiprocessing.current_process()._config["daemon"] = False
     script = runpy.run_path(str(ROOT / "examples" / "megatron_gpt.py"))
     with contextlib.redirect_stdout(io.StringIO()):
@@ -358,7 +360,7 @@ def hybrid_model_gradients(sizes, tnl, weights, tokens):
     """As native_gradients, of the model in Megatron's hybrid stack."""
     from parallel.megatron.hybrid import LINEAR, get_tnl_hybrid_stack_spec
 
-    lay_out(*sizes)
+    set_up_groups(*sizes)
     native = TNLConfig(**tnl)
     mixers = ["*" if native.is_softmax(i) else LINEAR for i in range(native.num_layers)]
     pattern = "".join(f"{mixer}-" for mixer in mixers)
@@ -375,25 +377,21 @@ def hybrid_model_gradients(sizes, tnl, weights, tokens):
         rotary_base=native.rope_base,
         **{pattern_name: pattern},
     )
-    place = dict(
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
-    )
-    part = to_megatron(weights, native, **place)
+    part = to_megatron(weights, native, **tp_shard())
     model.load_state_dict({in_stack(name): x for name, x in part.items()})
     loss, grads, exchanges = step(model, tokens)
     names = {in_stack(name): name for name in part}
-    return loss, whole_tnl({names[name]: x for name, x in grads.items()}, tnl), exchanges
+    return loss, full_tnl({names[name]: x for name, x in grads.items()}, tnl), exchanges
 
 
 def in_stack(name):
-    """A block's two mixers are two layers of the stack."""
+    """The name in the hybrid stack, where a block's two mixers are two layers."""
     offset = 1 if ".mlp." in name else 0
     return re.sub(r"layers\.(\d+)", lambda m: f"layers.{2 * int(m[1]) + offset}", name)
 
 
 def hybrid_host():
-    """(Megatron's model class, what it calls the pattern)."""
+    """(Megatron's model class, its name for the pattern)."""
     try:
         from megatron.core.models.hybrid.hybrid_model import HybridModel
 
@@ -406,17 +404,13 @@ def hybrid_host():
 
 def logits_and_weights(sizes, tnl, weights, tokens, padded):
     """(logits, weights by native names) of the Megatron TNL, its vocabulary padded."""
-    lay_out(*sizes)
+    set_up_groups(*sizes)
     config = tnl_transformer_config(TNLConfig(**tnl), **sizes_here())
     model = gpt_model(config, get_tnl_block_spec(config, TNLConfig(**tnl)), padded, "none")
-    place = dict(
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
-    )
-    part = to_megatron(weights, TNLConfig(**tnl), **place, padded_vocab_size=padded)
-    model.load_state_dict(part)
+    shard = to_megatron(weights, TNLConfig(**tnl), **tp_shard(), padded_vocab_size=padded)
+    model.load_state_dict(shard)
     split = BatchSplitter(model)
     batch = split(dict(tokens=tokens, position_ids=torch.zeros_like(tokens)))
     with torch.no_grad():
         logits = model(*batch.values(), None, runtime_gather_output=True)
-    return logits, whole_tnl(dict(model.named_parameters()), tnl)
+    return logits, full_tnl(dict(model.named_parameters()), tnl)

@@ -1,5 +1,4 @@
-"""Megatron on CPU processes of its own: they are made to look like GPUs, which no other test must
-see (tests/parallel/megatron/cpu_shim.py)."""
+"""Megatron on CPU processes of its own, because they are patched (see cpu_shim.py)."""
 
 import importlib
 import importlib.util
@@ -19,7 +18,7 @@ def pytest_collection_modifyitems(items):
 
 
 def call(group, name, args, keywords):
-    """On a rank: "function" of `cases`, or "module.function"; those modules import Megatron."""
+    """Run on a rank: "function" of `cases`, or "module.function"; these modules import Megatron."""
     module, _, name = f"cases.{name}".rpartition(".")
     module = module.rpartition(".")[2]
     function = getattr(importlib.import_module(f"tests.parallel.megatron.{module}"), name)
@@ -34,11 +33,11 @@ class MegatronPool:
 
     def run(self, name, *args, **keywords):
         """Results by rank."""
-        return self.pool.run(call, name, args, keywords, size=4, timeout=100)
+        return self.pool.run(call, name, args, keywords, size=4, timeout=300)
 
 
 @pytest.fixture(scope="session")
 def megatron():
-    pool = Pool({4: (0, 1, 2, 3)})
+    pool = Pool((4,))
     yield MegatronPool(pool)
     pool.stop()

@@ -1,6 +1,6 @@
-"""Let megatron-core run on gloo: what it takes for granted of a GPU is redirected to the CPU.
+"""Lets megatron-core run on gloo: its calls that need a GPU are redirected to the CPU.
 
-For test processes alone, installed before Megatron builds anything.
+For test processes only, installed before Megatron builds anything.
 """
 
 import torch
@@ -17,7 +17,7 @@ def _is_cuda(value):
 
 
 class _CudaToCpu(TorchFunctionMode):
-    """device="cuda" means the CPU; dtypes' names are those of CUDA tensors."""
+    """device="cuda" means the CPU; type() returns the names of CUDA tensors."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -33,7 +33,7 @@ class _CudaToCpu(TorchFunctionMode):
 
 
 def install():
-    """For this process, for good."""
+    """Patch this process permanently."""
     import megatron.core.jit
 
     megatron.core.jit.disable_jit_fuser()

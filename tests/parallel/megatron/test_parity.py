@@ -1,4 +1,4 @@
-"""The TNL that Megatron builds and shards is the native TNL: same loss, same gradients."""
+"""A TNL built and sharded by Megatron has the loss and the gradients of the native TNL."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_loss_and_gradients_are_those_of_the_native_model(megatron, reference, s
     check(megatron.run("native_gradients", sizes, TINY, weights, tokens, options), loss, grads)
 
 
-def test_logits_are_those_of_the_native_model_and_weights_come_back(megatron):
+def test_logits_are_those_of_the_native_model_and_weights_convert_back(megatron):
     tnl = TINY | dict(vocab_size=63)
     model = TNL(TNLConfig(**tnl))
     weights = {name: x.clone() for name, x in model.state_dict().items()}
@@ -62,7 +62,7 @@ def test_logits_are_those_of_the_native_model_and_weights_come_back(megatron):
 
 
 @pytest.mark.parametrize("sizes", [pytest.param((1, 1), marks=slow), (2, 2)], ids=str)
-def test_the_hybrid_stack_hosts_the_same_model(megatron, reference, sizes):
+def test_the_hybrid_stack_gives_the_same_model(megatron, reference, sizes):
     """Its pattern counts MLPs as layers; decays must not."""
     pytest.importorskip("triton", reason="Megatron's hybrid stack imports triton")
     weights, tokens, loss, grads = reference
@@ -120,7 +120,7 @@ GPT = dict(
 )
 @pytest.mark.parametrize("groups", [2, pytest.param(1, marks=slow)])
 def test_a_gpt_with_grouped_queries_and_rotary_positions(megatron, decay, groups):
-    """One group of keys is less than the tensor-parallel ranks: Megatron then shares it."""
+    """With fewer key heads than tensor-parallel ranks, Megatron shares them."""
     tokens = torch.randint(64, (4, 33), generator=torch.Generator().manual_seed(1))
     options = dict(decay=decay, feature_map="silu_qkv")
     fields = GPT | dict(num_query_groups=groups)

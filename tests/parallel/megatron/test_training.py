@@ -13,13 +13,13 @@ TOKENS = torch.randint(64, (4, 33), generator=torch.Generator().manual_seed(3))
 
 
 @pytest.fixture(scope="module")
-def alone(megatron):
-    """(losses, weights) of three steps on unsharded models."""
+def one_rank(megatron):
+    """(losses, weights) of three steps without sharding."""
     return megatron.run("train", (1, 1), TINY, TOKENS, {})[0]
 
 
-def check(outcomes, alone, bound=1e-4):
-    losses, weights = alone
+def check(outcomes, one_rank, bound=1e-4):
+    losses, weights = one_rank
     assert losses[2] < losses[0]
     for seen_losses, seen in outcomes:
         assert seen_losses == pytest.approx(losses, rel=1e-5)
@@ -29,15 +29,15 @@ def check(outcomes, alone, bound=1e-4):
 
 @pytest.mark.parametrize("distributed", [False, True], ids=["ddp", "distributed optimizer"])
 @pytest.mark.parametrize("sizes", [(2, 2), *(pytest.param(x, marks=slow) for x in PAIRS)])
-def test_training_is_that_of_one_rank(megatron, alone, sizes, distributed):
+def test_training_is_that_of_one_rank(megatron, one_rank, sizes, distributed):
     ddp = dict(use_distributed_optimizer=distributed, overlap_grad_reduce=distributed)
-    check(megatron.run("train", sizes, TINY, TOKENS, {}, ddp=ddp), alone)
+    check(megatron.run("train", sizes, TINY, TOKENS, {}, ddp=ddp), one_rank)
 
 
-def test_pipeline_stages_and_micro_batches(megatron, alone):
-    """The decay of a layer follows its number in the whole model, whatever the stage."""
+def test_pipeline_stages_and_micro_batches(megatron, one_rank):
+    """The decay of a layer depends on its number in the full model, not in its stage."""
     outcomes = megatron.run("train", (1, 2, 2), TINY, TOKENS, {}, micro=2)
-    check(outcomes, alone)
+    check(outcomes, one_rank)
 
 
 FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=2)
@@ -66,14 +66,14 @@ def test_recomputation_repeats_no_exchange(megatron, kind, fields, recompute):
             torch.testing.assert_close(x, grads[name], rtol=0, atol=0, msg=name)
 
 
-def test_recomputation_in_a_pipeline(megatron, alone):
-    """Several forwards come before the first backward: each finds its own kept exchange."""
+def test_recomputation_in_a_pipeline(megatron, one_rank):
+    """Several forwards precede the first backward; each must replay its own exchange."""
     recompute = dict(recompute_granularity="full", recompute_method="uniform")
     options = dict(megatron=recompute | dict(recompute_num_layers=1))
-    check(megatron.run("train", (1, 2, 2), TINY, TOKENS, options, micro=2), alone)
+    check(megatron.run("train", (1, 2, 2), TINY, TOKENS, options, micro=2), one_rank)
 
 
-def test_a_forward_without_its_backward_is_noticed_by_the_next_recomputation(megatron):
+def test_a_forward_without_its_backward_is_detected_by_the_next_recomputation(megatron):
     for outcome in megatron.run("recompute_after_a_lost_forward", TINY, TOKENS):
         assert "met the exchange of other tokens" in outcome
 
@@ -92,8 +92,8 @@ def test_a_checkpoint_reshards(megatron, tmp_path, hybrid):
     check(outcomes, (six_losses[3:], weights))
 
 
-def test_half_precision_leaves_decay_and_rates_in_float32(megatron):
-    """Float16Module casts every buffer: a decay kept as one would lose digits."""
+def test_half_precision_keeps_decay_and_rates_in_float32(megatron):
+    """Float16Module casts every buffer, so the decay must not be one."""
     for decay, expected, theta, loss in megatron.run("half_precision", TINY, TOKENS):
         assert decay.dtype == theta.dtype == torch.float32
         assert torch.equal(decay, expected)

@@ -1,4 +1,4 @@
-"""What goes wrong silently between Megatron and a linear attention is refused, or made right."""
+"""What could go wrong silently between Megatron and linear attention is refused or handled."""
 
 import re
 
@@ -7,7 +7,7 @@ import torch
 
 from lasp import decay
 
-SENTENCES = {
+MESSAGES = {
     "dropout": "attention_dropout is 0.1",
     "mask": "attn_mask_type is padding: attention is causal",
     "cross attention": "attention_type is 'cross'",
@@ -18,42 +18,42 @@ SENTENCES = {
     "decay": "decay is 'alibi': choose one of tnl, minimax, ling, retention, none",
     "decay index": "layer is 3: layers are counted from 0 to num_layers - 1 = 2",
     "feature map": "feature_map is 'relu'",
-    "unagreed layout": "layout='contiguous' over 2 context-parallel ranks",
-    "key-value cache": "4 queries meet 8 keys",
+    "unconfirmed layout": "layout='contiguous' over 2 context-parallel ranks",
+    "key-value cache": "4 queries and 8 keys are given",
     "heads": "query has 2 heads: this rank was built for 4",
     "bias": "attention_bias is given",
     "mask in the call": "attn_mask_type is no_mask",
     "packed over ranks": r"packed_seq_params \(thd\) over 2 context-parallel ranks in zigzag",
     "packed rotary positions": r"packed_seq_params \(thd\) over 2 .* with rotary positions",
-    "other rotary positions": "MultimodalRotaryEmbedding, which counts zigzag",
+    "other rotary positions": "has a MultimodalRotaryEmbedding, which supports zigzag only",
     "latent attention": "config.multi_latent_attention is True",
     "softmax": "config.softmax_type is 'off-by-one'",
     "packed otherwise": "qkv_format is 'sbhd'",
     "two layouts": "name the layouts .*zigzag.*: there must be exactly one",
     "no layout": r"name the layouts set\(\): there must be exactly one",
-    "zigzag only": "holds TEDotProductAttention, which reads zigzag only",
-    "length": "a sequence of 6 tokens does not cut into 4 equal parts",
-    "inference": "does not serve Megatron's inference",
+    "zigzag only": "has a TEDotProductAttention, which supports zigzag only",
+    "length": "a sequence of 6 tokens does not split into 4 equal chunks",
+    "inference": "does not support Megatron's inference",
     "layer types": "layer_types is 'LLLS'.*a divisor of that \\(3\\)",
     "base spec": "it needs submodules.self_attention.submodules.core_attention",
     "norm": "norm is 'fused': choose one of torch, apex",
-    "apex norm": "apex's FusedRMSNorm is asked for.*fused_layer_norm_cuda.*PyPI is another program",
-    "apex fusion": "gradient accumulation fusion is asked for.*fused_weight_gradient_mlp_cuda",
+    "apex norm": "apex's FusedRMSNorm is requested.*fused_layer_norm_cuda.*PyPI is another program",
+    "apex fusion": "gradient accumulation fusion is requested.*fused_weight_gradient_mlp_cuda",
     "pattern": r"pattern is '\*-\*-': it needs a [GM] \(linear attention\)",
     "vocabulary": "'vocabulary rows': 63.* do not fit tensor-parallel size 2",
 }
 
 
 @pytest.fixture(scope="module")
-def complaints(megatron):
-    return megatron.run("traps.complaints")
+def errors(megatron):
+    return megatron.run("traps.errors")
 
 
-@pytest.mark.parametrize("name", SENTENCES)
-def test_what_is_wrong_gets_a_sentence_on_every_rank(complaints, name):
-    for said in complaints:
-        assert said.keys() == SENTENCES.keys()
-        assert re.search(SENTENCES[name], said[name]), said[name]
+@pytest.mark.parametrize("name", MESSAGES)
+def test_mistakes_are_refused_on_every_rank(errors, name):
+    for messages in errors:
+        assert messages.keys() == MESSAGES.keys()
+        assert re.search(MESSAGES[name], messages[name]), messages[name]
 
 
 def test_zigzag_batches_are_megatrons_own(megatron):
@@ -66,34 +66,34 @@ def test_zigzag_batches_are_megatrons_own(megatron):
 
 
 def test_the_block_spec_brings_its_final_norm(megatron):
-    """With a package named apex in reach, Megatron's own choice refuses RMSNorm."""
+    """Megatron's default refuses RMSNorm if any package named apex is installed."""
     for ours, bare in megatron.run("traps.final_norm_where_megatron_has_none"):
         assert ours == "MegatronSRMSNorm"
         assert bare.startswith("(RMSNorm) is not supported")
 
 
-def test_apex_norms_where_they_are_asked_for(megatron):
-    """With a stand-in for apex, which only a GPU machine can have."""
+def test_apex_norms_are_used_on_request(megatron):
+    """With a stand-in for apex, which needs a GPU."""
     for ours, apexs, calls in megatron.run("traps.loss_with_apex_norm"):
         assert apexs == pytest.approx(ours, rel=1e-6)
         # Two norms per layer and the final one.
         assert calls == 2 * 3 + 1
 
 
-def test_a_list_of_comm_types_goes_to_its_layers(megatron):
-    """Megatron 0.16 looks the last layer's up behind the end."""
+def test_a_list_of_comm_types_is_indexed_by_layer(megatron):
+    """Megatron 0.16 reads the last layer's beyond the end."""
     kinds = ["p2p", "all_gather", "p2p"]
     for seen in megatron.run("traps.exchanges_by_layer", kinds):
         assert seen == ["ring", "all_gather", "ring"]
 
 
-def test_the_decay_counts_what_it_is_told_to_count(megatron):
-    for said, expected in megatron.run("traps.decays_in_a_stack_that_counts_mlps"):
-        assert torch.equal(said, expected)
+def test_decay_index_overrides_the_layer_number(megatron):
+    for actual, expected in megatron.run("traps.decays_in_a_stack_that_counts_mlps"):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.slow
-def test_pipeline_stages_of_the_hybrid_stack_count_on(megatron):
+def test_pipeline_stages_of_the_hybrid_stack_continue_the_layer_count(megatron):
     pytest.importorskip("triton", reason="Megatron's hybrid stack imports triton")
     stages = megatron.run("traps.decay_on_a_stage_of_the_hybrid_stack")
     assert {stage for stage, *_ in stages} == {0, 1}
@@ -102,26 +102,27 @@ def test_pipeline_stages_of_the_hybrid_stack_count_on(megatron):
         assert (layer_number, with_lrpe) == (1 + 2 * stage, stage == 0)
 
 
-def test_megatrons_spec_objects_are_left_alone(megatron):
-    for untouched, ours, params in megatron.run("traps.spec_is_left_alone"):
-        assert untouched and ours
+def test_megatrons_spec_objects_are_not_changed(megatron):
+    for unchanged, ours, params in megatron.run("traps.specs_after_replacing_the_core"):
+        assert unchanged and ours
         assert params == dict(decay="none")
 
 
 @pytest.mark.parametrize("context_parallel", [1, 2])
 def test_packed_documents_do_not_see_each_other(megatron, context_parallel):
-    for together, apart in megatron.run("traps.packed_documents", context_parallel):
-        torch.testing.assert_close(together, apart)
+    for packed, separate in megatron.run("traps.packed_documents", context_parallel):
+        torch.testing.assert_close(packed, separate)
 
 
-def test_rates_are_spared_from_weight_decay(megatron):
+def test_lrpe_rates_have_no_weight_decay(megatron):
     for factors in megatron.run("traps.weight_decays"):
-        spared = {name for name, factor in factors.items() if factor == 0}
-        assert spared == {"decoder.layers.0.self_attention.lrpe.theta"}
+        assert {name for name, factor in factors.items() if factor == 0} == {
+            "decoder.layers.0.self_attention.lrpe.theta"
+        }
 
 
-def test_virtual_pipeline_stages_count_on(megatron):
-    """Decay, LRPE and the embedding's scale follow a layer's number in the whole model."""
+def test_virtual_pipeline_stages_continue_the_layer_count(megatron):
+    """Decay, LRPE and the embedding's scale follow a layer's number in the full model."""
     fields = dict(vocab_size=64, dim=32, num_layers=4, num_heads=4, glu_dim=48, lrpe_layers=(0, 2))
     seen = megatron.run("traps.layers_of_virtual_stages", fields)
     numbers = {number for of_rank in seen for number, *_ in of_rank}

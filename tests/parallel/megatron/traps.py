@@ -1,4 +1,4 @@
-"""Wrong configurations and calls, run on the ranks: each returns what was said about it."""
+"""Wrong configurations and calls that the ranks run, and what else could go wrong silently."""
 
 import copy
 import inspect
@@ -31,7 +31,7 @@ from parallel.megatron import (
     to_megatron,
 )
 from parallel.megatron.apex import require_apex
-from tests.parallel.megatron.cases import build_tnl, hybrid_host, lay_out, sizes_here, step
+from tests.parallel.megatron.cases import build_tnl, hybrid_host, set_up_groups, sizes_here, step
 
 TINY = dict(vocab_size=64, dim=32, num_layers=3, num_heads=4, glu_dim=48)
 
@@ -102,7 +102,7 @@ def rotary(kind="RotaryEmbedding"):
     return model.rotary_pos_emb
 
 
-# Name -> what is wrong. All run at context parallel size 2.
+# All run at context-parallel size 2.
 WRONG = {
     "dropout": lambda: core(dict(attention_dropout=0.1)),
     "mask": lambda: LaspCoreAttention(config(), 1, AttnMaskType.padding),
@@ -114,7 +114,7 @@ WRONG = {
     "decay": lambda: core(decay="alibi"),
     "decay index": lambda: core(decay_index=3),
     "feature map": lambda: core(feature_map="relu"),
-    "unagreed layout": lambda: called(core(layout="contiguous")),
+    "unconfirmed layout": lambda: called(core(layout="contiguous")),
     "key-value cache": lambda: called(core(), keys=8),
     "heads": lambda: called(core(), heads=2),
     "bias": lambda: called(core(), attention_bias=torch.zeros(1)),
@@ -142,30 +142,30 @@ WRONG = {
 }
 
 
-def complaints():
-    """Name -> the ValueError's text, or what happened instead."""
-    lay_out(1, 2)
-    said = {}
+def errors():
+    """Name -> the ValueError's message, or what happened instead."""
+    set_up_groups(1, 2)
+    messages = {}
     for name, wrong in WRONG.items():
         try:
             wrong()
-            said[name] = "accepted"
+            messages[name] = "accepted"
         except ValueError as error:
-            said[name] = str(error)
+            messages[name] = str(error)
         except Exception as error:
-            said[name] = repr(error)
-    return said
+            messages[name] = repr(error)
+    return messages
 
 
 def splits():
     """For 1, 2 and 4 context-parallel ranks: (our zigzag batch, Megatron's own)."""
     pairs = []
     for cp in (1, 2, 4):
-        lay_out(1, cp)
-        whole = torch.arange(2 * 24).view(2, 24)
+        set_up_groups(1, cp)
+        tokens = torch.arange(2 * 24).view(2, 24)
         batch = dict(
-            tokens=whole,
-            loss_mask=whole.float(),
+            tokens=tokens,
+            loss_mask=tokens.float(),
             labels=None,
             attention_mask=torch.arange(24)[:, None].expand(1, 1, 24, 24),
         )
@@ -179,14 +179,14 @@ def splits():
 
 
 def final_norm_where_megatron_has_none():
-    """(name of the final norm of the block spec, what a bare layer spec says) when Megatron's
+    """(name of the final norm of the block spec, the error of a bare layer spec) when Megatron's
     choice of a final norm refuses RMSNorm, as it does once a package named apex can be imported."""
 
     class Refuses:
         def __init__(self, **keywords):
             raise AssertionError("(RMSNorm) is not supported in FusedLayerNorm")
 
-    lay_out(1, 1)
+    set_up_groups(1, 1)
     fields = config()
     stock, transformer_block.LayerNormImpl = transformer_block.LayerNormImpl, Refuses
     try:
@@ -203,22 +203,22 @@ def final_norm_where_megatron_has_none():
 
 def exchanges_by_layer(comm_types):
     """The exchange of each layer under a list of cp_comm_type."""
-    lay_out(1, 2)
+    set_up_groups(1, 2)
     fields = config(cp_comm_type=comm_types)
     block = TransformerBlock(fields, get_tnl_block_spec(fields))
     return [layer.self_attention.core_attention.exchange for layer in block.layers]
 
 
 def decays_in_a_stack_that_counts_mlps():
-    """(decay said by index, that of the layer by itself) of the second of two linear layers, which
-    stands third among three layers."""
-    lay_out(1, 1)
-    said = LaspCoreAttention(config(), 3, decay_index=1, num_decay_layers=2)
-    return said.log_decay(torch.device("cpu")), lasp.decay.tnl(4, 1, 2)
+    """(decay by decay_index, expected) of the second of two linear layers, the third of three
+    layers."""
+    set_up_groups(1, 1)
+    core = LaspCoreAttention(config(), 3, decay_index=1, num_decay_layers=2)
+    return core.log_decay(torch.device("cpu")), lasp.decay.tnl(4, 1, 2)
 
 
-def spec_is_left_alone():
-    """Whether Megatron's shared spec still has its own core attention, and ours has ours."""
+def specs_after_replacing_the_core():
+    """(Megatron's shared spec is unchanged, the copy has our core attention, its options)."""
     base = get_gpt_layer_local_spec()
     before = base.submodules.self_attention.submodules.core_attention
     ours = get_lasp_gpt_layer_spec(base, decay="none")
@@ -228,20 +228,20 @@ def spec_is_left_alone():
 
 
 def packed_documents(cp):
-    """(output of packed documents, of each by itself) of the core, for this rank's tokens."""
-    lay_out(1, 1)
-    alone = core()
+    """(output of packed documents, of each separately) for this rank's tokens."""
+    set_up_groups(1, 1)
+    attention = core()
     torch.manual_seed(0)
-    whole = torch.randn(3, 12, 4, 8)
-    documents = [whole[:, :5], whole[:, 5:]]
-    apart = torch.cat([alone(*document.unsqueeze(2)).squeeze(1) for document in documents])
+    qkv = torch.randn(3, 12, 4, 8)
+    documents = qkv[:, :5], qkv[:, 5:]
+    separate = torch.cat([attention(*each.unsqueeze(2)).squeeze(1) for each in documents])
 
-    lay_out(1, cp)
+    set_up_groups(1, cp)
     attention = core(layout="contiguous")
-    here = BatchSplitter(attention)(dict(qkv=whole, apart=apart[None]))
+    local = BatchSplitter(attention)(dict(qkv=qkv, separate=separate[None]))
     cu_seqlens = torch.tensor([0, 5, 12], dtype=torch.int32)
     params = PackedSeqParams("thd", cu_seqlens, cu_seqlens)
-    return attention(*here["qkv"], packed_seq_params=params), here["apart"][0]
+    return attention(*local["qkv"], packed_seq_params=params), local["separate"][0]
 
 
 def loss_with_apex_norm():
@@ -254,7 +254,7 @@ def loss_with_apex_norm():
             assert self.weight is None
             built.append(self)
 
-    lay_out(1, 1)
+    set_up_groups(1, 1)
     tokens = torch.randint(64, (4, 9), generator=torch.Generator().manual_seed(0))
     names = ("fused_layer_norm_cuda", "apex", "apex.normalization")
     sys.modules.update({name: types.ModuleType(name) for name in names})
@@ -271,11 +271,11 @@ def decay_on_a_stage_of_the_hybrid_stack():
     """(stage, decay of its linear layer, number of that layer, whether it has LRPE)."""
     from parallel.megatron.hybrid import LINEAR, get_tnl_hybrid_stack_spec
 
-    lay_out(1, 1, 2)
+    set_up_groups(1, 1, 2)
     stage = parallel_state.get_pipeline_model_parallel_rank()
     build, pattern_name = hybrid_host()
-    border = "|" if LINEAR == "G" else ""
-    pattern = f"{LINEAR}-{border}{LINEAR}-"
+    separator = "|" if LINEAR == "G" else ""
+    pattern = f"{LINEAR}-{separator}{LINEAR}-"
     fields = config(num_layers=4)
     model = build(
         fields,
@@ -293,7 +293,7 @@ def decay_on_a_stage_of_the_hybrid_stack():
 
 def weight_decays():
     """Name -> the factor of weight decay that Megatron's optimizer gives a parameter."""
-    lay_out(1, 2)
+    set_up_groups(1, 2)
     model = build_tnl(TINY)
     ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
     optimizer = get_megatron_optimizer(OptimizerConfig(lr=1.0, weight_decay=0.1), [ddp])
@@ -304,7 +304,7 @@ def weight_decays():
 def layers_of_virtual_stages(tnl):
     """For this rank's model chunks: (number of each layer from 0, decay, whether it has LRPE, input
     scale)."""
-    lay_out(1, 1, 2)
+    set_up_groups(1, 1, 2)
     fields = config(virtual_pipeline_model_parallel_size=2, num_layers=tnl["num_layers"])
     seen = []
     for stage in range(2):

@@ -1,0 +1,73 @@
+"""Write all tables and charts of benchmarks/results anew from the JSON files, and the tables of
+README.md and docs/benchmarks.md from the same; needs no GPU.
+
+    python benchmarks/report.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import kernels_report
+import megatron_report
+import sequence_parallel_report
+import training_report
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def main() -> None:
+    kernels, over_ranks, training = read_reports()
+    kernels_report.write(kernels, RESULTS)
+    for report in over_ranks:
+        sequence_parallel_report.write(report, RESULTS, with_plot=True)
+    megatron_report.write(_read(RESULTS / "megatron.json"), RESULTS)
+    training_report.write(training, RESULTS)
+    for path, name, table in docs_tables(kernels, over_ranks, training):
+        path.write_text(filled(path.read_text(), name, table))
+        print(f"{path.relative_to(ROOT)}, table {name}:\n\n{table}")
+
+
+def read_reports() -> tuple[dict, list[dict], dict]:
+    """The reports of kernels, of sequence parallelism by number of ranks, and of training."""
+    over_ranks = [_read(path) for path in sorted(RESULTS.glob("sequence_parallel_*.json"))]
+    return _read(RESULTS / "kernels.json"), over_ranks, _read(RESULTS / "training.json")
+
+
+def docs_tables(
+    kernels: dict, over_ranks: list[dict], training: dict
+) -> list[tuple[Path, str, str]]:
+    """The tables outside benchmarks/results: (file, name of the table, the table)."""
+    docs = ROOT / "docs" / "benchmarks.md"
+    return [
+        (ROOT / "README.md", "training", training_report.readme_table(training)),
+        (docs, "kernels", kernels_report.docs_table(kernels)),
+        (docs, "ranks", sequence_parallel_report.docs_table(over_ranks)),
+        (docs, "training", training_report.docs_table(training)),
+    ]
+
+
+def filled(text: str, name: str, table: str) -> str:
+    """`text` with the table between the comments <!-- table NAME ... --> and <!-- end --> replaced.
+
+    Raises:
+        ValueError: there are no such comments.
+    """
+    pattern = rf"(<!-- table {name}\b[^>]*-->\n).*?(<!-- end -->)"
+    found, count = re.subn(pattern, rf"\1\n{table}\n\2", text, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(
+            f"{count} tables {name!r}: mark one by <!-- table {name} --> ... <!-- end -->."
+        )
+    return found
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,352 @@
+"""The roles of the Hopper scan's warps (see `kernel`): load, score and state.
+
+States are held transposed, [columns, keys]. Rounded to 16 bits they are then, register for
+register, the left operand of y^T = state^T a^T, and never pass through shared memory, where all
+other operands are. A product with an operand in registers is waited for at once: triton 3.6 and its
+assembler might reuse the registers while it is in flight.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+
+@gluon.jit
+def _exp2(x):
+    return gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _begin_score(a, b, mma: gl.constexpr):
+    """Begin the product a b^T of tiles in shared memory."""
+    ROWS: gl.constexpr = a.shape[0]
+    COLUMNS: gl.constexpr = b.shape[0]
+    b_zeros = gl.zeros([ROWS, COLUMNS], gl.float32, mma)
+    return warpgroup_mma(a, b.permute((1, 0)), b_zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _matrix(tile, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """View a tile of the copy engine's shape [1, ROWS, 1, COLUMNS] as a matrix."""
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], tile.dtype)
+    return tile._reinterpret(tile.dtype, [ROWS, COLUMNS], layout)
+
+
+@gluon.jit
+def _first_row(i_c, count, BC: gl.constexpr, REVERSE: gl.constexpr):
+    """Row of chunk `i_c` in its segment, which may lie before it.
+
+    Chunks lie against the side that the scan starts from: only the last one met can be short, and
+    no state leaves that one.
+    """
+    if REVERSE:
+        row = count - (i_c + 1) * BC
+    else:
+        row = i_c * BC
+    return row
+
+
+@gluon.jit
+def _is_short(row, count, BC: gl.constexpr):
+    return (row < 0) | (row + BC > count)
+
+
+@gluon.jit
+def _next(stage, phase, STAGES: gl.constexpr):
+    """Advance around the ring of buffers; the phase of its barriers flips in every round."""
+    stage += 1
+    if stage == STAGES:
+        stage = 0
+        phase ^= 1
+    return stage, phase
+
+
+@gluon.jit
+def load_warp(
+    descriptors, columns, tiles, barriers, where,
+    BC: gl.constexpr, STAGES: gl.constexpr, REVERSE: gl.constexpr,
+):  # fmt: skip
+    """Fill the buffers. Rows outside the tensors arrive as zeros, other segments' rows as data."""
+    full, w_ready, p_ready, empty = barriers
+    i_b, i_h, start, count = where
+    # The first two operands have one shape, and so have the others.
+    nbytes: gl.constexpr = (
+        2 * descriptors[0].block_type.nbytes
+        + (len(descriptors) - 2) * descriptors[2].block_type.nbytes
+    )
+    stage = 0
+    phase = 1
+    for i_c in range(gl.cdiv(count, BC)):
+        t = start + _first_row(i_c, count, BC, REVERSE)
+        bar = full.index(stage)
+        mbarrier.wait(empty.index(stage), phase)
+        mbarrier.expect(bar, nbytes)
+        for i in gl.static_range(len(descriptors)):
+            tma.async_copy_global_to_shared(
+                descriptors[i], [i_b, t, i_h, columns[i]], bar, tiles[i].index(stage)
+            )
+        stage, phase = _next(stage, phase, STAGES)
+
+
+@gluon.jit
+def _store_score(
+    p_tile,
+    b_s, positions, rate, scale, row, count,
+    REVERSE: gl.constexpr, mma: gl.constexpr,
+):  # fmt: skip
+    """End the product and store P = decay * (a b^T), zero beyond the segment."""
+    BC: gl.constexpr = p_tile.shape[0]
+    # Computed again for every chunk from positions in shared memory: the states need the registers
+    # that would hold the decay.
+    o_i = positions.load(gl.SliceLayout(1, mma))[:, None]
+    o_j = positions.load(gl.SliceLayout(0, mma))[None, :]
+    if REVERSE:
+        b_distance = o_j - o_i  # [BC, BC]
+    else:
+        b_distance = o_i - o_j  # [BC, BC]
+    b_decay = _exp2(rate * b_distance)
+    b_decay = gl.where(b_distance >= 0.0, b_decay * scale, 0.0)  # [BC, BC]
+    b_p = warpgroup_mma_wait(0, deps=[b_s]) * b_decay
+    if _is_short(row, count, BC):
+        m_i = (o_i + row >= 0) & (o_i + row < count)
+        m_j = (o_j + row >= 0) & (o_j + row < count)
+        b_p = gl.where(m_i & m_j, b_p, 0.0)
+    p_tile.store(b_p.to(p_tile.dtype))
+
+
+@gluon.jit
+def _zero_rows_outside(tile, row, count, by_row: gl.constexpr):
+    """Zero the rows of a chunk that are outside the segment.
+
+    A weight of zero would not: another segment's rows may be infinite or NaN.
+    """
+    BC: gl.constexpr = tile.shape[0]
+    BX: gl.constexpr = by_row.size_per_thread[1] * by_row.threads_per_warp[1]
+    o_t = row + gl.arange(0, BC, gl.SliceLayout(1, by_row))[:, None]
+    for i_x in gl.static_range(tile.shape[1] // BX):
+        part = tile.slice(i_x * BX, BX, 1)
+        b_x = part.load(by_row)
+        part.store(gl.where((o_t >= 0) & (o_t < count), b_x, 0.0).to(tile.dtype))
+
+
+@gluon.jit
+def score_warps(
+    tiles,
+    p_tiles,
+    w_tiles, positions, barriers, where, factors,
+    BC: gl.constexpr, BA: gl.constexpr, BX: gl.constexpr, STAGES: gl.constexpr,
+    REVERSE: gl.constexpr, PAIR: gl.constexpr,
+):  # fmt: skip
+    """Compute P and w, the decayed x, of every chunk; in a short one, zero the rows outside it."""
+    full, w_ready, p_ready, empty = barriers
+    i_b, i_h, start, count = where
+    log_decay, scale = factors
+    dtype: gl.constexpr = p_tiles.dtype
+    NP: gl.constexpr = p_tiles.shape[0] // STAGES
+    NW: gl.constexpr = w_tiles.shape[4] // BX
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BC, 16])
+    by_row: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // BX, BX // 8], [4, 1], [1, 0])
+    o_c = gl.arange(0, BC, gl.SliceLayout(1, by_row))[:, None]
+    if REVERSE:
+        b_column = scale * gl.exp(log_decay * (o_c + 1))  # [BC, 1]
+    else:
+        b_column = gl.exp(log_decay * (BC - 1 - o_c))  # [BC, 1]
+    o_i = gl.arange(0, BC, gl.SliceLayout(1, mma))
+    positions.store(o_i.to(gl.float32))
+    gl.thread_barrier()
+    rate = log_decay * 1.4426950408889634
+
+    stage = 0
+    phase = 0
+    for i_c in range(gl.cdiv(count, BC)):
+        row = _first_row(i_c, count, BC, REVERSE)
+        a = _matrix(tiles[0].index(stage), BC, BA)
+        b = _matrix(tiles[1].index(stage), BC, BA)
+        x = _matrix(tiles[2].index(stage), BC, NW * BX)
+        w = _matrix(w_tiles.index(stage), BC, NW * BX)
+        mbarrier.wait(full.index(stage), phase)
+        b_score = _begin_score(a, b, mma)
+        # No state leaves a short chunk: w needs no mask.
+        for i_w in gl.static_range(NW):
+            b_w = x.slice(i_w * BX, BX, 1).load(by_row).to(gl.float32) * b_column
+            w.slice(i_w * BX, BX, 1).store(b_w.to(dtype))
+        fence_async_shared()
+        gl.thread_barrier()
+        mbarrier.arrive(w_ready.index(stage), count=1)
+        _store_score(
+            p_tiles.index(NP * stage), b_score, positions, rate, scale, row, count, REVERSE, mma
+        )
+        if _is_short(row, count, BC):
+            _zero_rows_outside(x, row, count, by_row)
+            if PAIR:
+                _zero_rows_outside(b, row, count, by_row)
+        fence_async_shared()
+        gl.thread_barrier()
+        mbarrier.arrive(p_ready.index(NP * stage), count=1)
+        if PAIR:
+            c = _matrix(tiles[3].index(stage), BC, BA)
+            b_score = _begin_score(c, x, mma)
+            p_tile = p_tiles.index(NP * stage + 1)
+            _store_score(p_tile, b_score, positions, rate, scale, row, count, REVERSE, mma)
+            fence_async_shared()
+            gl.thread_barrier()
+            mbarrier.arrive(p_ready.index(NP * stage + 1), count=1)
+        mbarrier.arrive(empty.index(stage), count=1)
+        stage, phase = _next(stage, phase, STAGES)
+
+
+@gluon.jit
+def _load_state_in(
+    initial, segment, log_decay, outside, i_a, i_x,
+    A: gl.constexpr, X: gl.constexpr, KEYS: gl.constexpr, BX: gl.constexpr,
+    HAS_INITIAL: gl.constexpr, HAS_SEGMENT: gl.constexpr, mma: gl.constexpr,
+):  # fmt: skip
+    """Return a block of the state that enters the segment, transposed: [BX, KEYS]."""
+    o_a = i_a + gl.arange(0, KEYS, gl.SliceLayout(0, mma))[None, :]
+    o_x = i_x + gl.arange(0, BX, gl.SliceLayout(1, mma))[:, None]
+    m_state = (o_a < A) & (o_x < X)
+    b_state = gl.zeros([BX, KEYS], gl.float32, mma)
+    if HAS_SEGMENT:
+        p_segment, stride_a, stride_x = segment
+        o_state = o_a * stride_a + o_x * stride_x
+        b_state += gl.load(p_segment + o_state, mask=m_state & (outside > 0), other=0.0)
+    if HAS_INITIAL:
+        p_initial, stride_a, stride_x = initial
+        o_state = o_a * stride_a + o_x * stride_x
+        b_initial = gl.load(p_initial + o_state, mask=m_state, other=0.0).to(gl.float32)
+        b_state += b_initial * gl.exp(log_decay * outside.to(gl.float32))
+    return b_state
+
+
+@gluon.jit
+def _add_product(b_y, b_state, a, i_a: gl.constexpr, PART: gl.constexpr, mma: gl.constexpr):
+    """Return b_y [BX, BC] + b_state [BX, KEYS] a^T, for keys from `i_a` on of a [BC, BA].
+
+    PART keys at a time: rounded to 16 bits, they are held in registers until the product is done.
+    """
+    KEYS: gl.constexpr = b_state.shape[1]
+    BX: gl.constexpr = b_state.shape[0]
+    operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    if PART < KEYS:
+        # Every thread splits its own registers.
+        b_parts = b_state.reshape([BX, 2, KEYS // 2]).permute((0, 2, 1)).split()
+    else:
+        b_parts = (b_state,)
+    for i in gl.static_range(KEYS // PART):
+        b_rounded = gl.convert_layout(b_parts[i].to(a.dtype), operand)
+        a_part = a.slice(i_a + i * PART, PART, 1).permute((1, 0))
+        b_y = warpgroup_mma(b_rounded, a_part, b_y, use_acc=i_a + i > 0, is_async=True)
+        b_y = warpgroup_mma_wait(0, deps=[b_y])
+    return b_y
+
+
+@gluon.jit
+def state_warps(
+    operands, scratch, barriers, y_descriptor, p_y, state_in, where, factors, i_x, H,
+    i_w: gl.constexpr, i_p: gl.constexpr, i_t: gl.constexpr, A: gl.constexpr, X: gl.constexpr,
+    BC: gl.constexpr, BA: gl.constexpr, BX: gl.constexpr, BLOCKS: gl.constexpr,
+    PART: gl.constexpr, STAGES: gl.constexpr, REVERSE: gl.constexpr, HAS_INITIAL: gl.constexpr,
+    HAS_SEGMENT: gl.constexpr,
+):  # fmt: skip
+    """Take the states of BLOCKS value blocks through the segment and write their y.
+
+    The tiles of `operands` are a, b, x and w: y = decay * (a state) + P x, and state = decay *
+    state + b^T w. `i_w` is the warpgroup (0 or 1) and `i_p` its P; the blocks begin at column `i_x`
+    of the tensors and `i_t` of the tiles of x and w.
+    """
+    a_tiles, b_tiles, x_tiles, w_tiles = operands
+    p_tiles, y_tiles, row_decays = scratch
+    full, w_ready, p_ready, empty = barriers
+    initial, segment, outside = state_in
+    i_b, i_h, start, count = where
+    log_decay, scale = factors
+    dtype: gl.constexpr = p_tiles.dtype
+    KEYS: gl.constexpr = 128
+    NA: gl.constexpr = BA // KEYS
+    NP: gl.constexpr = p_tiles.shape[0] // STAGES
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    mma_y: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BC, 16])
+    of_row: gl.constexpr = gl.SliceLayout(0, mma_y)
+    by_row: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // BX, BX // 8], [4, 1], [1, 0])
+    o_c = gl.arange(0, BC, of_row)
+    o_t = gl.arange(0, BC, gl.SliceLayout(1, by_row))[:, None]
+    o_y = gl.arange(0, BX, gl.SliceLayout(0, by_row))[None, :]
+    if REVERSE:
+        b_row_decay = gl.exp(log_decay * (BC - 1 - o_c))  # [BC]
+    else:
+        b_row_decay = scale * gl.exp(log_decay * (o_c + 1))  # [BC]
+    # Read from shared memory in every chunk: there are no registers left for it.
+    row_decays.index(i_w).store(b_row_decay)
+    chunk_decay = gl.exp(log_decay * BC)
+    y_tile = y_tiles.index(i_w)
+    y_matrix = _matrix(y_tile, BC, BX)
+    states = ()
+    # fmt: off
+    for i in gl.static_range(BLOCKS * NA):
+        states += (_load_state_in(
+            initial, segment, log_decay, outside, i % NA * KEYS, i_x + i // NA * BX,
+            A, X, KEYS, BX, HAS_INITIAL, HAS_SEGMENT, mma),)
+    # fmt: on
+    gl.thread_barrier()
+
+    stage = 0
+    phase = 0
+    for i_c in range(gl.cdiv(count, BC)):
+        row = _first_row(i_c, count, BC, REVERSE)
+        a = _matrix(a_tiles.index(stage), BC, BA)
+        b = _matrix(b_tiles.index(stage), BC, BA)
+        x = _matrix(x_tiles.index(stage), BC, x_tiles.shape[4])
+        w = _matrix(w_tiles.index(stage), BC, w_tiles.shape[4])
+        p = p_tiles.index(NP * stage + i_p).permute((1, 0))
+        mbarrier.wait(full.index(stage), phase)
+        new_states = ()
+        for i in gl.static_range(BLOCKS):
+            b_y = gl.zeros([BX, BC], gl.float32, mma_y)
+            for i_a in gl.static_range(NA):
+                b_y = _add_product(b_y, states[i * NA + i_a], a, i_a * KEYS, PART, mma_y)
+            if i == 0:
+                mbarrier.wait(w_ready.index(stage), phase)
+            w_part = w.slice(i_t + i * BX, BX, 1).permute((1, 0))
+            products = ()
+            for i_a in gl.static_range(NA):
+                b_state = states[i * NA + i_a] * chunk_decay
+                b_part = b.slice(i_a * KEYS, KEYS, 1)
+                products += (warpgroup_mma(w_part, b_part, b_state, is_async=True),)
+            b_y = b_y * row_decays.index(i_w).load(of_row)[None, :]
+            if i == 0:
+                mbarrier.wait(p_ready.index(NP * stage + i_p), phase)
+            x_part = x.slice(i_t + i * BX, BX, 1).permute((1, 0))
+            products += (warpgroup_mma(x_part, p, b_y, is_async=True),)
+            products = warpgroup_mma_wait(0, deps=products)
+            b_y = products[NA]
+            for i_a in gl.static_range(NA):
+                new_states += (products[i_a],)
+            gl.thread_barrier()
+            if i == BLOCKS - 1:
+                mbarrier.arrive(empty.index(stage), count=1)
+
+            # The last copy may still be reading: one thread waits for it, all wait for the thread.
+            tma.store_wait(0)
+            gl.thread_barrier()
+            y_matrix.permute((1, 0)).store(b_y.to(dtype))
+            fence_async_shared()
+            gl.thread_barrier()
+            i_y = i_x + i * BX
+            if _is_short(row, count, BC):
+                # Copied whole, the tile would overwrite another segment's rows.
+                m_y = (o_t + row >= 0) & (o_t + row < count) & (o_y + i_y < X)
+                p_row = p_y + (row.to(gl.int64) * H + i_h) * X + i_y
+                gl.store(p_row + o_t * (H * X) + o_y, y_matrix.load(by_row), mask=m_y)
+            else:
+                tma.async_copy_shared_to_global(y_descriptor, [i_b, start + row, i_h, i_y], y_tile)
+        states = new_states
+        stage, phase = _next(stage, phase, STAGES)
+    tma.store_wait(0)

@@ -1,0 +1,273 @@
+"""Every launch constant of the kernels, with its reason, and the choice of the kernel for a call.
+
+Nothing here is measured at run time: every rank makes the same choices, so the same inputs give the
+same bits. `choose_segments` says how a sequence is divided and whether a scan needs chunk states,
+`choose_scan` which kernel scans it; all other code asks these two.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import torch
+
+from lasp.ops.triton.hopper.available import has_gluon
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_HEAD_DIM = 256
+# Rows of a chunk are addressed with 32-bit offsets; no kernel uses chunks longer than this.
+MAX_CHUNK = 64
+
+# How many programs of the scan, of 64 value columns each (the Hopper kernel's count twice, those of
+# 256 columns four times), run at once on 132 multiprocessors. A sequence is divided into as many
+# segments as fill these: more only add states to write and boundaries to cross. On an H200 the
+# Hopper scan of 131,072 tokens, 16 heads of 128, takes 0.512 ms in 8 segments, 0.516 in 16, 0.549
+# in 64; with 256 keys 0.779 in 8, 0.776 in 16, 0.789 in 32.
+RESIDENT_PROGRAMS = 264
+MULTIPROCESSORS = 132
+# From so many values of q, k or v on, one more launch costs less than a launch that does more: one
+# kernel combines the states of segments, and the Hopper scan is worth its slower launch. Forward
+# and backward on an H200, above and below it: 0.046 and 0.094 ms at (1, 4096, 16, 128), else 0.053
+# and 0.126; 0.057 and 0.133 at (1, 2048, 16, 256), else 0.096 and 0.255. At half of that the host
+# is slower than the GPU in any case, and a call without the Hopper scan costs it 20 us less.
+LARGE_VALUES = 2**23
+# Shorter segments would move more bytes of states than of tokens.
+MIN_SEGMENT = 256
+# Documents differ in length: shorter segments balance the load of the multiprocessors.
+PACKED_SPLIT = 4
+# Below LARGE_VALUES, and with at most so many boundaries per document, the scan sums the states of
+# earlier segments itself, from L2.
+MAX_FOLD = 15
+
+
+class Tiles(NamedTuple):
+    """Tile sizes of a kernel: `key` and `value` block of the state, `chunk` tokens per step."""
+
+    key: int
+    value: int
+    chunk: int
+    num_warps: int
+    num_stages: int
+
+
+# Keyed by (key dim rounded up to 64, 128 or 256; bytes per element). Value dims are divided into
+# blocks of `value`, so they need no key of their own. Four warps in 16-bit: more than one warpgroup
+# hits a wait race in triton 3.6 (not in Gluon, where every wait and barrier is explicit). Chunks
+# of 64 in 16-bit: 32 rows would compile to mma.sync instead of wgmma.
+SCAN_TILES = {
+    # 90% of the copy roofline on an H200 at (1, 32768, 32, 64) in 8 segments; two stages 73%.
+    (64, 2): Tiles(64, 64, 64, 4, 3),
+    # Two programs on a multiprocessor, 65% of the copy roofline on an H200 at (1, 131072, 16, 128).
+    # A third stage leaves room for one (43%), as do 128 values with 8 warps (46%); 32 values 42%.
+    (128, 2): Tiles(128, 64, 64, 4, 2),
+    (256, 2): Tiles(256, 64, 64, 4, 2),
+    # Exact float32 products are plain FMAs, unrolled: larger tiles make ptxas give up on registers.
+    (64, 4): Tiles(64, 32, 16, 4, 1),
+    # Eight warps are safe without wgmma, and avoid 450 bytes of spills.
+    (128, 4): Tiles(128, 16, 16, 8, 1),
+    (256, 4): Tiles(256, 16, 16, 8, 1),
+}
+STATE_TILES = {
+    # A whole 64 x 64 state; the value block stays at 64 so that small E wastes little.
+    (64, 2): Tiles(64, 64, 64, 4, 3),
+    # 128 x 128 reads k and v once for the usual head; 204 registers, no spills. With five stages a
+    # program has a multiprocessor to itself: the forward takes 0.692 ms on an H200 at
+    # (1, 131072, 16, 128), with four stages 0.736, with three 0.734.
+    (128, 2): Tiles(128, 128, 64, 4, 5),
+    # Two key blocks read v twice, the second time from L2; one block of 256 would spill.
+    (256, 2): Tiles(128, 128, 64, 4, 3),
+    (64, 4): Tiles(64, 32, 32, 4, 1),
+    (128, 4): Tiles(64, 32, 32, 4, 1),
+    (256, 4): Tiles(64, 32, 32, 4, 1),
+}
+# Elements of the state that one combine program takes through a document's segments: so few that
+# 16 heads of 128 x 128 still make 512 programs with several segments' loads in flight each.
+COMBINE_BLOCK = 512
+COMBINE_WARPS, COMBINE_STAGES = 4, 4
+# Columns of the state per program of a decoding step: a whole 128-byte line of float32.
+STEP_VALUE_BLOCK = 32
+STEP_WARPS = 4
+# LRPE: tokens per tile; 16 x 128 values over 4 warps leave room for two tensors and their tables.
+LRPE_TOKENS = 16
+LRPE_WARPS = 4
+# Most programs per head in LRPE's backward, each with one float64 row of the rates' gradient.
+LRPE_MAX_ROWS = 128
+# Floats of a state per counter and per iteration of a program that sends or receives it: 1 MiB of
+# state makes 64 chunks.
+SEND_CHUNK = 4096
+SEND_WARPS = 8
+# Such programs hold multiprocessors while they wait: few of them where other kernels run meanwhile.
+SEND_PROGRAMS, SEND_PROGRAMS_OVERLAPPED = 64, 16
+
+# The Hopper scan: tokens per chunk, columns of a block of the state and of one copy of y, buffers.
+HOPPER_CHUNK = 64
+HOPPER_VALUE_BLOCK = 64
+# A third is no faster at (1, 131072, 16, 128): 0.525 ms against 0.519.
+HOPPER_STAGES = 2
+# What the copy engine can address: 16-byte steps below 2**40 bytes and 32-bit coordinates.
+COPY_STEP = 16
+MAX_COPY_STRIDE = 2**40
+MAX_COPY_TOKENS = 2**31 - 2 * HOPPER_CHUNK
+
+
+class HopperTiles(NamedTuple):
+    """What a program of the Hopper scan computes, and with how many registers.
+
+    Each of its two warpgroups that hold states has `blocks` blocks of 64 value columns over `keys`
+    keys, and multiplies `part` keys at a time. `registers` are per thread of the second of these,
+    of the warpgroup that computes scores, and of the warp that loads; the first gets the rest of
+    512. Only the prologue may spill: two scans in one launch took 1.53 ms instead of 0.96 where the
+    score warpgroup spilled 25 registers in every chunk.
+    """
+
+    keys: int
+    blocks: int
+    part: int
+    registers: tuple[int, int, int]
+
+
+NARROW = HopperTiles(128, 1, 64, (168, 128, 24))
+# A state of 128 registers per thread. With fewer than 208 registers products wait for each other.
+WIDE_KEYS = HopperTiles(256, 1, 64, (208, 72, 24))
+WIDE_VALUES = HopperTiles(128, 2, 64, (208, 72, 24))
+
+
+class ScanShape(NamedTuple):
+    """Sizes of a, b [B, T, H, A] and x [B, T, H, X] of a scan; `packed`: of documents, B is 1."""
+
+    batch: int
+    seq_len: int
+    num_heads: int
+    key_dim: int
+    value_dim: int
+    packed: bool
+
+    @property
+    def is_large(self) -> bool:
+        """True if a call waits for the GPU and not for the host."""
+        rows = self.batch * self.seq_len * self.num_heads
+        return rows * max(self.key_dim, self.value_dim) >= LARGE_VALUES
+
+
+class SegmentChoice(NamedTuple):
+    """How documents are divided into segments, each of which one program scans.
+
+    Attributes:
+        length: tokens per segment.
+        num_boundaries: rows of the segment states, one per boundary between two segments of a
+            document (packed: at most so many are used). 0: a scan needs no chunk states.
+        folded: segment states hold what one segment adds and the scan sums them; else they hold
+            all that crosses the boundary.
+    """
+
+    length: int
+    num_boundaries: int = 0
+    folded: bool = False
+
+
+class ScanChoice(NamedTuple):
+    """The kernel for a scan, its tiles, how many results a launch computes, and the segments."""
+
+    kernel: Literal["triton", "hopper"]
+    tiles: Tiles | HopperTiles
+    num_results: int
+    segments: SegmentChoice
+
+
+def scan_shape(a: torch.Tensor, x: torch.Tensor, cu_seqlens: tuple[int, ...] | None) -> ScanShape:
+    """The sizes of a scan of a [B, T, H, A] and x [B, T, H, X]."""
+    return ScanShape(*a.shape, x.shape[-1], cu_seqlens is not None)
+
+
+@lru_cache(maxsize=1024)
+def choose_segments(shape: ScanShape) -> SegmentChoice:
+    """How the documents of a scan are divided.
+
+    Depends on shapes alone, never on where packed documents begin, so that a traced graph holds
+    for any documents. Symmetric in the two head dims: the backward exchanges them.
+    """
+    length = segment_length(shape)
+    boundaries = (shape.seq_len - 1) // length if shape.seq_len else 0
+    folded = not (shape.packed or shape.is_large) and 2 <= boundaries <= MAX_FOLD
+    # Each boundary has a whole segment of its own before it, so packing documents adds none.
+    return SegmentChoice(length, boundaries * shape.batch, folded)
+
+
+def segment_length(shape: ScanShape) -> int:
+    """Tokens per segment for documents of `seq_len` tokens each (packed: together)."""
+    # Value blocks of the scan with the fewer of them: both directions then have enough programs.
+    programs = shape.batch * shape.num_heads * -(-min(shape.key_dim, shape.value_dim) // 64)
+    # The Triton scan of such wide heads, which small inputs get, has a multiprocessor to itself.
+    alone = max(shape.key_dim, shape.value_dim) > 128 and not shape.is_large
+    segments = max(1, RESIDENT_PROGRAMS // (2 if alone else 1) // max(programs, 1))
+    if shape.packed:
+        segments *= PACKED_SPLIT
+    length = -(-shape.seq_len // segments)
+    # Whole chunks, so that only the last segment has a short one.
+    length = -(-length // MAX_CHUNK) * MAX_CHUNK
+    return min(max(length, MIN_SEGMENT), max(shape.seq_len, 1))
+
+
+@lru_cache(maxsize=1024)
+def choose_scan(
+    shape: ScanShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_results: int,
+    *,
+    copyable: bool = True,
+) -> ScanChoice:
+    """The kernel that scans operands of this shape, dtype and device.
+
+    num_results: 1 for y, 2 for dv and dk; only the Hopper scan computes both in a launch.
+    copyable: False if Hopper's copy engine cannot fetch the operands (`hopper.scan.copyable`).
+    """
+    segments = choose_segments(shape)
+    if copyable and _hopper_is_faster(shape, dtype, num_results) and has_gluon(device):
+        tiles = hopper_tiles(shape.key_dim, shape.value_dim, num_results)
+        return ScanChoice("hopper", tiles, num_results, segments)
+    return ScanChoice("triton", scan_tiles(shape.key_dim, dtype), 1, segments)
+
+
+def _hopper_is_faster(shape: ScanShape, dtype: torch.dtype, num_results: int) -> bool:
+    """True if the Hopper scan computes this, and faster than the Triton scan."""
+    # Two results have both head dims as keys.
+    most_keys = WIDE_KEYS.keys if num_results == 1 else WIDE_VALUES.keys
+    return (
+        dtype in (torch.bfloat16, torch.float16)
+        and 64 < shape.key_dim <= most_keys
+        and shape.value_dim > 64
+        and (num_results == 1 or shape.value_dim <= most_keys)
+        and shape.seq_len <= MAX_COPY_TOKENS
+        and shape.is_large
+    )
+
+
+def hopper_tiles(key_dim: int, value_dim: int, num_results: int) -> HopperTiles:
+    """Tiles of the Hopper scan."""
+    if key_dim > NARROW.keys:
+        return WIDE_KEYS
+    wide = num_results == 2 or value_dim > 2 * HOPPER_VALUE_BLOCK
+    return WIDE_VALUES if wide else NARROW
+
+
+def scan_tiles(key_dim: int, dtype: torch.dtype) -> Tiles:
+    """Tiles of the Triton scan for operands of `key_dim` and `dtype`."""
+    return SCAN_TILES[_dim_class(key_dim), dtype.itemsize]
+
+
+def state_tiles(key_dim: int, value_dim: int, dtype: torch.dtype, num_states: int) -> Tiles:
+    """Tiles of the state kernel for `num_states` states [key_dim, value_dim] from `dtype`."""
+    tiles = STATE_TILES[_dim_class(key_dim), dtype.itemsize]
+    # Too few to fill the GPU: smaller tiles put more loads in flight, the second ones from L2.
+    for smaller in ({"value": 64}, {"value": 64, "key": 64}):
+        blocks = -(-key_dim // tiles.key) * -(-value_dim // tiles.value)
+        if tiles.key > 64 and num_states * blocks < MULTIPROCESSORS:
+            tiles = tiles._replace(**smaller)
+    return tiles
+
+
+def _dim_class(dim: int) -> int:
+    assert 1 <= dim <= MAX_HEAD_DIM, dim
+    return 64 if dim <= 64 else 128 if dim <= 128 else 256

@@ -1,0 +1,162 @@
+"""Launches that cost the host little, and what every launch checks and asks of its tensors.
+
+`kernel[grid](...)` looks at each of some forty arguments on every call, to find the compiled
+variant they need: about 55 us. All but the addresses follow from shapes and strides, which repeat
+from call to call, so the variant is looked up once per shape and then run directly.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeAlias
+
+import torch
+import triton
+
+from lasp.ops.triton.launch_config import DTYPES, MAX_CHUNK, MAX_HEAD_DIM
+
+_runtime = triton.knobs.runtime
+_NO_CONTEXT = nullcontext()
+
+
+class CachedLaunch:
+    """A kernel with all its arguments fixed but the first ones: `leading` ones, then tensors.
+
+    A variant is compiled for `numbers`, `constants`, the tensors' dtypes and which of them are
+    None: a `CachedLaunch` is made for one set of these. It is also compiled for whether each
+    address is a multiple of 16 bytes, which is checked on every call. A call launches what the
+    plain `kernel[grid](...)` would, and falls back to just that wherever this Triton, the device or
+    a hook requires it.
+    """
+
+    def __init__(self, kernel: Any, numbers: Iterable[int | float], constants: dict, **options):
+        self._kernel = kernel
+        self._numbers = tuple(numbers)
+        self._named = constants | options
+        # A compiled kernel is handed its constants too and reads none of them.
+        self._tail = (*self._numbers, *constants.values())
+        # Not in the interpreter, nor on AMD GPUs: there a variant also depends on tensor sizes.
+        jit = isinstance(kernel, triton.runtime.jit.JITFunction)
+        self._direct = jit and torch.version.hip is None
+        self._compiled: dict[tuple, Any] = {}
+
+    def __call__(self, programs: int, *tensors: torch.Tensor | None, leading=()) -> None:
+        """Run `programs` programs on the current device, the first tensor's, and current stream.
+
+        `leading` are descriptors: all that a variant depends on must be the same in every call.
+        """
+        if not self._direct or _is_watched(self._kernel):
+            self._launch(programs, leading, tensors)
+            return
+        device = tensors[0].get_device()
+        addresses = [0 if x is None else x.data_ptr() for x in tensors]
+        odd = functools.reduce(operator.or_, addresses) % 16
+        # Nearly always all are aligned.
+        key = (device, *[address % 16 == 0 for address in addresses]) if odd else device
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            compiled = self._launch(programs, leading, tensors)
+            if all(hasattr(compiled, name) for name in ("run", "function", "packed_metadata")):
+                self._compiled[key] = compiled
+            return
+        compiled.run(
+            *(programs, 1, 1),
+            triton.runtime.driver.active.get_current_stream(device),
+            compiled.function,
+            compiled.packed_metadata,
+            *(None, None, None),  # What hooks would get, and the two hooks.
+            *leading,
+            *addresses,
+            *self._tail,
+        )
+
+    def _launch(self, programs: int, leading: tuple, tensors: tuple) -> Any:
+        return self._kernel[(programs,)](*leading, *tensors, *self._numbers, **self._named)
+
+
+def _is_watched(kernel: Any) -> bool:
+    """True if a profiler or another hook must see the launch."""
+    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
+    # A chain of hooks, or a single one in its place.
+    return bool(
+        kernel.pre_run_hooks or getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
+    )
+
+
+def check_operands(**operands: torch.Tensor) -> None:
+    """Raise ValueError for dtypes and head dimensions that the kernels do not support."""
+    first_name, first = next(iter(operands.items()))
+    for name, operand in operands.items():
+        if operand.dtype not in DTYPES:
+            raise ValueError(
+                f"{name} has dtype {operand.dtype}; the Triton kernels take torch.bfloat16, "
+                "torch.float16 or torch.float32. Cast it, or use the torch backend for float64."
+            )
+        if operand.dtype != first.dtype:
+            raise ValueError(
+                f"{name} has dtype {operand.dtype} but {first_name} has {first.dtype}; the Triton "
+                "kernels take operands of one dtype. Cast them to the same one."
+            )
+        if not 1 <= operand.shape[-1] <= MAX_HEAD_DIM:
+            raise ValueError(
+                f"{name} has head dimension {operand.shape[-1]}; the Triton kernels take 1 to "
+                f"{MAX_HEAD_DIM}. Use more heads of a smaller dimension."
+            )
+
+
+def addressable(operand: torch.Tensor) -> torch.Tensor:
+    """Return `operand` [B, T, H, X] itself if the kernels can address it, else a copy.
+
+    They need a unit last stride (the gradient of a sum arrives with stride 0) and a token stride
+    small enough that a chunk spans fewer than 2**31 elements.
+    """
+    _, token, _, last = operand.stride()
+    if last != 1 or abs(token) * MAX_CHUNK >= 2**31:
+        return operand.contiguous()
+    return operand
+
+
+# A tensor's shape, strides and dtype: all that a launch depends on besides its address. A cache of
+# launches without the dtype would run a float32 kernel on bfloat16 memory, which raises nothing,
+# and reads and writes beyond its end.
+TensorSpec: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+
+
+def spec(tensor: torch.Tensor | None) -> TensorSpec | None:
+    """The spec of `tensor`, to cache launches by; None for None."""
+    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
+
+
+def strides(spec: TensorSpec, dims: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides in elements, with 0 for dims of size 1.
+
+    PyTorch leaves arbitrary strides on dims of size 1. They are never used, but an odd one would
+    make Triton compile a variant without vector loads.
+    """
+    shape, stride, _ = spec
+    return tuple(stride[dim] if shape[dim] > 1 else 0 for dim in dims)
+
+
+def state_strides(states: TensorSpec | None) -> tuple[int, ...]:
+    """Strides of [S, H, D, E] states for a kernel; zeros where there are none."""
+    return (0,) * 4 if states is None else strides(states, (0, 1, 2, 3))
+
+
+def decay_or_zeros(
+    log_decay: torch.Tensor | None, num_heads: int, device: torch.device
+) -> torch.Tensor:
+    """Return `log_decay` [H] contiguous; zeros for None, which give the same bits."""
+    if log_decay is None:
+        return torch.zeros(num_heads, dtype=torch.float32, device=device)
+    assert log_decay.dtype == torch.float32 and log_decay.shape == (num_heads,), log_decay.shape
+    return log_decay.contiguous()
+
+
+def on_device_of(tensor: torch.Tensor) -> AbstractContextManager:
+    """Make the tensor's device the current one, on which Triton launches."""
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _NO_CONTEXT
+    return torch.cuda.device(tensor.device)

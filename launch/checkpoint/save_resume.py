@@ -1,0 +1,202 @@
+"""Save a run, and resume it on any mesh.
+
+Every rank writes its shards into one staging folder; once all have succeeded, rank 0 commits it
+(launch/checkpoint/store.py). In the background ("async"), shards are first copied to host memory, a
+thread of each rank writes them, and the commit happens at the first step after all threads are
+done: the ranks learn that from the reduction that they do at each step anyway.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from launch import random_state
+from launch.checkpoint.pending import PendingSave
+from launch.checkpoint.shards import TensorShard, shard_of, write_shards
+from launch.checkpoint.store import Checkpoint, seal_file, tensor_file
+from launch.config import to_toml
+from launch.exit_codes import CheckpointError
+from launch.optimizer import load_model_tensors, load_optimizer_tensors, optimizer_tensors
+from launch.train_state import TrainState
+
+
+def start_save(state: TrainState, *, background: bool) -> None:
+    """Begin a checkpoint of this step; `finish_save` ends it.
+
+    Raises:
+        CheckpointError: a valid checkpoint of this step exists.
+    """
+    ctx, began = state.ctx, time.perf_counter()
+    shards = local_shards(state)
+    has_shards = any(shards.values())
+    reports = ctx.gather([has_shards, random_state.capture(ctx.device)])
+    writers = [rank for rank, (writes, _) in enumerate(reports) if writes]
+
+    staging = _path_from_rank0(state, lambda: state.store.begin(state.step))
+    if staging is None:
+        return
+    if background:
+        _copy_to_host(state, shards)
+    saved = state_json(state, [each for _, each in reports]) if ctx.is_rank0 else None
+    number = writers.index(ctx.rank) + 1 if has_shards else 0
+
+    def write() -> list[dict[str, Any]]:
+        paths = []
+        if number:
+            for group, each in shards.items():
+                paths.append(staging / tensor_file(group, number, len(writers)))
+                write_shards(paths[-1], each)
+        if saved is not None:
+            paths.append(staging / "state.json")
+            paths[-1].write_text(json.dumps(saved), encoding="utf-8")
+        return [seal_file(path) for path in paths]
+
+    state.pending = PendingSave(state.step, staging, write, background)
+    if background and ctx.is_rank0:
+        seconds = time.perf_counter() - began
+        print(f"checkpoint of step {state.step}: copied in {seconds:.2f} s, writing", flush=True)
+
+
+def finish_save(state: TrainState) -> bool:
+    """Wait for the pending checkpoint and commit it. True, on all ranks, if it is on disk."""
+    pending, ctx = state.pending, state.ctx
+    if pending is None:
+        return False
+    state.pending = None
+    with ctx.long_timeout(state.config):
+        pending.wait()
+        reports = ctx.gather([pending.problem, pending.files])
+        pending.raise_unexpected()
+
+        def commit() -> Path:
+            problems = [problem for problem, _ in reports if problem is not None]
+            if problems:
+                state.store.discard(pending.staging)
+                raise OSError(problems[0])
+            files = [entry for _, entries in reports for entry in entries]
+            return state.store.commit(pending.step, pending.staging, files)
+
+        path = _path_from_rank0(state, commit)
+    if path is None:
+        return False
+    state.saved_step = pending.step
+    if ctx.is_rank0:
+        print(f"checkpoint: {path}", flush=True)
+    return True
+
+
+def _path_from_rank0(state: TrainState, function: Callable[[], Path]) -> Path | None:
+    """The path that `function` returns on rank 0; None, counted as a failed save, on OSError."""
+
+    def attempt() -> list[str | None]:
+        try:
+            return [str(function()), None]
+        except OSError as error:
+            return [None, str(error)]
+
+    path, problem = state.ctx.on_rank0(attempt)
+    if path is not None:
+        return Path(path)
+    state.failed_saves += 1
+    if state.ctx.is_rank0:
+        print(f"warning: checkpoint {state.failed_saves} not written: {problem}", flush=True)
+    return None
+
+
+def local_shards(state: TrainState) -> dict[str, dict[str, TensorShard]]:
+    """The shards of weights and optimizer state that this rank writes, by group and name."""
+    groups = {
+        "model": dict(state.model.state_dict()),
+        "optimizer": optimizer_tensors(state.model, state.optimizer),
+    }
+    shards: dict[str, dict[str, TensorShard]] = {}
+    for group, tensors in groups.items():
+        held = {
+            name: shard_of(value, is_rank0=state.ctx.is_rank0) for name, value in tensors.items()
+        }
+        shards[group] = {name: shard for name, shard in held.items() if shard.is_writer}
+    return shards
+
+
+def _copy_to_host(state: TrainState, shards: dict[str, dict[str, TensorShard]]) -> None:
+    """Replace the shards' tensors by copies that the next step does not change."""
+    on_gpu = state.ctx.device.type == "cuda"
+    for group, each in shards.items():
+        for name, shard in each.items():
+            copy = state.host_copies.get(f"{group}/{name}")
+            if copy is None:
+                copy = torch.empty_like(shard.local, device="cpu", pin_memory=on_gpu)
+                # Pinning memory takes longer than the copy: it is done once per run.
+                state.host_copies[f"{group}/{name}"] = copy
+            copy.copy_(shard.local, non_blocking=on_gpu)
+            each[name] = dataclasses.replace(shard, local=copy)
+    if on_gpu:
+        torch.cuda.current_stream(state.ctx.device).synchronize()
+
+
+def state_json(state: TrainState, random_states: list[dict[str, Any]]) -> dict[str, Any]:
+    """The content of state.json: all that a resumed run needs besides tensors."""
+    return {
+        "step": state.step,
+        "consumed_samples": state.consumed,
+        "sample_identity": sample_identity(state),
+        "random": random_states,
+        "family": state.config.model.family,
+        "model": dataclasses.asdict(state.model.config),
+        "tokenizer": None if state.tokenizer is None else state.tokenizer.spec(),
+        "config": to_toml(state.config),
+    }
+
+
+def find_checkpoint(state: TrainState) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to resume from, as rank 0 sees it, and why newer ones were refused."""
+    checkpoint = state.config.checkpoint
+    if not checkpoint.enable:
+        return None, []
+
+    def find() -> list[Any]:
+        found, refused = state.store.find(checkpoint.resume)
+        return [None if found is None else [str(found.path), found.step], refused]
+
+    found, refused = state.ctx.on_rank0(find)
+    return (None if found is None else Checkpoint(Path(found[0]), found[1])), refused
+
+
+def resume(state: TrainState, found: Checkpoint) -> None:
+    """Continue from a verified checkpoint, on any number of ranks and any mesh.
+
+    Raises:
+        CheckpointError: it is of another model, or this rank cannot read it.
+    """
+    try:
+        saved = found.state()
+        load_model_tensors(state.model, found.open("model"))
+        load_optimizer_tensors(state.model, state.optimizer, found.open("optimizer"))
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{found.path} cannot be read on every rank: {error}.") from None
+    state.step, state.consumed = saved["step"], saved["consumed_samples"]
+    is_own = found.path.resolve().parent == state.store.folder.resolve()
+    state.saved_step = state.step if is_own else None
+    ctx = state.ctx
+    random_state.restore(saved["random"], ctx.rank, ctx.dims.world_size, ctx.device)
+    identity = sample_identity(state)
+    if identity != saved["sample_identity"] and ctx.is_rank0:
+        print(
+            "warning: training.seed, training.seq_len and the number of samples were "
+            f"{saved['sample_identity']} and are {identity}: samples come in another order, and "
+            f"the {state.consumed} already consumed are counted in the new one."
+        )
+
+
+def sample_identity(state: TrainState) -> list[int]:
+    """What the order of samples depends on besides the position."""
+    training = state.config.training
+    return [training.seed, training.seq_len, state.train_source.num_samples]

@@ -1,0 +1,243 @@
+"""This process among the ranks of the job: its number and device, and small collectives."""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import DeviceMesh, ProcessGroup
+
+from launch.config import Config
+from launch.exit_codes import ConfigError, RemoteRankError, UserError
+from parallel.mesh import ParallelDims, build_mesh, gradient_group
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """What the environment and the config say before any socket opens."""
+
+    rank: int
+    local_rank: int
+    backend: str
+    device: torch.device
+    dims: ParallelDims
+
+    @property
+    def dp_rank(self) -> int:
+        return self.dims.dp_rank(self.rank)
+
+
+def get_rank_info(config: Config) -> RankInfo:
+    """This rank, from torchrun's variables and the config. With job.dry_run_gpus, the first rank of
+    a job of that many GPUs.
+
+    Raises:
+        ConfigError: degrees that do not multiply to the number of processes, a backend that this
+            machine cannot run, or variables that are not numbers.
+    """
+    simulated = config.job.dry_run_gpus if config.job.dry_run else 0
+    dims = _parallel_dims(config, simulated or _from_environment("WORLD_SIZE", 1, minimum=1))
+    rank = _from_environment("RANK", 0)
+    local_rank = _from_environment("LOCAL_RANK", 0)
+    local_size = _from_environment("LOCAL_WORLD_SIZE", 1, minimum=1)
+    gpus = max(torch.cuda.device_count() if torch.cuda.is_available() else 0, simulated)
+    backend = config.comm.backend
+    if backend == "nccl" and gpus < local_size:
+        raise ConfigError(
+            f"comm.backend is nccl, but this machine has {gpus} GPUs for {local_size} processes: "
+            "start fewer, or use --comm.backend gloo."
+        )
+    if backend == "auto":
+        backend = "nccl" if gpus >= local_size else "gloo"
+    device = torch.device("cuda", local_rank) if backend == "nccl" else torch.device("cpu")
+    return RankInfo(rank, local_rank, backend, device, dims)
+
+
+def _parallel_dims(config: Config, world_size: int) -> ParallelDims:
+    parallelism = config.parallelism
+    replicate = parallelism.data_parallel_replicate_degree
+    if (
+        parallelism.data_parallel_method == "fsdp"
+        and parallelism.data_parallel_shard_degree == replicate == -1
+    ):
+        # The remaining ranks go to the axis that shards weights.
+        replicate = 1
+    try:
+        dims = ParallelDims.resolve(
+            world_size,
+            dp_replicate=replicate,
+            dp_shard=parallelism.data_parallel_shard_degree,
+            cp=parallelism.context_parallel_degree,
+            tp=parallelism.tensor_parallel_degree,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if dims.dp_shard > 1 and parallelism.data_parallel_method == "ddp":
+        raise ConfigError(
+            f"parallelism.data_parallel_shard_degree is {dims.dp_shard} ({dims.equation}), but "
+            "data_parallel_method ddp shards no weights: use fsdp, or leave "
+            "data_parallel_replicate_degree at -1."
+        )
+    return dims
+
+
+def _from_environment(name: str, default: int, *, minimum: int = 0) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isascii() or not text.isdecimal() or int(text) < minimum:
+        raise ConfigError(
+            f"the environment variable {name} is {text!r}, must be a whole number of at least "
+            f"{minimum}: unset it, or start the job with torchrun, which sets it."
+        )
+    return int(text)
+
+
+class DistContext:
+    """The ranks of a running job. A single process has no process group at all.
+
+    Attributes:
+        info: this rank.
+        mesh: of all ranks; None for a single process.
+        is_loss_rank: this rank's loss counts. (The ranks of a tensor-parallel group see the same
+            tokens, so only one of them counts.)
+        cp_group: the ranks that share a sequence; None if this rank holds all of it.
+        gradient_group: the ranks whose gradients are summed; None for a single process.
+    """
+
+    def __init__(self, info: RankInfo, mesh: DeviceMesh | None) -> None:
+        self.info = info
+        self.rank = info.rank
+        self.device = info.device
+        self.dims = info.dims
+        self.is_rank0 = info.rank == 0
+        self.is_loss_rank = info.rank % info.dims.tp == 0
+        self.cp_group: ProcessGroup | None = None
+        self.gradient_group: ProcessGroup | None = None
+        self.mesh = mesh
+        if mesh is not None:
+            self.gradient_group = gradient_group(mesh)
+            if info.dims.cp > 1:
+                self.cp_group = mesh["cp"].get_group()
+
+    def sum_numbers(self, *values: float, dtype: torch.dtype) -> list[float]:
+        """Each of `values` summed over all ranks, in one reduction."""
+        # A single process need not wait for its GPU.
+        device = "cpu" if self.gradient_group is None else self.device
+        return self.all_reduce(torch.tensor(values, dtype=dtype, device=device)).tolist()
+
+    def all_reduce(self, vector: Tensor) -> Tensor:
+        """Sum `vector` over all ranks in place, without waiting for the device."""
+        if self.gradient_group is not None:
+            dist.all_reduce(vector)
+        return vector
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value` (JSON), in rank order, on every rank."""
+        if self.gradient_group is None:
+            return [value]
+        payload = json.dumps(value).encode()
+        length = torch.tensor([len(payload)], device=self.device)
+        lengths = [torch.zeros_like(length) for _ in range(self.dims.world_size)]
+        dist.all_gather(lengths, length)
+        longest = int(max(lengths))
+        padded = torch.frombuffer(bytearray(payload.ljust(longest)), dtype=torch.uint8)
+        padded = padded.to(self.device)
+        everyone = [torch.zeros_like(padded) for _ in lengths]
+        dist.all_gather(everyone, padded)
+        return [json.loads(bytes(each.tolist())) for each in everyone]
+
+    def all_or_raise(self, function: Callable[[], T]) -> T:
+        """Run `function` on every rank; a UserError on any rank raises on all of them.
+
+        The first rank that failed raises its own error, the others a RemoteRankError.
+        """
+        result: T | None = None
+        problem: UserError | None = None
+        try:
+            result = function()
+        except UserError as error:
+            problem = error
+        reports = self.gather(None if problem is None else [str(problem), problem.exit_code])
+        failed = [rank for rank, report in enumerate(reports) if report is not None]
+        if not failed:
+            return result
+        if failed[0] == self.rank:
+            raise problem
+        message, code = reports[failed[0]]
+        raise RemoteRankError(message, code)
+
+    def on_rank0(self, function: Callable[[], T]) -> T:
+        """Run `function` on rank 0; every rank returns its JSON result, or raises its UserError."""
+        result = self.all_or_raise(lambda: function() if self.is_rank0 else None)
+        return self.gather(result)[0]
+
+    def fail(self, error: UserError) -> NoReturn:
+        """Raise an error that every rank has found: rank 0 reports it, the others exit quietly."""
+        raise error if self.is_rank0 else RemoteRankError(str(error), error.exit_code)
+
+    def set_timeout(self, seconds: int) -> None:
+        """Set the time after which an unfinished collective is an error."""
+        if self.gradient_group is None:
+            return
+        limit = timedelta(seconds=seconds)
+        # The mesh's groups, and those that FSDP and others have made from it.
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(limit, group)
+
+    @contextlib.contextmanager
+    def long_timeout(self, config: Config) -> Iterator[None]:
+        """Allow init_timeout_seconds while one rank works and the others wait."""
+        self.set_timeout(config.comm.init_timeout_seconds)
+        try:
+            yield
+        finally:
+            self.set_timeout(config.comm.train_timeout_seconds)
+
+
+@contextlib.contextmanager
+def open_dist_context(info: RankInfo, config: Config) -> Iterator[DistContext]:
+    """Open the process group and mesh of the job.
+
+    They are closed at the end and after a UserError, which all ranks meet together. Any other
+    exception belongs to one rank: the others wait for it in a collective, and closing the group
+    would wait for them. So it is printed and the process exits at once; torchrun ends the others.
+    """
+    if info.device.type == "cuda":
+        torch.cuda.set_device(info.device)
+    if info.dims.world_size == 1:
+        yield DistContext(info, None)
+        return
+    limit = timedelta(seconds=config.comm.init_timeout_seconds)
+    # Not bound to a device: NCCL would then queue the ring's messages behind the gradients'
+    # reductions.
+    dist.init_process_group(info.backend, timeout=limit)
+    try:
+        ctx = DistContext(info, build_mesh(info.dims, info.device.type))
+        # The mesh's own groups may have started with the backend's default.
+        ctx.set_timeout(config.comm.init_timeout_seconds)
+        yield ctx
+    except UserError:
+        dist.destroy_process_group()
+        raise
+    except BaseException:
+        _exit_at_once(info)
+    # Without this a finished job may still abort in a destructor.
+    dist.destroy_process_group()
+
+
+def _exit_at_once(info: RankInfo) -> NoReturn:
+    """Print the exception being handled and end the process without closing anything."""
+    where = f"rank {info.rank} of {info.dims.world_size} on {socket.gethostname()}"
+    print(f"error: {where} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)

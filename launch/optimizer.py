@@ -1,0 +1,128 @@
+"""The optimizer, its learning rate as a function of the step, and its state in a checkpoint."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from launch.checkpoint.shards import StoredTensor, shard_of
+from launch.config import Config
+from launch.exit_codes import CheckpointError
+
+_STATES = ("step", "exp_avg", "exp_avg_sq")
+
+
+def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """AdamW, with weight decay on the matrices of linear layers and embeddings only."""
+    matrices = {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, nn.Linear | nn.Embedding)
+    }
+    decayed = [p for p in model.parameters() if id(p) in matrices]
+    others = [p for p in model.parameters() if id(p) not in matrices]
+    settings = config.optimizer
+    return torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": settings.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        lr=settings.lr,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        fused=True,
+    )
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """The learning rate of the step that follows `step` finished ones.
+
+    Linear warm-up over warmup_steps, then the peak, then decay over the last decay_ratio of all
+    steps (None: over all steps after the warm-up), down to min_lr_factor times the peak.
+    """
+    schedule, steps = config.lr_scheduler, config.training.steps
+    peak = config.optimizer.lr
+    if step < schedule.warmup_steps:
+        return peak * (step + 1) / schedule.warmup_steps
+    decay_steps = steps - schedule.warmup_steps
+    if schedule.decay_ratio is not None:
+        decay_steps = min(decay_steps, round(steps * schedule.decay_ratio))
+    begin = steps - decay_steps
+    if decay_steps <= 1 or step < begin:
+        return peak
+    progress = min((step - begin) / (decay_steps - 1), 1.0)
+    shape = {
+        "linear": 1 - progress,
+        "sqrt": 1 - math.sqrt(progress),
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+    }[schedule.decay_type]
+    return peak * (schedule.min_lr_factor + (1 - schedule.min_lr_factor) * shape)
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """{"<state>/<parameter name>": tensor} of an optimizer that has taken a step."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for state, value in optimizer.state[parameter].items():
+            tensors[f"{state}/{name}"] = value
+    return tensors
+
+
+def load_optimizer_tensors(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor] | Mapping[str, StoredTensor],
+) -> None:
+    """Restore `optimizer_tensors`. Raises CheckpointError if a parameter has none."""
+    for name, parameter in model.named_parameters():
+        for state in _STATES:
+            key = f"{state}/{name}"
+            shape = () if state == "step" else parameter.shape
+            if key not in tensors or tensors[key].shape != shape:
+                raise CheckpointError(f"the checkpoint's optimizer has no {key} of that shape.")
+    for name, parameter in model.named_parameters():
+        states = {}
+        for state in _STATES:
+            stored = tensors[f"{state}/{name}"]
+            if state == "step":
+                states[state] = stored[()].to(parameter.device, copy=True)
+                continue
+            # Sharded as the weight is, whoever wrote it.
+            states[state] = torch.empty_like(parameter, dtype=stored.dtype)
+            _fill(states[state], stored)
+        optimizer.state[parameter] = states
+
+
+@torch.no_grad()
+def load_model_tensors(
+    model: nn.Module, tensors: Mapping[str, Tensor] | Mapping[str, StoredTensor]
+) -> None:
+    """Copy weights into the model, all or none; of each, the shard that this rank holds.
+
+    Raises:
+        CheckpointError: names, shapes or dtypes that are not this model's; the message lists them.
+    """
+    own = model.state_dict()
+    problems = [f"missing {name}" for name in own if name not in tensors]
+    problems += [f"unknown {name}" for name in tensors if name not in own]
+    problems += [
+        f"{name} is {value.dtype} {tuple(value.shape)}, the model has {own[name].dtype} "
+        f"{tuple(own[name].shape)}"
+        for name, value in tensors.items()
+        if name in own and (value.shape != own[name].shape or value.dtype != own[name].dtype)
+    ]
+    if problems:
+        shown = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
+        raise CheckpointError(
+            f"the checkpoint is of another model: {shown}. Use its config, or another "
+            "job.dump_folder."
+        )
+    for name, value in own.items():
+        _fill(value, tensors[name])
+
+
+@torch.no_grad()
+def _fill(tensor: Tensor, stored: Tensor | StoredTensor) -> None:
+    shard = shard_of(tensor, is_rank0=True)
+    shard.local.copy_(stored[shard.region])

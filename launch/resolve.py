@@ -1,0 +1,149 @@
+"""What follows from a config and the number of ranks: the batch, what cannot run, the summary."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lasp.shard import split_lengths
+from launch.build import (
+    autocast_dtype,
+    data_parallel_engine,
+    get_family,
+    model_config,
+    num_weight_shards,
+)
+from launch.config import Config
+from launch.distributed import RankInfo
+from launch.exit_codes import ConfigError
+from parallel.mesh import ParallelDims
+
+
+@dataclass(frozen=True)
+class Batching:
+    """Sequences of one step.
+
+    Attributes:
+        global_batch_size: sequences per step over the whole job.
+        accumulation: micro-batches that each rank runs per step.
+        tokens_per_step: tokens of the whole job, each counted once.
+    """
+
+    global_batch_size: int
+    accumulation: int
+    tokens_per_step: int
+
+
+def batching(config: Config, info: RankInfo) -> Batching:
+    """Divide a step's sequences over ranks and micro-batches.
+
+    Raises:
+        ConfigError: they do not divide; the message has the equation.
+    """
+    local, dp = config.training.local_batch_size, info.dims.dp
+    size = config.training.global_batch_size
+    if size == -1:
+        size = local * dp
+    accumulation, rest = divmod(size, local * dp)
+    if rest or not accumulation:
+        raise ConfigError(
+            f"training.global_batch_size {size} is not a multiple of local_batch_size {local} x "
+            f"data-parallel ranks {dp} = {local * dp}: use "
+            f"{max(1, round(size / (local * dp))) * local * dp}."
+        )
+    if config.training.varlen and local != 1:
+        raise ConfigError(
+            f"training.varlen packs documents into one sequence: local_batch_size is {local}, use "
+            f"1 (and global_batch_size {size} for the same step)."
+        )
+    return Batching(size, accumulation, size * config.training.seq_len)
+
+
+def check_parallelism(config: Config, info: RankInfo) -> None:
+    """Raise ConfigError, with the numbers, if the mesh cannot shard the model or the sequence.
+
+    The vocabulary is known only once the data is open, and is checked then.
+    """
+    tp, cp = info.dims.tp, info.dims.cp
+    data_parallel_engine(config, info.dims)
+    if tp == 1:
+        return
+    shape = model_config(config, None)
+    check_tensor_parallel(config, dataclasses.replace(shape, vocab_size=tp * shape.vocab_size), tp)
+    length, layout = config.training.seq_len, config.parallelism.context_parallel_layout
+    # In zigzag some ranks have two tokens more than others.
+    lengths = split_lengths(length, cp, layout)
+    if config.parallelism.tensor_parallel_shard_sequence and any(each % tp for each in lengths):
+        twice = layout == "zigzag" and tp % 2
+        step = cp * tp * (2 if twice else 1)
+        raise ConfigError(
+            f"training.seq_len {length} is not a multiple of cp {cp} x tp {tp}"
+            f"{' x 2 (zigzag)' if twice else ''} = {step}, as "
+            "parallelism.tensor_parallel_shard_sequence needs: use "
+            f"{-(-length // step) * step}, or switch it off."
+        )
+
+
+def check_tensor_parallel(config: Config, shape: Any, tp: int) -> None:
+    """Raise ConfigError, with the numbers, if tp ranks cannot shard a model of config `shape`."""
+    try:
+        get_family(config.model.family).check_divides(shape, tp)
+    except ValueError as error:
+        raise ConfigError(f"parallelism.tensor_parallel_degree is {tp}: {error}") from None
+
+
+def without_effect(config: Config, dims: ParallelDims) -> list[str]:
+    """Settings that were changed but do nothing on this mesh, with the reason. They are not errors:
+    the same config may be meant for other meshes."""
+    parallelism, found = config.parallelism, []
+    if data_parallel_engine(config, dims) != "fsdp":
+        changed = {
+            "data_parallel_method": parallelism.data_parallel_method == "fsdp",
+            "fsdp_reshard_after_forward": parallelism.fsdp_reshard_after_forward != "always",
+            "fsdp_reduce_every_micro_batch": parallelism.fsdp_reduce_every_micro_batch,
+        }
+        names = [f"parallelism.{name}" for name, is_changed in changed.items() if is_changed]
+        if names:
+            found.append(f"{', '.join(names)} (data parallelism shards no weights)")
+    if parallelism.tensor_parallel_shard_sequence and dims.tp == 1:
+        found.append("parallelism.tensor_parallel_shard_sequence (tp is 1)")
+    return found
+
+
+def describe(config: Config, info: RankInfo, shape: Any, batch: Batching) -> str:
+    """The summary printed before the first step. (A dry run adds finer numbers on memory, see
+    launch/memory_estimate.py.)"""
+    training, parallelism, dims = config.training, config.parallelism, info.dims
+    family = get_family(config.model.family)
+    parameters = family.num_parameters(shape)
+    shards = num_weight_shards(config, dims) * dims.tp
+    ranks = "on one rank"
+    if dims.cp > 1:
+        how = f"{parallelism.context_parallel_method}, {parallelism.context_parallel_layout}"
+        ranks = f"over {dims.cp} ranks ({how})"
+    dtype = autocast_dtype(config, info.device) or torch.float32
+    sequences = f"{batch.global_batch_size} sequence" + "s" * (batch.global_batch_size > 1)
+    lines = {
+        "model": f"{config.model.preset}: {parameters:,} parameters ({family.describe(shape)})",
+        "mesh": f"{dims.equation} ({info.backend}, {info.device.type}, {dtype})",
+        "sequence": f"{training.seq_len:,} tokens {ranks}",
+        "batch": (
+            f"{batch.tokens_per_step:,} tokens per step = {sequences} = "
+            f"accumulation {batch.accumulation} x local batch {training.local_batch_size} x "
+            f"data-parallel {dims.dp}"
+        ),
+        # float32 weights, gradients and two moments.
+        "memory": (
+            f"{16 * parameters / shards / 2**30:.2f} GiB per rank for weights, gradients and "
+            f"moments{f' sharded over {shards} ranks' if shards > 1 else ''}; "
+            "activations come on top (see --job.dry_run)"
+        ),
+        "data": "random tokens" if config.data.source == "random" else str(config.data_folder),
+        "checkpoints": str(config.checkpoint_folder) if config.checkpoint.enable else "none",
+    }
+    if config.job.dry_run:
+        del lines["memory"]
+    if idle := without_effect(config, dims):
+        lines["no effect"] = "; ".join(idle)
+    return "\n".join(f"{name + ':':<13}{text}" for name, text in lines.items())

@@ -1,0 +1,67 @@
+"""What a training run consists of, and the outcome of a step."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lasp import SequenceShard
+from launch.build import LossModel
+from launch.checkpoint.pending import PendingSave
+from launch.checkpoint.store import CheckpointStore
+from launch.config import Config
+from launch.data import TokenSource
+from launch.distributed import DistContext
+from launch.resolve import Batching
+from launch.tokenizer import Tokenizer
+
+
+@dataclass
+class TrainState:
+    """Everything a step needs; `step` and `consumed` are the whole of its position.
+
+    Attributes:
+        loss_model: holds `model`.
+        wrapped_model: `loss_model` as data parallelism runs it; itself if there are no other ranks.
+        step: steps taken.
+        consumed: samples consumed, over all ranks.
+        saved_step: the step of the newest checkpoint on disk; None if there is none.
+        pending: a checkpoint that is being written.
+        host_copies: host memory that its tensors are copied to, by name.
+    """
+
+    config: Config
+    ctx: DistContext
+    batching: Batching
+    tokenizer: Tokenizer | None
+    train_source: TokenSource
+    val_source: TokenSource | None
+    shard: SequenceShard
+    model: nn.Module
+    loss_model: LossModel
+    wrapped_model: nn.Module
+    optimizer: torch.optim.Optimizer
+    store: CheckpointStore
+    step: int = 0
+    consumed: int = 0
+    saved_step: int | None = None
+    failed_saves: int = 0
+    pending: PendingSave | None = None
+    host_copies: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The outcome of a step, the same on all ranks.
+
+    Attributes:
+        loss: nats per token; None if the step was skipped because of NaN or Inf.
+        grad_norm: of the whole job, before clipping.
+        stop_requested: on any rank.
+        save_written: every rank has written its part of the pending checkpoint.
+    """
+
+    loss: float | None
+    grad_norm: float
+    stop_requested: bool
+    save_written: bool = False

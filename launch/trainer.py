@@ -1,0 +1,196 @@
+"""One step of training, and validation: from sample indices to a loss that all ranks share."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from launch.data import IGNORE, Batch, TokenSource, read_batch, sample_order, step_samples
+from launch.exit_codes import DataError
+from launch.optimizer import learning_rate
+from launch.progress import progress
+from launch.train_state import StepResult, TrainState
+from parallel.compile import eagerly
+from parallel.data import accumulate, reshard
+from parallel.mesh import full_tensor
+
+
+def forward_backward(state: TrainState, *, batches: Sequence[Batch], num_labels: int) -> Tensor:
+    """Turn the micro-batches of a step into gradients: each forward and backward in turn, summed
+    over micro-batches and ranks.
+
+    Args:
+        state: the gradients of its parameters are added to.
+        batches: this rank's micro-batches, the same number on every rank.
+        num_labels: labels of the step over all ranks. Each micro-batch's loss is divided by it, so
+            that the SUM of gradients over micro-batches and ranks is that of the mean loss.
+
+    Returns:
+        Sum of the loss over this rank's tokens, a float64 scalar on the device.
+    """
+    loss_sum = torch.zeros((), dtype=torch.float64, device=state.ctx.device)
+    parallelism = state.config.parallelism
+    for number, batch in enumerate(batches, 1):
+        with accumulate(
+            state.wrapped_model,
+            last=number == len(batches),
+            every=parallelism.fsdp_reduce_every_micro_batch,
+            keep_gathered=parallelism.fsdp_reshard_after_forward == "never",
+        ):
+            loss = state.wrapped_model(*loss_inputs(state, batch))
+            (loss / num_labels).backward()
+        loss_sum += loss.detach()
+    return loss_sum
+
+
+def train_step(
+    state: TrainState,
+    stop_requested: bool = False,
+    *,
+    forward_backward: Callable[..., Tensor] = forward_backward,
+) -> StepResult:
+    """One optimizer step. If loss or gradients are NaN or Inf on any rank, nothing changes.
+
+    Args:
+        stop_requested: this rank was asked to stop; the result says so on all ranks.
+        forward_backward: called as the function of that name; another one replaces it.
+
+    Raises:
+        DataError: tokens outside the vocabulary, or no label to learn from, on any rank.
+    """
+    batches = read_step(state)
+    num_labels = count_labels(state, batches)
+    state.optimizer.zero_grad()
+    loss_sum = forward_backward(state, batches=batches, num_labels=num_labels)
+    gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+    # If gradients are sharded over ranks, this is the norm of all shards together.
+    norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
+    result = reduce_step(state, loss_sum, norm, num_labels, stop_requested)
+    if result.loss is None:
+        return result
+    max_norm = state.config.training.max_norm
+    # (A norm below the limit would be multiplied by one.)
+    if 0 < max_norm < result.grad_norm:
+        torch.nn.utils.clip_grads_with_norm_(state.model.parameters(), max_norm, norm)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(state.step, state.config)
+    state.optimizer.step()
+    state.step += 1
+    state.consumed += state.batching.global_batch_size
+    return result
+
+
+def reduce_step(
+    state: TrainState, loss_sum: Tensor, norm: Tensor, num_labels: int, stop_requested: bool
+) -> StepResult:
+    """Combine the ranks' results of a step: one reduction, one wait for the device."""
+    nonfinite = ~(loss_sum.isfinite() & norm.isfinite())
+    writing = state.pending is not None and not state.pending.is_done
+    flags = [torch.full_like(loss_sum, flag) for flag in (stop_requested, writing)]
+    local = [loss_sum * state.ctx.is_loss_rank, nonfinite.double(), *flags]
+    # A NaN loss does not spread to the flags beside it.
+    sums = state.ctx.all_reduce(torch.stack(local))
+    loss, nonfinite, stop, writing, grad_norm = torch.cat([sums, norm.double().view(1)]).tolist()
+    save_written = state.pending is not None and not writing
+    return StepResult(None if nonfinite else loss / num_labels, grad_norm, bool(stop), save_written)
+
+
+def read_step(state: TrainState) -> list[Batch] | DataError:
+    """This rank's micro-batches of the next step, or what is wrong with its data."""
+    parts = step_samples(
+        step_indices(state),
+        local_batch_size=state.config.training.local_batch_size,
+        dp_rank=state.ctx.info.dp_rank,
+        dp=state.ctx.dims.dp,
+    )
+    try:
+        return [read(state, state.train_source, part) for part in parts]
+    except DataError as error:
+        return error
+
+
+def step_indices(state: TrainState) -> list[int]:
+    """The samples of the next step, over all ranks."""
+    return sample_order(
+        state.consumed,
+        state.batching.global_batch_size,
+        state.train_source.num_samples,
+        state.config.training.seed,
+    )
+
+
+def read(state: TrainState, source: TokenSource, indices: list[int]) -> Batch:
+    """This rank's shard of some samples."""
+    pad_id = None if state.tokenizer is None else state.tokenizer.pad_id
+    varlen = state.config.training.varlen
+    return read_batch(source, indices, state.shard, pad_id=pad_id, varlen=varlen)
+
+
+def count_labels(state: TrainState, batches: list[Batch] | DataError) -> int:
+    """Labels of the step that are not ignored, over all ranks.
+
+    Raises:
+        DataError: the data of a rank is bad, or there is no such label; on all ranks.
+    """
+    ctx, error = state.ctx, batches if isinstance(batches, DataError) else None
+    local = 0 if error else sum(each.num_labels for each in batches)
+    total, bad = ctx.sum_numbers(local * ctx.is_loss_rank, error is not None, dtype=torch.int64)
+    if bad:
+        ctx.all_or_raise(lambda: _raise(error))
+    if not total:
+        text = f"step {state.step + 1}: every label is ignored (samples {step_indices(state)[:8]})."
+        ctx.fail(DataError(text))
+    return total
+
+
+def _raise(error: DataError | None) -> None:
+    if error is not None:
+        raise error
+
+
+def loss_inputs(state: TrainState, batch: Batch) -> tuple:
+    """The arguments of `LossModel.forward` for a batch."""
+    device = state.ctx.device
+    return (
+        batch.inputs.to(device, non_blocking=True),
+        batch.labels.to(device, non_blocking=True),
+        state.shard,
+        batch.cu_seqlens,
+    )
+
+
+@torch.no_grad()
+def validate(state: TrainState) -> float:
+    """Loss in nats per token over the first samples of the validation split."""
+    ctx = state.ctx
+    # Read before the first forward: a rank that finds bad data must not leave others in a ring.
+    batches = ctx.all_or_raise(lambda: list(_validation_batches(state)))
+    with eagerly(state.model.blocks):
+        loss_sum = sum(
+            state.loss_model(*loss_inputs(state, batch)).item()
+            for batch in progress(batches, "validation", enabled=ctx.is_rank0)
+        )
+    reshard(state.loss_model)
+    labels = sum(batch.num_labels for batch in batches)
+    local = loss_sum * ctx.is_loss_rank, labels * ctx.is_loss_rank
+    loss_sum, labels = ctx.sum_numbers(*local, dtype=torch.float64)
+    if not labels:
+        ctx.fail(DataError("validation: every label is ignored; use other validation data."))
+    return loss_sum / labels
+
+
+def _validation_batches(state: TrainState) -> Iterator[Batch]:
+    config, source, dp = state.config, state.val_source, state.ctx.dims.dp
+    assert source is not None
+    local = config.training.local_batch_size
+    # The same samples on any mesh with the same global batch.
+    count = min(config.validation.steps * state.batching.global_batch_size, source.num_samples)
+    # Strided, so that a last incomplete batch is spread evenly; a rank may get none.
+    own = range(state.ctx.info.dp_rank, count, dp)
+    for first in range(0, len(own), local):
+        yield read(state, source, list(own[first : first + local]))
+    # If weights are gathered for a forward, every rank must take part in every forward.
+    for _ in range(-(-len(own) // local), -(-count // (local * dp))):
+        batch = read(state, source, [0])
+        yield dataclasses.replace(batch, labels=torch.full_like(batch.labels, IGNORE))

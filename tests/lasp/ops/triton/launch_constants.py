@@ -1,0 +1,22 @@
+"""Other launch constants for a test, such as segments short enough for Triton's interpreter."""
+
+import contextlib
+from unittest import mock
+
+from lasp.ops.triton import launch_config
+
+
+@contextlib.contextmanager
+def launch_constants(*, segment_length=None, **constants):
+    """Within, `launch_config` has these constants and all segments this length, if given."""
+    if segment_length is not None:
+        constants["segment_length"] = lambda shape: segment_length
+    choices = (launch_config.choose_segments, launch_config.choose_scan)
+    with mock.patch.multiple(launch_config, **constants):
+        for choose in choices:
+            choose.cache_clear()
+        try:
+            yield
+        finally:
+            for choose in choices:
+                choose.cache_clear()

@@ -1,0 +1,56 @@
+"""Which kernel scans what, and when a scan needs chunk states."""
+
+import pytest
+import torch
+
+from lasp.ops.triton.launch_config import ScanShape, choose_scan, choose_segments
+from tests.lasp.ops.triton.launch_constants import launch_constants
+
+BF16, FP32 = torch.bfloat16, torch.float32
+GPU = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    "seq_len, key_dim, value_dim, dtype, num_results, kernel, num_launched",
+    [
+        (131072, 128, 128, BF16, 1, "hopper", 1),
+        (131072, 128, 128, BF16, 2, "hopper", 2),
+        (131072, 256, 128, BF16, 1, "hopper", 1),
+        # Both head dims of dv and dk are keys.
+        (131072, 256, 128, BF16, 2, "triton", 1),
+        (131072, 128, 256, BF16, 2, "triton", 1),
+        (131072, 64, 64, BF16, 1, "triton", 1),
+        (131072, 128, 128, FP32, 1, "triton", 1),
+        (2048, 128, 128, BF16, 1, "triton", 1),
+    ],
+)
+def test_large_16_bit_heads_get_the_hopper_scan(
+    seq_len, key_dim, value_dim, dtype, num_results, kernel, num_launched
+):
+    shape = ScanShape(1, seq_len, 16, key_dim, value_dim, packed=False)
+    for available in (True, False):
+        with launch_constants(has_gluon=lambda device, available=available: available):
+            choice = choose_scan(shape, dtype, GPU, num_results)
+            other = choose_scan(shape, dtype, GPU, num_results, copyable=False)
+        wanted = (kernel, num_launched) if available else ("triton", 1)
+        assert (choice.kernel, choice.num_results) == wanted
+        assert (other.kernel, other.num_results) == ("triton", 1)
+        assert choice.segments == other.segments
+
+
+@pytest.mark.parametrize(
+    "shape, boundaries, folded",
+    [
+        (ScanShape(1, 256, 16, 128, 128, False), 0, False),
+        (ScanShape(1, 2048, 16, 128, 128, False), 7, True),
+        (ScanShape(2, 131072, 16, 128, 128, False), 6, False),
+        (ScanShape(64, 2048, 32, 128, 128, False), 0, False),
+        (ScanShape(1, 2048, 16, 128, 128, True), 7, False),
+    ],
+)
+def test_segments_follow_from_shapes_in_both_directions(shape, boundaries, folded):
+    choice = choose_segments(shape)
+    assert (choice.num_boundaries, choice.folded) == (boundaries, folded)
+    swapped = shape._replace(key_dim=shape.value_dim + 72, value_dim=shape.key_dim)
+    mirrored = swapped._replace(key_dim=swapped.value_dim, value_dim=swapped.key_dim)
+    assert choose_segments(swapped) == choose_segments(mirrored)
