@@ -8,7 +8,7 @@ import torch
 import lasp
 from lasp.ops.triton import chunk_states, scan, scan_dkdv
 from lasp.ops.triton.hopper import scan as hopper_scan
-from tests.gpu.test_attention import check, to_gpu
+from tests.gpu.precision import check, to_gpu
 from tests.lasp import cases
 from tests.lasp.ops.triton.launch_constants import launch_constants
 
