@@ -24,7 +24,8 @@ def end_descendants_with_this_process() -> None:
     variable = f"LASP_TESTS_OF_{os.getpid()}"
     if variable in os.environ or not Path("/proc/self/environ").exists():
         return
-    command = [sys.executable, "-S", __file__, str(os.getpid()), variable]
+    # Isolated: this folder is not searched for modules, where `operator` is not Python's own.
+    command = [sys.executable, "-IS", __file__, str(os.getpid()), variable]
     nothing = subprocess.DEVNULL
     # In a session of its own: Ctrl-C ends the run and not this.
     subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)

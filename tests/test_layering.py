@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,9 @@ ATTENTION = ("lasp.attention", "lasp.functional", "lasp.library", "lasp.softmax_
             ("torch.distributed", "lasp.exchange", "lasp.context", "lasp.tnl", *ATTENTION),
         ),
         ("lasp/exchange", ("lasp.ops", "lasp.decay", "lasp.tnl", "triton", *ATTENTION)),
+        # The algorithm knows nothing of registration, and registration none of the arithmetic.
+        ("lasp/functional.py", ("torch.library", "torch.ops", "lasp.library")),
+        ("lasp/library.py", ("lasp.ops.chunked", "lasp.ops.triton", "lasp.exchange")),
         ("lasp", ("parallel", "launch", "benchmarks", "tests")),
         ("parallel", ("triton", "lasp.ops", "launch", "benchmarks", "tests")),
         ("launch", ("triton", "benchmarks", "tests")),
@@ -65,6 +69,26 @@ ATTENTION = ("lasp.attention", "lasp.functional", "lasp.library", "lasp.softmax_
 )
 def test_rooms_do_not_import_others(place, forbidden):
     assert offenders(place, *forbidden) == []
+
+
+def arithmetic_of(source):
+    """Lines that compute with tensors; products of whole numbers may be those of shapes."""
+    operators = (ast.MatMult, ast.Div, ast.Pow)
+    functions = {"bmm", "cumsum", "einsum", "exp", "matmul", "mul", "sum"}
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        computes = isinstance(node, (ast.BinOp, ast.AugAssign)) and isinstance(node.op, operators)
+        called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        if computes or (called and node.func.attr in functions):
+            yield lines[node.lineno - 1].strip()
+
+
+def test_the_registration_of_operators_holds_no_arithmetic():
+    assert list(arithmetic_of((ROOT / "lasp/library.py").read_text())) == []
+    assert list(arithmetic_of("y = a @ b\nz = torch.exp(y)\nn = len(a) - 1")) == [
+        "y = a @ b",
+        "z = torch.exp(y)",
+    ]
 
 
 def test_the_check_finds_what_it_forbids():
@@ -97,6 +121,16 @@ def find_cycle(sources):
     return None
 
 
+def test_no_module_imports_itself_through_others():
+    sources = {}
+    for path in files_of(*PRODUCT):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        sources[name] = path.read_text()
+    cycle = find_cycle(sources)
+    assert cycle is None
+
+
 def test_the_cycle_finder_finds_cycles():
     sources = {"p": "from p import a", "p.a": "from p.b import x", "p.b": "import p.c", "p.c": ""}
     assert find_cycle(sources) is None
@@ -107,6 +141,48 @@ def test_the_cycle_finder_finds_cycles():
         "p.b",
         "p.c",
     }
+
+
+# Words of an older vocabulary, and those that replace them. One word per thing.
+OLD_WORDS = {
+    r"\bslates?\b": "shared-memory check",
+    r"\bmail-?box(es)?\b": "symmetric-memory buffer",
+    r"\bpass_on\b": "put",
+    r"\blent\b": "record_stream",
+    r"\brelay(s|ed)?\b": "send/recv-state kernel",
+    r"\b(peers|Line)\b": "topology, chunk chain",
+    r"\bguard\.\w|\bimport guard\b": "consistency check",
+    r"\bsettled?\b": "wait",
+    r"\b[Pp]lace_borders\b|\bplaces\(": "chunk boundaries",
+    r'(?<!")\bpieces?\b': "chunk, score block, tensor shard",
+    r"\bprefix_states\b": "chunk_states",
+    r"\bscan_(pair|gradients)\b": "scan_dkdv",
+    r"\bone_pass\b": "needs_segment_states",
+    r"\bstart_state\b|\bStartedState\b|\bto_(zigzag|contiguous)\b": "nothing: deleted",
+    r"lasp::(enter|attend|start|finish|softmax_attend)\b|\battend_backward\b": "state_fwd",
+    r"\btickets?\b": "handle",
+    r"\b(is_)?watched\b": "needs_dispatcher",
+    r"\bclass (Bound|Cut)\b": "cached launch, tile config",
+    r"\bborders?\b": "boundary",
+    r"(?<!\.)(?<!def )\bwhole\(": "full_tensor",
+    r"\bclass (Place|World|Run|Outcome)\b": "RankInfo, DistContext, TrainState, StepResult",
+    r"\bover_ranks\b": "apply_data_parallel",
+    r"\bfirst_decides\b": "on_rank0",
+    r"\bpatience\b": "long_timeout",
+    r"\bEchoError\b": "RemoteRankError",
+    r"\b(some|no)body\b|\bfor ever\b": "plain English: the code as subject",
+}
+
+
+@pytest.mark.parametrize("word", OLD_WORDS)
+def test_no_old_word_is_left(word):
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in files_of(*PRODUCT)
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if re.search(word, line)
+    ]
+    assert found == [], f"say {OLD_WORDS[word]}"
 
 
 IMPORT_ALONE = """

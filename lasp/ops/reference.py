@@ -1,5 +1,5 @@
-"""The definition of lightning attention, twice, in plain torch: the oracle of every test. And of
-softmax attention, for the layers of a hybrid.
+"""The definition of lightning attention, in two formulas in plain torch, and of
+softmax attention. Every test compares with it.
 
     o_t = scale * q_t . S_t,   S_t = lambda * S_{t-1} + k_t v_t^T,   S_0 = initial_state
 
@@ -31,19 +31,19 @@ def recurrent(
     [N, H, D, E] with N = B, or the number of documents when cu_seqlens [N + 1] is given (B = 1).
     Returns o [B, T, H, E] and the state after each document's last token [N, H, D, E].
     """
-    pieces, states = [], []
+    outputs, states = [], []
     for n, (b, start, stop) in enumerate(_documents(q_BTHD, cu_seqlens)):
         state_HDE = _zero_state(q_BTHD, v_BTHE) if initial_state is None else initial_state[n]
         decay = _decay(log_decay, q_BTHD)
         for t in range(start, stop):
             update = k_BTHD[b, t, :, :, None] * v_BTHE[b, t, :, None, :]
             state_HDE = decay[:, None, None] * state_HDE + update
-            pieces.append(scale * torch.einsum("hd,hde->he", q_BTHD[b, t], state_HDE))
+            outputs.append(scale * torch.einsum("hd,hde->he", q_BTHD[b, t], state_HDE))
         states.append(state_HDE)
     B, T, H, _ = q_BTHD.shape
-    if not pieces:
+    if not outputs:
         return v_BTHE.new_zeros(v_BTHE.shape), torch.stack(states)
-    return torch.stack(pieces).reshape(B, T, H, -1), torch.stack(states)
+    return torch.stack(outputs).reshape(B, T, H, -1), torch.stack(states)
 
 
 def quadratic(

@@ -1,18 +1,11 @@
 """The operator on a GPU: synchronisation, compilation, and the same bits every time."""
 
-import functools
-
 import pytest
 import torch
 
 import lasp
+from tests.gpu.precision import to_gpu, with_state
 from tests.lasp import cases
-
-with_state = functools.partial(lasp.lightning_attention, output_final_state=True)
-
-
-def to_gpu(inputs):
-    return [None if x is None else x.cuda() for x in inputs]
 
 
 def test_host_offsets_need_no_synchronisation():

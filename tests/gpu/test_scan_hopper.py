@@ -8,26 +8,11 @@ import torch
 import lasp
 from lasp.ops.triton import chunk_states, scan, scan_dkdv
 from lasp.ops.triton.scan import ScanPlan
-from tests.gpu.test_attention import to_gpu, with_state
+from tests.gpu.precision import check, to_gpu
 from tests.lasp import cases
 from tests.lasp.ops.triton.launch_constants import launch_constants
 
 BF16 = torch.bfloat16
-
-
-def check(inputs, **kwargs):
-    """The error is at most twice (gradients three times) that of plain torch in the same dtype."""
-    on_gpu = to_gpu(inputs)
-    kwargs = {n: x.cuda() if torch.is_tensor(x) else x for n, x in kwargs.items()}
-    truth = cases.expected(*on_gpu, **kwargs)
-    low = [None if x is None else x.to(inputs[0].dtype) for x in on_gpu]
-    plain = cases.forward_and_gradients(lasp.reference.quadratic, *low, **kwargs)
-    actual = cases.forward_and_gradients(with_state, *on_gpu, **kwargs)
-    for name, value in truth.items():
-        slack = 2 if name in ("o", "state") else 3
-        allowed = slack * cases.relative_error(plain[name], value) + 1e-6
-        error = cases.relative_error(actual[name], value)
-        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
 @pytest.fixture(autouse=True)

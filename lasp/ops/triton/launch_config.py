@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from lasp.ops.triton.hopper.available import has_gluon
+from lasp.ops.triton.segments import SegmentChoice
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -148,22 +149,6 @@ class ScanShape(NamedTuple):
         """True if a call waits for the GPU and not for the host."""
         rows = self.batch * self.seq_len * self.num_heads
         return rows * max(self.key_dim, self.value_dim) >= LARGE_VALUES
-
-
-class SegmentChoice(NamedTuple):
-    """How documents are divided into segments, each of which one program scans.
-
-    Attributes:
-        length: tokens per segment.
-        num_boundaries: rows of the segment states, one per boundary between two segments of a
-            document (packed: at most so many are used). 0: a scan needs no chunk states.
-        folded: segment states hold what one segment adds and the scan sums them; else they hold
-            all that crosses the boundary.
-    """
-
-    length: int
-    num_boundaries: int = 0
-    folded: bool = False
 
 
 class ScanChoice(NamedTuple):

@@ -17,7 +17,6 @@ from lasp.ops.triton.hopper import scan as hopper_scan
 from lasp.ops.triton.launch_config import (
     COPY_STEP,
     ScanShape,
-    SegmentChoice,
     Tiles,
     choose_scan,
 )
@@ -34,7 +33,14 @@ from lasp.ops.triton.launcher import (
     state_strides,
     strides,
 )
-from lasp.ops.triton.segments import ALL, DocumentStates, Segments, divide, locate_segment
+from lasp.ops.triton.segments import (
+    ALL,
+    DocumentStates,
+    SegmentChoice,
+    Segments,
+    divide,
+    locate_segment,
+)
 
 
 @triton.jit(do_not_specialize=["scale", "T", "segments_per_row", "segment_length"])

@@ -14,7 +14,21 @@ import torch
 import triton
 import triton.language as tl
 
-from lasp.ops.triton.launch_config import SegmentChoice
+
+class SegmentChoice(NamedTuple):
+    """How documents are divided into segments, each of which one program scans.
+
+    Attributes:
+        length: tokens per segment.
+        num_boundaries: rows of the segment states, one per boundary between two segments of a
+            document (packed: at most so many are used). 0: a scan needs no chunk states.
+        folded: segment states hold what one segment adds and the scan sums them; else they hold
+            all that crosses the boundary.
+    """
+
+    length: int
+    num_boundaries: int = 0
+    folded: bool = False
 
 
 class DocumentStates(NamedTuple):

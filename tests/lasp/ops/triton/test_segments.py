@@ -4,8 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from lasp.ops.triton.launch_config import SegmentChoice
-from lasp.ops.triton.segments import ALL, NONE, DocumentStates, divide
+from lasp.ops.triton.segments import ALL, NONE, DocumentStates, SegmentChoice, divide
 
 OFFSETS = (0, 0, 70, 75, 203, 203, 300)
 
