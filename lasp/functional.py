@@ -223,8 +223,8 @@ def softmax_fwd(
     scale: float,
     needs_grad: bool,
     context: CPContext,
-) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
-    """(o [B, T, H, D], lse [B, H, T], number of keys of every rank)."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(o [B, T, H, D], lse [B, H, T], number of keys of every rank, int64 [P] on the host)."""
     group, lengths = context.group, (k.shape[1],)
     if group is not None:
         _check_softmax(q, k, cu_seqlens, scale=scale, needs_grad=needs_grad, context=context)
@@ -238,7 +238,7 @@ def softmax_fwd(
         keys, values = _keys_and_values(rows)
         blocks = partition.remote_blocks()
         sdpa.attn_fwd(q, keys, values, blocks, **options, merge_into=(o, lse))
-    return o.contiguous(), lse.contiguous(), partition.lengths
+    return o.contiguous(), lse.contiguous(), torch.tensor(partition.lengths, dtype=torch.int64)
 
 
 def softmax_bwd(
@@ -250,13 +250,13 @@ def softmax_bwd(
     lse: torch.Tensor,
     *,
     cu_seqlens: torch.Tensor | None,
-    lengths: tuple[int, ...],
+    lengths: torch.Tensor,
     scale: float,
     context: CPContext,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv); `lengths` as `softmax_fwd` returned them."""
     do = with_unit_stride(do)
-    partition = SoftmaxPartition.of(lengths, q.shape[1], cu_seqlens, context)
+    partition = SoftmaxPartition.of(lengths.tolist(), q.shape[1], cu_seqlens, context)
     options = dict(scale=scale, repeats=partition.repeats)
     pending = _start_gather(partition, k, v, context.group)
     dq, dk, dv = sdpa.attn_bwd(do, q, k, v, o, lse, partition.local_blocks(), **options)

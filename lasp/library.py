@@ -7,6 +7,8 @@ an empty tensor stands for a state that is not there.
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 
 from lasp import functional, ops
@@ -38,216 +40,76 @@ def needs_dispatcher(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
     )
 
 
-_CONTEXT = "str? group_name, str exchange, str layout, int[]? shard_lengths"
-_SOFTMAX_CONTEXT = _CONTEXT.replace("int[]?", "SymInt[]?")
-_SCHEMAS = {
-    "state_fwd": "(Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, "
-    "Tensor? cu_seqlens, float scale, bool output_final_state, bool needs_grad, "
-    f"{_CONTEXT}) -> (Tensor, Tensor, Tensor)",
-    "attn_fwd": "(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, "
-    f"Tensor? cu_seqlens, Tensor? state_in, Tensor? segment_states, float scale, {_CONTEXT}) "
-    "-> Tensor",
-    "attn_bwd": "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? log_decay, "
-    "Tensor? initial_state, Tensor? cu_seqlens, Tensor? dfinal_state, Tensor? state_in, "
-    f"Tensor? segment_states, float scale, bool needs_dkdv, bool needs_dinitial, {_CONTEXT}) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    "softmax_fwd": "(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, float scale, "
-    f"bool needs_grad, {_SOFTMAX_CONTEXT}) -> (Tensor, Tensor, Tensor)",
-    "softmax_bwd": "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
-    f"Tensor? cu_seqlens, Tensor lengths, float scale, {_CONTEXT}) -> (Tensor, Tensor, Tensor)",
-}
-for _name, _schema in _SCHEMAS.items():
-    torch.library.define(f"lasp::{_name}", _schema)
+class _Operator:
+    """A function of `lasp.functional`, called with the same arguments, as `torch.ops.lasp.<name>`.
+
+    The operator's arguments are the positional ones of the function, its keywords in their order,
+    and the flattened context.
+
+    Args:
+        function: takes positional tensors, keywords, and `context`.
+        arguments, results: of the operator's schema, without the context.
+    """
+
+    def __init__(self, function, arguments: str, results: str) -> None:
+        self._function = function
+        parameters = inspect.signature(function).parameters.values()
+        self._keywords = [p.name for p in parameters if p.kind == p.KEYWORD_ONLY][:-1]
+        name = f"lasp::{function.__name__}"
+        context = "str? group_name, str exchange, str layout, SymInt[]? shard_lengths"
+        torch.library.define(name, f"({arguments}, {context}) -> {results}")
+        torch.library.impl(name, "CompositeExplicitAutograd", self._run)
+        self._op = getattr(torch.ops.lasp, function.__name__)
+
+    def __call__(self, *tensors, context, **options):
+        flat = [options[name] for name in self._keywords]
+        results = self._op(*tensors, *flat, *context.flatten())
+        if isinstance(results, torch.Tensor):
+            return results
+        return tuple(None if _is_absent(x) else x for x in results)
+
+    def _run(self, *arguments):
+        """What the operator does."""
+        arguments, context = arguments[:-4], CPContext.unflatten(*arguments[-4:])
+        arguments = [None if _is_absent(x) else x for x in arguments]
+        num_tensors = len(arguments) - len(self._keywords)
+        options = dict(zip(self._keywords, arguments[num_tensors:], strict=True))
+        results = self._function(*arguments[:num_tensors], **options, context=context)
+        if isinstance(results, torch.Tensor):
+            return results
+        return tuple(_no_state(arguments[0]) if x is None else x for x in results)
 
 
-def state_fwd(
-    k, v, log_decay, initial_state, cu_seqlens, *, scale, output_final_state, needs_grad, context
-):
-    flags = scale, output_final_state, needs_grad
-    states = torch.ops.lasp.state_fwd(
-        k, v, log_decay, initial_state, cu_seqlens, *flags, *context.flatten()
-    )
-    return tuple(_present(x) for x in states)
-
-
-def attn_fwd(
-    q, k, v, log_decay, initial_state, cu_seqlens, *, state_in, segment_states, scale, context
-):
-    states = state_in, segment_states
-    return torch.ops.lasp.attn_fwd(
-        q, k, v, log_decay, initial_state, cu_seqlens, *states, scale, *context.flatten()
-    )
-
-
-def attn_bwd(
-    do,
-    q,
-    k,
-    v,
-    log_decay,
-    initial_state,
-    *,
-    cu_seqlens,
-    dfinal_state,
-    state_in,
-    segment_states,
-    scale,
-    needs_dkdv,
-    needs_dinitial,
-    context,
-):
-    dq, dk, dv, dinitial = torch.ops.lasp.attn_bwd(
-        do,
-        q,
-        k,
-        v,
-        log_decay,
-        initial_state,
-        cu_seqlens,
-        dfinal_state,
-        state_in,
-        segment_states,
-        scale,
-        needs_dkdv,
-        needs_dinitial,
-        *context.flatten(),
-    )
-    dk, dv = (dk, dv) if needs_dkdv else (None, None)
-    return dq, dk, dv, dinitial if needs_dinitial else None
-
-
-def softmax_fwd(q, k, v, cu_seqlens, *, scale, needs_grad, context):
-    return torch.ops.lasp.softmax_fwd(q, k, v, cu_seqlens, scale, needs_grad, *context.flatten())
-
-
-def softmax_bwd(do, q, k, v, o, lse, *, cu_seqlens, lengths, scale, context):
-    return torch.ops.lasp.softmax_bwd(
-        do, q, k, v, o, lse, cu_seqlens, lengths, scale, *context.flatten()
-    )
-
-
-def _implement(name):
-    return torch.library.impl(f"lasp::{name}", "CompositeExplicitAutograd")
-
-
-@_implement("state_fwd")
-def _state_fwd(
-    k,
-    v,
-    log_decay,
-    initial_state,
-    cu_seqlens,
-    scale,
-    output_final_state,
-    needs_grad,
-    *context,
-):
-    states = functional.state_fwd(
-        k,
-        v,
-        log_decay,
-        initial_state,
-        cu_seqlens,
-        scale=scale,
-        output_final_state=output_final_state,
-        needs_grad=needs_grad,
-        context=CPContext.unflatten(*context),
-    )
-    return tuple(_no_state(k) if x is None else x for x in states)
-
-
-@_implement("attn_fwd")
-def _attn_fwd(
-    q,
-    k,
-    v,
-    log_decay,
-    initial_state,
-    cu_seqlens,
-    state_in,
-    segment_states,
-    scale,
-    *context,
-):
-    return functional.attn_fwd(
-        q,
-        k,
-        v,
-        log_decay,
-        initial_state,
-        cu_seqlens,
-        state_in=_present(state_in),
-        segment_states=_present(segment_states),
-        scale=scale,
-        context=CPContext.unflatten(*context),
-    )
-
-
-@_implement("attn_bwd")
-def _attn_bwd(
-    do,
-    q,
-    k,
-    v,
-    log_decay,
-    initial_state,
-    cu_seqlens,
-    dfinal_state,
-    state_in,
-    segment_states,
-    scale,
-    needs_dkdv,
-    needs_dinitial,
-    *context,
-):
-    dq, dk, dv, dinitial = functional.attn_bwd(
-        do,
-        q,
-        k,
-        v,
-        log_decay,
-        initial_state,
-        cu_seqlens=cu_seqlens,
-        dfinal_state=dfinal_state,
-        state_in=_present(state_in),
-        segment_states=_present(segment_states),
-        scale=scale,
-        needs_dkdv=needs_dkdv,
-        needs_dinitial=needs_dinitial,
-        context=CPContext.unflatten(*context),
-    )
-    dk, dv = (dq.new_empty(0) if x is None else x for x in (dk, dv))
-    return dq, dk, dv, _no_state(dq) if dinitial is None else dinitial
-
-
-@_implement("softmax_fwd")
-def _softmax_fwd(q, k, v, cu_seqlens, scale, needs_grad, *context):
-    o, lse, lengths = functional.softmax_fwd(
-        q,
-        k,
-        v,
-        cu_seqlens,
-        scale=scale,
-        needs_grad=needs_grad,
-        context=CPContext.unflatten(*context),
-    )
-    return o, lse, torch.tensor(lengths, dtype=torch.int64)
-
-
-@_implement("softmax_bwd")
-def _softmax_bwd(do, q, k, v, o, lse, cu_seqlens, lengths, scale, *context):
-    return functional.softmax_bwd(
-        do,
-        q,
-        k,
-        v,
-        o,
-        lse,
-        cu_seqlens=cu_seqlens,
-        lengths=tuple(lengths.tolist()),
-        scale=scale,
-        context=CPContext.unflatten(*context),
-    )
+state_fwd = _Operator(
+    functional.state_fwd,
+    "Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, Tensor? cu_seqlens, "
+    "float scale, bool output_final_state, bool needs_grad",
+    "(Tensor, Tensor, Tensor)",
+)
+attn_fwd = _Operator(
+    functional.attn_fwd,
+    "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, Tensor? cu_seqlens, "
+    "Tensor? state_in, Tensor? segment_states, float scale",
+    "Tensor",
+)
+attn_bwd = _Operator(
+    functional.attn_bwd,
+    "Tensor do, Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, "
+    "Tensor? cu_seqlens, Tensor? dfinal_state, Tensor? state_in, Tensor? segment_states, "
+    "float scale, bool needs_dkdv, bool needs_dinitial",
+    "(Tensor, Tensor, Tensor, Tensor)",
+)
+softmax_fwd = _Operator(
+    functional.softmax_fwd,
+    "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, float scale, bool needs_grad",
+    "(Tensor, Tensor, Tensor)",
+)
+softmax_bwd = _Operator(
+    functional.softmax_bwd,
+    "Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? cu_seqlens, "
+    "Tensor lengths, float scale",
+    "(Tensor, Tensor, Tensor)",
+)
 
 
 @torch.library.register_fake("lasp::state_fwd")
@@ -278,26 +140,10 @@ def _attn_fwd_fake(q, k, v, *arguments):
 
 
 @torch.library.register_fake("lasp::attn_bwd")
-def _attn_bwd_fake(
-    do,
-    q,
-    k,
-    v,
-    log_decay,
-    initial_state,
-    cu_seqlens,
-    dfinal_state,
-    state_in,
-    segment_states,
-    scale,
-    needs_dkdv,
-    needs_dinitial,
-    *context,
-):
-    dinitial = _no_state(q)
-    if needs_dinitial:
-        dinitial = dinitial.new_empty(initial_state.shape)
-    dk, dv = (x.new_empty(x.shape if needs_dkdv else (0,)) for x in (k, v))
+def _attn_bwd_fake(do, q, k, v, log_decay, initial_state, *arguments):
+    needs_dkdv, needs_dinitial = arguments[-6:-4]
+    dinitial = _no_state(q).new_empty(initial_state.shape) if needs_dinitial else _no_state(q)
+    dk, dv = (x.new_empty(x.shape) if needs_dkdv else _no_state(q) for x in (k, v))
     return q.new_empty(q.shape), dk, dv, dinitial
 
 
@@ -315,9 +161,9 @@ def _softmax_bwd_fake(do, q, k, v, *arguments):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _no_state(x) -> torch.Tensor:
+def _is_absent(x) -> bool:
+    return isinstance(x, torch.Tensor) and x.dim() == 1 and x.numel() == 0
+
+
+def _no_state(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(0, dtype=state_dtype(x.dtype))
-
-
-def _present(states: torch.Tensor | None) -> torch.Tensor | None:
-    return states if states is not None and states.numel() else None

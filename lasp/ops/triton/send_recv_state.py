@@ -159,7 +159,7 @@ def send_recv_state(
         overlapped: run beside other kernels, on few multiprocessors. Programs hold theirs while
             they wait.
         limit_seconds: a neighbour that takes longer is taken for dead. The kernel then traps, which
-            ends this process with a CUDA error at its next call; otherwise it would spin without end.
+            ends this process with a CUDA error at its next call; else it would spin endlessly.
     """
     batch, num_heads, D, E = local.shape
     n, chunks = local.numel(), triton.cdiv(local.numel(), SEND_CHUNK)
