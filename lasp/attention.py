@@ -154,16 +154,24 @@ class _LightningAttention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         tensors = q, k, v, log_decay, initial_state, cu_seqlens
         impl = library if library.needs_dispatcher(*tensors) else functional
-        state_in, segment_states, final_state = impl.state_fwd(*tensors[1:], **options._asdict())
+        scale, output_final_state, needs_grad, context = options
+        state_in, segment_states, final_state = impl.state_fwd(
+            *tensors[1:],
+            scale=scale,
+            output_final_state=output_final_state,
+            needs_grad=needs_grad,
+            context=context,
+        )
         o = impl.attn_fwd(
             *tensors,
             state_in=state_in,
             segment_states=segment_states,
-            scale=options.scale,
-            context=options.context,
+            scale=scale,
+            context=context,
         )
-        ctx.save_for_backward(*tensors, state_in, segment_states)
-        return o, final_state
+        present = library.present
+        ctx.save_for_backward(*tensors, present(state_in), present(segment_states))
+        return o, final_state if output_final_state else None
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -172,8 +180,9 @@ class _LightningAttention(torch.autograd.Function):
         if do is None:
             v = tensors[2]
             do = v.new_zeros(v.shape)
-        # Either all ranks come to the backward's exchange or none: the forward has checked that.
+        # All ranks run the exchange of the backward or none does: the forward has checked that.
         needs = ctx.needs_input_grad
+        needs_dkdv, needs_dinitial = needs[1] or needs[2] or needs[4], needs[4]
         impl = functional
         if library.needs_dispatcher(do, *tensors, cu_seqlens, dfinal_state):
             impl = library
@@ -185,8 +194,9 @@ class _LightningAttention(torch.autograd.Function):
             state_in=state_in,
             segment_states=segment_states,
             scale=ctx.options.scale,
-            needs_dkdv=needs[1] or needs[2] or needs[4],
-            needs_dinitial=needs[4],
+            needs_dkdv=needs_dkdv,
+            needs_dinitial=needs_dinitial,
             context=ctx.options.context,
         )
-        return dq, dk, dv, None, dinitial, None, None
+        dk, dv = (dk, dv) if needs_dkdv else (None, None)
+        return dq, dk, dv, None, dinitial if needs_dinitial else None, None, None

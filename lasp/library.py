@@ -1,8 +1,8 @@
 """The functions of `lasp.functional` as operators of torch, for torch.compile and checkpointing.
 
 torch's dispatcher costs the host microseconds per call, so a call goes through it only if it must
-(`needs_dispatcher`). Both ways have the same signatures and results. An operator returns no None:
-an empty tensor stands for a state that is not there.
+(`needs_dispatcher`). Both ways have the same signatures and results, except that an operator
+returns no None: an empty tensor stands for a state that is not there (`present`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ __all__ = [
     "attn_bwd",
     "attn_fwd",
     "needs_dispatcher",
+    "present",
     "softmax_bwd",
     "softmax_fwd",
     "state_fwd",
@@ -38,6 +39,15 @@ def needs_dispatcher(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
         or torch.autograd.profiler._is_profiler_enabled
         or not _PLAIN.issuperset(map(type, (first, *others)))
     )
+
+
+def present(x):
+    """x, or None for the empty tensor that stands for a state that is not there.
+
+    Only what is saved or returned is converted, not what one operator passes to the next: a graph
+    in which `attn_fwd` did not use the results of `state_fwd` would lose the exchange.
+    """
+    return None if isinstance(x, torch.Tensor) and x.dim() == 1 and x.numel() == 0 else x
 
 
 class _Operator:
@@ -63,15 +73,12 @@ class _Operator:
 
     def __call__(self, *tensors, context, **options):
         flat = [options[name] for name in self._keywords]
-        results = self._op(*tensors, *flat, *context.flatten())
-        if isinstance(results, torch.Tensor):
-            return results
-        return tuple(None if _is_absent(x) else x for x in results)
+        return self._op(*tensors, *flat, *context.flatten())
 
     def _run(self, *arguments):
         """What the operator does."""
         arguments, context = arguments[:-4], CPContext.unflatten(*arguments[-4:])
-        arguments = [None if _is_absent(x) else x for x in arguments]
+        arguments = [present(x) for x in arguments]
         num_tensors = len(arguments) - len(self._keywords)
         options = dict(zip(self._keywords, arguments[num_tensors:], strict=True))
         results = self._function(*arguments[:num_tensors], **options, context=context)
@@ -159,10 +166,6 @@ def _softmax_fwd_fake(q, k, v, cu_seqlens, scale, needs_grad, *context):
 @torch.library.register_fake("lasp::softmax_bwd")
 def _softmax_bwd_fake(do, q, k, v, *arguments):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _is_absent(x) -> bool:
-    return isinstance(x, torch.Tensor) and x.dim() == 1 and x.numel() == 0
 
 
 def _no_state(x: torch.Tensor) -> torch.Tensor:
