@@ -91,7 +91,7 @@ def lightning_attention(
     )
     if problem is not None:
         if context.group is not None:
-            consistency.start_check(context.group, {}, problem=problem).wait()
+            consistency.PendingCheck(context.group, {}, problem=problem).wait()
         raise ValueError(problem)
     if shard_lengths is not None:
         # The caller may change its list before the backward.
@@ -134,7 +134,7 @@ def lightning_attention_step(
     problem = step_problem(q, k, v, state, log_decay, scale=scale)
     if problem is not None:
         raise ValueError(problem)
-    Decay(log_decay).rates()
+    _ = Decay(log_decay).rates
     return ops.step(q, k, v, state, log_decay, scale=float(scale))
 
 

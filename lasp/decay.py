@@ -11,6 +11,7 @@ full vector, then slice it.
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import torch
 
@@ -29,11 +30,10 @@ class Decay:
         log_decay: float32 [H], finite and <= 0; None: no decay.
     """
 
-    __slots__ = ("log_decay",)
-
     def __init__(self, log_decay: torch.Tensor | None) -> None:
         self.log_decay = log_decay
 
+    @cached_property
     def rates(self) -> tuple[float, ...] | None:
         """log_decay as host floats; ValueError for values that are not allowed."""
         return decay_rates(self.log_decay)
@@ -43,12 +43,16 @@ class Decay:
         if self.log_decay is None:
             return states.new_ones(states.shape[1], 1, 1)
         dtype = states.dtype
-        stream = torch.cuda.current_stream(states.device).cuda_stream if states.is_cuda else None
-        return compute_once(
-            self.log_decay,
-            ("factor", length, dtype, stream),
-            lambda log_decay: torch.exp(log_decay.to(dtype)[:, None, None] * length),
-        )
+
+        def compute(log_decay: torch.Tensor) -> torch.Tensor:
+            return torch.exp(log_decay.to(dtype)[:, None, None] * length)
+
+        # A CUDA graph must hold no memory but its own.
+        if not states.is_cuda or torch.cuda.is_current_stream_capturing():
+            return compute(self.log_decay)
+        # Two kernels less on the way of every state.
+        stream = torch.cuda.current_stream(states.device).cuda_stream
+        return compute_once(self.log_decay, ("factor", length, dtype, stream), compute)
 
     def factors(self, lengths: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """`factor` for rows of different `lengths`: int64 [N] -> [N, H, 1, 1]."""
@@ -60,8 +64,7 @@ class Decay:
 
     def is_zero_after(self, length: int, dtype: torch.dtype) -> bool:
         """True if nothing remains of any state after `length` tokens, in `dtype`."""
-        rates = self.rates()
-        return rates is not None and max(rates) * length < _UNDERFLOW[dtype]
+        return self.rates is not None and max(self.rates) * length < _UNDERFLOW[dtype]
 
 
 def alibi_slopes(num_heads: int) -> list[float]:

@@ -68,7 +68,7 @@ def state_fwd(
     """
     decay, group = Decay(log_decay), context.group
     if group is None:
-        decay.rates()
+        _ = decay.rates  # Raises for values that are not allowed.
         partition = local_partition(k.shape[1], cu_seqlens, context)
     else:
         partition, check = _start_check(
@@ -290,14 +290,14 @@ def _start_check(k, v, decay, cu_seqlens, *, scale, needs_grad, context):
     """
     rates = boundaries = partition = problem = None
     try:
-        rates = decay.rates()
+        rates = decay.rates
         boundaries = document_boundaries(cu_seqlens, None)
         partition = local_partition(k.shape[1], cu_seqlens, context)
     except ValueError as error:
         problem = str(error)
     sizes = (k.shape[0], *k.shape[2:], v.shape[-1])
     call = _call_signature(sizes, k.dtype, boundaries, rates, scale, needs_grad, *context[1:])
-    check = consistency.start_check(context.group, call, problem=problem)
+    check = consistency.PendingCheck(context.group, call, problem=problem)
     if problem is not None:
         check.wait()
     return partition, check
@@ -340,7 +340,7 @@ def _check_softmax(q, k, cu_seqlens, *, scale, needs_grad, context) -> None:
         "whether a gradient is needed": needs_grad,
     }
     # Before anything is gathered: an all-gather of other sizes would hang.
-    consistency.start_check(context.group, call, problem=problem).wait()
+    consistency.PendingCheck(context.group, call, problem=problem).wait()
 
 
 def _start_exchange(

@@ -74,7 +74,7 @@ def softmax_attention(
     problem = softmax_problem(q, k, v, scale=scale, cu_seqlens=cu_seqlens, context=context)
     if problem is not None:
         if context.group is not None:
-            consistency.start_check(context.group, {}, problem=problem).wait()
+            consistency.PendingCheck(context.group, {}, problem=problem).wait()
         raise ValueError(problem)
     if shard_lengths is not None:
         lengths = None if context.group is None else tuple(shard_lengths)

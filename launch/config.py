@@ -275,7 +275,9 @@ def load_config(argv: list[str]) -> Config:
     if path is not None:
         read_toml(config, Path(path))
     for name, reason in _REMOVED.items():
-        if any(each.replace("-", "_").startswith(f"__{name}") for each in argv):
+        section, _, option = name.rpartition(".")
+        flags = (f"__{name}", f"__{section}.no_{option}")
+        if any(each.replace("-", "_").startswith(flags) for each in argv):
             raise ConfigError(f"--{name} was removed: {reason}.")
     captured = io.StringIO()
     try:

@@ -89,18 +89,19 @@ class Speedometer:
         self._world_size = world_size
         self._peak = peak
         self._began = time.perf_counter()
-        self._since_read: list[float] = []
+        self._seconds, self._steps = 0.0, 0
         self._recent: deque[float] = deque(maxlen=_ETA_STEPS)
 
     def add_step(self, seconds: float) -> None:
         """One step took `seconds`, without validation and checkpoints."""
-        self._since_read.append(seconds)
+        self._seconds += seconds
+        self._steps += 1
         self._recent.append(seconds)
 
     def read(self, steps_left: int) -> dict[str, float]:
         """Rates since the last call, seconds since the start, seconds left."""
-        seconds, steps = sum(self._since_read), len(self._since_read)
-        self._since_read.clear()
+        seconds, steps = self._seconds, self._steps
+        self._seconds, self._steps = 0.0, 0
         rate = self._tokens_per_step * steps / seconds if seconds else 0.0
         metrics = {"tok/s": rate, "tok/s/gpu": rate / self._world_size}
         if self._peak:

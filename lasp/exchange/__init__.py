@@ -46,13 +46,13 @@ __all__ = ["METHODS", "ChunkChain", "PendingExchange", "Transition", "start"]
 _FEW_RANKS = 8
 
 
-def auto(chain: ChunkChain, transitions: list[Transition]):
-    """The ring in shared memory or between two ranks, all_gather over few, doubling over many."""
+def auto(chain: ChunkChain, transitions: list[Transition], *, overlapped: bool):
+    """The ring in peer memory or between two ranks, all_gather over few, doubling over many."""
     buffer = find_buffer(chain.group, transitions[0].local, chain.send_recv_state)
-    if chain.num_ranks <= 2 or buffer is not None:
-        return (yield from ring(chain, transitions))
     method = all_gather if chain.num_ranks <= _FEW_RANKS else doubling
-    return (yield from method(chain, transitions))
+    if chain.num_ranks <= 2 or buffer is not None:
+        method = ring
+    return (yield from method(chain, transitions, overlapped=overlapped))
 
 
 METHODS = {"all_gather": all_gather, "auto": auto, "doubling": doubling, "ring": ring}
@@ -106,5 +106,4 @@ def start(
     """
     assert len(transitions) == len(chain.local_chunks)
     transitions = transitions[::-1] if chain.reverse else transitions
-    options = dict(overlapped=overlapped) if method == "ring" else {}
-    return PendingExchange(METHODS[method](chain, transitions, **options), chain)
+    return PendingExchange(METHODS[method](chain, transitions, overlapped=overlapped), chain)

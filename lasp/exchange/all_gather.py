@@ -17,7 +17,7 @@ __all__ = ["all_gather"]
 
 
 def all_gather(
-    chain: ChunkChain, transitions: list[Transition]
+    chain: ChunkChain, transitions: list[Transition], *, overlapped: bool
 ) -> Generator[None, None, list[torch.Tensor | None]]:
     """See `lasp.exchange.start`."""
     if not any(chain.same_document(chunk, chunk + 1) for chunk in range(chain.num_chunks)):

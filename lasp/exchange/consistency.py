@@ -4,7 +4,7 @@ Point-to-point messages carry no type: a sender and a receiver that disagree on 
 order get silent garbage, or hang. So the ranks compare a fingerprint of every call, and if they
 differ all ranks raise a ValueError that says what differs:
 
-    check = start_check(group, call)     # sends eight bytes, waits for nothing
+    check = PendingCheck(group, call)    # sends eight bytes, waits for nothing
     ...                                  # launch work that needs no other rank
     check.wait()                         # raises on all ranks, or on none
 
@@ -37,7 +37,6 @@ __all__ = [
     "PendingCheck",
     "gather_numbers",
     "record_exchange",
-    "start_check",
     "timeout_of",
 ]
 
@@ -67,19 +66,6 @@ class CallSignature(dict):
         self.fingerprint = _fingerprint(None, *self.items())
 
 
-def start_check(
-    group: ProcessGroup, call: dict[str, object], *, problem: str | None = None
-) -> PendingCheck:
-    """Start to compare a call over the ranks of `group`; all of them call this.
-
-    Args:
-        call: what must be equal on all ranks, by name; the values are hashable and are compared by
-            their repr. A `CallSignature` if the call is repeated.
-        problem: an error in this rank's own input, if there is one: then all ranks raise.
-    """
-    return PendingCheck(group, call, problem)
-
-
 def gather_numbers(group: ProcessGroup, number: int) -> tuple[int, ...]:
     """The number that each rank passes, in group order, from host to host: no GPU waits."""
     connections, _ = _connections_of(group)
@@ -104,13 +90,20 @@ def timeout_of(group: ProcessGroup) -> timedelta:
 
 
 class PendingCheck:
-    """A check that has been started.
+    """A started comparison of a call over the ranks of a group; all of them make one.
 
     If `wait` is never called, for example after an exception, the group's next check waits for it:
     the other ranks may be about to explain a difference.
+
+    Args:
+        call: what must be equal on all ranks, by name; the values are hashable and are compared by
+            their repr. A `CallSignature` if the call is repeated.
+        problem: an error in this rank's own input, if there is one: then all ranks raise.
     """
 
-    def __init__(self, group, call, problem):
+    def __init__(
+        self, group: ProcessGroup, call: dict[str, object], problem: str | None = None
+    ) -> None:
         previous = _newest.get(group)
         if previous is not None:
             try:
@@ -129,11 +122,11 @@ class PendingCheck:
         self._exchanges = _exchanges.get(group, 0)
         fingerprint = _signed(fingerprint + self._exchanges * _ODD)
         if self._shared is not None:
-            self._comparison = self._shared.start(fingerprint)
+            self._all_equal = self._shared.start(fingerprint)
         else:
             few = self._connections.size() <= _FEW_RANKS
             comparison = _AllGatherComparison if few else _RoundsComparison
-            self._comparison = comparison(fingerprint, self._connections)
+            self._all_equal = comparison(fingerprint, self._connections).all_equal
         _newest[group] = self
 
     def wait(self) -> None:
@@ -145,7 +138,7 @@ class PendingCheck:
     def _finish(self):
         if self._finished:
             return
-        equal = self._comparison.all_equal()
+        equal = self._all_equal()
         # Not earlier: after an exception in there the comparison is still pending.
         self._finished = True
         if not equal:

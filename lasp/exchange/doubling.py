@@ -19,7 +19,7 @@ __all__ = ["doubling"]
 
 
 def doubling(
-    chain: ChunkChain, transitions: list[Transition]
+    chain: ChunkChain, transitions: list[Transition], *, overlapped: bool
 ) -> Generator[None, None, list[torch.Tensor | None]]:
     """See `lasp.exchange.start`."""
     # `inclusive` holds the transitions of the chunks up to and with each of this rank's,

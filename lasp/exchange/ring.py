@@ -24,7 +24,7 @@ __all__ = ["ring"]
 
 
 def ring(
-    chain: ChunkChain, transitions: list[Transition], *, overlapped: bool = False
+    chain: ChunkChain, transitions: list[Transition], *, overlapped: bool
 ) -> Generator[None, None, list[torch.Tensor | None]]:
     """See `lasp.exchange.start`."""
     buffer = find_buffer(chain.group, transitions[0].local, chain.send_recv_state)
@@ -48,7 +48,7 @@ def _in_memory(
     # that they leave, and takes longer. That pays only under long kernels. A state that is known is
     # sent before they start, because all other ranks wait for it.
     overlapped = overlapped and any(each is not None for each in receiving)
-    with buffer.on_stream():
+    with buffer.on_stream(transitions):
         for chunk, each, state_in in zip(local, transitions, receiving, strict=True):
             receives, goes_on = state_in is not None, chain.same_document(chunk, chunk + 1)
             sends = goes_on and chunk + 1 not in local

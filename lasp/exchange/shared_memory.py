@@ -1,8 +1,8 @@
 """Compares a number over all ranks of one host, in shared memory.
 
     check = join(rank, size, gather, timeout)    # on all ranks; None on all: do without
-    pending = check.start(number)                # writes eight bytes, waits for nothing
-    pending.all_equal()                          # waits until all ranks have started
+    all_equal = check.start(number)              # writes eight bytes, waits for nothing
+    all_equal()                                  # waits until all ranks have started
 
 A message between two processes of one host costs two wake-ups of a thread and the way through TCP;
 a word that the other process is polling costs a microsecond.
@@ -21,9 +21,10 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
-__all__ = ["PendingComparison", "SharedCheck", "host_id", "join"]
+__all__ = ["SharedCheck", "host_id", "join"]
 
 # A rank's words have 128 bytes of their own, since processors fetch cache lines in pairs; those
 # before the first rank's hold the token that identifies the file.
@@ -62,16 +63,18 @@ class SharedCheck:
         self._epoch = 0
         self._closed: str | None = None
 
-    def start(self, number: int) -> PendingComparison:
-        """Start to compare the upper 48 of the 64 bits of a number."""
+    def start(self, number: int) -> Callable[[], bool]:
+        """Start to compare the upper 48 of the 64 bits of a number.
+
+        Returns a function: True if all ranks passed the same; RuntimeError if one does not come.
+        """
         if self._closed is not None:
             raise RuntimeError(self._closed)
         self._epoch = self._epoch % _EPOCHS + 1
         self._words[self._slots[self._epoch % 2][self._rank]] = number & _NUMBER_BITS | self._epoch
-        return PendingComparison(self, self._epoch)
+        return partial(self._all_equal, self._epoch)
 
-    def all_equal(self, epoch: int) -> bool:
-        """True if all ranks wrote the same in this epoch; RuntimeError if one does not come."""
+    def _all_equal(self, epoch):
         words, seen, wait = self._words, set(), None
         for slot in self._slots[epoch % 2]:
             while (word := words[slot]) & _LOW_BITS != epoch:
@@ -107,16 +110,6 @@ class SharedCheck:
         if reasons and hopeless:
             self.close(f"Timed out: {', '.join(reasons)}")
             raise RuntimeError(self._closed)
-
-
-class PendingComparison:
-    """A number that this rank has written, and the others may have."""
-
-    def __init__(self, check: SharedCheck, epoch: int) -> None:
-        self._check, self._epoch = check, epoch
-
-    def all_equal(self) -> bool:
-        return self._check.all_equal(self._epoch)
 
 
 class _Wait:

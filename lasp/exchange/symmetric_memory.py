@@ -185,9 +185,12 @@ class StateBuffer:
         }
 
     @contextlib.contextmanager
-    def on_stream(self):
-        """Run kernels after all that is queued now, beside what will be."""
+    def on_stream(self, transitions: list[Transition]):
+        """Run kernels on `transitions` after all that is queued now, beside what will be."""
         self._caller = torch.cuda.current_stream(self._stream.device)
+        for tensor in {x for each in transitions for x in each} - {None}:
+            # An exchange may be started and, after an exception, never waited for.
+            tensor.record_stream(self._stream)
         self._stream.wait_stream(self._caller)
         with torch.cuda.stream(self._stream):
             yield
@@ -212,9 +215,8 @@ class StateBuffer:
         """
         step, direction = (1, 0) if upward else (-1, 1)
         local = transition.local.contiguous()
-        for tensor in {transition.local, local, transition.factor, state_in} - {None}:
-            # An exchange may be started and, after an exception, never waited for.
-            tensor.record_stream(self._stream)
+        if state_in is not None:
+            state_in.record_stream(self._stream)
         previous, following = self._rank - step, self._rank + step
         self._send_recv_state(
             local,

@@ -52,7 +52,8 @@ def decay_rates(log_decay: torch.Tensor | None) -> tuple[float, ...] | None:
 def compute_once(tensor: torch.Tensor, key: Hashable, compute: Callable[[torch.Tensor], T]) -> T:
     """compute(tensor), remembered on GPUs until the tensor is freed or changed in place.
 
-    What `compute` raises is not remembered.
+    Changes that torch does not count (through .data, or by a collective) are not seen. What
+    `compute` raises is not remembered.
     """
     # Tensors made under inference_mode have no version.
     if not tensor.is_cuda or tensor.is_inference():

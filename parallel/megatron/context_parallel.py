@@ -119,7 +119,11 @@ class BatchSplitter:
         self.cp_group = cores[0].cp_group if cores else get_context_parallel_group()
         if self.layout == "contiguous" and self.cp_group.size() > 1:
             for module in modules:
-                _make_contiguous(module)
+                _check_contiguous(module)
+            for module in modules:
+                rotary = getattr(module, "rotary_pos_emb", None)
+                if isinstance(rotary, RotaryEmbedding):
+                    module.rotary_pos_emb = ContiguousRotaryEmbedding(rotary)
         for core in cores:
             core.layout_confirmed = True
 
@@ -128,8 +132,8 @@ class BatchSplitter:
         return split_batch(batch, self.layout, self.cp_group)
 
 
-def _make_contiguous(module: nn.Module) -> None:
-    """Replace the module's rotary embedding; refuse what supports zigzag only."""
+def _check_contiguous(module: nn.Module) -> None:
+    """Raise ValueError for a module that supports zigzag only."""
     rotary = getattr(module, "rotary_pos_emb", None)
     zigzag_only = None
     if type(module).__name__ == "TEDotProductAttention":
@@ -141,8 +145,6 @@ def _make_contiguous(module: nn.Module) -> None:
             f"the model has a {zigzag_only}, which supports zigzag only, beside layers with "
             "layout='contiguous': use layout='zigzag'."
         )
-    if isinstance(rotary, RotaryEmbedding):
-        module.rotary_pos_emb = ContiguousRotaryEmbedding(rotary)
 
 
 class ContiguousRotaryEmbedding(nn.Module):

@@ -83,6 +83,22 @@ class CachedLaunch:
         return self._kernel[(programs,)](*leading, *tensors, *self._numbers, **self._named)
 
 
+_launches: dict[tuple, CachedLaunch] = {}
+
+
+def cached_launch(
+    kernel: Any, numbers: tuple[int | float, ...], constants: dict, dtype: torch.dtype, **options
+) -> CachedLaunch:
+    """The `CachedLaunch` of these arguments; `dtype`: of the operands, which imply all others.
+
+    Shared by calls that differ in their number of programs only, such as packed documents.
+    """
+    key = (id(kernel), numbers, *constants.items(), dtype, *options.items())
+    if key not in _launches:
+        _launches[key] = CachedLaunch(kernel, numbers, constants, **options)
+    return _launches[key]
+
+
 def _is_watched(kernel: Any) -> bool:
     """True if a profiler or another hook must see the launch."""
     enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook

@@ -24,6 +24,7 @@ from lasp.ops.triton.launcher import (
     CachedLaunch,
     TensorSpec,
     addressable_spec,
+    cached_launch,
     check_operands,
     decay_or_zeros,
     is_addressable,
@@ -206,7 +207,7 @@ def scan_dkdv(
     states = initial_state, segment_states
     options = dict(scale=scale, reverse=True)
     plan = _cached_plan(operands, states, cu_seqlens, state_rows, **options)
-    if plan is None or plan.num_results == 1:
+    if plan is None:
         options |= dict(cu_seqlens=cu_seqlens, state_rows=state_rows)
         names = "initial_state", "segment_states"
         transposed = (None if state is None else state.mT for state in states)
@@ -226,7 +227,6 @@ class ScanPlan(NamedTuple):
 
     Attributes:
         launch, num_programs: the kernel without its tensors, and how many programs run.
-        num_results: y, or dv and dk.
         segments: of the documents; the launch reads segment states if `has_segment`.
         copies: True for each operand that must be copied for the kernel to address it.
         describe: the Hopper scan's descriptors of (operands, results); None: the Triton scan.
@@ -234,7 +234,6 @@ class ScanPlan(NamedTuple):
 
     launch: CachedLaunch
     num_programs: int
-    num_results: int
     segments: Segments
     has_segment: bool
     copies: tuple[bool, ...]
@@ -257,7 +256,7 @@ class ScanPlan(NamedTuple):
 
 
 def _cached_plan(operands, states, cu_seqlens, state_rows, *, scale, reverse) -> ScanPlan | None:
-    """The plan of a scan of a, b, x, or of k, q, do, v for dv and dk; None: nothing to compute."""
+    """The plan of a scan of a, b, x, or of k, q, do, v for dv and dk."""
     specs = tuple(map(spec, operands))
     # The copy engine needs aligned addresses.
     aligned = not any(operand.data_ptr() % COPY_STEP for operand in operands)
@@ -266,7 +265,7 @@ def _cached_plan(operands, states, cu_seqlens, state_rows, *, scale, reverse) ->
     return plan_scan(specs, tuple(map(spec, states)), documents, *key)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=256)
 def plan_scan(
     operands: tuple[TensorSpec, ...],
     states: tuple[TensorSpec | None, ...],
@@ -276,7 +275,7 @@ def plan_scan(
     scale: float,
     reverse: bool,
 ) -> ScanPlan | None:
-    """The plan of a scan; None if there is nothing to compute.
+    """The plan of a scan; None if there is nothing to compute, or no kernel computes dv and dk.
 
     Args:
         operands: a, b, x, or k, q, do, v for dv and dk.
@@ -297,7 +296,10 @@ def plan_scan(
     cu_seqlens, state_rows = documents
     shape = ScanShape(*a_shape, value_dim, cu_seqlens is not None)
     copyable = aligned and all(map(is_copyable, operands))
-    choice = choose_scan(shape, dtype, device, len(operands) - 2, copyable=copyable)
+    num_results = len(operands) - 2
+    choice = choose_scan(shape, dtype, device, num_results, copyable=copyable)
+    if choice.num_results < num_results:
+        return None
     initial, segment = states
     state_shape = (num_heads, key_dim, value_dim)
     divided = SegmentChoice(seq_len)
@@ -318,7 +320,6 @@ def plan_scan(
     return ScanPlan(
         launch,
         num_programs,
-        choice.num_results,
         segments,
         segment is not None,
         copies,
@@ -339,7 +340,7 @@ def _prepare(
     """(number of programs, launch, no descriptors) of the Triton scan."""
     a, b, x = operands[:3]
     initial, segment = states
-    (_, seq_len, num_heads, key_dim), *_ = a
+    (_, seq_len, num_heads, key_dim), _, dtype = a
     value_dim = x[0][-1]
     numbers = (
         *strides(a, (0, 1, 2)),
@@ -367,6 +368,6 @@ def _prepare(
         PRECISION="ieee",
     )
     options = dict(num_warps=tiles.num_warps, num_stages=tiles.num_stages)
-    launch = CachedLaunch(scan_kernel, numbers, constants, **options)
+    launch = cached_launch(scan_kernel, numbers, constants, dtype, **options)
     num_programs = segments.num_segments * num_heads * triton.cdiv(value_dim, tiles.value)
     return num_programs, launch, None

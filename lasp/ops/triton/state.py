@@ -25,6 +25,7 @@ from lasp.ops.triton.launcher import (
     CachedLaunch,
     TensorSpec,
     addressable_spec,
+    cached_launch,
     check_operands,
     decay_or_zeros,
     is_addressable,
@@ -251,7 +252,7 @@ class StatePlan(NamedTuple):
     is_empty: bool
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=256)
 def plan_states(
     k: TensorSpec,
     v: TensorSpec,
@@ -305,7 +306,7 @@ def plan_states(
         PRECISION="ieee",
     )
     options = dict(num_warps=tiles.num_warps, num_stages=tiles.num_stages)
-    launch = CachedLaunch(state_kernel, numbers, constants, **options)
+    launch = cached_launch(state_kernel, numbers, constants, k[2], **options)
     combine = _plan_combine(state, seq_len, segments, reverse=reverse, with_total=with_total)
     return StatePlan(launch, num_segments * num_heads * blocks, *combine, segments, **shapes)
 
@@ -341,4 +342,5 @@ def _plan_combine(
         WITH_TOTAL=with_total,
         NUM_STAGES=COMBINE_STAGES,
     )
-    return CachedLaunch(combine_kernel, numbers, constants, num_warps=COMBINE_WARPS), num_programs
+    options = dict(num_warps=COMBINE_WARPS)
+    return cached_launch(combine_kernel, numbers, constants, torch.float32, **options), num_programs

@@ -1,6 +1,7 @@
 """Ranks that disagree: a ValueError on every rank, and no rank is left waiting."""
 
 import contextlib
+import functools
 import time
 from datetime import timedelta
 
@@ -121,11 +122,11 @@ def compare_by_messages(group, odd, few_ranks):
     """The rank `odd` passes another value."""
     with by_messages(few_ranks):
         for _ in range(3):
-            consistency.start_check(group, {"a": 1}).wait()
+            consistency.PendingCheck(group, {"a": 1}).wait()
         try:
-            consistency.start_check(group, {"a": 2 if dist.get_rank(group) == odd else 1}).wait()
+            consistency.PendingCheck(group, {"a": 2 if dist.get_rank(group) == odd else 1}).wait()
         except ValueError as error:
-            consistency.start_check(group, {"a": 1}).wait()
+            consistency.PendingCheck(group, {"a": 1}).wait()
             return str(error)
 
 
@@ -139,17 +140,18 @@ def test_ranks_of_several_hosts_compare_by_messages(pool, size, few_ranks):
 
 
 def ways(group):
-    """The classes that compare: by messages, and by default."""
+    """Whether shared memory compares: by messages, and by default."""
     with by_messages():
-        checks = [consistency.start_check(group, {"a": 1})]
-    checks.append(consistency.start_check(group, {"a": 1}))
+        checks = [consistency.PendingCheck(group, {"a": 1})]
+    checks.append(consistency.PendingCheck(group, {"a": 1}))
     for check in checks:
         check.wait()
-    return [type(check._comparison).__name__ for check in checks]
+    # A function of the shared memory, or a method of messages.
+    return [isinstance(check._all_equal, functools.partial) for check in checks]
 
 
 def test_ranks_of_one_host_compare_in_shared_memory(pool):
-    assert pool.run(ways, size=3) == [["_AllGatherComparison", "PendingComparison"]] * 3
+    assert pool.run(ways, size=3) == [[False, True]] * 3
 
 
 def order(group, out_of_step):
@@ -176,7 +178,7 @@ def checked_while_busy(group):
     """The check of a call shares no message with what runs on the group meanwhile."""
     rank = dist.get_rank(group)
     token = torch.full((1,), float(rank))
-    check = consistency.start_check(group, {"a": 1})
+    check = consistency.PendingCheck(group, {"a": 1})
     works = []
     if rank == 0:
         works.append(dist.irecv(token, src=dist.get_global_rank(group, 1), group=group))
@@ -199,13 +201,13 @@ def test_a_check_waits_for_nothing_on_the_group(pool, way):
 def one_is_late(group):
     """Seconds that a rank waits for one that never comes, once the group's timeout is a second."""
     fresh = dist.new_group()
-    consistency.start_check(fresh, {"a": 1}).wait()
+    consistency.PendingCheck(fresh, {"a": 1}).wait()
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), fresh)
     began = time.perf_counter()
     if dist.get_rank(group) == 0:
         return None
     with pytest.raises(RuntimeError, match="Timed out"):
-        consistency.start_check(fresh, {"a": 1}).wait()
+        consistency.PendingCheck(fresh, {"a": 1}).wait()
     return time.perf_counter() - began
 
 

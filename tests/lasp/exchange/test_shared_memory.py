@@ -76,7 +76,7 @@ def _work(pipe, store, rank, size, function, args):
 def agrees(group, value):
     """True if the ranks found their values equal."""
     try:
-        consistency.start_check(group, {"a": value}).wait()
+        consistency.PendingCheck(group, {"a": value}).wait()
     except ValueError:
         return False
     return True
@@ -86,7 +86,7 @@ def error_of(group):
     """(the error of a check that fails, after how many seconds)."""
     began = time.perf_counter()
     with pytest.raises(RuntimeError) as caught:
-        consistency.start_check(group, {"a": 1}).wait()
+        consistency.PendingCheck(group, {"a": 1}).wait()
     return str(caught.value), time.perf_counter() - began
 
 
@@ -121,10 +121,10 @@ def past_the_wrap(group, odd):
     shared, rank = consistency._connections[group][2], dist.get_rank(group)
     differed = []
     for n in range(70_000):
-        pending = shared.start(n + 1 << 16 if rank == 1 and n in odd else 0)
+        all_equal = shared.start(n + 1 << 16 if rank == 1 and n in odd else 0)
         if rank == 1 and 65_525 < n < 65_540:
             time.sleep(0.01)
-        if not pending.all_equal():
+        if not all_equal():
             differed.append(n)
     return differed
 
@@ -164,7 +164,7 @@ def not_waited_for(group, late):
     found = []
     for n in range(20):
         if dist.get_rank(group) == 0 and n % 4:
-            consistency.start_check(group, {"a": 0})
+            consistency.PendingCheck(group, {"a": 0})
             continue
         if dist.get_rank(group) == late:
             time.sleep(0.01)
@@ -187,9 +187,9 @@ def difference_not_waited_for(group, by_messages):
     with without if by_messages else nullcontext():
         agrees(group, 0)
     if dist.get_rank(group) == 0:
-        consistency.start_check(group, {"a": 1})
+        consistency.PendingCheck(group, {"a": 1})
     with pytest.raises(ValueError) as caught:
-        consistency.start_check(group, {"a": 2}).wait()
+        consistency.PendingCheck(group, {"a": 2}).wait()
     return str(caught.value), [agrees(group, n) for n in range(5)]
 
 
@@ -207,11 +207,11 @@ def difference_unexplained(group):
     agrees(group, 0)
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), group)
     if dist.get_rank(group) == 0:
-        consistency.start_check(group, {"a": 1})
+        consistency.PendingCheck(group, {"a": 1})
         time.sleep(6)
     else:
         with pytest.raises(RuntimeError):
-            consistency.start_check(group, {"a": 2}).wait()
+            consistency.PendingCheck(group, {"a": 2}).wait()
     return error_of(group)
 
 
@@ -224,14 +224,14 @@ def test_a_difference_that_is_not_explained_ends_the_group(tmp_path):
 
 def in_one_flight(group, odd):
     """Two checks at once: the second waits for the first."""
-    first = consistency.start_check(group, {"a": 0})
-    second = consistency.start_check(group, {"a": 1 if dist.get_rank(group) == odd else 0})
+    first = consistency.PendingCheck(group, {"a": 0})
+    second = consistency.PendingCheck(group, {"a": 1 if dist.get_rank(group) == odd else 0})
     first.wait()
     with pytest.raises(ValueError, match=f"rank {odd}: 1"):
         second.wait()
-    consistency.start_check(group, {"a": 1 if dist.get_rank(group) == odd else 0})
+    consistency.PendingCheck(group, {"a": 1 if dist.get_rank(group) == odd else 0})
     with pytest.raises(ValueError, match=f"the previous call.*rank {odd}: 1"):
-        consistency.start_check(group, {"a": 0})
+        consistency.PendingCheck(group, {"a": 0})
     return agrees(group, 0)
 
 

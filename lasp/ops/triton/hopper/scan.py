@@ -16,7 +16,13 @@ from lasp.ops.triton.launch_config import (
     HOPPER_VALUE_BLOCK,
     HopperTiles,
 )
-from lasp.ops.triton.launcher import CachedLaunch, TensorSpec, contiguous_spec, state_strides
+from lasp.ops.triton.launcher import (
+    CachedLaunch,
+    TensorSpec,
+    cached_launch,
+    contiguous_spec,
+    state_strides,
+)
 from lasp.ops.triton.segments import Segments
 
 
@@ -67,7 +73,7 @@ def prepare(
         HAS_SEGMENT=segment is not None,
         REGISTERS=tiles.registers,
     )
-    launch = CachedLaunch(_gluon(device).kernel, numbers, constants, num_warps=4)
+    launch = cached_launch(_gluon(device).kernel, numbers, constants, dtype, num_warps=4)
     y, z = contiguous_spec(x), contiguous_spec(b) if pair else None
     columns = (tiles.keys, tiles.keys, width, tiles.keys, HOPPER_VALUE_BLOCK, HOPPER_VALUE_BLOCK)
     templates = [
