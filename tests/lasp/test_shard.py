@@ -76,7 +76,7 @@ def test_even_zigzag_is_that_of_softmax_context_parallelism():
 
 
 def test_what_zigzag_cannot_cut():
-    with pytest.raises(ValueError, match="cut of 7 tokens.*even.*Pad"):
+    with pytest.raises(ValueError, match="split of 7 tokens.*even.*Pad"):
         shards.split_lengths(7, 2, "zigzag")
     with pytest.raises(ValueError, match="holds 3 tokens in zigzag"):
         shards.chunk_boundaries((4, 3), "zigzag")

@@ -149,7 +149,7 @@ def missed(group):
     with contextlib.suppress(RuntimeError):
         if rank == 1:
             # As if it had taken part and then raised.
-            with mock.patch.object(consistency, "record_exchange", side_effect=RuntimeError):
+            with mock.patch.object(exchange, "record_exchange", side_effect=RuntimeError):
                 lasp.lightning_attention(q, q, q, None, group=group, exchange="all_gather")
         else:
             lasp.lightning_attention(q, q, q, None, group=group, exchange="all_gather")

@@ -345,11 +345,12 @@ SPILL_LIMIT = {64: 0, 96: 64, 128: 64, 256: 640}
     ("reverse", "packed"), [(False, False), (True, True)], ids=["dense", "reverse, packed"]
 )
 def test_scan_compiles_to_tensor_cores(key_dim, value_dim, reverse, packed, compiled):
-    a = torch.zeros(1, 512, 4, key_dim, dtype=torch.bfloat16)
-    x = torch.zeros(1, 512, 4, value_dim, dtype=torch.bfloat16)
+    H = 16
+    a = torch.zeros(1, 512, H, key_dim, dtype=torch.bfloat16)
+    x = torch.zeros(1, 512, H, value_dim, dtype=torch.bfloat16)
     options = dict(cu_seqlens=(0, 300, 512) if packed else None, reverse=reverse)
-    states = dict(initial_state=torch.zeros(1 + packed, 4, key_dim, value_dim))
-    states["segment_states"] = torch.zeros(3, 4, key_dim, value_dim)
+    states = dict(initial_state=torch.zeros(1 + packed, H, key_dim, value_dim))
+    states["segment_states"] = torch.zeros(3, H, key_dim, value_dim)
     with launch_constants(segment_length=128):
         kernels.scan(a, a, x, None, scale=0.3, **states, **options)
     (kernel,) = compiled
