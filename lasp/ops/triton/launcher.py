@@ -8,6 +8,7 @@ from call to call, so the variant is looked up once per shape and then run direc
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -187,9 +188,12 @@ def strides(spec: TensorSpec, dims: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(stride[dim] if shape[dim] > 1 else 0 for dim in dims)
 
 
-def state_strides(states: TensorSpec | None) -> tuple[int, ...]:
-    """Strides of [S, H, D, E] states for a kernel; zeros where there are none."""
-    return (0,) * 4 if states is None else strides(states, (0, 1, 2, 3))
+def state_numbers(states, scale, segments, seq_len, num_heads) -> tuple[int | float, ...]:
+    """The numbers that both scans take after the strides of their operands: the strides of initial
+    and segment states [S, H, D, E], zeros where there are none, the scale and the segments."""
+    state_strides = ((0,) * 4 if each is None else strides(each, (0, 1, 2, 3)) for each in states)
+    numbers = scale, seq_len, segments.per_row, segments.length, num_heads
+    return (*itertools.chain(*state_strides), *numbers)
 
 
 def decay_or_zeros(

@@ -31,7 +31,7 @@ from lasp.ops.triton.launcher import (
     is_copyable,
     on_device_of,
     spec,
-    state_strides,
+    state_numbers,
     strides,
 )
 from lasp.ops.triton.segments import (
@@ -174,9 +174,9 @@ def scan(
     contiguous, in a's dtype. Raises ValueError for dtypes or head dims that the kernels do not
     support.
     """
-    operands = a, b, x
-    states = initial_state, segment_states
-    plan = _cached_plan(operands, states, cu_seqlens, state_rows, scale=scale, reverse=reverse)
+    operands, states = (a, b, x), (initial_state, segment_states)
+    options = dict(cu_seqlens=cu_seqlens, state_rows=state_rows)
+    plan = _cached_plan(operands, states, scale=scale, reverse=reverse, **options)
     y = torch.empty(x.shape, dtype=a.dtype, device=a.device)
     if plan is not None:
         with on_device_of(a):
@@ -192,28 +192,23 @@ def scan_dkdv(
     do: torch.Tensor,
     log_decay: torch.Tensor | None,
     *,
-    scale: float,
     initial_state: torch.Tensor | None = None,
     segment_states: torch.Tensor | None = None,
-    cu_seqlens: tuple[int, ...] | None = None,
-    state_rows: tuple[int, ...] | None = None,
+    **options,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dk = scan(v, do, q, G^T, reverse) and dv = scan(k, q, do, G, reverse): (dk, dv).
 
     One launch computes both and reads q and do once, if a kernel does that. `initial_state` G and
     `segment_states` are those of dv; other keywords are those of `scan`.
     """
-    operands = k, q, do, v
-    states = initial_state, segment_states
-    options = dict(scale=scale, reverse=True)
-    plan = _cached_plan(operands, states, cu_seqlens, state_rows, **options)
+    operands, states = (k, q, do, v), (initial_state, segment_states)
+    plan = _cached_plan(operands, states, reverse=True, **options)
     if plan is None:
-        options |= dict(cu_seqlens=cu_seqlens, state_rows=state_rows)
         names = "initial_state", "segment_states"
         transposed = (None if state is None else state.mT for state in states)
-        dv = scan(k, q, do, log_decay, **dict(zip(names, states, strict=True)), **options)
-        states = dict(zip(names, transposed, strict=True))
-        return scan(v, do, q, log_decay, **states, **options), dv
+        of_dv, of_dk = (dict(zip(names, each, strict=True)) for each in (states, transposed))
+        dv = scan(k, q, do, log_decay, reverse=True, **of_dv, **options)
+        return scan(v, do, q, log_decay, reverse=True, **of_dk, **options), dv
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     with on_device_of(k):
@@ -255,14 +250,12 @@ class ScanPlan(NamedTuple):
         return (*dv_dk, *others), self.describe(operands, results)
 
 
-def _cached_plan(operands, states, cu_seqlens, state_rows, *, scale, reverse) -> ScanPlan | None:
+def _cached_plan(operands, states, *, scale, reverse, cu_seqlens=None, state_rows=None):
     """The plan of a scan of a, b, x, or of k, q, do, v for dv and dk."""
-    specs = tuple(map(spec, operands))
-    # The copy engine needs aligned addresses.
+    # TMA needs aligned addresses.
     aligned = not any(operand.data_ptr() % COPY_STEP for operand in operands)
-    documents = cu_seqlens, state_rows
-    key = operands[0].device, aligned, float(scale), reverse
-    return plan_scan(specs, tuple(map(spec, states)), documents, *key)
+    key = (cu_seqlens, state_rows), operands[0].device, aligned, float(scale), reverse
+    return plan_scan(tuple(map(spec, operands)), tuple(map(spec, states)), *key)
 
 
 @functools.lru_cache(maxsize=256)
@@ -346,13 +339,7 @@ def _prepare(
         *strides(a, (0, 1, 2)),
         *strides(b, (0, 1, 2)),
         *strides(x, (0, 1, 2)),
-        *state_strides(initial),
-        *state_strides(segment),
-        scale,
-        seq_len,
-        segments.per_row,
-        segments.length,
-        num_heads,
+        *state_numbers(states, scale, segments, seq_len, num_heads),
     )
     constants = dict(
         A=key_dim,

@@ -134,11 +134,7 @@ def divide(
             folded=choice.folded,
             tables=None,
         )
-    assert batch == 1 and cu_seqlens[0] == 0 and cu_seqlens[-1] == seq_len, (
-        batch,
-        seq_len,
-        cu_seqlens,
-    )
+    assert (batch, cu_seqlens[0], cu_seqlens[-1]) == (1, 0, seq_len), (batch, seq_len, cu_seqlens)
     segments: list[tuple[int, ...]] = []
     documents: list[tuple[int, ...]] = []
     rows = states.row_of(len(cu_seqlens) - 1)

@@ -21,7 +21,7 @@ from lasp.ops.triton.launcher import (
     TensorSpec,
     cached_launch,
     contiguous_spec,
-    state_strides,
+    state_numbers,
 )
 from lasp.ops.triton.segments import Segments
 
@@ -48,15 +48,7 @@ def prepare(
     value_dim = x[0][-1]
     # The two warpgroups of a pair hold the same columns, of y and of z.
     width = tiles.blocks * HOPPER_VALUE_BLOCK * (1 if pair else 2)
-    numbers = (
-        *state_strides(initial),
-        *state_strides(segment),
-        scale,
-        seq_len,
-        segments.per_row,
-        segments.length,
-        num_heads,
-    )
+    numbers = state_numbers(states, scale, segments, seq_len, num_heads)
     constants = dict(
         A=key_dim,
         X=value_dim,
