@@ -72,9 +72,9 @@ def scan_kernel(
     m_x = o_x < X
     m_state = m_a[:, None] & m_x[None, :]  # [BA, BX]
 
-    # A head's decay is constant, so its matrix is built once. Chunks lie against the side that the
-    # scan starts from: only the last one met can be short, and no state leaves that one, so these
-    # factors hold for every chunk. Masking comes before exp: no exponent is ever positive.
+    # A head's decay is constant, so its matrix is built once. Chunks are aligned to the start of
+    # the scan, so only the last can be partial, and its outgoing state is not used: these factors
+    # hold for every chunk. Masking comes before exp: no exponent is ever positive.
     b_log_decay = tl.load(p_log_decay + i_h)
     if REVERSE:
         b_distance = o_c[None, :] - o_c[:, None]  # [BC, BC]
@@ -258,7 +258,7 @@ class ScanPlan(NamedTuple):
 def _cached_plan(operands, states, cu_seqlens, state_rows, *, scale, reverse) -> ScanPlan | None:
     """The plan of a scan of a, b, x, or of k, q, do, v for dv and dk."""
     specs = tuple(map(spec, operands))
-    # The copy engine needs aligned addresses.
+    # TMA needs aligned addresses.
     aligned = not any(operand.data_ptr() % COPY_STEP for operand in operands)
     documents = cu_seqlens, state_rows
     key = operands[0].device, aligned, float(scale), reverse
