@@ -22,7 +22,8 @@ train: setup
 	$(BIN)/torchrun --standalone --nproc_per_node 2 launch/train.py \
 	  --job.config_file launch/configs/quickstart.toml
 
-# For whoever edits a kernel: the operator on every backend of this machine against the definition.
+# The operator on every backend of this machine against the definition; run it after editing a
+# kernel.
 check: setup
 	$(BIN)/python -m pytest tests/operator -m 'not slow'
 
