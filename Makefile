@@ -4,6 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# Test processes of pytest-xdist: two, but one where there is a GPU, which they would share.
+WORKERS ?= $(shell command -v nvidia-smi > /dev/null && echo 0 || echo 2)
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
 # One thread per process: the launcher and the tests run several processes on few cores.
 export OMP_NUM_THREADS ?= 1
 
@@ -22,15 +26,16 @@ train: setup
 	$(BIN)/torchrun --standalone --nproc_per_node 2 launch/train.py \
 	  --job.config_file launch/configs/quickstart.toml
 
-# For whoever edits a kernel: the operator on every backend of this machine against the definition.
+# The operator on every backend of this machine against the definition; run it after editing a
+# kernel.
 check: setup
-	$(BIN)/python -m pytest tests/operator -m 'not slow'
+	$(PYTEST) tests/operator -m 'not slow'
 
 test: setup lint
-	$(BIN)/python -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 test-all: setup lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: setup
 	$(BIN)/ruff check .

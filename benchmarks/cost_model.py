@@ -10,11 +10,11 @@ P ranks, a state of S bytes, a link that takes `latency` seconds for an empty me
     | all_gather     | latency + (P-1) S/bandwidth        | latency + (P-1) 2S/bandwidth          |
     | doubling       | ceil(log2 P) (latency + S/bandw.)  | 2 ceil(log2 2P) (latency + S/bandw.)  |
 
-The table gives the time until the last rank has its state. In memory a state moves in small parts,
-which follow each other down the ring.
+The table gives the time until the last rank has its state. In peer memory a state moves in small
+parts, which follow each other down the ring.
 
 A model pays less, with the ring much less: a rank continues as soon as its own state has arrived,
-so the ranks run staggered, and the P - 1 hops are paid once per pass instead of once per layer.
+so the ranks run staggered, and the latency of P - 1 hops is incurred once per pass, not per layer.
 `pipelined` simulates this.
 """
 

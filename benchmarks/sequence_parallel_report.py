@@ -20,7 +20,7 @@ CHARTED = {
     "lasp ring, messages": "ring, messages",
     "lasp all_gather": "all_gather (LASP-2)",
     "lasp doubling": "doubling",
-    "head all-to-all + fla": "heads for tokens, fla",
+    "head all-to-all + fla": "all-to-all (Ulysses), fla",
 }
 # Columns of the table in docs/benchmarks.md, likewise.
 IN_DOCS = {
@@ -29,7 +29,7 @@ IN_DOCS = {
     "lasp all_gather": "all_gather",
     "lasp doubling": "doubling",
     "lasp ring, zigzag": "ring, zigzag",
-    "head all-to-all + fla": "heads for tokens, fla",
+    "head all-to-all + fla": "all-to-all (Ulysses), fla",
 }
 # Published figures, to compare the projection with.
 PUBLISHED = (

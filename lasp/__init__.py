@@ -16,5 +16,5 @@ __all__ = [
     "softmax_attention",
 ]
 
-# The only place: pyproject.toml reads it from here.
+# Single source of the version; pyproject.toml reads it.
 __version__ = "0.2.0.dev0"

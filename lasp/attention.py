@@ -139,7 +139,7 @@ def lightning_attention_step(
 
 
 class _Options(NamedTuple):
-    """The arguments of a call that are no tensors."""
+    """The non-tensor arguments of a call."""
 
     scale: float
     output_final_state: bool

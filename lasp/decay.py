@@ -5,7 +5,7 @@ lambda = exp(log_decay). Published models disagree on the formula; each has its 
 Layers are counted from 0, over the whole model, and heads over all tensor-parallel ranks: build the
 full vector, then slice it.
 
-`Decay` is what the operator asks: the exchange of states sees its factors and nothing else of it.
+`Decay` is the operator's interface to the decay; the exchange sees only its factors.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def minimax(num_heads: int, layer: int, num_layers: int) -> torch.Tensor:
 def ling(num_heads: int, layer: int, num_layers: int) -> torch.Tensor:
     """Log decay of Ling and Ring linear (Bailing) as in their transformers code, [H].
 
-    `tnl` of the layer before, also for the first: the weights were trained with that.
+    The `tnl` formula with layer - 1 (-1 for the first layer), as the released weights were trained.
     """
     _check_layer(layer, num_layers)
     factor = 1.0 - (layer - 1) / max(num_layers - 1, 1) + 1e-5

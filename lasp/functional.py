@@ -12,7 +12,7 @@ Softmax attention (LASP-2H, arXiv 2502.07563), where every earlier key and value
     softmax_fwd   all-gather of keys and values under the attention to local tokens, then the rest
     softmax_bwd   the same again, and the gradients of keys and values back to their ranks
 
-Arithmetic (`lasp.ops`) and communication (`lasp.exchange`) meet here and nowhere else. What
+Only this module combines arithmetic (`lasp.ops`) with communication (`lasp.exchange`). What
 `state_fwd` returns is small; a recomputation that keeps it (`parallel.activation_checkpoint`)
 communicates nothing.
 
@@ -41,7 +41,7 @@ from lasp.partition import (
 
 __all__ = ["attn_bwd", "attn_fwd", "gather_past", "softmax_bwd", "softmax_fwd", "state_fwd"]
 
-# From so many values of k or v on, the scan for dq takes longer than an exchange beside it.
+# At or above this many values of k or v, the scan for dq takes longer than an exchange beside it.
 _LONG_SCAN = 2**25
 
 
@@ -57,7 +57,7 @@ def state_fwd(
     needs_grad: bool,
     context: CPContext,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """The states of a forward: (state_in, segment_states, final_state), each None if not there.
+    """The states of a forward: (state_in, segment_states, final_state), None where absent.
 
     state_in [B or 1 times chunks, H, D, E]: received from earlier ranks, without initial states.
     segment_states: what `attn_fwd` needs of k, v beside it. final_state [N, H, D, E]: after this

@@ -2,7 +2,7 @@
 
 torch's dispatcher costs the host microseconds per call, so a call goes through it only if it must
 (`needs_dispatcher`). Both ways have the same signatures and results, except that an operator
-returns no None: an empty tensor stands for a state that is not there (`present`).
+returns no None: an empty tensor stands for an absent state (`present`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def needs_dispatcher(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
 
 
 def present(x):
-    """x, or None for the empty tensor that stands for a state that is not there.
+    """x, or None for the empty tensor that stands for an absent state.
 
     Only what is saved or returned is converted, not what one operator passes to the next: a graph
     in which `attn_fwd` did not use the results of `state_fwd` would lose the exchange.

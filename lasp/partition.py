@@ -1,8 +1,8 @@
 """How a call's tokens are divided: over ranks into chunks, and on a rank into rows of one state.
 
 A *chunk* is a contiguous range of the sequence on one rank (`lasp.shard`: one per rank, or two in
-zigzag). A *row* is what `lasp.ops` starts from one state: an entry of the batch, or a packed
-document as far as it lies in a chunk.
+zigzag). A *row* is one independent sequence for `lasp.ops`, with one initial state: an entry of the
+batch, or the part of a packed document in a chunk.
 
 `BatchPartition`, `PackedPartition` and `BoundaryPartition` serve linear attention: they map states
 [B, H, D, E] that cross chunks to rows [rows, H, D, E] and back. With `reverse` everything runs from
@@ -60,7 +60,8 @@ class BatchPartition:
         return None
 
     def fold(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens [B, T, ...] as `lasp.ops` takes them."""
+        """Tokens [B, T, ...] as `lasp.ops` takes them: in zigzag [2B, T / 2, ...], each entry of
+        the batch folded into its two chunks."""
         if len(self.chunk_lengths) == 1:
             return x
         return x.unflatten(1, (2, self.chunk_lengths[0])).flatten(0, 1)
@@ -127,9 +128,9 @@ class Span(NamedTuple):
     # True if a document crosses the chunk's left boundary, and its right one.
     continues: bool
     unfinished: bool
-    # The first so many rows end what this rank holds of their document: all of them, or all but
-    # the last if the rank's second chunk continues it, or none of a chunk without tokens that lies
-    # inside a document.
+    # Number of leading rows that are the last part of their document on this rank: all rows, all
+    # but the last if the rank's second chunk continues that document, or none if the chunk has no
+    # tokens and lies inside a document.
     num_final: int
 
 
@@ -233,8 +234,8 @@ class BoundaryPartition(PackedPartition):
     """`PackedPartition` for a call without initial and final states: only the states that cross the
     boundaries of chunks exist, however many documents there are.
 
-    States that leave have a row for each chunk; those that enter one more, of zeros, for all rows
-    that start from nothing.
+    Outgoing states have one row per chunk; incoming states have one extra row of zeros, shared by
+    rows without an initial state.
     """
 
     def state_rows(self, *, entering: bool, reverse: bool) -> tuple[int, ...]:
@@ -328,8 +329,8 @@ def partition_documents(
         stops = [min(x, stop) for x in cu_seqlens[first + 1 : end + 1]] or [stop]
         shift, first_row = rows[-1] - start, len(rows) - 1
         rows += [x + shift for x in stops]
-        # A document that only passes through an empty chunk has no token here that a final state
-        # comes after.
+        # A document that only passes through an empty chunk has no tokens here, so it gets no final
+        # state.
         num_final = 0 if continues and start == stop else end - first
         spans.append(
             Span(first_row, len(rows) - 1, first, end - first, continues, unfinished, num_final)
@@ -416,8 +417,7 @@ class SoftmaxPartition:
 
     @property
     def repeats(self) -> bool:
-        """True if lengths repeat from call to call: those of documents and of a growing past do
-        not."""
+        """True if lengths repeat over calls; False for packed documents or a growing past."""
         return self.boundaries is None and not self.past
 
     @property

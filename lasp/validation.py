@@ -1,4 +1,4 @@
-"""Every argument error of the public functions, in a sentence.
+"""Argument checks of the public functions; each returns an error message.
 
 Only types, shapes, dtypes and devices are checked here. Values (decays, document boundaries) are
 checked inside the operator, where torch.compile does not trace.
@@ -41,7 +41,7 @@ def attention_problem(
     context: CPContext,
     state_name="initial_state",
 ) -> str | None:
-    """The error in the arguments of `lasp.lightning_attention`, in a sentence; None: no error."""
+    """The error in the arguments of `lasp.lightning_attention`; None: no error."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, torch.Tensor):
             return f"{name} is {type(x).__name__}: it must be a tensor."

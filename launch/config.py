@@ -23,7 +23,7 @@ from launch.exit_codes import ConfigError
 
 # Shared by all runs started from one folder.
 STANDARD_LIBRARY_FOLDER = "data/stdlib"
-# Settings of earlier versions: refused with a sentence unless they are off.
+# Settings of earlier versions: rejected with an explanation unless disabled.
 _REMOVED = {
     "activation_checkpoint.offload": (
         "block inputs are no longer kept in host memory; use activation_checkpoint.mode full, or "

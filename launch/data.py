@@ -73,7 +73,7 @@ class IndexedSource:
         self.bytes_per_token = bytes_per_token
         self.num_samples = (len(self._file) - 1) // seq_len
         if self.num_samples < 1:
-            # The validation split is small: long sequences fail here first.
+            # The validation split is small: a seq_len that is too long fails here first.
             spare = ", or --validation.no_enable" if prefix.name == "val" else ""
             raise DataError(
                 f"{self._file.path} has {len(self._file)} tokens: one sequence needs "

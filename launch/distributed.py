@@ -208,7 +208,7 @@ class DistContext:
 def open_dist_context(info: RankInfo, config: Config) -> Iterator[DistContext]:
     """Open the process group and mesh of the job.
 
-    They are closed at the end and after a UserError, which all ranks meet together. Any other
+    They are closed at the end and after a UserError, which every rank raises. Any other
     exception belongs to one rank: the others wait for it in a collective, and closing the group
     would wait for them. So it is printed and the process exits at once; torchrun ends the others.
     """

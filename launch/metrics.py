@@ -64,7 +64,7 @@ def check_packages(config: Config) -> None:
 
 def loss_metrics(loss: float, bytes_per_token: float | None) -> dict[str, float]:
     """Loss in nats per token, perplexity, and bits per byte if the bytes are known."""
-    # exp overflows above 709, and e^50 is as bad a perplexity.
+    # Clamped at e^50: exp overflows above 709.
     metrics = {"loss": loss, "ppl": math.exp(min(loss, 50.0))}
     if bytes_per_token:
         metrics["bpb"] = loss / math.log(2) / bytes_per_token

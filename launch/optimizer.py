@@ -88,7 +88,7 @@ def load_optimizer_tensors(
             if state == "step":
                 states[state] = stored[()].to(parameter.device, copy=True)
                 continue
-            # Sharded as the weight is, whoever wrote it.
+            # Sharded like the weight, regardless of which rank saved it.
             states[state] = torch.empty_like(parameter, dtype=stored.dtype)
             _fill(states[state], stored)
         optimizer.state[parameter] = states

@@ -164,7 +164,7 @@ def loss_inputs(state: TrainState, batch: Batch) -> tuple:
 def validate(state: TrainState) -> float:
     """Loss in nats per token over the first samples of the validation split."""
     ctx = state.ctx
-    # Read before the first forward: a rank that finds bad data must not leave others in a ring.
+    # Read before the first forward: a rank with bad data fails before others block in the ring.
     batches = ctx.all_or_raise(lambda: list(_validation_batches(state)))
     with eagerly(state.model.blocks):
         loss_sum = sum(

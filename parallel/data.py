@@ -1,8 +1,8 @@
 """Data parallelism: gradients summed over data-parallel and cp ranks; weights full or sharded.
 
 The loss of a rank is the sum over its tokens divided by the valid tokens of the whole job, so the
-gradient of the job is the SUM over ranks. DDP and FSDP would divide by the number of ranks; both
-are told not to.
+gradient of the job is the SUM over ranks. DDP and FSDP would divide by the number of ranks; that
+averaging is disabled in both.
 
 The rows of the LASP paper's table (arXiv 2404.02882) and the settings for them. "rs" is
 `parallelism.fsdp_reshard_after_forward`, "every" `parallelism.fsdp_reduce_every_micro_batch`:

@@ -1,4 +1,4 @@
-"""Which module may import which: each room keeps to its own business."""
+"""Which module may import which."""
 
 import ast
 import graphlib

@@ -1,4 +1,4 @@
-"""How a state crosses ranks. Communication only: this package knows no attention and no decay.
+"""How a state crosses ranks. This package does not depend on attention or decay.
 
 The ranks compute an exclusive scan of affine maps over the chunks of the sequence (`lasp.shard`:
 one per rank, or two in zigzag). Chunk i turns the state that enters it into the state that enters
@@ -17,12 +17,12 @@ reverse order. Every exchange is started, lets other work run, and is waited for
 Shards may be uneven or empty: an empty one has factor 1 and local 0. States travel in float32.
 Where documents are packed, a state crosses a boundary only inside a document.
 
-Which method: the ring. A rank goes on as soon as its own state has arrived, so the ranks of a ring
-work staggered and its P - 1 hops are paid once per pass; and GPUs of one host pass a state on in
-memory (`lasp.exchange.symmetric_memory`), which no other method does. Where they cannot, and
-something synchronises the ranks between layers, `all_gather` (one collective) is faster on few
-ranks and `doubling` on many; "auto" chooses so. benchmarks/sequence_parallel.py measures,
-benchmarks/cost_model.py predicts.
+Prefer the ring. Ranks run staggered, because a rank continues as soon as its own state has arrived,
+so the latency of P - 1 hops is incurred once per pass, not per layer. It is also the only method
+in which GPUs of one host pass the state on in peer memory (`lasp.exchange.symmetric_memory`). Where
+they cannot, and something synchronises the ranks between layers, `all_gather` (one collective) is
+faster on few ranks and `doubling` on many; "auto" chooses accordingly.
+benchmarks/sequence_parallel.py measures the methods, benchmarks/cost_model.py predicts their times.
 
 A method is a generator: it starts what it can, yields where it would first wait, and returns the
 states that enter this rank's chunks.

@@ -37,9 +37,9 @@ def send(message: torch.Tensor, rank: int, group: ProcessGroup) -> dist.Work | N
     if not message.is_cuda:
         # Gloo reads the message until the send is done.
         return work
-    # Holds this rank's stream, not its host. NCCL sends by a kernel, which would else wait until
-    # the next kernels of this rank leave it a multiprocessor. A state fits into NCCL's buffers, so
-    # the send does not wait for the next rank.
+    # Blocks the stream, not the host. Otherwise the NCCL send kernel may find no free
+    # multiprocessor until later kernels finish. A state fits into NCCL's buffers, so the send does
+    # not wait for the next rank.
     work.wait()
     return None
 

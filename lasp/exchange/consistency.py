@@ -40,9 +40,9 @@ __all__ = [
     "timeout_of",
 ]
 
-# The explanation of a difference has one size, whatever differs: so many texts of so many bytes.
+# Mismatch reports have a fixed size: _TEXTS strings of _TEXT_BYTES bytes.
 _TEXTS, _TEXT_BYTES = 11, 256
-# From so many ranks on, rounds of messages cost less than an all-gather.
+# Above this many ranks, rounds of messages cost less than an all-gather.
 _FEW_RANKS = 16
 # Spreads a small number over all bits.
 _ODD = 0x9E3779B97F4A7C15
@@ -110,7 +110,7 @@ class PendingCheck:
                 previous._finish()
             except ValueError as error:
                 raise ValueError(
-                    f"in the previous call, which this rank left early: {error}"
+                    f"the previous call, which this rank did not finish, failed: {error}"
                 ) from None
         self._finished = False
         self._connections, self._shared = _connections_of(group)
@@ -150,7 +150,7 @@ class PendingCheck:
         try:
             gathered = _gather_texts(texts, self._connections)
         except RuntimeError as error:
-            # A rank that comes later would mistake the next call for this one.
+            # A late rank would confuse the next call with this one.
             if self._shared is not None:
                 self._shared.close("the ranks of the group disagreed, and not all said on what")
             if self._problem is not None:
@@ -192,9 +192,11 @@ class _AllGatherComparison:
 
 
 class _RoundsComparison:
-    """The same for many ranks, in log2 P rounds: in round i a rank sends to the one 2^i places on
-    the greatest and the least number of the 2^i ranks up to itself. Only the first round is started
-    at once."""
+    """The same for many ranks, in log2 P rounds of messages.
+
+    In round i, rank r sends rank (r + 2^i) mod P the maximum and minimum over the 2^i ranks that
+    end at r. Only the first round is started at once.
+    """
 
     def __init__(self, number, connections):
         self._connections, self._distance = connections, 1
@@ -237,9 +239,9 @@ def _connections_of(group):
     """(connections, shared memory or None) of the group, made by all ranks at its first check."""
     connections, backend, shared = _connections.get(group, (None, None, None))
     if connections is None:
-        # Not `new_group`: all ranks of the job would have to call that, and here are only those of
-        # `group`. (Its use_local_synchronization names groups by how many a rank knows, and ranks
-        # may know different numbers.)
+        # Not `new_group`: all ranks of the job would have to call that, but only the ranks of
+        # `group` are here. (Its use_local_synchronization names groups by how many a rank knows,
+        # and ranks may know different numbers.)
         store = dist.PrefixStore(
             "lasp.consistency", distributed_c10d._get_process_group_store(group)
         )
@@ -268,7 +270,7 @@ def _all_gather(message, connections):
 
 
 def _gather_texts(texts, connections):
-    """Each rank's texts, truncated to one size, which is equal on all ranks whatever differs."""
+    """Each rank's texts, in messages of a fixed size; longer texts are truncated."""
     assert len(texts) <= _TEXTS, len(texts)
     texts = texts + [""] * (_TEXTS - len(texts))
     rows = [text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0") for text in texts]

@@ -23,7 +23,7 @@ def doubling(
 ) -> Generator[None, None, list[torch.Tensor | None]]:
     """See `lasp.exchange.start`."""
     # `inclusive` holds the transitions of the chunks up to and with each of this rank's,
-    # `exclusive` those of the chunks before it, both as far back as the rounds so far have come.
+    # `exclusive` those of the chunks before it, both covering the chunks combined so far.
     inclusive = [each.pack() for each in transitions]
     exclusive: list[torch.Tensor | None] = [None] * len(transitions)
     distance = 1

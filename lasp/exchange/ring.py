@@ -2,10 +2,10 @@
 
 A rank receives one state, adds its own and sends one on: P - 1 hops one after another, one state
 sent per rank whatever the length of the sequence, and memory for one received state. In zigzag the
-state goes up the ranks and comes down again: two of each per rank, 2P - 2 hops. A rank whose decay
-leaves nothing of an incoming state sends before it has received; if all ranks do, it is one hop.
+state visits ranks 0 ... P-1, then P-1 ... 0: two of each per rank, 2P - 2 hops. If decay reduces
+the incoming state to zero, the rank sends before receiving; if all ranks do, it is one hop.
 
-GPUs that reach each other's memory pass the state on by a kernel
+GPUs that can access each other's memory (peer memory) pass the state on by a kernel
 (`lasp.exchange.symmetric_memory`), others by messages of the process group.
 """
 
@@ -44,9 +44,9 @@ def _in_memory(
         else None
         for chunk, each in zip(local, transitions, strict=True)
     ]
-    # A kernel that waits for other ranks beside the caller's kernels gets the few multiprocessors
-    # that they leave, and takes longer. That pays only under long kernels. A state that is known is
-    # sent before they start, because all other ranks wait for it.
+    # A waiting kernel beside others gets few multiprocessors and is slower, so overlap only with
+    # long kernels. A state that is already known is sent before they start, because all other ranks
+    # wait for it.
     overlapped = overlapped and any(each is not None for each in receiving)
     with buffer.on_stream(transitions):
         for chunk, each, state_in in zip(local, transitions, receiving, strict=True):
@@ -82,8 +82,8 @@ def _goes_up(chain: ChunkChain, chunk: int) -> bool:
 
 
 def _by_messages(chain: ChunkChain, transitions: list[Transition]):
-    # All ranks post their messages in the order of the chunks that send them. So they never wait
-    # for each other in a circle, even if a backend runs the messages of a rank one by one.
+    # All ranks post their messages in the order of the chunks that send them: this avoids a
+    # circular wait, even if a backend runs the messages of a rank one by one.
     states_in, receiving, sending = [], [], []
     state = None
     for chunk, each in zip(chain.local_chunks, transitions, strict=True):

@@ -37,8 +37,8 @@ _LOW_BITS, _EPOCHS = 0xFFFF, 0xFFFE
 _NUMBER_BITS = 0xFFFF_FFFF_FFFF_0000
 # Words of no epoch.
 _JOINED, _CLOSED = 0x10000, 0xFFFF
-# Seconds of waiting after which a rank yields its processor between two looks at the words, and
-# sleeps between them; seconds between two looks at the clock; the longest sleep.
+# Polling back-off, in seconds: sched_yield between polls after _YIELD, sleep between them after
+# _SLEEP (at most _LONGEST at a time), check the timeout every _LOOK.
 _YIELD, _SLEEP, _LOOK, _LONGEST = 20e-6, 500e-6, 0.1, 1e-3
 
 
@@ -82,7 +82,7 @@ class SharedCheck:
                     raise RuntimeError(self._closed)
                 wait = wait or _Wait()
                 if wait.pause():
-                    self._raise_if_hopeless(epoch, wait.seconds)
+                    self._raise_if_timed_out(epoch, wait.seconds)
             seen.add(word)
         return len(seen) == 1
 
@@ -95,8 +95,8 @@ class SharedCheck:
         for slots in self._slots:
             self._words[slots[self._rank]] = _CLOSED
 
-    def _raise_if_hopeless(self, epoch, seconds):
-        """Raise if the time is over, or a rank has closed its words."""
+    def _raise_if_timed_out(self, epoch, seconds):
+        """Raise if the wait has timed out, or a rank has closed its words."""
         hopeless = seconds > self._timeout().total_seconds()
         reasons = []
         for rank, slot in enumerate(self._slots[epoch % 2]):
@@ -119,7 +119,7 @@ class _Wait:
         self._started, self.seconds, self._look = time.perf_counter(), 0.0, _LOOK
 
     def pause(self) -> bool:
-        """True if it is time to look at the clock."""
+        """True if it is time to check the timeout."""
         self.seconds = time.perf_counter() - self._started
         if self.seconds > _SLEEP:
             # This makes a wait at most 1/32 longer.

@@ -1,4 +1,4 @@
-"""Buffers in symmetric memory: ranks of one host write states into each other's GPUs.
+"""Buffers in peer memory: ranks of one host write states into each other's GPUs.
 
 Between such ranks a state goes without NCCL, by a kernel (`lasp.ops.send_recv_state`): a few
 microseconds per hop instead of twenty, over NVLink or PCIe. Every rank of a group has a buffer: for
@@ -31,12 +31,12 @@ __all__ = ["StateBuffer", "find_buffer"]
 # Floats of the smallest buffer: it fills whole lines of 128 bytes, as all larger ones do.
 _MIN_CAPACITY = 16
 
-# A group's buffers by device and capacity, None where one could not be made; None in place of all:
-# the group has to send messages.
+# A group's buffers by device and capacity, None where one could not be made. A None value in place
+# of the dictionary means that the group must use messages.
 _buffers: WeakKeyDictionary[ProcessGroup, dict[tuple, StateBuffer | None] | None]
 _buffers = WeakKeyDictionary()
-# Rendezvous of this process so far. torch numbers them over all groups, and a rank waits in vain
-# for another whose number differs.
+# Rendezvous count of this process. torch numbers them over all groups; ranks with different counts
+# would wait for each other forever.
 _rendezvous = 0
 
 
@@ -122,7 +122,7 @@ def _share_a_host(group: ProcessGroup, device: torch.device) -> bool:
     if min(hosts) < 0 or len(set(hosts)) > 1:
         return False
     devices = consistency.gather_numbers(group, device.index)
-    # Processes that see one GPU each all call it 0, and cannot name the others'.
+    # With one visible GPU per process, every device index is 0 and other GPUs cannot be named.
     reached = len(set(devices)) == len(devices) and all(
         other == device.index
         or (
@@ -151,13 +151,13 @@ class StateBuffer:
         self._capacity, self._send_recv_state = capacity, send_recv_state
         # Two directions, each a buffer and its counters, on whole lines of 128 bytes.
         self._size = capacity + (capacity // 1024 + 3 + 31) // 32 * 16
-        # High priority: its kernels go before those that hide the exchange.
+        # High priority, so that its kernels are scheduled before the compute they overlap with.
         self._stream = torch.cuda.Stream(device, priority=-1)
         options = dict(dtype=torch.int64, device=device)
         try:
             self._memory = symmetric_memory.empty(2 * self._size, **options)
         except RuntimeError:
-            # It does not come from torch's cache, which may hold what is free.
+            # This bypasses torch's caching allocator, which may hold the free memory.
             torch.cuda.empty_cache()
             self._memory = symmetric_memory.empty(2 * self._size, **options)
         self._memory.zero_()

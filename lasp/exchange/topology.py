@@ -22,7 +22,7 @@ class Transition(NamedTuple):
     Attributes:
         local: [B, H, D, E], the state that the chunk's own tokens add up to.
         factor: [H, 1, 1] (or any shape that broadcasts to `local`, the same on all ranks). None:
-            zero for all heads, so that the outgoing state is known before anything has come in.
+            zero for all heads, so the outgoing state is known before the incoming state arrives.
     """
 
     local: torch.Tensor
@@ -62,8 +62,8 @@ class ChunkChain:
         boundary_documents: for each boundary between chunks, the outer ones included, the document
             that runs across it or None; in sequence order. None in place of the tuple: one sequence
             runs through all chunks.
-        send_recv_state: `lasp.ops.send_recv_state`, which passes a state on in memory that ranks
-            share; None: states go by messages.
+        send_recv_state: `lasp.ops.send_recv_state`, which passes a state on in peer memory; None:
+            states go by messages.
         num_ranks, num_chunks: numbers of ranks and of chunks.
         local_chunks: this rank's chunks in scan order: 0 is the first of the scan.
     """

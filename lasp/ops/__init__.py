@@ -37,7 +37,7 @@ def segment_states_shape(k, v, cu_seqlens) -> tuple[int, ...]:
 
 
 def send_recv_state(*args, **options):
-    """Pass a state on through memory, on GPUs; see `lasp.ops.triton.send_recv_state`."""
+    """Pass a state on in peer memory, on GPUs; see `lasp.ops.triton.send_recv_state`."""
     _triton().send_recv_state(*args, **options)
 
 

@@ -1,4 +1,4 @@
-"""Lightning attention in chunked plain torch: the CPU backend, and the kernels explained.
+"""CPU backend in chunked plain torch; it also documents the kernels' algorithm.
 
 Within a chunk of C tokens attention is a masked C x C product; between chunks only the state
 is passed on (Lightning Attention-2, arXiv 2401.04658, algorithms 1 and 2). One function, `scan`, is
@@ -54,7 +54,7 @@ def chunk_states(
     scale: float = 1.0,
     with_total: bool = True,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The state that the tokens of each document add up to, [N, H, D, E].
+    """The local state of each document, from its own tokens alone, [N, H, D, E].
 
     Forward: sum_j lambda^(n-1-j) k_j v_j^T over a document of n tokens. Reverse (with q for k and
     do for v): sum_i scale * lambda^(i+1) k_i v_i^T, the gradient of the state that enters it.

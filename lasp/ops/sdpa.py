@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend
 __all__ = ["ScoreBlock", "attn_bwd", "attn_fwd"]
 
 _aten = torch.ops.aten
-# Queries merged at a time: bounds what exists in float32.
+# Queries merged at a time: limits float32 temporaries.
 _MERGE_BLOCK = 16384
 # GPU kernels need head sizes that are multiples of 16 bytes.
 _HEAD_MULTIPLE = 8
@@ -206,7 +206,7 @@ def _backend(q, k, v, causal, repeats) -> str:
     if choice == SDPBackend.CUDNN_ATTENTION.value:
         # It builds a plan for every new length, in about 30 ms; its backward takes smaller heads.
         return "cudnn" if repeats and q.shape[-1] <= 128 else "flash"
-    # Where torch would write the scores to memory, this takes the kernel that does not.
+    # Where torch would choose the math backend, use memory-efficient attention.
     return "flash" if choice == SDPBackend.FLASH_ATTENTION.value else "efficient"
 
 

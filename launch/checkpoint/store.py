@@ -1,4 +1,4 @@
-"""Checkpoints on disk: complete, or not there.
+"""Atomic checkpoints on disk.
 
 A checkpoint is a folder `step-00000100`. It appears by one rename of a staging folder, after every
 byte and the manifest with its hashes are on disk, and is never written to again. Tensors are
@@ -31,7 +31,7 @@ from launch.exit_codes import CheckpointError
 
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 _TENSOR_FILE = re.compile(r"(model|optimizer)(?:-\d{5}-of-(\d{5}))?\.safetensors")
-# What a process leaves behind that is killed while it saves or removes; the number is its own.
+# Leftovers of a process that was killed while saving or removing; the number is its process id.
 _LEFTOVER = re.compile(r"\.(?:staging|removed)-step-\d{8}-(\d+)")
 _FORMAT = 1
 # A manifest is a few lines; a huge file is something else.
@@ -237,7 +237,7 @@ class CheckpointStore:
         return True
 
     def _remove_leftovers(self) -> None:
-        """Remove what a process left that was killed while it saved or removed a checkpoint."""
+        """Remove the leftovers of processes that were killed while saving or removing."""
         for path in self.folder.glob(".*-step-*"):
             match = _LEFTOVER.fullmatch(path.name)
             if match and not _is_running(int(match[1])):

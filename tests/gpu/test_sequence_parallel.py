@@ -77,7 +77,7 @@ def test_the_ring_of_all_gpus(everyone, layout, pool_of):
 
 
 def delayed_bits(group, layout, trials):
-    """Whether all trials give the same bits, host and GPU late at random; and was it in memory."""
+    """Whether all trials give the same bits, host and GPU late at random; and if by peer memory."""
     rank, cuda = dist.get_rank(group), torch.device("cuda")
     q, k, v, _, _ = (
         None if x is None else x.to(cuda)

@@ -27,18 +27,19 @@ MAX_CHUNK = 64
 # in 64; with 256 keys 0.779 in 8, 0.776 in 16, 0.789 in 32.
 RESIDENT_PROGRAMS = 264
 MULTIPROCESSORS = 132
-# From so many values of q, k or v on, one more launch costs less than a launch that does more: one
-# kernel combines the states of segments, and the Hopper scan is worth its slower launch. Forward
-# and backward on an H200, above and below it: 0.046 and 0.094 ms at (1, 4096, 16, 128), else 0.053
-# and 0.126; 0.057 and 0.133 at (1, 2048, 16, 256), else 0.096 and 0.255. At half of that the host
-# is slower than the GPU in any case, and a call without the Hopper scan costs it 20 us less.
+# At or above this many values of q, k or v, one more launch costs less than a launch that does
+# more: one kernel combines the states of segments, and the Hopper scan is worth its slower launch.
+# Forward and backward on an H200, chosen as above and as below it: 0.046 and 0.094 ms against 0.053
+# and 0.126 at (1, 4096, 16, 128); 0.057 and 0.133 against 0.096 and 0.255 at (1, 2048, 16, 256). At
+# half that size the call is host-bound either way, and costs the host 20 us less without the Hopper
+# scan.
 LARGE_VALUES = 2**23
 # Shorter segments would move more bytes of states than of tokens.
 MIN_SEGMENT = 256
 # Documents differ in length: shorter segments balance the load of the multiprocessors.
 PACKED_SPLIT = 4
-# Below LARGE_VALUES, and with at most so many boundaries per document, the scan sums the states of
-# earlier segments itself, from L2.
+# Below LARGE_VALUES, and with at most this many boundaries per document, the scan sums the states
+# of earlier segments itself, from L2 (`SegmentChoice.folded`).
 MAX_FOLD = 15
 
 
@@ -98,7 +99,8 @@ LRPE_MAX_ROWS = 128
 # state makes 64 chunks.
 SEND_CHUNK = 4096
 SEND_WARPS = 8
-# Such programs hold multiprocessors while they wait: few of them where other kernels run meanwhile.
+# Such programs hold multiprocessors while they wait, so few are used when they overlap with other
+# kernels.
 SEND_PROGRAMS, SEND_PROGRAMS_OVERLAPPED = 64, 16
 
 # The Hopper scan: tokens per chunk, columns of a block of the state and of one copy of y, buffers.
@@ -106,7 +108,7 @@ HOPPER_CHUNK = 64
 HOPPER_VALUE_BLOCK = 64
 # A third is no faster at (1, 131072, 16, 128): 0.525 ms against 0.519.
 HOPPER_STAGES = 2
-# What the copy engine can address: 16-byte steps below 2**40 bytes and 32-bit coordinates.
+# What the TMA unit can address: 16-byte steps below 2**40 bytes and 32-bit coordinates.
 COPY_STEP = 16
 MAX_COPY_STRIDE = 2**40
 MAX_COPY_TOKENS = 2**31 - 2 * HOPPER_CHUNK
@@ -146,7 +148,7 @@ class ScanShape(NamedTuple):
 
     @property
     def is_large(self) -> bool:
-        """True if a call waits for the GPU and not for the host."""
+        """True if a call is bound by the GPU, not by the host."""
         rows = self.batch * self.seq_len * self.num_heads
         return rows * max(self.key_dim, self.value_dim) >= LARGE_VALUES
 
@@ -170,7 +172,7 @@ def choose_segments(shape: ScanShape) -> SegmentChoice:
     length = segment_length(shape)
     boundaries = (shape.seq_len - 1) // length if shape.seq_len else 0
     folded = not (shape.packed or shape.is_large) and 2 <= boundaries <= MAX_FOLD
-    # Each boundary has a whole segment of its own before it, so packing documents adds none.
+    # Each boundary follows a full-length segment, so packing documents adds none.
     return SegmentChoice(length, boundaries * shape.batch, folded)
 
 
@@ -184,7 +186,7 @@ def segment_length(shape: ScanShape) -> int:
     if shape.packed:
         segments *= PACKED_SPLIT
     length = -(-shape.seq_len // segments)
-    # Whole chunks, so that only the last segment has a short one.
+    # Whole chunks, so that only the last segment has a partial one.
     length = -(-length // MAX_CHUNK) * MAX_CHUNK
     return min(max(length, MIN_SEGMENT), max(shape.seq_len, 1))
 
@@ -201,7 +203,7 @@ def choose_scan(
     """The kernel that scans operands of this shape, dtype and device.
 
     num_results: 1 for y, 2 for dv and dk; only the Hopper scan computes both in a launch.
-    copyable: False if Hopper's copy engine cannot fetch the operands (`launcher.is_copyable`).
+    copyable: False if Hopper's TMA unit cannot fetch the operands (`launcher.is_copyable`).
     """
     segments = choose_segments(shape)
     if copyable and _hopper_is_faster(shape, dtype, num_results) and has_gluon(device):

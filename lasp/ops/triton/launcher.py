@@ -164,7 +164,7 @@ def contiguous_spec(tensor: TensorSpec) -> TensorSpec:
 
 
 def is_copyable(operand: TensorSpec) -> bool:
-    """True if Hopper's copy engine can fetch tiles of an operand [B, T, H, X]."""
+    """True if Hopper's TMA unit can fetch tiles of an operand [B, T, H, X]."""
     shape, strides, dtype = operand
     size = dtype.itemsize
     return (

@@ -72,9 +72,9 @@ def scan_kernel(
     m_x = o_x < X
     m_state = m_a[:, None] & m_x[None, :]  # [BA, BX]
 
-    # A head's decay is constant, so its matrix is built once. Chunks lie against the side that the
-    # scan starts from: only the last one met can be short, and no state leaves that one, so these
-    # factors hold for every chunk. Masking comes before exp: no exponent is ever positive.
+    # A head's decay is constant, so its matrix is built once. Chunks are aligned to the start of
+    # the scan, so only the last can be partial, and its outgoing state is not used: these factors
+    # hold for every chunk. Masking comes before exp: no exponent is ever positive.
     b_log_decay = tl.load(p_log_decay + i_h)
     if REVERSE:
         b_distance = o_c[None, :] - o_c[:, None]  # [BC, BC]

@@ -22,8 +22,9 @@ class SegmentChoice(NamedTuple):
         length: tokens per segment.
         num_boundaries: rows of the segment states, one per boundary between two segments of a
             document (packed: at most so many are used). 0: a scan needs no chunk states.
-        folded: segment states hold what one segment adds and the scan sums them; else they hold
-            all that crosses the boundary.
+        folded: the sum over earlier segments is folded into the scan: a segment state holds what
+            one segment adds. Else a kernel sums them first, and it holds all that crosses the
+            boundary.
     """
 
     length: int
@@ -32,7 +33,7 @@ class SegmentChoice(NamedTuple):
 
 
 class DocumentStates(NamedTuple):
-    """Which packed documents have an initial state, or have their total computed.
+    """Which packed documents have an initial state, or have their local state computed.
 
     Attributes:
         documents: row i of the states is that of documents[i]; None: row n of document n.
@@ -68,13 +69,14 @@ class Segments:
     segment, the longest first: programs start in this order, and the short ones fill what the long
     ones leave. Then one row (first boundary, boundaries, tokens in the last segment, state, 0) per
     document, the combined ones first. A document always has a segment, an empty document one
-    without tokens. `state` is the document's row among `num_states` initial states or totals; -1:
-    it has none.
+    without tokens. `state` is the document's row among `num_states` initial or local states; -1: it
+    has none.
 
     Segment states have a row for every boundary between two segments of a document,
     `num_boundaries` or fewer in all. It holds what one segment adds, and the scan sums these, if
-    `folded`; else all that crosses the boundary. The combine kernel computes that, and totals, for
-    `num_combined` documents: if packed, for those with more than one boundary or a total.
+    `folded`; else all that crosses the boundary. The combine kernel computes that, and local
+    states, for `num_combined` documents: if packed, for those with more than one boundary or a
+    local state.
     """
 
     num_documents: int

@@ -1,7 +1,7 @@
 """Receive a state from the previous rank, add this rank's own, send the sum to the following rank.
 
-The neighbours' memory is mapped here, and NVLink carries what is written there. A state goes in
-packets of eight bytes: a float32 and the number of the exchange, which tells the reader that the
+The neighbours' memory is mapped here (peer memory); NVLink or PCIe carries the writes. A state goes
+in packets of eight bytes: a float32 and the number of the exchange, which tells the reader that the
 value has arrived. So no fence separates a value from its flag, a chunk is sent on while the next
 ones are still arriving, and a hop costs a few microseconds (NCCL's low-latency protocol does the
 same). The host never waits.
@@ -158,8 +158,8 @@ def send_recv_state(
             previous None: nothing is received; following None: nothing is sent.
         overlapped: run beside other kernels, on few multiprocessors. Programs hold theirs while
             they wait.
-        limit_seconds: a neighbour that takes longer is taken for dead. The kernel then traps, which
-            ends this process with a CUDA error at its next call; else it would spin endlessly.
+        limit_seconds: timeout of the wait for a neighbour; the kernel then traps, which ends this
+            process with a CUDA error at its next call, instead of spinning forever.
     """
     batch, num_heads, D, E = local.shape
     n, chunks = local.numel(), triton.cdiv(local.numel(), SEND_CHUNK)

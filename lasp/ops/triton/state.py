@@ -1,4 +1,4 @@
-"""The states that enter every segment, and every document's whole state.
+"""The states that enter every segment, and every document's local state.
 
 The state kernel sums decayed k v^T over each segment; the combine kernel turns these sums into the
 states that cross the boundaries.
@@ -57,7 +57,8 @@ def state_kernel(
         # If only the states between segments are needed, those that end a row are not computed.
         skipped = segments_per_row - segments_run if REVERSE else 0
         i_s = i_s // segments_run * segments_per_row + i_s % segments_run + skipped
-    # Seen from the other side: the tokens beyond the segment, and the boundary its state leaves by.
+    # Called with the opposite direction, to get the tokens after the segment and the outgoing
+    # boundary.
     i_n, i_b, start, count, beyond, i_boundary = locate_segment(
         p_table, i_s, T, segments_per_row, segment_length, PACKED, not REVERSE
     )
@@ -68,8 +69,8 @@ def state_kernel(
     m_d = o_d < D
     m_e = o_e < E
     b_log_decay = tl.load(p_log_decay + i_h)
-    # The short chunk is the first one met, where the state is still zero, and lies against the side
-    # that exponents are measured from: the factors are the same for every chunk, tails included.
+    # The partial chunk comes first, while the state is zero, and is aligned so that all chunks
+    # share the same weights.
     if REVERSE:
         b_weight = tl.exp(b_log_decay * o_c)  # [BC]
     else:
@@ -189,19 +190,19 @@ def chunk_states(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """States of k [B, T, H, D] and v [B, T, H, E], from zero at the start of every document.
 
-    Returns (segment_states [S, H, D, E], total [N, H, D, E]), both float32. With
-    l = exp(log_decay) and a document of n tokens, the total, its local state, is
+    Returns (segment_states [S, H, D, E], local_state [N, H, D, E]), both float32. With
+    l = exp(log_decay) and a document of n tokens, its local state is
 
         forward: sum_j l^(n-1-j) k_j v_j^T          (`scale` is not used)
         reverse: sum_i scale * l^(i+1) k_i v_i^T    (k=q, v=do: the gradient of the initial state)
 
     The segment states are what `scan` needs of the segments before each (reverse: after each), in
-    a form that it knows. `with_total=False` saves the work of the total, which is then None; with
-    `state_rows` it is that of these packed documents alone, in this order. S depends on shapes
-    alone, so packed documents may leave some rows unused; if every document is sure to be one
-    segment, they are None: `scan` needs none. Shapes fix the order of every sum: the same inputs
-    give the same bits. `cu_seqlens` packs documents (0, ..., T) into a batch of one. Raises
-    ValueError for dtypes or head dims that the kernels do not support.
+    the form that `SegmentChoice.folded` says. `with_total=False` saves the work of the local state,
+    which is then None; with `state_rows` it is that of these packed documents alone, in this order.
+    S depends on shapes alone, so packed documents may leave some rows unused; if every document is
+    sure to be one segment, segment_states is None: `scan` needs none. Shapes fix the order of every
+    sum: the same inputs give the same bits. `cu_seqlens` packs documents (0, ..., T) into a batch
+    of one. Raises ValueError for dtypes or head dims that the kernels do not support.
     """
     documents = cu_seqlens, state_rows
     key = spec(k), spec(v), documents, float(scale) if reverse else 1.0
@@ -221,7 +222,7 @@ def chunk_states(
     log_decay = decay_or_zeros(log_decay, k.shape[2], k.device)
     with on_device_of(k):
         segment_table, document_table = plan.segments.device_tables(k.device)
-        # The sum of the segment that ends a document (reverse: begins it) goes to the total.
+        # The sum of the segment that ends a document (reverse: begins it) goes to the local state.
         first = total if states is None else states
         plan.launch(plan.num_programs, k, v, first, total, log_decay, segment_table)
         if plan.combine is not None:
@@ -321,8 +322,9 @@ def _plan_combine(
 ) -> tuple[CachedLaunch | None, int]:
     """(launch, number of programs) of the combine kernel, (None, 0) if it is not needed.
 
-    It sums over the segments of each document, in place: into the total, if it is needed, all of
-    them, and into a row of the segment states, unless they stay folded, all before it.
+    It sums over the segments of each document, in place: into the local state, if it is needed, all
+    of them, and into a row of the segment states, unless the scan sums them (`folded`), all before
+    it.
     """
     num_heads, key_dim, value_dim = state
     size = key_dim * value_dim

@@ -19,7 +19,7 @@ from tests.lasp.sharded import METHODS, Problem
 
 
 class Sent:
-    """Bytes of every state that this rank sends, by message or in memory, with a delay of up to
+    """Bytes of every state that this rank sends, by message or peer memory, with a delay of up to
     `delay` seconds before each message.
 
     The consistency check sends integers, which are not counted.

@@ -198,7 +198,7 @@ def test_a_difference_that_was_not_waited_for_is_explained_to_every_rank(by_mess
     outcomes = run(difference_not_waited_for, by_messages, size=3, folder=tmp_path)
     for rank, (text, later) in enumerate(outcomes):
         assert "disagree on a (rank 0: 1, rank 1: 2, rank 2: 2)" in text
-        assert ("in the previous call" in text) == (rank == 0)
+        assert ("the previous call, which this rank did not finish, failed" in text) == (rank == 0)
         assert later == [True] * 5
 
 

@@ -1,4 +1,4 @@
-"""The ring in memory: its order of chunks, with messages in place of the kernel; and the choice."""
+"""The ring in peer memory: the order of chunks, with messages for the kernel; and the choice."""
 
 import contextlib
 import os

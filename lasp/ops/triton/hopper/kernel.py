@@ -1,4 +1,4 @@
-"""The Hopper scan in Gluon: specialised warps, fed by the copy engine (see `scan`).
+"""The Hopper scan in Gluon: specialised warps, fed by TMA (see `scan`).
 
 A program scans one head's segment for some value columns. The load warp copies its chunks of a, b
 and x into a ring of buffers in shared memory. The score warps, one warpgroup, compute what needs no
@@ -59,7 +59,7 @@ def hopper_scan_kernel(
         p_segment += i_boundary * stride_sn + i_h.to(gl.int64) * stride_sh
         segment = (p_segment, stride_sa, stride_sx)
         segment_mT = (p_segment, stride_sx, stride_sa)
-    # The copy engine takes 32-bit coordinates and makes 64-bit addresses of them.
+    # TMA takes 32-bit coordinates and makes 64-bit addresses of them.
     where = (i_b.to(gl.int32), i_h, start.to(gl.int32), count)
     log_decay = gl.load(p_log_decay + i_h)
 

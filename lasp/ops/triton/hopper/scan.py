@@ -94,7 +94,7 @@ def _descriptor(template: object, tensor: torch.Tensor) -> object:
 def _descriptor_template(tensor: TensorSpec, columns: int, device: torch.device) -> object:
     """Describes tiles of a chunk's rows and `columns` columns of tensors [B, T, H, X]."""
     shape, strides, dtype = tensor
-    # PyTorch leaves arbitrary strides on dims of size 1: unused, but the copy engine checks them.
+    # PyTorch leaves arbitrary strides on dims of size 1: unused, but TMA checks them.
     steps = [
         stride if length > 1 else COPY_STEP
         for length, stride in zip(shape[:3], strides[:3], strict=True)

@@ -35,7 +35,7 @@ def _begin_score(a, b, mma: gl.constexpr):
 
 @gluon.jit
 def _matrix(tile, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """View a tile of the copy engine's shape [1, ROWS, 1, COLUMNS] as a matrix."""
+    """View a tile of TMA's shape [1, ROWS, 1, COLUMNS] as a matrix."""
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], tile.dtype)
     return tile._reinterpret(tile.dtype, [ROWS, COLUMNS], layout)
 
@@ -44,8 +44,8 @@ def _matrix(tile, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
 def _first_row(i_c, count, BC: gl.constexpr, REVERSE: gl.constexpr):
     """Row of chunk `i_c` in its segment, which may lie before it.
 
-    Chunks lie against the side that the scan starts from: only the last one met can be short, and
-    no state leaves that one.
+    Chunks are aligned to the start of the scan, so only the last can be partial, and its outgoing
+    state is not used.
     """
     if REVERSE:
         row = count - (i_c + 1) * BC
