@@ -4,10 +4,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# Test processes of pytest-xdist: two, but one where there is a GPU, which they would share.
-WORKERS ?= $(shell command -v nvidia-smi > /dev/null && echo 0 || echo 2)
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
-
 # One thread per process: the launcher and the tests run several processes on few cores.
 export OMP_NUM_THREADS ?= 1
 
@@ -29,13 +25,13 @@ train: setup
 # The operator on every backend of this machine against the definition; run it after editing a
 # kernel.
 check: setup
-	$(PYTEST) tests/operator -m 'not slow'
+	$(BIN)/python -m pytest tests/operator -m 'not slow'
 
 test: setup lint
-	$(PYTEST) -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow'
 
 test-all: setup lint
-	$(PYTEST)
+	$(BIN)/python -m pytest
 
 lint: setup
 	$(BIN)/ruff check .

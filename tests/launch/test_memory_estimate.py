@@ -188,6 +188,7 @@ def of_all_measured():
         return [of_measured(*row) for row in MEASURED]
 
 
+@pytest.mark.slow
 def test_the_reserve_covers_measurements_on_gpus():
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as executor:

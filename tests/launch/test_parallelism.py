@@ -229,6 +229,7 @@ def test_a_checkpoint_of_one_rank_resumes_on_two(pair, tmp_path, undisturbed):
     check(pair.run(go_on, tmp_path, *FSDP, *CP2, size=2), saved, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_cp_4_resumes_with_cp_2(pair, pool, tmp_path, undisturbed):
     saved = pool.run(save, tmp_path, *FSDP, *CP4, size=4)[0]
     check(pair.run(go_on, tmp_path, *CP2, size=2), saved, undisturbed)

@@ -116,6 +116,7 @@ def test_one_line_per_step_for_the_whole_job(undisturbed):
     assert losses(folder)[STEPS] < 0.6 * losses(folder)[1]
 
 
+@pytest.mark.slow
 def test_a_hybrid_trains_on_two_ranks_as_on_one(data, tmp_path):
     """Softmax layers see all ranks' tokens: zigzag, uneven, recomputed; and they generate."""
     hybrid = dict(

@@ -27,7 +27,8 @@ GRID = [
     ("cpu_float64", (0,), ("ring",), (1, 63, 100, 1000)),
     ("cpu_float64", (1,), ("ring",), (100,)),
     # Of one token, three of four ranks have none.
-    ("cpu_float64", (2, 3, 4), EXCHANGES, (1, 63, 100)),
+    ("cpu_float64", (2, 3, 4), ("ring",), (1, 63)),
+    ("cpu_float64", (2, 3, 4), EXCHANGES, (100,)),
     ("cpu_float64", (3,), ("ring",), (1000,)),
     ("cpu_float32", (0,), ("ring",), (63, 300)),
     ("cpu_float32", (1, 2, 3, 4), ("ring",), (100,)),

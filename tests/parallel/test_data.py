@@ -245,7 +245,14 @@ def compiled_step(group, mode):
     return relative_error(model, plain), len(exchanges), graphs
 
 
-@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param("none", marks=pytest.mark.slow),
+        "full",
+        pytest.param("selective", marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_blocks_can_be_sharded_and_checkpointed(pool, mode):
     for error, exchanges, graphs in pool.run(compiled_step, mode, size=4):
         assert error < 1e-5

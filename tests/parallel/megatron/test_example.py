@@ -3,6 +3,7 @@
 import pytest
 
 
+@pytest.mark.slow
 def test_it_resumes_with_other_parallel_sizes(megatron, tmp_path):
     expected = megatron.run("example", (1, 2), ["--train-iters=4"])[0]
     assert expected[3] < expected[0]
