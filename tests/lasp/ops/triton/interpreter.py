@@ -28,15 +28,25 @@ ROOT = Path(__file__).parents[4]
 
 
 @functools.cache
-def errors(module: str, *arguments: str) -> dict[str, str | None]:
-    """The traceback of each case that failed, None for each that did not."""
+def _started(module: str, *arguments: str) -> subprocess.Popen:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+@functools.cache
+def errors(module: str, *arguments: str, groups: tuple[str, ...] = ()) -> dict[str, str | None]:
+    """The traceback of each case that failed, None for each that did not.
+
+    groups: other arguments with which the module is started at the same time.
+    """
+    for group in groups:
+        _started(module, group)
+    process = _started(module, *arguments)
+    output, problems = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, problems
+    return json.loads(output.splitlines()[-1])
 
 
 def report(cases: dict[str, Callable[[], object]]) -> None:
