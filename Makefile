@@ -22,10 +22,11 @@ train: setup
 	$(BIN)/torchrun --standalone --nproc_per_node 2 launch/train.py \
 	  --job.config_file launch/configs/quickstart.toml
 
-# The operator on every backend of this machine against the definition; run it after editing a
-# kernel.
+# The operator on every backend of this machine against the definition, alone and over three ranks
+# in the ring; run it after editing a kernel. `make test` adds the other ranks and exchanges.
 check: setup
-	$(BIN)/python -m pytest tests/operator -m 'not slow'
+	$(BIN)/python -m pytest tests/operator/test_conformance.py -m 'not slow' \
+	  -k 'alone or (cpu_float64 and 3-ring)'
 
 test: setup lint
 	$(BIN)/python -m pytest -m 'not slow'
