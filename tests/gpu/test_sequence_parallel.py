@@ -1,6 +1,7 @@
 """The operator over the GPUs of one host: the ring in their memory, other exchanges over NCCL."""
 
-from unittest import gc, mock
+import gc
+from unittest import mock
 
 import pytest
 import torch
