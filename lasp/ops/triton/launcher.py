@@ -85,6 +85,8 @@ class CachedLaunch:
 
 
 _launches: dict[tuple, CachedLaunch] = {}
+# Lengths that differ in every step must not fill the memory.
+_MAX_LAUNCHES = 1024
 
 
 def cached_launch(
@@ -96,6 +98,8 @@ def cached_launch(
     """
     key = (id(kernel), numbers, *constants.items(), dtype, *options.items())
     if key not in _launches:
+        if len(_launches) >= _MAX_LAUNCHES:
+            _launches.clear()
         _launches[key] = CachedLaunch(kernel, numbers, constants, **options)
     return _launches[key]
 
