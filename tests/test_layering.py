@@ -157,7 +157,7 @@ OLD_WORDS = {
     r'(?<!")\bpieces?\b': "chunk, score block, tensor shard",
     r"\bprefix_states\b": "chunk_states",
     r"\bscan_(pair|gradients)\b": "scan_dkdv",
-    r"\bone_pass\b": "needs_segment_states",
+    r"\bone_pass\b": "chunk_states, which returns None",
     r"\bstart_state\b|\bStartedState\b|\bto_(zigzag|contiguous)\b": "nothing: deleted",
     r"lasp::(enter|attend|start|finish|softmax_attend)\b|\battend_backward\b": "state_fwd",
     r"\btickets?\b": "handle",

@@ -55,7 +55,7 @@ class CachedLaunch:
 
         `leading` are descriptors: all that a variant depends on must be the same in every call.
         """
-        if not self._direct or _is_watched(self._kernel):
+        if not self._direct or _has_hooks(self._kernel):
             self._launch(programs, leading, tensors)
             return
         device = tensors[0].get_device()
@@ -104,7 +104,7 @@ def cached_launch(
     return _launches[key]
 
 
-def _is_watched(kernel: Any) -> bool:
+def _has_hooks(kernel: Any) -> bool:
     """True if a profiler or another hook must see the launch."""
     enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
     # A chain of hooks, or a single one in its place.
