@@ -153,22 +153,31 @@ class _LightningAttention(torch.autograd.Function):
         ctx.options = options
         ctx.set_materialize_grads(False)
         tensors = q, k, v, log_decay, initial_state, cu_seqlens
-        impl = library if library.needs_dispatcher(*tensors) else functional
         scale, output_final_state, needs_grad, context = options
-        state_in, segment_states, final_state = impl.state_fwd(
-            *tensors[1:],
-            scale=scale,
-            output_final_state=output_final_state,
-            needs_grad=needs_grad,
-            context=context,
-        )
-        o = impl.attn_fwd(
-            *tensors,
-            state_in=state_in,
-            segment_states=segment_states,
-            scale=scale,
-            context=context,
-        )
+        impl = library if library.needs_dispatcher(*tensors) else functional
+        call = ops.PLAIN_CALL
+        if impl is functional and _is_alone(initial_state, cu_seqlens, context):
+            _ = Decay(log_decay).rates  # Raises for values that are not allowed.
+            call = ops.remembered_call("forward", tensors, (scale, output_final_state))
+        if call.recording is not None:
+            o, state_in, segment_states, final_state = call.replay()
+        else:
+            with call.record():
+                state_in, segment_states, final_state = impl.state_fwd(
+                    *tensors[1:],
+                    scale=scale,
+                    output_final_state=output_final_state,
+                    needs_grad=needs_grad,
+                    context=context,
+                )
+                o = impl.attn_fwd(
+                    *tensors,
+                    state_in=state_in,
+                    segment_states=segment_states,
+                    scale=scale,
+                    context=context,
+                )
+            call.finish((o, state_in, segment_states, final_state))
         present = library.present
         ctx.save_for_backward(*tensors, present(state_in), present(segment_states))
         return o, final_state if output_final_state else None
@@ -183,20 +192,33 @@ class _LightningAttention(torch.autograd.Function):
         # All ranks run the exchange of the backward or none does: the forward has checked that.
         needs = ctx.needs_input_grad
         needs_dkdv, needs_dinitial = needs[1] or needs[2] or needs[4], needs[4]
-        impl = functional
-        if library.needs_dispatcher(do, *tensors, cu_seqlens, dfinal_state):
-            impl = library
-        dq, dk, dv, dinitial = impl.attn_bwd(
-            do,
-            *tensors,
-            cu_seqlens=cu_seqlens,
-            dfinal_state=dfinal_state,
-            state_in=state_in,
-            segment_states=segment_states,
-            scale=ctx.options.scale,
-            needs_dkdv=needs_dkdv,
-            needs_dinitial=needs_dinitial,
-            context=ctx.options.context,
-        )
+        saved = *tensors, cu_seqlens, dfinal_state, state_in, segment_states
+        impl = library if library.needs_dispatcher(do, *saved) else functional
+        scale, _, _, context = ctx.options
+        call = ops.PLAIN_CALL
+        if impl is functional and _is_alone(tensors[4], cu_seqlens, context):
+            call = ops.remembered_call("backward", (do, *saved), (scale, needs_dkdv))
+        if call.recording is not None:
+            dq, dk, dv, dinitial = call.replay()
+        else:
+            with call.record():
+                dq, dk, dv, dinitial = impl.attn_bwd(
+                    do,
+                    *tensors,
+                    cu_seqlens=cu_seqlens,
+                    dfinal_state=dfinal_state,
+                    state_in=state_in,
+                    segment_states=segment_states,
+                    scale=scale,
+                    needs_dkdv=needs_dkdv,
+                    needs_dinitial=needs_dinitial,
+                    context=context,
+                )
+            call.finish((dq, dk, dv, dinitial))
         dk, dv = (dk, dv) if needs_dkdv else (None, None)
         return dq, dk, dv, None, dinitial if needs_dinitial else None, None, None
+
+
+def _is_alone(initial_state, cu_seqlens, context):
+    """True if a call consists of kernels of this device only."""
+    return initial_state is None and cu_seqlens is None and context.group is None

@@ -4,6 +4,7 @@
 two modules with the same functions. `sdpa` is softmax attention.
 """
 
+import contextlib
 import functools
 from types import ModuleType
 
@@ -11,7 +12,15 @@ import torch
 
 from lasp.ops import chunked, reference
 
-__all__ = ["backend", "reference", "segment_states_shape", "send_recv_state", "step"]
+__all__ = [
+    "PLAIN_CALL",
+    "backend",
+    "reference",
+    "remembered_call",
+    "segment_states_shape",
+    "send_recv_state",
+    "step",
+]
 
 
 def backend(x: torch.Tensor) -> ModuleType:
@@ -25,6 +34,26 @@ def step(q, k, v, state, log_decay, *, scale):
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, state))
     module = chunked if needs_grad else backend(q)
     return module.step(q, k, v, state, log_decay, scale=scale)
+
+
+class _PlainCall:
+    """A call that is never recorded."""
+
+    recording = None
+
+    def record(self):
+        return contextlib.nullcontext()
+
+    def finish(self, results):
+        pass
+
+
+PLAIN_CALL = _PlainCall()
+
+
+def remembered_call(name, tensors, options):
+    """A call that is repeated as it was recorded, on GPUs; see `lasp.ops.triton.replay`."""
+    return _triton().Call(name, tensors, options) if tensors[0].is_cuda else PLAIN_CALL
 
 
 def segment_states_shape(k, v, cu_seqlens) -> tuple[int, ...]:
