@@ -55,9 +55,12 @@ PLAIN_CALL = _PlainCall()
 def remembered_call(name, tensors, options, group=None):
     """A call that is repeated as it was recorded, on GPUs; see `lasp.replay`."""
     device = tensors[0].get_device()
-    if device < 0 or _triton().has_hooks():
+    if device < 0:
         return PLAIN_CALL
-    return replay.Call(name, tensors, options, stream=_triton().current_stream(device), group=group)
+    triton = _triton()
+    if triton.has_hooks():
+        return PLAIN_CALL
+    return replay.Call(name, tensors, options, stream=triton.current_stream(device), group=group)
 
 
 def segment_states_shape(k, v, cu_seqlens) -> tuple[int, ...]:
