@@ -19,7 +19,7 @@ from typing import NamedTuple
 import triton
 
 from tests.lasp.ops.triton.compiler import TARGETS, Resources, compiling
-from tests.lasp.ops.triton.launches import Launch, all_launches
+from tests.lasp.ops.triton.launches import QUICK, Launch, all_launches
 
 
 class Row(NamedTuple):
@@ -75,6 +75,7 @@ def main() -> int:
     for name in ("kernel", "dtype", "dims"):
         choices = sorted({getattr(launch, name) for launch in launches} - {""})
         parser.add_argument(f"--{name}", action="append", choices=choices, help="default: all")
+    parser.add_argument("--quick", action="store_true", help="those that need most, as make test")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--summary", action="store_true", help="print the largest only")
     options = parser.parse_args()
@@ -84,6 +85,7 @@ def main() -> int:
         if launch.kernel in (options.kernel or [launch.kernel])
         and launch.dtype in (options.dtype or [launch.dtype])
         and launch.dims in (options.dims or [launch.dims])
+        and (not options.quick or launch[:4] in QUICK)
     ]
     failed = False
     # Not forked: Triton's compiler has threads.

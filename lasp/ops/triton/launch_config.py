@@ -29,12 +29,12 @@ MAX_CHUNK = 64
 # the Hopper scan of 131,072 tokens, 16 heads of 128, takes 0.512 ms in 8 segments, 0.516 in 16,
 # 0.549 in 64; with 256 keys 0.779 in 8, 0.776 in 16, 0.789 in 32.
 RESIDENT_PROGRAMS = 2
-# At or above this many values of q, k or v on an H200, and as many per multiprocessor on other
-# chips, one more launch costs less than a launch that does more: one kernel combines the states of segments, and the Hopper scan is worth its slower launch.
+# At or above this many values of q, k or v, one more launch costs less than a launch that does
+# more: one kernel combines the states of segments, and the Hopper scan is worth its slower launch.
 # Forward and backward on an H200, chosen as above and as below it: 0.046 and 0.094 ms against 0.053
 # and 0.126 at (1, 4096, 16, 128); 0.057 and 0.133 against 0.096 and 0.255 at (1, 2048, 16, 256). At
 # half that size the call is host-bound either way, and costs the host 20 us less without the Hopper
-# scan.
+# scan. Other chips: as many per multiprocessor, not measured.
 LARGE_VALUES = 2**23
 # Shorter segments would move more bytes of states than of tokens.
 MIN_SEGMENT = 256

@@ -48,6 +48,30 @@ def all_launches() -> list[Launch]:
     return found
 
 
+# (kernel, dtype, dims, variant) of those that need most.
+_MOST = "reverse packed initial segment"
+QUICK = {
+    *(("scan", "bf16", dims, _MOST) for dims in DIMS),
+    ("scan", "bf16", "128", "initial folded"),
+    ("scan", "fp16", "128", _MOST),
+    ("scan", "fp32", "128", _MOST),
+    ("scan", "fp32", "256", "plain"),
+    *(("state", "bf16", dims, "reverse packed total segment=64") for dims in DIMS),
+    ("state", "bf16", "128", "total segment=256"),
+    ("state", "bf16", "128", "total segment=512"),
+    ("state", "fp32", "128", "total segment=64"),
+    ("step", "bf16", "256", ""),
+    ("lrpe", "bf16", "256", "forward"),
+    ("lrpe", "bf16", "256", "backward"),
+    ("send_recv_state", "", "", "receives sends factor uneven"),
+}
+
+
+def quick_launches() -> list[Launch]:
+    """One of each kind and class of head dims, those that need most."""
+    return [launch for launch in all_launches() if launch[:4] in QUICK]
+
+
 def _operands(dtype: str, dims: str) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.zeros(1, T, H, dim, dtype=DTYPES[dtype]) for dim in DIMS[dims])
 
