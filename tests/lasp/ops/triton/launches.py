@@ -1,6 +1,7 @@
 """Calls on CPU tensors that launch every variant of the kernels, to compile them without a GPU.
 
-The Hopper scan is not among them: it runs on sm_90 only, and has tests of its own.
+Nothing is run, so the tensors hold nothing. The Hopper scan is not among them: it runs on sm_90
+only, and has tests of its own.
 """
 
 import itertools
@@ -73,18 +74,18 @@ def quick_launches() -> list[Launch]:
 
 
 def _operands(dtype: str, dims: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return tuple(torch.zeros(1, T, H, dim, dtype=DTYPES[dtype]) for dim in DIMS[dims])
+    return tuple(torch.empty(1, T, H, dim, dtype=DTYPES[dtype]) for dim in DIMS[dims])
 
 
 def _scan_launches(dtype: str, dims: str) -> Iterator[Launch]:
     D, E = DIMS[dims]
     k, v = _operands(dtype, dims)
-    entering = {"none": None, "segment": torch.zeros(3, H, D, E), "folded": torch.zeros(3, H, D, E)}
+    entering = {"none": None, "segment": torch.empty(3, H, D, E), "folded": torch.empty(3, H, D, E)}
     choices = itertools.product((False, True), (False, True), (False, True), entering)
     for reverse, packed, has_initial, segment in choices:
         if packed and segment == "folded":
             continue
-        initial = torch.zeros(1 + packed, H, D, E) if has_initial else None
+        initial = torch.empty(1 + packed, H, D, E) if has_initial else None
         options = dict(
             scale=0.3,
             initial_state=initial,
@@ -132,8 +133,8 @@ def _state_launches(dtype: str, dims: str) -> Iterator[Launch]:
 def _other_launches(dtype: str, dims: str) -> Iterator[Launch]:
     D, E = DIMS[dims]
     k, v = _operands(dtype, dims)
-    state, theta = torch.zeros(1, H, D, E), torch.zeros(H, D)
-    grad = torch.zeros(1, T, H, 2 * D, dtype=k.dtype)
+    state, theta = torch.empty(1, H, D, E), torch.empty(H, D)
+    grad = torch.empty(1, T, H, 2 * D, dtype=k.dtype)
     step = partial(kernels.step, k[:, 0], k[:, 0], v[:, 0], state)
     yield Launch("step", dtype, dims, "", step)
     yield Launch("lrpe", dtype, dims, "forward", partial(lrpe, k, k, theta, 0))
@@ -144,16 +145,16 @@ def _other_launches(dtype: str, dims: str) -> Iterator[Launch]:
 def _send_launches() -> Iterator[Launch]:
     flags = ((True, True, True), (True, True, False), (True, False, False), (False, True, False))
     for (receives, sends, has_factor), dim in itertools.product(flags, (128, 100)):
-        local = torch.zeros(1, H, dim, dim)
+        local = torch.empty(1, H, dim, dim)
         own, previous, following = (
-            (torch.zeros(local.numel(), dtype=torch.int64), torch.zeros(2000, dtype=torch.int32))
+            (torch.empty(local.numel(), dtype=torch.int64), torch.empty(2000, dtype=torch.int32))
             for _ in range(3)
         )
         call = partial(
             kernels.send_recv_state,
             local,
-            torch.ones(H) if has_factor else None,
-            local.clone() if receives else None,
+            torch.empty(H) if has_factor else None,
+            torch.empty_like(local) if receives else None,
             own,
             previous if receives else None,
             following if sends else None,

@@ -1,0 +1,53 @@
+"""The Triton kernels compiled for chips that are not at hand: shared memory and spills.
+
+`python -m tests.compile_kernels` prints the figures. The Hopper scan has tests of its own.
+"""
+
+import itertools
+
+import pytest
+
+from tests.compile_kernels import compile_call
+from tests.lasp.ops.triton.compiler import TARGETS
+from tests.lasp.ops.triton.launches import DIMS, DTYPES, QUICK, all_launches, quick_launches
+
+# Bytes that a thread may spill; none where nothing is said. The exact products of 256 keys in
+# float32 spill on every chip.
+SPILL_LIMIT = {"scan_kernel": 136, "state_kernel": 40}
+TENSOR_MEMORY = 512
+
+
+def check(launch, chip):
+    rows = compile_call(launch, chip)
+    assert rows
+    for row in rows:
+        assert row.resources is not None, row.error
+        assert row.resources.shared_memory <= TARGETS[chip].shared_memory, row
+        assert row.resources.tensor_memory <= TENSOR_MEMORY, row
+        if (launch.dtype, launch.dims) != ("fp32", "256"):
+            assert row.resources.spilled <= SPILL_LIMIT.get(row.kernel, 0), row
+
+
+# One chip with little shared memory, and one with much and another kind of product.
+@pytest.mark.parametrize("chip", ["sm_86", "sm_100"])
+@pytest.mark.parametrize("launch", quick_launches(), ids=lambda launch: " ".join(launch[:4]))
+def test_fits(launch, chip):
+    check(launch, chip)
+
+
+def test_the_quick_ones_exist():
+    assert len(quick_launches()) == len(QUICK)
+
+
+SLOW = [("send_recv_state", "", "")]
+SLOW += itertools.product(("scan", "state", "step", "lrpe"), DTYPES, DIMS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", TARGETS)
+@pytest.mark.parametrize("kind", SLOW, ids=" ".join)
+def test_every_variant_fits(kind, chip):
+    launches = [launch for launch in all_launches() if launch[:3] == kind]
+    assert launches
+    for launch in launches:
+        check(launch, chip)
