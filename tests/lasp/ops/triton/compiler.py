@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from lasp.ops.triton import launcher
 from lasp.ops.triton.chip import Chip
 from lasp.ops.triton.hopper import available
 from tests.lasp.ops.triton.launch_constants import launch_constants
@@ -65,7 +66,13 @@ def compiling(target: Target, **constants):
         return launch
 
     constants["chip_of"] = lambda device: target.chip
-    with mock.patch.object(JITFunction, "__getitem__", getitem), launch_constants(**constants):
+    # There is no GPU to load a kernel on, and no stream.
+    unloaded = mock.Mock(side_effect=LookupError)
+    with (
+        mock.patch.object(JITFunction, "__getitem__", getitem),
+        mock.patch.multiple(launcher, DirectLaunch=unloaded, current_stream=lambda device: 0),
+        launch_constants(**constants),
+    ):
         yield results
 
 
