@@ -12,8 +12,10 @@ from tests.lasp.ops.triton.compiler import TARGETS
 from tests.lasp.ops.triton.launches import DIMS, DTYPES, QUICK, all_launches, quick_launches
 
 # Bytes that a thread may spill; none where nothing is said. The exact products of 256 keys in
-# float32 spill on every chip.
+# float32 spill on every chip, a state of 256 x 64 does on Hopper (see test_scan.py).
 SPILL_LIMIT = {"scan_kernel": 136, "state_kernel": 40}
+SPILLING = {("fp32", "256", chip) for chip in TARGETS} | {("bf16", "256", "sm_90")}
+SPILLING.add(("fp16", "256", "sm_90"))
 TENSOR_MEMORY = 512
 
 
@@ -24,7 +26,7 @@ def check(launch, chip):
         assert row.resources is not None, row.error
         assert row.resources.shared_memory <= TARGETS[chip].shared_memory, row
         assert row.resources.tensor_memory <= TENSOR_MEMORY, row
-        if (launch.dtype, launch.dims) != ("fp32", "256"):
+        if (launch.dtype, launch.dims, chip) not in SPILLING:
             assert row.resources.spilled <= SPILL_LIMIT.get(row.kernel, 0), row
 
 
