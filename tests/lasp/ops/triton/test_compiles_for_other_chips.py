@@ -11,11 +11,13 @@ from tests.compile_kernels import compile_call
 from tests.lasp.ops.triton.compiler import TARGETS
 from tests.lasp.ops.triton.launches import DIMS, DTYPES, QUICK, all_launches, quick_launches
 
-# Bytes that a thread may spill; none where nothing is said. The exact products of 256 keys in
-# float32 spill on every chip, a state of 256 x 64 does on Hopper (see test_scan.py).
-SPILL_LIMIT = {"scan_kernel": 136, "state_kernel": 40}
-SPILLING = {("fp32", "256", chip) for chip in TARGETS} | {("bf16", "256", "sm_90")}
-SPILLING.add(("fp16", "256", "sm_90"))
+# Bytes that a thread may spill, none where nothing is said; of the scan by head dims. Odd dims spill
+# most with triton 3.6 on sm_100. The exact products of 256 keys in float32 spill on every chip, a
+# state of 256 x 64 does on Hopper (see test_scan.py).
+SPILL_LIMIT = {"state_kernel": 40}
+SCAN_SPILL_LIMIT = {"64": 0, "128": 136, "256": 136, "odd": 336}
+SPILLING = {("fp32", "256", chip) for chip in TARGETS}
+SPILLING |= {("bf16", "256", "sm_90"), ("fp16", "256", "sm_90")}
 TENSOR_MEMORY = 512
 
 
@@ -27,7 +29,8 @@ def check(launch, chip):
         assert row.resources.shared_memory <= TARGETS[chip].shared_memory, row
         assert row.resources.tensor_memory <= TENSOR_MEMORY, row
         if (launch.dtype, launch.dims, chip) not in SPILLING:
-            assert row.resources.spilled <= SPILL_LIMIT.get(row.kernel, 0), row
+            limits = SPILL_LIMIT | {"scan_kernel": SCAN_SPILL_LIMIT.get(launch.dims)}
+            assert row.resources.spilled <= limits.get(row.kernel, 0), row
 
 
 # One chip with little shared memory, and one with much and another kind of product.
