@@ -102,6 +102,7 @@ SCAN_TILES_OF = {
 }
 STATE_TILES_OF = {
     "wgmma": STATE_TILES,
+    # No spills, two programs on a multiprocessor.
     "mma": STATE_TILES
     | {
         (128, 2): Tiles(128, 128, 32, 4, 3),
