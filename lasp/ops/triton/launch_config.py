@@ -88,7 +88,7 @@ STATE_TILES = {
 # Other chips: compiled for them by tests/compile_kernels.py, never timed. "mma" serves chips with
 # 99 KiB of shared memory (sm_86, sm_89, sm_120) as well as sm_80. Its products take operands from
 # registers: chunks of 32 tokens and fewer columns keep two programs on a multiprocessor and spill
-# at most 120 bytes per thread, where Hopper's tiles spill up to 8,592.
+# at most 144 bytes per thread, where Hopper's tiles spill up to 8,592.
 SCAN_TILES_OF = {
     "wgmma": SCAN_TILES,
     "mma": SCAN_TILES

@@ -12,10 +12,10 @@ from tests.lasp.ops.triton.compiler import TARGETS
 from tests.lasp.ops.triton.launches import DIMS, DTYPES, QUICK, all_launches, quick_launches
 
 # Bytes that a thread may spill, none where nothing is said; of the scan by head dims. Odd dims
-# spill most with triton 3.6 on sm_100. The exact products of 256 keys in float32 spill on every
+# spill most with triton 3.7.1 on sm_100. The exact products of 256 keys in float32 spill on every
 # chip, a state of 256 x 64 does on Hopper (see test_scan.py).
 SPILL_LIMIT = {"state_kernel": 40}
-SCAN_SPILL_LIMIT = {"64": 0, "128": 136, "256": 136, "odd": 336}
+SCAN_SPILL_LIMIT = {"64": 0, "128": 136, "256": 136, "odd": 640}
 SPILLING = {("fp32", "256", chip) for chip in TARGETS}
 SPILLING |= {("bf16", "256", "sm_90"), ("fp16", "256", "sm_90")}
 TENSOR_MEMORY = 512
