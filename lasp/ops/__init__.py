@@ -69,7 +69,8 @@ def segment_states_shape(k, v, cu_seqlens) -> tuple[int, ...]:
         return (0,)
     # How a sequence is divided depends on its length: a traced graph is of one length.
     sizes = tuple(map(int, k.shape))
-    return _triton().segment_states_shape(sizes, int(v.shape[-1]), cu_seqlens is not None)
+    packed = cu_seqlens is not None
+    return _triton().segment_states_shape(sizes, int(v.shape[-1]), packed, k.device)
 
 
 def send_recv_state(*args, **options):
