@@ -4,14 +4,24 @@
 two modules with the same functions. `sdpa` is softmax attention.
 """
 
+import contextlib
 import functools
 from types import ModuleType
 
 import torch
 
+from lasp import replay
 from lasp.ops import chunked, reference
 
-__all__ = ["backend", "reference", "segment_states_shape", "send_recv_state", "step"]
+__all__ = [
+    "PLAIN_CALL",
+    "backend",
+    "reference",
+    "remembered_call",
+    "segment_states_shape",
+    "send_recv_state",
+    "step",
+]
 
 
 def backend(x: torch.Tensor) -> ModuleType:
@@ -25,6 +35,29 @@ def step(q, k, v, state, log_decay, *, scale):
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, state))
     module = chunked if needs_grad else backend(q)
     return module.step(q, k, v, state, log_decay, scale=scale)
+
+
+class _PlainCall:
+    """A call that is never recorded."""
+
+    recording = None
+
+    def record(self):
+        return contextlib.nullcontext()
+
+    def finish(self, results):
+        pass
+
+
+PLAIN_CALL = _PlainCall()
+
+
+def remembered_call(name, tensors, options, group=None):
+    """A call that is repeated as it was recorded, on GPUs; see `lasp.replay`."""
+    device = tensors[0].get_device()
+    if device < 0 or _triton().has_hooks():
+        return PLAIN_CALL
+    return replay.Call(name, tensors, options, stream=_triton().current_stream(device), group=group)
 
 
 def segment_states_shape(k, v, cu_seqlens) -> tuple[int, ...]:

@@ -6,19 +6,22 @@ On the CPU reading is free and nothing is remembered.
 """
 
 import math
+import weakref
 from collections.abc import Callable, Hashable
+from functools import partial
 from itertools import pairwise
 from typing import TypeVar
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = ["compute_once", "decay_rates", "document_boundaries", "with_unit_stride"]
 
 T = TypeVar("T")
 
-# Tensor -> (version, {key: value}).
-_remembered = WeakIdKeyDictionary()
+# id of a tensor -> (reference to it, version, {key: value}); torch's WeakIdKeyDictionary does the
+# same and takes ten times as long to look up.
+_remembered: dict[int, tuple[weakref.ref, int, dict]] = {}
+_NOTHING = (lambda: None, None, {})
 # Values that are kept per tensor.
 _MAX_VALUES = 64
 
@@ -58,8 +61,8 @@ def compute_once(tensor: torch.Tensor, key: Hashable, compute: Callable[[torch.T
     # Tensors made under inference_mode have no version.
     if not tensor.is_cuda or tensor.is_inference():
         return compute(tensor)
-    version, values = _remembered.get(tensor, (None, {}))
-    if version != tensor._version:
+    reference, version, values = _remembered.get(id(tensor), _NOTHING)
+    if reference() is not tensor or version != tensor._version:
         values = {}
     if key in values:
         return values[key]
@@ -69,8 +72,16 @@ def compute_once(tensor: torch.Tensor, key: Hashable, compute: Callable[[torch.T
         if len(values) >= _MAX_VALUES:
             values.clear()
         values[key] = value
-        _remembered[tensor] = (tensor._version, values)
+        if reference() is not tensor:
+            reference = weakref.ref(tensor, partial(_forget, id(tensor)))
+        _remembered[id(tensor)] = reference, tensor._version, values
     return value
+
+
+def _forget(number: int, reference: weakref.ref) -> None:
+    """Drop the values of a tensor that has been freed, unless its id has a new owner."""
+    if _remembered.get(number, _NOTHING)[0] is reference:
+        del _remembered[number]
 
 
 def with_unit_stride(x: torch.Tensor) -> torch.Tensor:
