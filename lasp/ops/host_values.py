@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import TypeVar
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lasp import replay
 
@@ -24,6 +25,10 @@ T = TypeVar("T")
 # same and takes ten times as long to look up.
 _remembered: dict[int, tuple[weakref.ref, int, dict]] = {}
 _NOTHING = (lambda: None, None, {})
+# What a tensor views -> (reference to the storage, version, the same values): a compiled backward
+# passes a new tensor of the same memory in every step. A storage that has been freed keeps its
+# number for as long as there is a reference.
+_of_views: dict[tuple, tuple[StorageWeakRef, int, dict]] = {}
 # Values that are kept per tensor.
 _MAX_VALUES = 64
 
@@ -55,7 +60,7 @@ def decay_rates(log_decay: torch.Tensor | None) -> tuple[float, ...] | None:
 
 
 def compute_once(tensor: torch.Tensor, key: Hashable, compute: Callable[[torch.Tensor], T]) -> T:
-    """compute(tensor), remembered on GPUs until the tensor is freed or changed in place.
+    """compute(tensor), remembered on GPUs until the tensor's memory is freed or changed in place.
 
     Changes that torch does not count (through .data, or by a collective) are not seen. What
     `compute` raises is not remembered.
@@ -65,7 +70,7 @@ def compute_once(tensor: torch.Tensor, key: Hashable, compute: Callable[[torch.T
         return compute(tensor)
     reference, version, values = _remembered.get(id(tensor), _NOTHING)
     if reference() is not tensor or version != tensor._version:
-        values = {}
+        values = _values_of_view(tensor)
     if key in values:
         return values[key]
     value = compute(tensor)
@@ -78,6 +83,19 @@ def compute_once(tensor: torch.Tensor, key: Hashable, compute: Callable[[torch.T
             reference = weakref.ref(tensor, partial(_forget, id(tensor)))
         _remembered[id(tensor)] = reference, tensor._version, values
     return value
+
+
+def _values_of_view(tensor: torch.Tensor) -> dict:
+    """The values of a tensor that is not remembered: those of another one of the same view."""
+    reference = StorageWeakRef(tensor.untyped_storage())
+    where = reference.cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+    _, version, values = _of_views.get(where, (None, None, {}))
+    if version != tensor._version:
+        for each in [each for each, (storage, *_) in _of_views.items() if storage.expired()]:
+            del _of_views[each]
+        values = {}
+        _of_views[where] = reference, tensor._version, values
+    return values
 
 
 def _forget(number: int, reference: weakref.ref) -> None:

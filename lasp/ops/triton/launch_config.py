@@ -122,6 +122,9 @@ LRPE_TOKENS = 16
 LRPE_WARPS = 4
 # Most programs per head in LRPE's backward, each with one float64 row of the rates' gradient.
 LRPE_MAX_ROWS = 128
+# The joined gradient of q, k, v and u: heads of tokens per program, 16 x 128 values of each.
+HEADS_ROWS = 16
+HEADS_WARPS = 8
 # Floats of a state per counter and per iteration of a program that sends or receives it: 1 MiB of
 # state makes 64 chunks.
 SEND_CHUNK = 4096
