@@ -1,5 +1,5 @@
 """From a config to the model of a rank: one registry row per model family, and what is applied to
-any of them: tensor parallelism, activation checkpointing, compilation, data parallelism."""
+any of them: FP8, tensor parallelism, activation checkpointing, compilation, data parallelism."""
 
 import dataclasses
 import json
@@ -23,6 +23,7 @@ from launch.tokenizer import Tokenizer
 from parallel.activation_checkpoint import checkpoint_blocks
 from parallel.compile import compile_blocks
 from parallel.data import replicate, shard
+from parallel.float8 import check_available, check_sizes, convert_blocks
 from parallel.loss import chunked_cross_entropy
 from parallel.mesh import ParallelDims, sharding_mesh
 from parallel.tnl import check_divides, float32_blocks, tensor_parallel
@@ -229,10 +230,15 @@ def build_model(config: Config, ctx: DistContext, shape: Any) -> LossModel:
 
     Args:
         shape: the model's config, of `model_config`.
+
+    Raises:
+        ConfigError: FP8 that this machine or this model cannot run, on every rank.
     """
     family = get_family(config.model.family)
     with ctx.device:
         model = family.build(shape)
+    if config.float8.recipe_name is not None:
+        convert_to_float8(model, config, ctx)
     if ctx.dims.tp > 1:
         shard_sequence = config.parallelism.tensor_parallel_shard_sequence
         family.tensor_parallel(model, ctx.mesh["tp"], shard_sequence=shard_sequence)
@@ -244,6 +250,22 @@ def build_model(config: Config, ctx: DistContext, shape: Any) -> LossModel:
         compile_blocks(model.blocks)
     dtype = autocast_dtype(config, ctx.device)
     return LossModel(model, config.training.loss_chunk_size, dtype, compiled)
+
+
+def convert_to_float8(model: nn.Module, config: Config, ctx: DistContext) -> None:
+    """Let the blocks' linear layers compute in FP8, in place. Raises ConfigError."""
+    float8, engine = config.float8, data_parallel_engine(config, ctx.dims)
+    try:
+        check_available(ctx.device, emulate=float8.emulate)
+        convert_blocks(
+            model.blocks,
+            float8.recipe_name,
+            skip=float8.filter_fqns,
+            fsdp_all_gather=float8.enable_fsdp_float8_all_gather and engine == "fsdp",
+            emulate=float8.emulate,
+        )
+    except ValueError as error:
+        raise ConfigError(f"quantize.linear.float8: {error}") from None
 
 
 def apply_data_parallel(loss_model: LossModel, config: Config, ctx: DistContext) -> nn.Module:

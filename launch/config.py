@@ -13,6 +13,7 @@ import math
 import tomllib
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -187,6 +188,31 @@ class Compile:
 
 
 @dataclass(kw_only=True)
+class Float8:
+    recipe_name: Literal["tensorwise", "rowwise"] | None = None
+    """Products of the blocks' linear layers in FP8 (needs torchao and sm_89 or newer); weights stay
+    float32. tensorwise: one scale per tensor; rowwise: per row, slower. None: no FP8."""
+    enable_fsdp_float8_all_gather: bool = False
+    """FSDP gathers the weights of these layers in FP8. tensorwise only."""
+    precompute_float8_dynamic_scale_for_fsdp: bool = False
+    """With the above: the scales of all weights by one reduction per step."""
+    filter_fqns: tuple[str, ...] = ()
+    """Layers whose name contains one of these stay as they are, such as out_proj or blocks.0."""
+    emulate: bool = False
+    """Round operands to FP8 and multiply in float32, on any device: slow, for tests."""
+
+
+@dataclass(kw_only=True)
+class QuantizeLinear:
+    float8: Float8 = field(default_factory=Float8)
+
+
+@dataclass(kw_only=True)
+class Quantize:
+    linear: QuantizeLinear = field(default_factory=QuantizeLinear)
+
+
+@dataclass(kw_only=True)
 class Metrics:
     log_freq: int = 1
     """Steps between printed lines."""
@@ -248,6 +274,7 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     compile: Compile = field(default_factory=Compile)
+    quantize: Quantize = field(default_factory=Quantize)
     metrics: Metrics = field(default_factory=Metrics)
     validation: Validation = field(default_factory=Validation)
     sample: Sample = field(default_factory=Sample)
@@ -261,6 +288,10 @@ class Config:
     @property
     def data_folder(self) -> Path:
         return Path(self.data.folder or STANDARD_LIBRARY_FOLDER)
+
+    @property
+    def float8(self) -> Float8:
+        return self.quantize.linear.float8
 
 
 def load_config(argv: list[str]) -> Config:
@@ -300,38 +331,49 @@ def read_toml(config: Config, path: Path) -> None:
         raise ConfigError(f"job.config_file {path}: {error.strerror}.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"job.config_file {path} is not TOML: {error}.") from None
-    sections = [each.name for each in dataclasses.fields(Config)]
-    for name, values in table.items():
-        if name not in sections:
-            raise ConfigError(f"{path}: unknown section [{name}]{_hint(name, sections, '[{}]')}")
-        if not isinstance(values, dict):
+    _read_table(config, table, path, "")
+
+
+def _read_table(section: Any, table: dict[str, Any], path: Path, prefix: str) -> None:
+    """Copy a TOML table into a section, whose fields are values or, as in Config, sections."""
+    hints = typing.get_type_hints(type(section))
+    known = [prefix + each for each in hints]
+    for key, value in table.items():
+        name = prefix + key
+        if name in _REMOVED:
+            # Resolved configs of earlier runs say false.
+            if value:
+                raise ConfigError(f"{path}: {name} was removed: {_REMOVED[name]}.")
+            continue
+        is_section = dataclasses.is_dataclass(hints.get(key))
+        if key not in hints:
+            word, form = ("unknown key ", "{}") if prefix else ("unknown section ", "[{}]")
+            raise ConfigError(f"{path}: {word}{form.format(name)}{_hint(name, known, form)}")
+        if not is_section:
+            setattr(section, key, typed(value, hints[key], f"{path}: {name}"))
+        elif isinstance(value, dict):
+            _read_table(getattr(section, key), value, path, f"{name}.")
+        else:
             raise ConfigError(f"{path}: {name} is a section: write [{name}] on a line of its own.")
-        section = getattr(config, name)
-        hints = typing.get_type_hints(type(section))
-        for key, value in values.items():
-            full_name = f"{name}.{key}"
-            if full_name in _REMOVED:
-                # Resolved configs of earlier runs say false.
-                if value:
-                    raise ConfigError(f"{path}: {full_name} was removed: {_REMOVED[full_name]}.")
-                continue
-            if key not in hints:
-                keys = [f"{name}.{each}" for each in hints]
-                raise ConfigError(f"{path}: unknown key {full_name}{_hint(full_name, keys, '{}')}")
-            setattr(section, key, typed(value, hints[key], f"{path}: {full_name}"))
 
 
 def to_toml(config: Config) -> str:
     """The resolved config as a TOML file that `--job.config_file` reads back."""
     lines: list[str] = []
-    for section in dataclasses.fields(config):
-        lines.append(f"[{section.name}]")
-        for key, value in dataclasses.asdict(getattr(config, section.name)).items():
-            # TOML has no None; it is always the default, which a missing key means.
-            if value is not None:
-                lines.append(f"{key} = {_toml_value(value)}")
-        lines.append("")
+    _add_tables(lines, dataclasses.asdict(config), "")
     return "\n".join(lines)
+
+
+def _add_tables(lines: list[str], section: dict[str, Any], name: str) -> None:
+    values = {key: value for key, value in section.items() if not isinstance(value, dict)}
+    if values:
+        lines.append(f"[{name}]")
+        # TOML has no None; it is always the default, which a missing key means.
+        lines += [f"{k} = {_toml_value(v)}" for k, v in values.items() if v is not None]
+        lines.append("")
+    for key, value in section.items():
+        if isinstance(value, dict):
+            _add_tables(lines, value, f"{name}.{key}".removeprefix("."))
 
 
 def _toml_value(value: Any) -> str:
@@ -361,16 +403,18 @@ _TYPE_NAMES = {
     float: "a number",
     bool: "true or false",
     str: "a string",
-    tuple: "a list of whole numbers",
 }
+_LIST_NAMES = {int: "a list of whole numbers", str: "a list of strings"}
 
 
 def typed(value: Any, annotation: Any, where: str) -> Any:
     """`value` if it fits `annotation` (an int fits a float), else ConfigError.
 
-    Annotations are int, float, bool, str, Literal, tuple[int, ...], and unions of them.
+    Annotations are int, float, bool, str, Literal, tuple[int, ...], tuple[str, ...], and unions of
+    them.
     """
-    is_union = isinstance(annotation, types.UnionType)
+    # Literal[...] | None is a typing.Union.
+    is_union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
     words = []
     for option in typing.get_args(annotation) if is_union else (annotation,):
         origin = typing.get_origin(option) or option
@@ -381,8 +425,12 @@ def typed(value: Any, annotation: Any, where: str) -> Any:
             continue
         if origin is types.NoneType:
             continue
-        if origin is tuple and type(value) is list and {int} >= set(map(type, value)):
-            return value
+        if origin is tuple:
+            item = typing.get_args(option)[0]
+            if type(value) is list and {item} >= set(map(type, value)):
+                return tuple(value)
+            words.append(_LIST_NAMES[item])
+            continue
         if type(value) is origin or (origin is float and type(value) is int):
             return origin(value)
         words.append(_TYPE_NAMES[origin])
@@ -438,12 +486,35 @@ def _check(config: Config) -> None:
         "it must be even for parallelism.context_parallel_layout zigzag, where a rank holds two "
         "chunks of equal length",
     )
-    for section, values in dataclasses.asdict(config).items():
-        for key, value in values.items():
-            if isinstance(value, str):
-                check_text(f"{section}.{key}", value)
+    for name, value in _leaves(dataclasses.asdict(config), ""):
+        if isinstance(value, str):
+            check_text(name, value)
+    _check_float8(config.float8)
     if config.data.source == "folder" and config.data.folder is None:
         raise ConfigError("data.source is folder: say which one with --data.folder.")
+
+
+def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            for each in value if isinstance(value, tuple | list) else (value,):
+                yield prefix + key, each
+
+
+def _check_float8(float8: Float8) -> None:
+    if float8.recipe_name == "rowwise" and float8.enable_fsdp_float8_all_gather:
+        raise ConfigError(
+            "quantize.linear.float8.enable_fsdp_float8_all_gather is set with recipe_name rowwise: "
+            "weights are gathered in FP8 only with recipe_name tensorwise."
+        )
+    others = dataclasses.asdict(float8) | {"recipe_name": None}
+    if float8.recipe_name is None and others != dataclasses.asdict(Float8()):
+        raise ConfigError(
+            "quantize.linear.float8 is set up but not switched on: give "
+            "quantize.linear.float8.recipe_name (tensorwise or rowwise)."
+        )
 
 
 def check_text(name: str, text: str) -> None:

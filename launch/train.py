@@ -166,7 +166,8 @@ def set_up(config: Config, ctx: DistContext, batch: Batching) -> TrainState:
     ctx.on_rank0(lambda: make_folder(config))
 
     torch.manual_seed(training.seed)
-    loss_model = build_model(config, ctx, shape)
+    loss_model = ctx.all_or_raise(lambda: build_model(config, ctx, shape))
+    wrapped_model = apply_data_parallel(loss_model, config, ctx)
     return TrainState(
         config=config,
         ctx=ctx,
@@ -182,7 +183,7 @@ def set_up(config: Config, ctx: DistContext, batch: Batching) -> TrainState:
         ),
         model=loss_model.model,
         loss_model=loss_model,
-        wrapped_model=apply_data_parallel(loss_model, config, ctx),
+        wrapped_model=wrapped_model,
         optimizer=build_optimizer(loss_model.model, config),
         store=CheckpointStore(config.checkpoint_folder, config.checkpoint.keep_latest_k),
     )
