@@ -5,9 +5,9 @@
     python benchmarks/fp8.py loss                                # TNL-385m, 1,000 steps
     python benchmarks/fp8.py speed loss --preset tiny --tokens 2048 --steps 3   # a try on a CPU
 
-Speed is measured as by benchmarks/training.py, on random tokens. Losses are those of launch/train.py
-on the sources of Python's standard library, one byte per token. Needs torchao. Writes fp8.json,
-fp8.md and fp8.png after every row; rows of earlier runs are kept.
+Speed is measured as by benchmarks/training.py, on random tokens. Losses are those of
+launch/train.py on the sources of Python's standard library, one byte per token. Needs torchao.
+Writes fp8.json, fp8.md and fp8.png after every row; rows of earlier runs are kept.
 """
 
 from __future__ import annotations

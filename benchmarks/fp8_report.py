@@ -19,7 +19,7 @@ def table(report: dict) -> str:
 def speed_table(report: dict) -> str:
     """Speed and memory, each beside bfloat16 of the same run."""
     lines = [
-        "| model | GPUs | recomputation | products | tokens/s | against bfloat16 | memory per GPU |",
+        "| model | GPUs | recomputation | products | tokens/s | against bfloat16 | memory |",
         "|---|---|---|---|---|---|---|",
     ]
     base: dict[tuple, float] = {}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lasp import SequenceShard
 from lasp.tnl import TNL, TNLConfig
 from lasp.tnl.convert import from_released, to_released
-from launch.config import Config, Model, typed
+from launch.config import Config, Float8, Model, typed
 from launch.data import IGNORE
 from launch.distributed import DistContext
 from launch.exit_codes import ConfigError
@@ -242,6 +242,7 @@ def build_model(config: Config, ctx: DistContext, shape: Any) -> LossModel:
     if ctx.dims.tp > 1:
         shard_sequence = config.parallelism.tensor_parallel_shard_sequence
         family.tensor_parallel(model, ctx.mesh["tp"], shard_sequence=shard_sequence)
+    check_float8_sizes(model, config.float8)
     checkpoint_blocks(model.blocks, config.activation_checkpoint.mode)
     compiled = config.compile.enable
     if compiled is None:
@@ -266,6 +267,18 @@ def convert_to_float8(model: nn.Module, config: Config, ctx: DistContext) -> Non
         )
     except ValueError as error:
         raise ConfigError(f"quantize.linear.float8: {error}") from None
+
+
+def check_float8_sizes(model: nn.Module, float8: Float8) -> None:
+    """Raise ConfigError if FP8 cannot multiply the weights that a rank holds."""
+    if float8.recipe_name is None:
+        return
+    try:
+        check_sizes(model.blocks, float8.filter_fqns)
+    except ValueError as error:
+        raise ConfigError(
+            f"quantize.linear.float8: {error} (quantize.linear.float8.filter_fqns names those.)"
+        ) from None
 
 
 def apply_data_parallel(loss_model: LossModel, config: Config, ctx: DistContext) -> nn.Module:

@@ -38,9 +38,15 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         eps=settings.eps,
         fused=True,
     )
-    if config.float8.precompute_float8_dynamic_scale_for_fsdp:
-        optimizer.register_step_post_hook(lambda *_: scales_in_one_reduction(model))
+    optimizer.register_step_post_hook(lambda *_: update_scales(model, config))
     return optimizer
+
+
+def update_scales(model: nn.Module, config: Config) -> None:
+    """Compute the scales of weights that are gathered in FP8, if that is done once per step. Called
+    after each step and after loading weights, on all ranks."""
+    if config.float8.precompute_float8_dynamic_scale_for_fsdp:
+        scales_in_one_reduction(model)
 
 
 def learning_rate(step: int, config: Config) -> float:

@@ -51,7 +51,7 @@ from launch.metrics import (
     peak_memory,
     plot_loss,
 )
-from launch.optimizer import build_optimizer
+from launch.optimizer import build_optimizer, update_scales
 from launch.prepare_data import prepare
 from launch.profiling import profiled
 from launch.resolve import (
@@ -132,6 +132,8 @@ def train(config: Config, ctx: DistContext, batch: Batching) -> int:
     found, refused = find_checkpoint(state)
     if found is not None:
         ctx.all_or_raise(lambda: resume(state, found))
+        # As after the step that was saved.
+        update_scales(state.model, config)
     if ctx.is_rank0:
         print(describe(config, ctx.info, state.model.config, batch))
         for reason in refused:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator, Sequence
 
 __all__ = [
     "MULTIPLE",
@@ -86,7 +86,7 @@ def convert_blocks(
     blocks: nn.ModuleList,
     recipe: str,
     *,
-    skip: Iterable[str] = (),
+    skip: Sequence[str] = (),
     fsdp_all_gather: bool = False,
     emulate: bool = False,
 ) -> None:
@@ -117,40 +117,35 @@ def convert_blocks(
     # Imported here: it is optional, and slow to import.
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    skip = tuple(skip)
-    found: list[str] = []
-
-    def is_converted(module: nn.Module, name: str) -> bool:
-        name = f"blocks.{name}"
-        if not isinstance(module, nn.Linear) or any(each in name for each in skip):
-            return False
-        found.append(name)
-        return True
-
+    found = dict(_wanted(blocks, skip))
+    if not found:
+        raise ValueError(f"no linear layer is left for FP8: each matches one of {tuple(skip)}.")
     config = dataclasses.replace(
         Float8LinearConfig.from_recipe_name(recipe),
         emulate=emulate,
         enable_fsdp_float8_all_gather=fsdp_all_gather,
     )
-    convert_to_float8_training(blocks, module_filter_fn=is_converted, config=config)
-    if not found:
-        raise ValueError(f"no linear layer is left for FP8, all match one of {list(skip)}.")
+    convert_to_float8_training(
+        blocks, module_filter_fn=lambda module, name: f"blocks.{name}" in found, config=config
+    )
 
 
-def check_sizes(blocks: nn.ModuleList) -> None:
-    """Raise ValueError if a rank's part of an FP8 layer's weight has sizes that FP8 cannot multiply.
+def check_sizes(blocks: nn.ModuleList, skip: Sequence[str] = ()) -> None:
+    """Raise ValueError if a rank's part of a layer that is for FP8 has sizes that FP8 cannot take.
 
     Apply it after tensor parallelism.
+
+    Args:
+        blocks, skip: as in `convert_blocks`.
     """
-    for name, module in _converted(blocks):
+    for name, module in _wanted(blocks, skip):
         weight = module.weight
         rows, columns = (weight.to_local() if isinstance(weight, DTensor) else weight).shape
         if rows % MULTIPLE or columns % MULTIPLE:
-            part = ""
-            if tuple(weight.shape) != (rows, columns):
-                part = f" of {tuple(weight.shape)} on each rank"
+            whole = tuple(weight.shape)
+            part = f" (of {whole[0]} x {whole[1]})" if whole != (rows, columns) else ""
             raise ValueError(
-                f"blocks.{name} multiplies by a weight of {rows} x {columns}{part}: FP8 needs "
+                f"the weight of {name} has {rows} x {columns} values on a rank{part}: FP8 needs "
                 f"multiples of {MULTIPLE}; change the model's sizes or the number of "
                 "tensor-parallel ranks, or leave the layer out."
             )
@@ -159,9 +154,9 @@ def check_sizes(blocks: nn.ModuleList) -> None:
 def scales_in_one_reduction(model: nn.Module) -> None:
     """Compute the scales of all weights that are gathered in FP8, with one reduction over ranks.
 
-    Call it after each step of the optimizer: until the next one, FSDP gathers with these scales.
-    Without them every weight asks the ranks for its scale when it is gathered. The scales are the
-    same, so either gives the same bits.
+    Call it whenever weights have changed: after each step of the optimizer, and after loading them.
+    FSDP gathers with these scales. (Without them every weight asks the ranks for its scale each
+    time it is gathered.)
     """
     from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
@@ -175,8 +170,8 @@ def high_precision(tensor: Tensor) -> Tensor:
     return tensor._tensor if hasattr(tensor, "fsdp_pre_all_gather") else tensor
 
 
-def _converted(blocks: nn.ModuleList) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in blocks.named_modules():
-        # torchao's class is not public; a layer that it converted has its config.
-        if isinstance(module, nn.Linear) and hasattr(module, "linear_mm_config"):
+def _wanted(blocks: nn.ModuleList, skip: Sequence[str]) -> Iterator[tuple[str, nn.Linear]]:
+    """The linear layers for FP8, by name."""
+    for name, module in blocks.named_modules(prefix="blocks"):
+        if isinstance(module, nn.Linear) and not any(each in name for each in skip):
             yield name, module
