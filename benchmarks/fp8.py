@@ -104,7 +104,7 @@ def measure_losses(arguments: argparse.Namespace, report: dict[str, Any]) -> Non
                 "training.seq_len": tokens // 4,
                 "training.local_batch_size": 4,
                 "training.steps": arguments.loss_steps,
-                "validation.freq": max(1, arguments.loss_steps // 10),
+                "validation.freq": max(1, arguments.loss_steps // 5),
                 "validation.steps": 16,
                 "metrics.log_freq": max(1, arguments.loss_steps // 100),
                 **dict(flags),

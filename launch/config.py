@@ -509,8 +509,8 @@ def _check_float8(float8: Float8) -> None:
             "quantize.linear.float8.enable_fsdp_float8_all_gather is set with recipe_name rowwise: "
             "weights are gathered in FP8 only with recipe_name tensorwise."
         )
-    others = dataclasses.asdict(float8) | {"recipe_name": None}
-    if float8.recipe_name is None and others != dataclasses.asdict(Float8()):
+    others = dataclasses.replace(float8, recipe_name=None, emulate=False)
+    if float8.recipe_name is None and others != Float8():
         raise ConfigError(
             "quantize.linear.float8 is set up but not switched on: give "
             "quantize.linear.float8.recipe_name (tensorwise or rowwise)."

@@ -7,7 +7,6 @@ import signal
 
 import pytest
 import torch
-from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.distributed.tensor import DTensor
 
 from launch import generate, train
@@ -18,6 +17,7 @@ from launch.exit_codes import REQUEUE, ConfigError
 from launch.optimizer import update_scales
 from launch.trainer import train_step, validate
 from tests.distributed import Pool
+from tests.float8_over_gloo import bytes_over_gloo
 from tests.launch.runs import STEPS, at_step, flags, losses, run_here
 from tests.launch.test_parallelism import CP2, FSDP, NEVER, TP2, make_run, state_of
 
@@ -106,20 +106,6 @@ def test_checkpoints_of_fp8_runs_hold_what_others_hold(undisturbed, capsys):
     argv = ["--checkpoint", str(undisturbed / "tensorwise" / "checkpoint"), "--max_new_tokens", "5"]
     assert generate.main([*argv, "--prompt", "line"]) == 0
     assert capsys.readouterr().out.startswith("line")
-
-
-def bytes_over_gloo(patch):
-    """gloo cannot send FP8; NCCL can."""
-    original = _fsdp_collectives.DefaultAllGather.__call__
-
-    def call(self, output_tensor, input_tensor, group, async_op=False):
-        output_tensor, input_tensor = (
-            each.view(torch.uint8) if each.itemsize == 1 else each
-            for each in (output_tensor, input_tensor)
-        )
-        return original(self, output_tensor, input_tensor, group, async_op)
-
-    patch.setattr(_fsdp_collectives.DefaultAllGather, "__call__", call)
 
 
 def plain_state(state):
@@ -235,7 +221,11 @@ def test_fp8_with_fsdp_and_tensor_parallelism(pool, tmp_path):
         (TENSORWISE, {"training__seq_len": 100}, "a rank has 100 tokens (local_batch_size 1 x"),
         (TENSORWISE, {"model__glu_dim": 72}, "blocks.0.channel_mixer.w1 has 72 x 32 values"),
         (TENSORWISE[1:], {}, "FP8 products need a GPU, the device is cpu"),
-        ([FLOAT8 + "emulate"], {}, "not switched on: give quantize.linear.float8.recipe_name"),
+        (
+            [FLOAT8 + "filter_fqns", "w1"],
+            {},
+            "not switched on: give quantize.linear.float8.recipe_name",
+        ),
         (
             [*ROWWISE, FLOAT8 + "enable_fsdp_float8_all_gather"],
             {},

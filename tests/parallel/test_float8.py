@@ -13,8 +13,10 @@ from lasp.tnl import TNL, TNLConfig
 from parallel import float8
 from parallel.activation_checkpoint import checkpoint_blocks
 from parallel.compile import compile_blocks
+from parallel.data import shard
 from parallel.mesh import full_tensor
-from parallel.tnl import tensor_parallel
+from parallel.tnl import float32_blocks, tensor_parallel
+from tests.float8_over_gloo import bytes_over_gloo
 
 pytest.importorskip("torchao", reason="FP8 needs torchao: pip install -e '.[fp8]'")
 
@@ -207,3 +209,39 @@ def sizes_on_two_ranks(group):
 def test_sizes_are_those_of_a_tensor_parallel_rank(pool):
     for text, _ in pool.run(sizes_on_two_ranks, size=2):
         assert "blocks.0.channel_mixer.w1 has 24 x 32 values on a rank (of 48 x 32)" in text
+
+
+def gathered_gradients(group, mode):
+    """Of FSDP that gathers in FP8, eager and compiled, and the graphs of the compiled blocks."""
+    torch._dynamo.reset()
+    counters.clear()
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("dp",))
+    results = []
+    with pytest.MonkeyPatch.context() as patch:
+        bytes_over_gloo(patch)
+        for is_compiled in (False, True):
+            model = make(None)
+            float8.convert_blocks(model.blocks, "tensorwise", fsdp_all_gather=True, emulate=True)
+            checkpoint_blocks(model.blocks, mode)
+            if is_compiled:
+                compile_blocks(model.blocks, fullgraph=True, backend="aot_eager")
+            shard(model, mesh, blocks=model.blocks, exact=float32_blocks(model))
+            results.append(gradients(model))
+            for _ in range(is_compiled):
+                # With scales computed before, and weights that were gathered before.
+                model.zero_grad()
+                float8.scales_in_one_reduction(model)
+                results.append(gradients(model))
+    return results, counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_weights_gathered_in_fp8_compile_without_breaks(pool, mode):
+    expected = gradients(make())
+    for results, graphs in pool.run(gathered_gradients, mode, size=2):
+        assert graphs == 2
+        for actual in results:
+            hidden = actual.pop("hidden")
+            # Both ranks have the same tokens, and gradients are summed.
+            actual = {name: each / 2 for name, each in actual.items()} | {"hidden": hidden}
+            assert worst(actual, expected) < 1e-5
