@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from lasp import SequenceShard
 from lasp.tnl import TNL, TNLConfig
 from lasp.tnl.convert import from_released, to_released
-from launch.config import Config, Float8, Model, typed
+from launch.config import Config, Float8, Model
 from launch.data import IGNORE
 from launch.distributed import DistContext
 from launch.exit_codes import ConfigError
 from launch.tokenizer import Tokenizer
+from launch.toml_config import typed
 from parallel.activation_checkpoint import checkpoint_blocks
 from parallel.compile import compile_blocks
 from parallel.data import replicate, shard

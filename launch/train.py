@@ -28,7 +28,7 @@ from lasp import SequenceShard
 from launch.build import apply_data_parallel, build_model, get_family, model_config
 from launch.checkpoint.save_resume import find_checkpoint, finish_save, resume, start_save
 from launch.checkpoint.store import CheckpointStore
-from launch.config import Config, load_config, to_toml
+from launch.config import Config, load_config
 from launch.data import DataFolder, RandomSource
 from launch.distributed import DistContext, RankInfo, get_rank_info, open_dist_context
 from launch.exit_codes import (
@@ -62,6 +62,7 @@ from launch.resolve import (
     describe,
 )
 from launch.tokenizer import ByteTokenizer, Tokenizer
+from launch.toml_config import to_toml
 from launch.train_state import StepResult, TrainState
 from launch.trainer import step_indices, train_step, validate
 from parallel.compile import eagerly

@@ -167,7 +167,8 @@ def high_precision(tensor: Tensor) -> Tensor:
     """The float32 tensor inside torchao's wrapper of a weight that is gathered in FP8, sharing its
     memory; any other tensor unchanged."""
     # The wrapper's class is private to torchao, and is only there where torchao is.
-    return tensor._tensor if hasattr(tensor, "fsdp_pre_all_gather") else tensor
+    is_wrapped = hasattr(tensor, "fsdp_pre_all_gather")
+    return tensor._tensor if is_wrapped else tensor  # type: ignore[attr-defined]
 
 
 def _wanted(blocks: nn.ModuleList, skip: Sequence[str]) -> Iterator[tuple[str, nn.Linear]]:

@@ -12,9 +12,10 @@ from torch.distributed.tensor import DTensor
 from launch import generate, train
 from launch.checkpoint.save_resume import find_checkpoint, finish_save, resume, start_save
 from launch.checkpoint.store import verify
-from launch.config import load_config, to_toml
+from launch.config import load_config
 from launch.exit_codes import REQUEUE, ConfigError
 from launch.optimizer import update_scales
+from launch.toml_config import to_toml
 from launch.trainer import train_step, validate
 from tests.distributed import Pool
 from tests.float8_over_gloo import bytes_over_gloo
