@@ -38,7 +38,7 @@ from launch.build import (
     get_family,
     num_weight_shards,
 )
-from launch.config import Config, Quantize
+from launch.config import Config, Float8, Quantize
 from launch.distributed import DistContext, RankInfo
 from launch.resolve import batching
 from parallel.mesh import build_mesh
@@ -112,8 +112,7 @@ def estimate(config: Config, info: RankInfo, shape: Any) -> Estimate:
         check_float8_sizes(loss_model.model, float8)
         shards = _shards(loss_model.model, num_weight_shards(config, dims))
         full_gradients = _bytes_of(loss_model.parameters(), 4)
-        itemsize = 1 if float8.enable_fsdp_float8_all_gather else dtype.itemsize
-        gathered = _gathered(loss_model, config, itemsize) if is_fsdp else 0
+        gathered = _gathered(loss_model, config, dtype, float8) if is_fsdp else 0
         activations = _peak(loss_model, config, ctx, dtype if is_fsdp else None)
     weights = 4 * sum(math.prod(part) for _, part in shards.values())
     accumulates = batching(config, info).accumulation > 1
@@ -241,7 +240,7 @@ def _peak(
     return live.peak - before
 
 
-def _gathered(loss_model: LossModel, config: Config, itemsize: int) -> int:
+def _gathered(loss_model: LossModel, config: Config, dtype: torch.dtype, float8: Float8) -> int:
     """Bytes that FSDP adds at most. Embedding and head stay gathered, and so do two blocks at a
     time, or all: each as it arrives and as it is used. Of embedding and head, and of one block:
     gradients before they are sharded, and as they are sent."""
@@ -249,7 +248,8 @@ def _gathered(loss_model: LossModel, config: Config, itemsize: int) -> int:
     root = _bytes_of(loss_model.parameters(), 1) - sum(blocks)
     always = config.parallelism.fsdp_reshard_after_forward == "always"
     at_once = sum(sorted(blocks)[-2:] if always else blocks)
-    return 4 * 4 * root + 2 * at_once * itemsize + max(blocks) * (itemsize + 4)
+    itemsize = 1 if float8.enable_fsdp_float8_all_gather else dtype.itemsize
+    return 4 * 4 * root + 2 * at_once * itemsize + max(blocks) * (dtype.itemsize + 4)
 
 
 def _shards(model: nn.Module, ranks: int) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
