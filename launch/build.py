@@ -249,7 +249,9 @@ def build_model(config: Config, ctx: DistContext, shape: Any) -> LossModel:
     if compiled is None:
         compiled = ctx.device.type == "cuda"
     if compiled:
-        compile_blocks(model.blocks)
+        # With rowwise scales, norms that a kernel keeps in float32 have led to NaN
+        # (https://github.com/pytorch/pytorch/issues/150859).
+        compile_blocks(model.blocks, precision_casts=config.float8.recipe_name == "rowwise")
     dtype = autocast_dtype(config, ctx.device)
     return LossModel(model, config.training.loss_chunk_size, dtype, compiled)
 
