@@ -12,7 +12,7 @@ import torch
 import triton
 
 # Gluon is experimental: only versions tested against float64, for races and with both assemblers.
-TRITON_VERSIONS = ("3.6.",)
+TRITON_VERSIONS = ("3.6.", "3.7.", "3.8.", "3.9.")
 
 
 @functools.cache
