@@ -92,9 +92,7 @@ def load_warp(
         mbarrier.wait(empty.index(stage), phase)
         mbarrier.expect(bar, nbytes)
         for i in gl.static_range(len(descriptors)):
-            async_load(
-                descriptors[i], [i_b, t, i_h, columns[i]], bar, tiles[i].index(stage)
-            )
+            async_load(descriptors[i], [i_b, t, i_h, columns[i]], bar, tiles[i].index(stage))
         stage, phase = _next(stage, phase, STAGES)
 
 

@@ -1,5 +1,7 @@
 """Compile kernels for sm_90, without a GPU, and inspect the result."""
 
+import contextlib
+import io
 import re
 import subprocess
 import tempfile
@@ -23,7 +25,10 @@ needs_tested_triton = pytest.mark.skipif(
 
 
 def compile_launch(kernel, arguments, constants):
-    """The variant of the kernel that a launch with these arguments would run."""
+    """The variant of the kernel that a launch with these arguments would run.
+
+    Its attribute `report` is what the assembler says.
+    """
     source = ASTSource
     if type(kernel) is not JITFunction:
         from triton.experimental.gluon._runtime import GluonASTSource as source
@@ -35,7 +40,16 @@ def compile_launch(kernel, arguments, constants):
         backend, constants, bound, specialization, options
     )
     source = source(kernel, signature, values, attributes)
-    return triton.compile(source, target=HOPPER, options=options.__dict__)
+    report = io.StringIO()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(knobs.compilation.scope())
+        stack.enter_context(knobs.nvidia.scope())
+        stack.enter_context(contextlib.redirect_stdout(report))
+        # The cache has no reports.
+        knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(source, target=HOPPER, options=options.__dict__)
+    compiled.report = report.getvalue()
+    return compiled
 
 
 def products_and_waits(ptx: str) -> list[str]:
@@ -71,19 +85,10 @@ def assert_tensor_cores_used_well(compiled) -> None:
     assert compiled.metadata.shared <= SHARED_MEMORY_LIMIT
 
 
-def assemble(ptx: str, folder: Path) -> Path:
-    """The cubin."""
-    source, cubin = folder / "kernel.ptx", folder / "kernel.cubin"
-    source.write_text(ptx)
-    command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "-o", cubin, source]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    # C7510 to C7519: the assembler makes products wait for each other.
-    assert "C751" not in report, report
-    return cubin
-
-
-def disassembled_blocks(cubin: Path) -> list[list[str]]:
+def disassembled_blocks(compiled, folder: Path) -> list[list[str]]:
     """The kernel's basic blocks, each a list of instructions."""
-    tool = Path(knobs.nvidia.ptxas.path).with_name("nvdisasm")
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    tool = knobs.nvidia.nvdisasm.path
     text = subprocess.run([tool, cubin], capture_output=True, text=True, check=True).stdout
     return [re.findall(r"\*/ +(.*?;)", block) for block in re.split(r"\n\s*\.L_x", text)]
