@@ -1,6 +1,7 @@
 """Compile kernels without a GPU, for sm_90 unless told otherwise, and inspect the result."""
 
 import contextlib
+import io
 import re
 import subprocess
 import tempfile
@@ -77,7 +78,10 @@ def compiling(target: Target, **constants):
 
 
 def compile_launch(kernel, arguments, constants, target=HOPPER):
-    """The variant of the kernel that a launch with these arguments would run."""
+    """The variant of the kernel that a launch with these arguments would run.
+
+    Of a kernel in Gluon the attribute `report` is what the assembler says.
+    """
     source = ASTSource
     if type(kernel) is not JITFunction:
         from triton.experimental.gluon._runtime import GluonASTSource as source
@@ -89,7 +93,19 @@ def compile_launch(kernel, arguments, constants, target=HOPPER):
         backend, constants, bound, specialization, options
     )
     source = source(kernel, signature, values, attributes)
-    return triton.compile(source, target=target, options=options.__dict__)
+    options = options.__dict__
+    if type(kernel) is JITFunction:
+        return triton.compile(source, target=target, options=options)
+    report = io.StringIO()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(knobs.compilation.scope())
+        stack.enter_context(knobs.nvidia.scope())
+        stack.enter_context(contextlib.redirect_stdout(report))
+        # The cache has no reports.
+        knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(source, target=target, options=options)
+    compiled.report = report.getvalue()
+    return compiled
 
 
 def products_and_waits(ptx: str) -> list[str]:
@@ -145,19 +161,10 @@ def assert_tensor_cores_used_well(compiled) -> None:
     assert compiled.metadata.shared <= SHARED_MEMORY_LIMIT
 
 
-def assemble(ptx: str, folder: Path) -> Path:
-    """The cubin."""
-    source, cubin = folder / "kernel.ptx", folder / "kernel.cubin"
-    source.write_text(ptx)
-    command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "-o", cubin, source]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    # C7510 to C7519: the assembler makes products wait for each other.
-    assert "C751" not in report, report
-    return cubin
-
-
-def disassembled_blocks(cubin: Path) -> list[list[str]]:
+def disassembled_blocks(compiled, folder: Path) -> list[list[str]]:
     """The kernel's basic blocks, each a list of instructions."""
-    tool = Path(knobs.nvidia.ptxas.path).with_name("nvdisasm")
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    tool = knobs.nvidia.nvdisasm.path
     text = subprocess.run([tool, cubin], capture_output=True, text=True, check=True).stdout
     return [re.findall(r"\*/ +(.*?;)", block) for block in re.split(r"\n\s*\.L_x", text)]
