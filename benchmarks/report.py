@@ -1,5 +1,5 @@
 """Write all tables and charts of benchmarks/results anew from the JSON files, and the tables of
-README.md and docs/benchmarks.md from the same; needs no GPU.
+README.md and docs/ from the same; needs no GPU.
 
     python benchmarks/report.py
 """
@@ -10,6 +10,7 @@ import json
 import re
 from pathlib import Path
 
+import fp8_report
 import kernels_report
 import megatron_report
 import sequence_parallel_report
@@ -20,25 +21,27 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def main() -> None:
-    kernels, over_ranks, training = read_reports()
+    kernels, over_ranks, training, fp8 = read_reports()
     kernels_report.write(kernels, RESULTS)
     for report in over_ranks:
         sequence_parallel_report.write(report, RESULTS, with_plot=True)
     megatron_report.write(_read(RESULTS / "megatron.json"), RESULTS)
     training_report.write(training, RESULTS)
-    for path, name, table in docs_tables(kernels, over_ranks, training):
+    fp8_report.write(fp8, RESULTS)
+    for path, name, table in docs_tables(kernels, over_ranks, training, fp8):
         path.write_text(filled(path.read_text(), name, table))
         print(f"{path.relative_to(ROOT)}, table {name}:\n\n{table}")
 
 
-def read_reports() -> tuple[dict, list[dict], dict]:
-    """The reports of kernels, of sequence parallelism by number of ranks, and of training."""
+def read_reports() -> tuple[dict, list[dict], dict, dict]:
+    """The reports of kernels, of sequence parallelism by number of ranks, of training, of FP8."""
     over_ranks = [_read(path) for path in sorted(RESULTS.glob("sequence_parallel_*.json"))]
-    return _read(RESULTS / "kernels.json"), over_ranks, _read(RESULTS / "training.json")
+    kernels, training, fp8 = (_read(RESULTS / f"{n}.json") for n in ("kernels", "training", "fp8"))
+    return kernels, over_ranks, training, fp8
 
 
 def docs_tables(
-    kernels: dict, over_ranks: list[dict], training: dict
+    kernels: dict, over_ranks: list[dict], training: dict, fp8: dict
 ) -> list[tuple[Path, str, str]]:
     """The tables outside benchmarks/results: (file, name of the table, the table)."""
     docs = ROOT / "docs" / "benchmarks.md"
@@ -47,6 +50,8 @@ def docs_tables(
         (docs, "kernels", kernels_report.docs_table(kernels)),
         (docs, "ranks", sequence_parallel_report.docs_table(over_ranks)),
         (docs, "training", training_report.docs_table(training)),
+        (docs.with_name("training.md"), "fp8-speed", fp8_report.speed_table(fp8)),
+        (docs.with_name("training.md"), "fp8-loss", fp8_report.loss_table(fp8)),
     ]
 
 

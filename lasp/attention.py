@@ -81,8 +81,9 @@ def lightning_attention(
     """
     context = CPContext(resolve_group(group), exchange, layout, shard_lengths)
     tensors = q, k, v, log_decay, initial_state, cu_seqlens
-    call, direct = None, not library.needs_dispatcher(*tensors)
-    if direct:
+    call = None
+    complete = all(isinstance(x, torch.Tensor) for x in (q, k, v))
+    if complete and not library.needs_dispatcher(*tensors):
         needs_grad = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
         call = _remembered_call(
             "forward", tensors, (scale, output_final_state, needs_grad, context)
@@ -164,14 +165,14 @@ def _remembered_call(name, tensors, options):
         return ops.PLAIN_CALL
     *key, context = options
     if context.group is not None:
-        # What crosses ranks depends on the values of the decay, and holds the group's timeout.
+        # What crosses ranks depends on the values of the decay.
         rates = None
         if log_decay is not None:
             try:
                 rates = decay_rates(log_decay)
             except (TypeError, ValueError):
                 return ops.PLAIN_CALL
-        key += [*context[1:], rates, consistency.timeout_of(context.group)]
+        key += [*context[1:], rates]
     key = tuple(key)
     try:
         hash(key)
@@ -201,7 +202,7 @@ class _LightningAttention(torch.autograd.Function):
         impl = library if call is None else functional
         call = call or ops.PLAIN_CALL
         if call.recording is not None:
-            check, _ = None, Decay(log_decay).rates  # Raises for values that are not allowed.
+            check, _ = None, decay_rates(log_decay)  # Raises for values that are not allowed.
             if context.group is not None:
                 check = consistency.PendingCheck(context.group, call.recording.check).wait
             o, state_in, segment_states, final_state = call.replay(check)

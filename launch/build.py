@@ -1,5 +1,5 @@
 """From a config to the model of a rank: one registry row per model family, and what is applied to
-any of them: tensor parallelism, activation checkpointing, compilation, data parallelism."""
+any of them: FP8, tensor parallelism, activation checkpointing, compilation, data parallelism."""
 
 import dataclasses
 import json
@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from lasp import SequenceShard
 from lasp.tnl import TNL, TNLConfig
 from lasp.tnl.convert import from_released, to_released
-from launch.config import Config, Model, typed
+from launch.config import Config, Float8, Model
 from launch.data import IGNORE
 from launch.distributed import DistContext
 from launch.exit_codes import ConfigError
 from launch.tokenizer import Tokenizer
+from launch.toml_config import typed
 from parallel.activation_checkpoint import checkpoint_blocks
 from parallel.compile import compile_blocks
 from parallel.data import replicate, shard
+from parallel.float8 import check_available, check_sizes, convert_blocks
 from parallel.loss import chunked_cross_entropy
 from parallel.mesh import ParallelDims, sharding_mesh
 from parallel.tnl import check_divides, float32_blocks, tensor_parallel
@@ -229,21 +231,57 @@ def build_model(config: Config, ctx: DistContext, shape: Any) -> LossModel:
 
     Args:
         shape: the model's config, of `model_config`.
+
+    Raises:
+        ConfigError: FP8 that this machine or this model cannot run, on every rank.
     """
     family = get_family(config.model.family)
     with ctx.device:
         model = family.build(shape)
+    if config.float8.recipe_name is not None:
+        convert_to_float8(model, config, ctx)
     if ctx.dims.tp > 1:
         shard_sequence = config.parallelism.tensor_parallel_shard_sequence
         family.tensor_parallel(model, ctx.mesh["tp"], shard_sequence=shard_sequence)
+    check_float8_sizes(model, config.float8)
     checkpoint_blocks(model.blocks, config.activation_checkpoint.mode)
     compiled = config.compile.enable
     if compiled is None:
         compiled = ctx.device.type == "cuda"
     if compiled:
-        compile_blocks(model.blocks)
+        # With rowwise scales, norms that a kernel keeps in float32 have led to NaN
+        # (https://github.com/pytorch/pytorch/issues/150859).
+        compile_blocks(model.blocks, precision_casts=config.float8.recipe_name == "rowwise")
     dtype = autocast_dtype(config, ctx.device)
     return LossModel(model, config.training.loss_chunk_size, dtype, compiled)
+
+
+def convert_to_float8(model: nn.Module, config: Config, ctx: DistContext) -> None:
+    """Let the blocks' linear layers compute in FP8, in place. Raises ConfigError."""
+    float8, engine = config.float8, data_parallel_engine(config, ctx.dims)
+    try:
+        check_available(ctx.device, emulate=float8.emulate)
+        convert_blocks(
+            model.blocks,
+            float8.recipe_name,
+            skip=float8.filter_fqns,
+            fsdp_all_gather=float8.enable_fsdp_float8_all_gather and engine == "fsdp",
+            emulate=float8.emulate,
+        )
+    except ValueError as error:
+        raise ConfigError(f"quantize.linear.float8: {error}") from None
+
+
+def check_float8_sizes(model: nn.Module, float8: Float8) -> None:
+    """Raise ConfigError if FP8 cannot multiply the weights that a rank holds."""
+    if float8.recipe_name is None:
+        return
+    try:
+        check_sizes(model.blocks, float8.filter_fqns)
+    except ValueError as error:
+        raise ConfigError(
+            f"quantize.linear.float8: {error} (quantize.linear.float8.filter_fqns names those.)"
+        ) from None
 
 
 def apply_data_parallel(loss_model: LossModel, config: Config, ctx: DistContext) -> nn.Module:

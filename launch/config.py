@@ -6,13 +6,9 @@ follow torchtitan and flame.
 
 import contextlib
 import dataclasses
-import difflib
 import io
-import json
 import math
-import tomllib
-import types
-import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +16,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from launch.exit_codes import ConfigError
+from launch.toml_config import read_toml
 
 # Shared by all runs started from one folder.
 STANDARD_LIBRARY_FOLDER = "data/stdlib"
@@ -187,6 +184,31 @@ class Compile:
 
 
 @dataclass(kw_only=True)
+class Float8:
+    recipe_name: Literal["tensorwise", "rowwise"] | None = None
+    """Products of the blocks' linear layers in FP8 (needs torchao and sm_89 or newer); weights stay
+    float32. tensorwise: one scale per tensor; rowwise: per row, slower. None: no FP8."""
+    enable_fsdp_float8_all_gather: bool = False
+    """FSDP gathers the weights of these layers in FP8. tensorwise only."""
+    precompute_float8_dynamic_scale_for_fsdp: bool = False
+    """With the above: the scales of all weights by one reduction per step."""
+    filter_fqns: tuple[str, ...] = ()
+    """Layers whose name contains one of these stay as they are, such as out_proj or blocks.0."""
+    emulate: bool = False
+    """Round operands to FP8 and multiply in float32, on any device: slow, for tests."""
+
+
+@dataclass(kw_only=True)
+class QuantizeLinear:
+    float8: Float8 = field(default_factory=Float8)
+
+
+@dataclass(kw_only=True)
+class Quantize:
+    linear: QuantizeLinear = field(default_factory=QuantizeLinear)
+
+
+@dataclass(kw_only=True)
 class Metrics:
     log_freq: int = 1
     """Steps between printed lines."""
@@ -248,6 +270,7 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     compile: Compile = field(default_factory=Compile)
+    quantize: Quantize = field(default_factory=Quantize)
     metrics: Metrics = field(default_factory=Metrics)
     validation: Validation = field(default_factory=Validation)
     sample: Sample = field(default_factory=Sample)
@@ -262,6 +285,10 @@ class Config:
     def data_folder(self) -> Path:
         return Path(self.data.folder or STANDARD_LIBRARY_FOLDER)
 
+    @property
+    def float8(self) -> Float8:
+        return self.quantize.linear.float8
+
 
 def load_config(argv: list[str]) -> Config:
     """The config of a command line: defaults, then its --job.config_file, then its flags.
@@ -273,7 +300,7 @@ def load_config(argv: list[str]) -> Config:
     config = Config()
     path = _config_file(argv)
     if path is not None:
-        read_toml(config, Path(path))
+        read_toml(config, Path(path), _REMOVED)
     for name, reason in _REMOVED.items():
         section, _, option = name.rpartition(".")
         flags = (f"__{name}", f"__{section}.no_{option}")
@@ -292,53 +319,6 @@ def load_config(argv: list[str]) -> Config:
     return config
 
 
-def read_toml(config: Config, path: Path) -> None:
-    """Copy the values of a TOML file into `config`. Raises ConfigError."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"job.config_file {path}: {error.strerror}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"job.config_file {path} is not TOML: {error}.") from None
-    sections = [each.name for each in dataclasses.fields(Config)]
-    for name, values in table.items():
-        if name not in sections:
-            raise ConfigError(f"{path}: unknown section [{name}]{_hint(name, sections, '[{}]')}")
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: {name} is a section: write [{name}] on a line of its own.")
-        section = getattr(config, name)
-        hints = typing.get_type_hints(type(section))
-        for key, value in values.items():
-            full_name = f"{name}.{key}"
-            if full_name in _REMOVED:
-                # Resolved configs of earlier runs say false.
-                if value:
-                    raise ConfigError(f"{path}: {full_name} was removed: {_REMOVED[full_name]}.")
-                continue
-            if key not in hints:
-                keys = [f"{name}.{each}" for each in hints]
-                raise ConfigError(f"{path}: unknown key {full_name}{_hint(full_name, keys, '{}')}")
-            setattr(section, key, typed(value, hints[key], f"{path}: {full_name}"))
-
-
-def to_toml(config: Config) -> str:
-    """The resolved config as a TOML file that `--job.config_file` reads back."""
-    lines: list[str] = []
-    for section in dataclasses.fields(config):
-        lines.append(f"[{section.name}]")
-        for key, value in dataclasses.asdict(getattr(config, section.name)).items():
-            # TOML has no None; it is always the default, which a missing key means.
-            if value is not None:
-                lines.append(f"{key} = {_toml_value(value)}")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _toml_value(value: Any) -> str:
-    # Like JSON, but without surrogate pairs and with DEL escaped.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
 def _config_file(argv: list[str]) -> str | None:
     for index, argument in enumerate(argv):
         flag, equals, value = argument.partition("=")
@@ -347,46 +327,6 @@ def _config_file(argv: list[str]) -> str | None:
                 return value
             return argv[index + 1] if index + 1 < len(argv) else None
     return None
-
-
-def _hint(name: str, known: list[str], form: str) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {form.format(close[0])}?"
-    return f"; known: {', '.join(map(form.format, known))}."
-
-
-_TYPE_NAMES = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "a string",
-    tuple: "a list of whole numbers",
-}
-
-
-def typed(value: Any, annotation: Any, where: str) -> Any:
-    """`value` if it fits `annotation` (an int fits a float), else ConfigError.
-
-    Annotations are int, float, bool, str, Literal, tuple[int, ...], and unions of them.
-    """
-    is_union = isinstance(annotation, types.UnionType)
-    words = []
-    for option in typing.get_args(annotation) if is_union else (annotation,):
-        origin = typing.get_origin(option) or option
-        if origin is Literal:
-            if value in typing.get_args(option):
-                return value
-            words.append("one of " + ", ".join(map(repr, typing.get_args(option))))
-            continue
-        if origin is types.NoneType:
-            continue
-        if origin is tuple and type(value) is list and {int} >= set(map(type, value)):
-            return value
-        if type(value) is origin or (origin is float and type(value) is int):
-            return origin(value)
-        words.append(_TYPE_NAMES[origin])
-    raise ConfigError(f"{where} is {value!r}, must be {' or '.join(words)}.")
 
 
 _AT_LEAST = {
@@ -438,12 +378,35 @@ def _check(config: Config) -> None:
         "it must be even for parallelism.context_parallel_layout zigzag, where a rank holds two "
         "chunks of equal length",
     )
-    for section, values in dataclasses.asdict(config).items():
-        for key, value in values.items():
-            if isinstance(value, str):
-                check_text(f"{section}.{key}", value)
+    for name, value in _leaves(dataclasses.asdict(config), ""):
+        if isinstance(value, str):
+            check_text(name, value)
+    _check_float8(config.float8)
     if config.data.source == "folder" and config.data.folder is None:
         raise ConfigError("data.source is folder: say which one with --data.folder.")
+
+
+def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            for each in value if isinstance(value, tuple | list) else (value,):
+                yield prefix + key, each
+
+
+def _check_float8(float8: Float8) -> None:
+    if float8.recipe_name == "rowwise" and float8.enable_fsdp_float8_all_gather:
+        raise ConfigError(
+            "quantize.linear.float8.enable_fsdp_float8_all_gather is set with recipe_name rowwise: "
+            "weights are gathered in FP8 only with recipe_name tensorwise."
+        )
+    others = dataclasses.replace(float8, recipe_name=None, emulate=False)
+    if float8.recipe_name is None and others != Float8():
+        raise ConfigError(
+            "quantize.linear.float8 is set up but not switched on: give "
+            "quantize.linear.float8.recipe_name (tensorwise or rowwise)."
+        )
 
 
 def check_text(name: str, text: str) -> None:

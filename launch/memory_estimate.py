@@ -4,9 +4,10 @@ The dry run makes a process group of fake ranks (no socket, no message) and tens
 builds the model that a real run would build (launch/build.py), runs one forward and backward in
 each activation checkpointing mode, and counts the bytes that are alive. So the numbers follow the
 code, the mesh and the dtypes, on any machine. Only FSDP's sharding is computed by hand: doing it
-would create as many small tensors per weight as there are ranks. Not included: the CUDA context,
-NCCL's buffers, what the allocator loses between blocks, scratch memory inside kernels, and the
-savings of compilation.
+would create as many small tensors per weight as there are ranks. FP8 products are simulated as
+products in the training dtype: FP8 needs no more, and its casts can be counted only when compiled.
+Not included: the CUDA context, NCCL's buffers, what the allocator loses between blocks, scratch
+memory inside kernels, and the savings of compilation.
 """
 
 import contextlib
@@ -32,11 +33,12 @@ from launch.build import (
     LossModel,
     autocast_dtype,
     build_model,
+    check_float8_sizes,
     data_parallel_engine,
     get_family,
     num_weight_shards,
 )
-from launch.config import Config
+from launch.config import Config, Float8, Quantize
 from launch.distributed import DistContext, RankInfo
 from launch.resolve import batching
 from parallel.mesh import build_mesh
@@ -102,13 +104,15 @@ def estimate(config: Config, info: RankInfo, shape: Any) -> Estimate:
     # What the job's devices would choose, not the CPU that simulates them.
     config.training.mixed_precision_param = str(dtype).removeprefix("torch.")
     config.compile.enable = False
+    float8, config.quantize = config.float8, Quantize()
     is_fsdp = data_parallel_engine(config, dims) == "fsdp"
     ctx = _simulated_rank0(info)
     with FakeTensorMode():
         loss_model = build_model(config, ctx, shape)
+        check_float8_sizes(loss_model.model, float8)
         shards = _shards(loss_model.model, num_weight_shards(config, dims))
         full_gradients = _bytes_of(loss_model.parameters(), 4)
-        gathered = _gathered(loss_model, config, dtype) if is_fsdp else 0
+        gathered = _gathered(loss_model, config, dtype, float8) if is_fsdp else 0
         activations = _peak(loss_model, config, ctx, dtype if is_fsdp else None)
     weights = 4 * sum(math.prod(part) for _, part in shards.values())
     accumulates = batching(config, info).accumulation > 1
@@ -236,7 +240,7 @@ def _peak(
     return live.peak - before
 
 
-def _gathered(loss_model: LossModel, config: Config, dtype: torch.dtype) -> int:
+def _gathered(loss_model: LossModel, config: Config, dtype: torch.dtype, float8: Float8) -> int:
     """Bytes that FSDP adds at most. Embedding and head stay gathered, and so do two blocks at a
     time, or all: each as it arrives and as it is used. Of embedding and head, and of one block:
     gradients before they are sharded, and as they are sent."""
@@ -244,7 +248,8 @@ def _gathered(loss_model: LossModel, config: Config, dtype: torch.dtype) -> int:
     root = _bytes_of(loss_model.parameters(), 1) - sum(blocks)
     always = config.parallelism.fsdp_reshard_after_forward == "always"
     at_once = sum(sorted(blocks)[-2:] if always else blocks)
-    return 4 * 4 * root + 2 * at_once * dtype.itemsize + max(blocks) * (dtype.itemsize + 4)
+    itemsize = 1 if float8.enable_fsdp_float8_all_gather else dtype.itemsize
+    return 4 * 4 * root + 2 * at_once * itemsize + max(blocks) * (dtype.itemsize + 4)
 
 
 def _shards(model: nn.Module, ranks: int) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:

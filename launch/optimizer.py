@@ -9,12 +9,17 @@ from torch import Tensor, nn
 from launch.checkpoint.shards import StoredTensor, shard_of
 from launch.config import Config
 from launch.exit_codes import CheckpointError
+from parallel.float8 import scales_in_one_reduction
 
 _STATES = ("step", "exp_avg", "exp_avg_sq")
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """AdamW, with weight decay on the matrices of linear layers and embeddings only."""
+    """AdamW, with weight decay on the matrices of linear layers and embeddings only.
+
+    Args:
+        model: as data parallelism has sharded it.
+    """
     matrices = {
         id(module.weight)
         for module in model.modules()
@@ -23,7 +28,7 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     decayed = [p for p in model.parameters() if id(p) in matrices]
     others = [p for p in model.parameters() if id(p) not in matrices]
     settings = config.optimizer
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [
             {"params": decayed, "weight_decay": settings.weight_decay},
             {"params": others, "weight_decay": 0.0},
@@ -33,6 +38,15 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         eps=settings.eps,
         fused=True,
     )
+    optimizer.register_step_post_hook(lambda *_: update_scales(model, config))
+    return optimizer
+
+
+def update_scales(model: nn.Module, config: Config) -> None:
+    """Compute the scales of weights that are gathered in FP8, if that is done once per step. Called
+    after each step and after loading weights, on all ranks."""
+    if config.float8.precompute_float8_dynamic_scale_for_fsdp:
+        scales_in_one_reduction(model)
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -105,8 +119,9 @@ def load_optimizer_tensors(
             if state == "step":
                 states[state] = stored[()].to(parameter.device, copy=True)
                 continue
-            # Sharded like the weight, regardless of which rank saved it.
-            states[state] = torch.empty_like(parameter, dtype=stored.dtype)
+            # Sharded like the weight, regardless of which rank saved it. (empty_like would keep
+            # the wrapper of a weight that is gathered in FP8.)
+            states[state] = torch.zeros_like(parameter, dtype=stored.dtype)
             _fill(states[state], stored)
         optimizer.state[parameter] = states
 

@@ -17,6 +17,7 @@ from launch.build import (
 from launch.config import Config
 from launch.distributed import RankInfo
 from launch.exit_codes import ConfigError
+from parallel.float8 import MULTIPLE
 from parallel.mesh import ParallelDims
 
 
@@ -67,6 +68,8 @@ def check_parallelism(config: Config, info: RankInfo) -> None:
     """
     tp, cp = info.dims.tp, info.dims.cp
     data_parallel_engine(config, info.dims)
+    if config.float8.recipe_name is not None:
+        check_float8_tokens(config, cp)
     if tp == 1:
         return
     shape = model_config(config, None)
@@ -82,6 +85,21 @@ def check_parallelism(config: Config, info: RankInfo) -> None:
             f"{' x 2 (zigzag)' if twice else ''} = {step}, as "
             "parallelism.tensor_parallel_shard_sequence needs: use "
             f"{-(-length // step) * step}, or switch it off."
+        )
+
+
+def check_float8_tokens(config: Config, cp: int) -> None:
+    """Raise ConfigError if a rank's tokens are not a multiple of what FP8 products need."""
+    training, layout = config.training, config.parallelism.context_parallel_layout
+    local = training.local_batch_size
+    lengths = [local * each for each in split_lengths(training.seq_len, cp, layout)]
+    # In zigzag some ranks have two tokens more than others.
+    if any(each % MULTIPLE for each in lengths):
+        step = cp * MULTIPLE
+        raise ConfigError(
+            f"quantize.linear.float8: a rank has {max(lengths)} tokens (local_batch_size {local} x "
+            f"seq_len {training.seq_len} / cp {cp}), FP8 needs a multiple of {MULTIPLE}: use "
+            f"training.seq_len {-(-training.seq_len // step) * step}."
         )
 
 
@@ -106,6 +124,13 @@ def without_effect(config: Config, dims: ParallelDims) -> list[str]:
         names = [f"parallelism.{name}" for name, is_changed in changed.items() if is_changed]
         if names:
             found.append(f"{', '.join(names)} (data parallelism shards no weights)")
+    float8 = config.float8
+    if float8.enable_fsdp_float8_all_gather and data_parallel_engine(config, dims) != "fsdp":
+        name = "quantize.linear.float8.enable_fsdp_float8_all_gather"
+        found.append(f"{name} (data parallelism shards no weights)")
+    if float8.precompute_float8_dynamic_scale_for_fsdp and not float8.enable_fsdp_float8_all_gather:
+        name = "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp"
+        found.append(f"{name} (enable_fsdp_float8_all_gather is off)")
     if parallelism.tensor_parallel_shard_sequence and dims.tp == 1:
         found.append("parallelism.tensor_parallel_shard_sequence (tp is 1)")
     return found
@@ -122,7 +147,9 @@ def describe(config: Config, info: RankInfo, shape: Any, batch: Batching) -> str
     if dims.cp > 1:
         how = f"{parallelism.context_parallel_method}, {parallelism.context_parallel_layout}"
         ranks = f"over {dims.cp} ranks ({how})"
-    dtype = autocast_dtype(config, info.device) or torch.float32
+    dtype = str(autocast_dtype(config, info.device) or torch.float32)
+    if config.float8.recipe_name is not None:
+        dtype += f", blocks' linear layers FP8 {config.float8.recipe_name}"
     sequences = f"{batch.global_batch_size} sequence" + "s" * (batch.global_batch_size > 1)
     lines = {
         "model": f"{config.model.preset}: {parameters:,} parameters ({family.describe(shape)})",

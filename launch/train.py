@@ -28,7 +28,7 @@ from lasp import SequenceShard
 from launch.build import apply_data_parallel, build_model, get_family, model_config
 from launch.checkpoint.save_resume import find_checkpoint, finish_save, resume, start_save
 from launch.checkpoint.store import CheckpointStore
-from launch.config import Config, load_config, to_toml
+from launch.config import Config, load_config
 from launch.data import DataFolder, RandomSource
 from launch.distributed import DistContext, RankInfo, get_rank_info, open_dist_context
 from launch.exit_codes import (
@@ -51,7 +51,7 @@ from launch.metrics import (
     peak_memory,
     plot_loss,
 )
-from launch.optimizer import build_optimizer
+from launch.optimizer import build_optimizer, update_scales
 from launch.prepare_data import prepare
 from launch.profiling import profiled
 from launch.resolve import (
@@ -62,6 +62,7 @@ from launch.resolve import (
     describe,
 )
 from launch.tokenizer import ByteTokenizer, Tokenizer
+from launch.toml_config import to_toml
 from launch.train_state import StepResult, TrainState
 from launch.trainer import step_indices, train_step, validate
 from parallel.compile import eagerly
@@ -132,6 +133,8 @@ def train(config: Config, ctx: DistContext, batch: Batching) -> int:
     found, refused = find_checkpoint(state)
     if found is not None:
         ctx.all_or_raise(lambda: resume(state, found))
+        # As after the step that was saved.
+        update_scales(state.model, config)
     if ctx.is_rank0:
         print(describe(config, ctx.info, state.model.config, batch))
         for reason in refused:
@@ -166,7 +169,8 @@ def set_up(config: Config, ctx: DistContext, batch: Batching) -> TrainState:
     ctx.on_rank0(lambda: make_folder(config))
 
     torch.manual_seed(training.seed)
-    loss_model = build_model(config, ctx, shape)
+    loss_model = ctx.all_or_raise(lambda: build_model(config, ctx, shape))
+    wrapped_model = apply_data_parallel(loss_model, config, ctx)
     return TrainState(
         config=config,
         ctx=ctx,
@@ -182,7 +186,7 @@ def set_up(config: Config, ctx: DistContext, batch: Batching) -> TrainState:
         ),
         model=loss_model.model,
         loss_model=loss_model,
-        wrapped_model=apply_data_parallel(loss_model, config, ctx),
+        wrapped_model=wrapped_model,
         optimizer=build_optimizer(loss_model.model, config),
         store=CheckpointStore(config.checkpoint_folder, config.checkpoint.keep_latest_k),
     )

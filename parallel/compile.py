@@ -23,16 +23,25 @@ __all__ = ["compile_blocks", "compiler_options", "eagerly"]
 _UNFUSE_CAT = ("max_pointwise_cat_inputs", "max_complex_pointwise_cat_inputs")
 
 
-def compiler_options() -> dict[str, int]:
-    """Options for torch.compile's default backend that suit a block."""
+def compiler_options(*, precision_casts: bool = False) -> dict[str, int]:
+    """Options for torch.compile's default backend that suit a block.
+
+    Args:
+        precision_casts: round to 16 bits wherever eager code does, also inside a fused kernel.
+    """
     from torch._inductor import config
 
+    options = dict.fromkeys(_UNFUSE_CAT, 0) | {"emulate_precision_casts": int(precision_casts)}
     # Names change between versions of torch, and an unknown one is an error.
-    return {name: 0 for name in _UNFUSE_CAT if hasattr(config, name)}
+    return {name: value for name, value in options.items() if hasattr(config, name)}
 
 
 def compile_blocks(
-    blocks: Sequence[nn.Module], *, fullgraph: bool = False, backend: str = "inductor"
+    blocks: Sequence[nn.Module],
+    *,
+    fullgraph: bool = False,
+    backend: str = "inductor",
+    precision_casts: bool = False,
 ) -> None:
     """Compile every block at its first call; in place, names unchanged.
 
@@ -42,8 +51,9 @@ def compile_blocks(
         blocks: of a model.
         fullgraph: raise at a graph break instead of running part of a block eagerly.
         backend: of torch.compile.
+        precision_casts: see `compiler_options`.
     """
-    options = compiler_options() if backend == "inductor" else None
+    options = compiler_options(precision_casts=precision_casts) if backend == "inductor" else None
     for block in blocks:
         block.compile(fullgraph=fullgraph, backend=backend, options=options)
 

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup, distributed_c10d
 
+from lasp import replay
 from lasp.exchange import shared_memory
 from lasp.exchange.comm import device_types
 
@@ -257,6 +258,7 @@ def _connections_of(group):
     timeout = _timeout_of(backend)
     if connections.options._timeout != timeout:
         connections._set_default_timeout(timeout)
+        replay.forget(group)  # Its launches hold the timeout.
     return connections, shared
 
 

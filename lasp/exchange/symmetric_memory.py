@@ -199,7 +199,7 @@ class StateBuffer:
         # An exchange may be started and, after an exception, never waited for.
         self._join()
         self._in_use, self._caller = tensors, torch.cuda.current_stream(self._stream.device)
-        self._queued.record(self._caller)
+        self._caller.record_event(self._queued)
         self._stream.wait_event(self._queued)
 
     def put(
@@ -227,8 +227,6 @@ class StateBuffer:
         sender = self._buffers[previous][direction] if state_in is not None else None
         receiver = self._buffers[following][direction] if sends else None
         replay.note_constants(*own, *(sender or ()), *(receiver or ()))
-        if transition.factor is not None:
-            replay.note_constants(transition.factor)
         self._send_recv_state(
             local,
             transition.factor,

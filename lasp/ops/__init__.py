@@ -55,9 +55,12 @@ PLAIN_CALL = _PlainCall()
 def remembered_call(name, tensors, options, group=None):
     """A call that is repeated as it was recorded, on GPUs; see `lasp.replay`."""
     device = tensors[0].get_device()
-    if device < 0 or _triton().has_hooks():
+    if device < 0:
         return PLAIN_CALL
-    return replay.Call(name, tensors, options, stream=_triton().current_stream(device), group=group)
+    triton = _triton()
+    if triton.has_hooks():
+        return PLAIN_CALL
+    return replay.Call(name, tensors, options, stream=triton.current_stream(device), group=group)
 
 
 def segment_states_shape(k, v, cu_seqlens) -> tuple[int, ...]:
@@ -66,7 +69,8 @@ def segment_states_shape(k, v, cu_seqlens) -> tuple[int, ...]:
         return (0,)
     # How a sequence is divided depends on its length: a traced graph is of one length.
     sizes = tuple(map(int, k.shape))
-    return _triton().segment_states_shape(sizes, int(v.shape[-1]), cu_seqlens is not None)
+    packed = cu_seqlens is not None
+    return _triton().segment_states_shape(sizes, int(v.shape[-1]), packed, k.device)
 
 
 def send_recv_state(*args, **options):

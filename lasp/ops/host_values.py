@@ -15,7 +15,9 @@ from typing import TypeVar
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-__all__ = ["compute_once", "decay_rates", "document_boundaries", "with_unit_stride"]
+from lasp import replay
+
+__all__ = ["compute_once", "decay_rates", "document_boundaries", "filled", "with_unit_stride"]
 
 T = TypeVar("T")
 
@@ -100,6 +102,26 @@ def _forget(number: int, reference: weakref.ref) -> None:
     """Drop the values of a tensor that has been freed, unless its id has a new owner."""
     if _remembered.get(number, _NOTHING)[0] is reference:
         del _remembered[number]
+
+
+_filled: dict[Hashable, torch.Tensor] = {}
+
+
+def filled(value: float, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor [size] of one value, made once per device and not to be written to."""
+    key = value, size, dtype, device
+    tensor = _filled.get(key)
+    if tensor is None:
+        tensor = torch.full((size,), value, dtype=dtype, device=device)
+        if tensor.is_cuda:
+            # Memory that is allocated during a capture belongs to the graph.
+            if torch.cuda.is_current_stream_capturing():
+                return tensor
+            # Other streams will read it.
+            torch.cuda.current_stream(device).synchronize()
+        _filled[key] = tensor
+    replay.note_constants(tensor)
+    return tensor
 
 
 def with_unit_stride(x: torch.Tensor) -> torch.Tensor:

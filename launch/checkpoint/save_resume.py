@@ -20,9 +20,9 @@ from launch import random_state
 from launch.checkpoint.pending import PendingSave
 from launch.checkpoint.shards import TensorShard, shard_of, write_shards
 from launch.checkpoint.store import Checkpoint, seal_file, tensor_file
-from launch.config import to_toml
 from launch.exit_codes import CheckpointError
 from launch.optimizer import load_model_tensors, load_optimizer_tensors, optimizer_tensors
+from launch.toml_config import to_toml
 from launch.train_state import TrainState
 
 

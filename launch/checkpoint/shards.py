@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from parallel.float8 import high_precision
+
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -61,7 +63,7 @@ def shard_of(tensor: Tensor, *, is_rank0: bool) -> TensorShard:
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
         return TensorShard(tensor, tuple(tensor.shape), (0,) * tensor.dim(), is_rank0)
-    local, coordinate = tensor.to_local(), tensor.device_mesh.get_coordinate()
+    local, coordinate = high_precision(tensor.to_local()), tensor.device_mesh.get_coordinate()
     start, size = [0] * tensor.dim(), list(tensor.shape)
     is_writer = local.numel() > 0
     axes = list(zip(tensor.placements, tensor.device_mesh.shape, coordinate, strict=True))

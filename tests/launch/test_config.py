@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from launch.build import model_config
-from launch.config import Config, load_config, to_toml
+from launch.config import Config, load_config
 from launch.exit_codes import ConfigError
+from launch.toml_config import to_toml
 
 CONFIGS = sorted(Path(__file__).parents[2].glob("launch/configs/*.toml"))
 

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from lasp import SequenceShard
 from launch import train
 from launch.build import apply_data_parallel, build_model, model_config
-from launch.config import load_config
+from launch.config import Float8, load_config
 from launch.distributed import DistContext, RankInfo
 from launch.memory_estimate import estimate, fake_ranks, format_estimate
 from parallel.mesh import MESH_AXES, ParallelDims, build_mesh
@@ -87,6 +87,11 @@ def estimates():
             format_estimate(*job(LARGE, activation_checkpoint__mode=mode), enough)
             for mode in ("none", "full")
         ]
+        config, info, shape = job((2, 2, 1, 1))
+        config.quantize.linear.float8 = Float8(
+            recipe_name="tensorwise", enable_fsdp_float8_all_gather=True
+        )
+        meshes["gathered in FP8"] = estimate(config, info, shape)
         # (Sharding the weights over all ranks of the largest job took a minute.)
         estimate(*job((1, 1 << 15, 1, 2)))
     return meshes, by_mode, texts
@@ -140,6 +145,18 @@ def test_modes_and_meshes_order_activations_as_expected(planned):
     # One d x d state per layer and local head; the first layer has twice the key size.
     assert meshes[(1, 1, 2, 2)].states == 4 * 2 * (3 + 1) * 16 * 16
     assert meshes[(1, 2, 1, 2)].states == 0
+
+
+def test_weights_gathered_in_fp8_take_a_quarter_of_float32s_bytes(planned):
+    plain, fp8 = planned[0][(2, 2, 1, 1)], planned[0]["gathered in FP8"]
+    blocks = sum(
+        math.prod(full)
+        for name, (full, _) in plain.shards.items()
+        if name.startswith(("blocks.0.", "blocks.1."))
+    )
+    # Two blocks at a time, as they arrive and as they are used.
+    assert plain.gathered - fp8.gathered == 2 * (4 - 1) * blocks
+    assert plain.activations == fp8.activations
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ class DirectLaunch:
         metadata = compiled.metadata
         _check_launch(metadata)
         self._compiled = compiled  # Unloads the kernel when it is freed.
-        self._driver = _driver()
+        self._driver, self._run = _driver(), _driver().cuLaunchKernel
         self._addresses = struct.Struct(f"{len(tensors)}Q")
         parameters = _Parameters(self._addresses.size)
         types = list(compiled.src.signature.values())
@@ -104,14 +104,10 @@ class DirectLaunch:
             raise RuntimeError(f"{self._compiled.name} could not be launched: {reason} ({code})")
 
     def _launch(self, programs, stream):
-        return self._driver.cuLaunchKernel(
-            self._function,
-            *(ctypes.c_uint(programs), self._one, self._one),
-            *(self._threads, self._one, self._one),
-            self._shared,
-            ctypes.c_void_p(stream),
-            self._pointers,
-            None,
+        one = self._one
+        return self._run(
+            *(self._function, programs, one, one, self._threads, one, one, self._shared),
+            *(ctypes.c_void_p(stream), self._pointers, None),
         )
 
 

@@ -18,6 +18,7 @@ import torch
 import triton
 
 from lasp import replay
+from lasp.ops.host_values import filled
 from lasp.ops.triton.driver import DirectLaunch
 from lasp.ops.triton.launch_config import (
     COPY_STEP,
@@ -109,7 +110,12 @@ class CachedLaunch:
 
 def current_stream(device: int) -> int:
     """The handle of torch's current stream."""
-    return triton.runtime.driver.active.get_current_stream(device)
+    return _get_current_stream()(device)
+
+
+@functools.cache
+def _get_current_stream() -> Callable[[int], int]:
+    return triton.runtime.driver.active.get_current_stream
 
 
 _launches: dict[tuple, CachedLaunch] = {}
@@ -231,25 +237,6 @@ def decay_or_zeros(
 ) -> torch.Tensor:
     """Return `log_decay` [H] contiguous; zeros for None, which give the same bits."""
     if log_decay is None:
-        zeros = _zeros(num_heads, device)
-        replay.note_constants(zeros)
-        return zeros
+        return filled(0.0, num_heads, torch.float32, device)
     assert log_decay.dtype == torch.float32 and log_decay.shape == (num_heads,), log_decay.shape
     return log_decay.contiguous()
-
-
-_zeros_made: dict[tuple[int, torch.device], torch.Tensor] = {}
-
-
-def _zeros(num_heads: int, device: torch.device) -> torch.Tensor:
-    key = num_heads, device
-    if key not in _zeros_made:
-        zeros = torch.zeros(num_heads, dtype=torch.float32, device=device)
-        if device.type == "cuda":
-            # Memory that is allocated during a capture belongs to the graph.
-            if torch.cuda.is_current_stream_capturing():
-                return zeros
-            # Other streams will read it.
-            torch.cuda.current_stream(device).synchronize()
-        _zeros_made[key] = zeros
-    return _zeros_made[key]

@@ -13,7 +13,7 @@ from lasp.ops.triton.state import plan_states
 def launch_constants(*, segment_length=None, **constants):
     """Within, `launch_config` has these constants and all segments this length, if given."""
     if segment_length is not None:
-        constants["segment_length"] = lambda shape: segment_length
+        constants["segment_length"] = lambda *_: segment_length
     choices = (launch_config.choose_segments, launch_config.choose_scan, plan_scan, plan_states)
     with mock.patch.multiple(launch_config, **constants):
         _forget(choices)

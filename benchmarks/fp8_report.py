@@ -1,0 +1,89 @@
+"""Tables and the chart of benchmarks/fp8.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import versions
+
+__all__ = ["loss_table", "speed_table", "table", "write"]
+
+
+def table(report: dict) -> str:
+    """Everything, as Markdown."""
+    head = f"{report['device']}, {versions.line(report['versions'])}, {report['date']}."
+    return "\n".join([head, "", speed_table(report), loss_table(report)])
+
+
+def speed_table(report: dict) -> str:
+    """Speed and memory, each beside bfloat16 of the same run."""
+    lines = [
+        "| model | GPUs | recomputation | products | tokens/s | against bfloat16 | memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    base: dict[tuple, float] = {}
+    for row in report["speed"]:
+        place = row["model"], row["gpus"], row["recompute"], row["seq_len"]
+        if row["name"] == "bfloat16":
+            base[place] = row["tokens_per_second"]
+        ratio = f"{row['tokens_per_second'] / base[place]:.2f}x" if place in base else ""
+        lines.append(
+            f"| {row['model']} | {row['gpus']} | {row['recompute']} | {row['name']} "
+            f"| {row['tokens_per_second']:,.0f} | {ratio} | {row['memory_gib']:.1f} GiB |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def loss_table(report: dict) -> str:
+    """Validation loss by step, and the last one's distance from bfloat16."""
+    runs = report["loss"]
+    if not runs:
+        return ""
+    steps = [step for step, _ in next(iter(runs.values()))["validation"]]
+    lines = [
+        f"| products | {' | '.join(f'step {step:,}' for step in steps)} | last against bfloat16 |",
+        "|---|" + "---|" * (len(steps) + 1),
+    ]
+    for recipe, run in runs.items():
+        losses = [loss for _, loss in run["validation"]]
+        ratio = ""
+        if recipe != "bfloat16" and "bfloat16" in runs:
+            ratio = f"{losses[-1] / runs['bfloat16']['validation'][-1][1] - 1:+.2%}"
+        shown = " | ".join(f"{loss:.4f}" for loss in losses)
+        lines.append(f"| {recipe} | {shown} | {ratio} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(report: dict, path: Path) -> None:
+    """Training and validation loss over steps, a line per recipe."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from chart import COLORS
+    from matplotlib import pyplot
+
+    runs = report["loss"]
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 3.9))
+    for axis, which in zip(axes, ("train", "validation"), strict=True):
+        for (recipe, run), color in zip(runs.items(), COLORS, strict=False):
+            axis.plot(*zip(*run[which], strict=True), label=recipe, color=color, linewidth=1.5)
+        axis.set_title(f"{which} loss, nats per byte", loc="left", fontsize=11)
+        axis.set_xlabel("step")
+        axis.grid(axis="y", color="#e2e8f0")
+        axis.legend(frameon=False)
+    first = next(iter(runs.values()))
+    caption = f"{report['device']}, {first['model']}, {first['tokens_per_step']:,} tokens per step"
+    figure.text(0.01, 0.01, caption, fontsize=8.5, color="#475569")
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def write(report: dict, folder: Path) -> None:
+    """The report as JSON, as tables and, if there are losses, as a chart."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "fp8.json").write_text(json.dumps(report, indent=1) + "\n")
+    (folder / "fp8.md").write_text(table(report))
+    if report["loss"]:
+        plot(report, folder / "fp8.png")
