@@ -351,11 +351,11 @@ def state_warps(
             i_y = i_x + i * BX
             if _is_short(row, count, BC):
                 # Copied whole, the tile would overwrite another segment's rows.
-                if BLOCKS > 1:
+                if NA == 1:
                     o_row = o_t + _hidden(row)
                     p_tile = p_y + (o_row.to(gl.int64) * H + i_h) * X + (o_y + i_y)
                 else:
-                    # Hidden here, the row would cost registers: products then wait for each other.
+                    # Hidden, it costs registers that 256 keys need: products wait for each other.
                     o_row = o_t + row
                     p_tile = p_y + (row.to(gl.int64) * H + i_h) * X + i_y + o_t * (H * X) + o_y
                 m_y = (o_row >= 0) & (o_row < count) & (o_y + i_y < X)
