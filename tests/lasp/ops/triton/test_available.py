@@ -2,13 +2,14 @@
 
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
 
 import lasp
-from lasp.ops.triton import launch_config
+from lasp.ops.triton import chip, launch_config
 from lasp.ops.triton.hopper import available
 from tests.lasp.ops.triton import compiler
 
@@ -17,7 +18,7 @@ LARGE = launch_config.ScanShape(1, 131072, 16, 128, 128, packed=False)
 
 
 def forget():
-    for cached in (available.has_gluon, available.why_not, available._warn):
+    for cached in (available.has_gluon, available.why_not, available._warn, chip.chip_of):
         cached.cache_clear()
     launch_config.choose_scan.cache_clear()
 
@@ -28,7 +29,10 @@ def gpu(monkeypatch):
 
     def pretend(*capability):
         forget()
+        major, minor = capability
+        found = SimpleNamespace(major=major, minor=minor, multi_processor_count=132, name="a GPU")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
