@@ -4,6 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# pyproject.toml has the range. Without a GPU, one release of it: pip would take the newest, of which
+# there may be nothing but a CUDA build of several GB. With a GPU, pip's choice.
+# `make setup TORCH='torch==2.15.*'` asks for another.
+TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.*)
+
 # One thread per process: the launcher and the tests run several processes on few cores.
 export OMP_NUM_THREADS ?= 1
 
@@ -14,7 +19,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lasp needs Python >= 3.11, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check '$(TORCH)' -e '.[test]'
 	touch $@
 
 train: setup

@@ -3,6 +3,7 @@
 from lasp import decay
 from lasp.attention import lightning_attention, lightning_attention_step
 from lasp.ops import reference
+from lasp.ops.describe import describe_kernels
 from lasp.shard import SequenceShard
 from lasp.softmax_attention import softmax_attention
 
@@ -10,6 +11,7 @@ __all__ = [
     "SequenceShard",
     "__version__",
     "decay",
+    "describe_kernels",
     "lightning_attention",
     "lightning_attention_step",
     "reference",

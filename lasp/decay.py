@@ -15,7 +15,8 @@ from functools import cached_property
 
 import torch
 
-from lasp.ops.host_values import compute_once, decay_rates
+from lasp import replay
+from lasp.ops.host_values import compute_once, decay_rates, filled
 
 __all__ = ["Decay", "alibi_slopes", "ling", "minimax", "retention", "tnl"]
 
@@ -41,7 +42,7 @@ class Decay:
     def factor(self, length: int, states: torch.Tensor) -> torch.Tensor:
         """What remains of states [B, H, D, E] after `length` tokens: [H, 1, 1], of their dtype."""
         if self.log_decay is None:
-            return states.new_ones(states.shape[1], 1, 1)
+            return filled(1.0, states.shape[1], states.dtype, states.device)[:, None, None]
         dtype = states.dtype
 
         def compute(log_decay: torch.Tensor) -> torch.Tensor:
@@ -52,7 +53,9 @@ class Decay:
             return compute(self.log_decay)
         # Two kernels less on the way of every state.
         stream = torch.cuda.current_stream(states.device).cuda_stream
-        return compute_once(self.log_decay, ("factor", length, dtype, stream), compute)
+        factor = compute_once(self.log_decay, ("factor", length, dtype, stream), compute)
+        replay.note_constants(factor)
+        return factor
 
     def factors(self, lengths: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """`factor` for rows of different `lengths`: int64 [N] -> [N, H, 1, 1]."""

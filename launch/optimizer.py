@@ -74,6 +74,23 @@ def learning_rate(step: int, config: Config) -> float:
     return peak * (schedule.min_lr_factor + (1 - schedule.min_lr_factor) * shape)
 
 
+def clipped_step(
+    optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: float, *, skip: Tensor
+) -> None:
+    """A step with the gradients divided by norm / max_norm, if that is above 1 and max_norm above
+    0; it changes neither weights nor moments if `skip` is True. The host does not wait for either.
+
+    Args:
+        norm: of the gradients over all ranks, a scalar on their device.
+        skip: a scalar on their device, the same on all ranks.
+    """
+    # A fused AdamW takes both as attributes, from torch.amp.GradScaler as a rule, and reads them
+    # in its one pass over gradients and weights.
+    excess = ((norm + 1e-6) / max_norm).clamp(min=1).float() if max_norm > 0 else None
+    optimizer.grad_scale, optimizer.found_inf = excess, skip.float()
+    optimizer.step()
+
+
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """{"<state>/<parameter name>": tensor} of an optimizer that has taken a step."""
     tensors = {}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from launch.data import IGNORE, Batch, TokenSource, read_batch, sample_order, step_samples
 from launch.exit_codes import DataError
-from launch.optimizer import learning_rate
+from launch.optimizer import clipped_step, learning_rate
 from launch.progress import progress
 from launch.train_state import StepResult, TrainState
 from parallel.compile import eagerly
@@ -66,34 +66,48 @@ def train_step(
     gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
     # If gradients are sharded over ranks, this is the norm of all shards together.
     norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
-    result = reduce_step(state, loss_sum, norm, num_labels, stop_requested)
-    if result.loss is None:
-        return result
-    max_norm = state.config.training.max_norm
-    # (A norm below the limit would be multiplied by one.)
-    if 0 < max_norm < result.grad_norm:
-        torch.nn.utils.clip_grads_with_norm_(state.model.parameters(), max_norm, norm)
+    sums = reduce_step(state, loss_sum, norm, stop_requested)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(state.step, state.config)
-    state.optimizer.step()
-    state.step += 1
-    state.consumed += state.batching.global_batch_size
+    # Queued before the host waits for the sums: the device goes on meanwhile.
+    wait = start_copy(sums)
+    clipped_step(state.optimizer, norm, state.config.training.max_norm, skip=sums[1] > 0)
+    loss, nonfinite, stop, writing, grad_norm = wait()
+    save_written = state.pending is not None and not writing
+    result = StepResult(
+        None if nonfinite else loss / num_labels, grad_norm, bool(stop), save_written
+    )
+    if result.loss is not None:
+        state.step += 1
+        state.consumed += state.batching.global_batch_size
     return result
 
 
-def reduce_step(
-    state: TrainState, loss_sum: Tensor, norm: Tensor, num_labels: int, stop_requested: bool
-) -> StepResult:
-    """Combine the ranks' results of a step: one reduction, one wait for the device."""
+def reduce_step(state: TrainState, loss_sum: Tensor, norm: Tensor, stop_requested: bool) -> Tensor:
+    """The loss summed over ranks, how many ranks have NaN or Inf, how many were asked to stop, how
+    many are writing a checkpoint, all in one reduction; and the gradients' norm: float64 [5]."""
     nonfinite = ~(loss_sum.isfinite() & norm.isfinite())
     writing = state.pending is not None and not state.pending.is_done
     flags = [torch.full_like(loss_sum, flag) for flag in (stop_requested, writing)]
     local = [loss_sum * state.ctx.is_loss_rank, nonfinite.double(), *flags]
     # A NaN loss does not spread to the flags beside it.
     sums = state.ctx.all_reduce(torch.stack(local))
-    loss, nonfinite, stop, writing, grad_norm = torch.cat([sums, norm.double().view(1)]).tolist()
-    save_written = state.pending is not None and not writing
-    return StepResult(None if nonfinite else loss / num_labels, grad_norm, bool(stop), save_written)
+    return torch.cat([sums, norm.double().view(1)])
+
+
+def start_copy(vector: Tensor) -> Callable[[], list[float]]:
+    """Start to copy a vector to the host; what is returned waits for that, not for later work."""
+    if not vector.is_cuda:
+        return vector.tolist
+    copy = vector.to("cpu", non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def wait() -> list[float]:
+        done.synchronize()
+        return copy.tolist()
+
+    return wait
 
 
 def read_step(state: TrainState) -> list[Batch] | DataError:

@@ -140,7 +140,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if group is not None:
                     # Summed over ranks under the next chunk's matmuls.
                     sums.append(dist.all_reduce(grad_hidden[chunk], group=group, async_op=True))
-                grad_weight += grad_CV.T @ hidden_CD
+                _add_product(grad_weight, grad_CV.T, hidden_CD)
             for pending in sums:
                 pending.wait()
         if with_gradients:
@@ -155,6 +155,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
         ]
         return *scaled, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b; on a GPU the product is added as it is summed up, in the dtype of `total`."""
+    if total.is_cuda and total.dtype == torch.float32 != a.dtype:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a @ b
 
 
 def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -177,7 +185,13 @@ def _over_ranks(
 def _log_norm_and_label(logits_CV: Tensor, labels_C1: Tensor) -> tuple[Tensor, Tensor]:
     """log(sum(exp(logits))) and the label's logit, [C, 1] in float32 at least."""
     wide = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
-    return torch.logsumexp(wide, 1, keepdim=True), wide.gather(1, labels_C1.clamp_min(0))
+    # The largest part that a kernel reads into registers at once. It would read a full row twice,
+    # for its maximum and for its sum.
+    part = next(n for n in range(min(wide.shape[1], 1024), 0, -1) if wide.shape[1] % n == 0)
+    sums = wide
+    if wide.is_cuda and part >= 256:
+        sums = torch.logsumexp(wide.unflatten(1, (-1, part)), 2)
+    return torch.logsumexp(sums, 1, keepdim=True), wide.gather(1, labels_C1.clamp_min(0))
 
 
 def _softmax_minus_one_hot(

@@ -5,6 +5,8 @@ from unittest import mock
 
 import torch
 
+from lasp import replay
+
 # What allocates without writing: (owner, name).
 ALLOCATORS = ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"))
 
@@ -25,4 +27,6 @@ def poison():
     with contextlib.ExitStack() as stack:
         for owner, name in ALLOCATORS:
             stack.enter_context(mock.patch.object(owner, name, poisoned(getattr(owner, name))))
+        replayed = {device: poisoned(make) for device, make in replay.empty_strided.items()}
+        stack.enter_context(mock.patch.dict(replay.empty_strided, replayed))
         yield

@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 __all__ = [
     "PendingRows",
     "all_gather_flat",
+    "all_gather_into",
     "all_to_all_rows",
     "device_types",
     "gather_rows",
@@ -28,7 +29,14 @@ def all_gather_flat(message: torch.Tensor, group: ProcessGroup) -> tuple[torch.T
     """Start to gather a flat message of every rank; returns (what will be [P * n], the work)."""
     # Gloo needs one flat buffer, NCCL takes it too.
     gathered = message.new_empty(dist.get_world_size(group) * message.numel())
-    return gathered, _all_gather(gathered, message, group=group, async_op=True)
+    return gathered, all_gather_into(gathered, message, group)
+
+
+def all_gather_into(
+    gathered: torch.Tensor, message: torch.Tensor, group: ProcessGroup
+) -> dist.Work:
+    """`all_gather_flat` into memory that exists."""
+    return _all_gather(gathered, message, group=group, async_op=True)
 
 
 def send(message: torch.Tensor, rank: int, group: ProcessGroup) -> dist.Work | None:

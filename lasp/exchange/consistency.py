@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup, distributed_c10d
 
+from lasp import replay
 from lasp.exchange import shared_memory
 from lasp.exchange.comm import device_types
 
@@ -114,7 +115,7 @@ class PendingCheck:
                 ) from None
         self._finished = False
         self._connections, self._shared = _connections_of(group)
-        self._call, self._problem = call, problem
+        self.call, self._problem = call, problem
         if problem is None and isinstance(call, CallSignature):
             fingerprint = call.fingerprint
         else:
@@ -145,7 +146,7 @@ class PendingCheck:
             self._explain()
 
     def _explain(self):
-        call = {**self._call, "exchanges so far": self._exchanges}
+        call = {**self.call, "exchanges so far": self._exchanges}
         texts = [self._problem or "", *(_shorten(value) for value in call.values())]
         try:
             gathered = _gather_texts(texts, self._connections)
@@ -257,6 +258,7 @@ def _connections_of(group):
     timeout = _timeout_of(backend)
     if connections.options._timeout != timeout:
         connections._set_default_timeout(timeout)
+        replay.forget(group)  # Its launches hold the timeout.
     return connections, shared
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -46,9 +47,18 @@ class Transition(NamedTuple):
 
     def unpack(self, message: torch.Tensor) -> Transition:
         """The transition of a message, with the shapes of this one."""
-        size = self.local.numel()
-        shape = self.local.shape[1:2] + (1, 1) if self.factor is None else self.factor.shape
+        size, shape = self.local.numel(), self.factor_shape
         return Transition(message[:size].view(self.local.shape), message[size:].view(shape))
+
+    @property
+    def factor_shape(self) -> tuple[int, ...]:
+        """The shape of the factor in a message."""
+        return self.local.shape[1:2] + (1, 1) if self.factor is None else self.factor.shape
+
+    @property
+    def message_size(self) -> int:
+        """Numbers in a message."""
+        return self.local.numel() + math.prod(self.factor_shape)
 
 
 @dataclass(eq=False)

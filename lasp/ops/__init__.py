@@ -4,14 +4,24 @@
 two modules with the same functions. `sdpa` is softmax attention.
 """
 
+import contextlib
 import functools
 from types import ModuleType
 
 import torch
 
+from lasp import replay
 from lasp.ops import chunked, reference
 
-__all__ = ["backend", "reference", "segment_states_shape", "send_recv_state", "step"]
+__all__ = [
+    "PLAIN_CALL",
+    "backend",
+    "reference",
+    "remembered_call",
+    "segment_states_shape",
+    "send_recv_state",
+    "step",
+]
 
 
 def backend(x: torch.Tensor) -> ModuleType:
@@ -27,13 +37,40 @@ def step(q, k, v, state, log_decay, *, scale):
     return module.step(q, k, v, state, log_decay, scale=scale)
 
 
+class _PlainCall:
+    """A call that is never recorded."""
+
+    recording = None
+
+    def record(self):
+        return contextlib.nullcontext()
+
+    def finish(self, results):
+        pass
+
+
+PLAIN_CALL = _PlainCall()
+
+
+def remembered_call(name, tensors, options, group=None):
+    """A call that is repeated as it was recorded, on GPUs; see `lasp.replay`."""
+    device = tensors[0].get_device()
+    if device < 0:
+        return PLAIN_CALL
+    triton = _triton()
+    if triton.has_hooks():
+        return PLAIN_CALL
+    return replay.Call(name, tensors, options, stream=triton.current_stream(device), group=group)
+
+
 def segment_states_shape(k, v, cu_seqlens) -> tuple[int, ...]:
     """The shape of the segment states that `chunk_states` returns, (0,) for none, for tracing."""
     if not k.is_cuda:
         return (0,)
     # How a sequence is divided depends on its length: a traced graph is of one length.
     sizes = tuple(map(int, k.shape))
-    return _triton().segment_states_shape(sizes, int(v.shape[-1]), cu_seqlens is not None)
+    packed = cu_seqlens is not None
+    return _triton().segment_states_shape(sizes, int(v.shape[-1]), packed, k.device)
 
 
 def send_recv_state(*args, **options):

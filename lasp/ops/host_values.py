@@ -6,19 +6,29 @@ On the CPU reading is free and nothing is remembered.
 """
 
 import math
+import weakref
 from collections.abc import Callable, Hashable
+from functools import partial
 from itertools import pairwise
 from typing import TypeVar
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.multiprocessing.reductions import StorageWeakRef
 
-__all__ = ["compute_once", "decay_rates", "document_boundaries", "with_unit_stride"]
+from lasp import replay
+
+__all__ = ["compute_once", "decay_rates", "document_boundaries", "filled", "with_unit_stride"]
 
 T = TypeVar("T")
 
-# Tensor -> (version, {key: value}).
-_remembered = WeakIdKeyDictionary()
+# id of a tensor -> (reference to it, version, {key: value}); torch's WeakIdKeyDictionary does the
+# same and takes ten times as long to look up.
+_remembered: dict[int, tuple[weakref.ref, int, dict]] = {}
+_NOTHING = (lambda: None, None, {})
+# What a tensor views -> (reference to the storage, version, the same values): a compiled backward
+# passes a new tensor of the same memory in every step. A storage that has been freed keeps its
+# number for as long as there is a reference.
+_of_views: dict[tuple, tuple[StorageWeakRef, int, dict]] = {}
 # Values that are kept per tensor.
 _MAX_VALUES = 64
 
@@ -50,7 +60,7 @@ def decay_rates(log_decay: torch.Tensor | None) -> tuple[float, ...] | None:
 
 
 def compute_once(tensor: torch.Tensor, key: Hashable, compute: Callable[[torch.Tensor], T]) -> T:
-    """compute(tensor), remembered on GPUs until the tensor is freed or changed in place.
+    """compute(tensor), remembered on GPUs until the tensor's memory is freed or changed in place.
 
     Changes that torch does not count (through .data, or by a collective) are not seen. What
     `compute` raises is not remembered.
@@ -58,9 +68,9 @@ def compute_once(tensor: torch.Tensor, key: Hashable, compute: Callable[[torch.T
     # Tensors made under inference_mode have no version.
     if not tensor.is_cuda or tensor.is_inference():
         return compute(tensor)
-    version, values = _remembered.get(tensor, (None, {}))
-    if version != tensor._version:
-        values = {}
+    reference, version, values = _remembered.get(id(tensor), _NOTHING)
+    if reference() is not tensor or version != tensor._version:
+        values = _values_of_view(tensor)
     if key in values:
         return values[key]
     value = compute(tensor)
@@ -69,8 +79,49 @@ def compute_once(tensor: torch.Tensor, key: Hashable, compute: Callable[[torch.T
         if len(values) >= _MAX_VALUES:
             values.clear()
         values[key] = value
-        _remembered[tensor] = (tensor._version, values)
+        if reference() is not tensor:
+            reference = weakref.ref(tensor, partial(_forget, id(tensor)))
+        _remembered[id(tensor)] = reference, tensor._version, values
     return value
+
+
+def _values_of_view(tensor: torch.Tensor) -> dict:
+    """The values of a tensor that is not remembered: those of another one of the same view."""
+    reference = StorageWeakRef(tensor.untyped_storage())
+    where = reference.cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+    _, version, values = _of_views.get(where, (None, None, {}))
+    if version != tensor._version:
+        for each in [each for each, (storage, *_) in _of_views.items() if storage.expired()]:
+            del _of_views[each]
+        values = {}
+        _of_views[where] = reference, tensor._version, values
+    return values
+
+
+def _forget(number: int, reference: weakref.ref) -> None:
+    """Drop the values of a tensor that has been freed, unless its id has a new owner."""
+    if _remembered.get(number, _NOTHING)[0] is reference:
+        del _remembered[number]
+
+
+_filled: dict[Hashable, torch.Tensor] = {}
+
+
+def filled(value: float, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor [size] of one value, made once per device and not to be written to."""
+    key = value, size, dtype, device
+    tensor = _filled.get(key)
+    if tensor is None:
+        tensor = torch.full((size,), value, dtype=dtype, device=device)
+        if tensor.is_cuda:
+            # Memory that is allocated during a capture belongs to the graph.
+            if torch.cuda.is_current_stream_capturing():
+                return tensor
+            # Other streams will read it.
+            torch.cuda.current_stream(device).synchronize()
+        _filled[key] = tensor
+    replay.note_constants(tensor)
+    return tensor
 
 
 def with_unit_stride(x: torch.Tensor) -> torch.Tensor:

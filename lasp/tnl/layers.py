@@ -17,6 +17,7 @@ import lasp
 from lasp.shard import SequenceShard
 from lasp.softmax_attention import gather_past
 from lasp.tnl.config import TNLConfig
+from lasp.tnl.heads import split_heads
 from lasp.tnl.positions import LRPE, apply_rope
 
 __all__ = ["SGLU", "GatedLinearAttention", "SRMSNorm", "SoftmaxAttention", "TNLBlock"]
@@ -93,9 +94,7 @@ class GatedLinearAttention(nn.Module):
             cu_seqlens: packed documents, as in `lasp.lightning_attention`.
         """
         qkvu = self.qkvu_proj(x).unflatten(-1, (-1, 4, self.head_dim))
-        q, k, v, u = qkvu.unbind(dim=-2)
-        if self.config.activation == "silu":
-            q, k = F.silu(q), F.silu(k)
+        q, k, v, u = split_heads(qkvu, self.config.activation)
         if self.lrpe is not None:
             q, k = self.lrpe(q, k, *(start for start, _ in _positions(shard, position)))
         if padding_mask is not None:

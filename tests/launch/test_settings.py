@@ -115,12 +115,16 @@ def test_compile_enable_compiles_blocks_and_loss(tmp_path, data, enable, wanted)
     assert run.loss_model.compiled == wanted
 
 
-def test_a_norm_below_the_limit_leaves_gradients_alone(tmp_path, data, monkeypatch):
-    calls = record_calls(monkeypatch, torch.nn.utils, "clip_grads_with_norm_")
-    train_step(make_run(tmp_path, data, training__max_norm=1e6), False)
-    assert not calls
-    train_step(make_run(tmp_path / "other", data, training__max_norm=1e-3), False)
-    assert len(calls) == 1
+def test_a_norm_below_the_limit_changes_no_bit(tmp_path, data):
+    runs = {
+        limit: make_run(tmp_path / str(limit), data, training__max_norm=limit)
+        for limit in (0, 1e6, 1e-3)
+    }
+    norms = {limit: train_step(run, False).grad_norm for limit, run in runs.items()}
+    assert norms[0] == norms[1e6] == norms[1e-3] > 1e-2
+    free, below, clipped = ([p.grad for p in run.model.parameters()] for run in runs.values())
+    assert all(map(torch.equal, free, below))
+    assert torch.nn.utils.get_total_norm(clipped).item() == pytest.approx(1e-3, rel=1e-2)
 
 
 def test_the_loss_gets_its_chunk_size_and_what_to_ignore(tmp_path, data, monkeypatch):

@@ -1,8 +1,10 @@
 """Every launch constant of the kernels, with its reason, and the choice of the kernel for a call.
 
-Nothing here is measured at run time: every rank makes the same choices, so the same inputs give the
-same bits. `choose_segments` says how a sequence is divided and whether a scan needs chunk states,
-`choose_scan` which kernel scans it; all other code asks these two.
+Nothing here is measured at run time: choices follow from shapes, dtypes and the chip, so the same
+inputs on the same GPU give the same bits. Ranks with different GPUs may choose differently: what
+crosses ranks, a document's whole state, has the same shape either way. `choose_segments` says how a
+sequence is divided and whether a scan needs chunk states, `choose_scan` which kernel scans it; all
+other code asks these two.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from lasp.ops.triton.chip import H200, Chip, chip_of
 from lasp.ops.triton.hopper.available import has_gluon
 from lasp.ops.triton.segments import SegmentChoice
 
@@ -21,18 +24,17 @@ MAX_HEAD_DIM = 256
 MAX_CHUNK = 64
 
 # How many programs of the scan, of 64 value columns each (the Hopper kernel's count twice, those of
-# 256 columns four times), run at once on 132 multiprocessors. A sequence is divided into as many
-# segments as fill these: more only add states to write and boundaries to cross. On an H200 the
-# Hopper scan of 131,072 tokens, 16 heads of 128, takes 0.512 ms in 8 segments, 0.516 in 16, 0.549
-# in 64; with 256 keys 0.779 in 8, 0.776 in 16, 0.789 in 32.
-RESIDENT_PROGRAMS = 264
-MULTIPROCESSORS = 132
+# 256 columns four times), run at once on a multiprocessor. A sequence is divided into as many
+# segments as fill all of them: more only add states to write and boundaries to cross. On an H200
+# the Hopper scan of 131,072 tokens, 16 heads of 128, takes 0.512 ms in 8 segments, 0.516 in 16,
+# 0.549 in 64; with 256 keys 0.779 in 8, 0.776 in 16, 0.789 in 32.
+RESIDENT_PROGRAMS = 2
 # At or above this many values of q, k or v, one more launch costs less than a launch that does
 # more: one kernel combines the states of segments, and the Hopper scan is worth its slower launch.
 # Forward and backward on an H200, chosen as above and as below it: 0.046 and 0.094 ms against 0.053
 # and 0.126 at (1, 4096, 16, 128); 0.057 and 0.133 against 0.096 and 0.255 at (1, 2048, 16, 256). At
 # half that size the call is host-bound either way, and costs the host 20 us less without the Hopper
-# scan.
+# scan. Other chips: as many per multiprocessor, not measured.
 LARGE_VALUES = 2**23
 # Shorter segments would move more bytes of states than of tokens.
 MIN_SEGMENT = 256
@@ -53,10 +55,10 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-# Keyed by (key dim rounded up to 64, 128 or 256; bytes per element). Value dims are divided into
-# blocks of `value`, so they need no key of their own. Four warps in 16-bit: more than one warpgroup
-# hits a wait race in triton 3.6 (not in Gluon, where every wait and barrier is explicit). Chunks
-# of 64 in 16-bit: 32 rows would compile to mma.sync instead of wgmma.
+# On Hopper. Keyed by (key dim rounded up to 64, 128 or 256; bytes per element). Value dims are
+# divided into blocks of `value`, so they need no key of their own. Four warps in 16-bit: more than
+# one warpgroup hits a wait race in triton 3.6 (not in Gluon, where every wait and barrier is
+# explicit). Chunks of 64 in 16-bit: 32 rows would compile to mma.sync instead of wgmma.
 SCAN_TILES = {
     # 90% of the copy roofline on an H200 at (1, 32768, 32, 64) in 8 segments; two stages 73%.
     (64, 2): Tiles(64, 64, 64, 4, 3),
@@ -83,6 +85,31 @@ STATE_TILES = {
     (128, 4): Tiles(64, 32, 32, 4, 1),
     (256, 4): Tiles(64, 32, 32, 4, 1),
 }
+# Other chips: compiled for them by tests/compile_kernels.py, never timed. "mma" serves chips with
+# 99 KiB of shared memory (sm_86, sm_89, sm_120) as well as sm_80. Its products take operands from
+# registers: chunks of 32 tokens and fewer columns keep two programs on a multiprocessor and spill
+# at most 144 bytes per thread, where Hopper's tiles spill up to 8,592.
+SCAN_TILES_OF = {
+    "wgmma": SCAN_TILES,
+    "mma": SCAN_TILES
+    | {
+        (64, 2): Tiles(64, 64, 32, 4, 3),
+        (128, 2): Tiles(128, 64, 32, 4, 3),
+        (256, 2): Tiles(256, 32, 16, 4, 3),
+    },
+    # Eight warps spill 48 bytes, four 1,400.
+    "tcgen05": SCAN_TILES | {(256, 2): Tiles(256, 64, 64, 8, 2)},
+}
+STATE_TILES_OF = {
+    "wgmma": STATE_TILES,
+    # No spills, two programs on a multiprocessor.
+    "mma": STATE_TILES
+    | {
+        (128, 2): Tiles(128, 128, 32, 4, 3),
+        (256, 2): Tiles(128, 128, 32, 4, 3),
+    },
+    "tcgen05": STATE_TILES,
+}
 # Elements of the state that one combine program takes through a document's segments: so few that
 # 16 heads of 128 x 128 still make 512 programs with several segments' loads in flight each.
 COMBINE_BLOCK = 512
@@ -95,13 +122,16 @@ LRPE_TOKENS = 16
 LRPE_WARPS = 4
 # Most programs per head in LRPE's backward, each with one float64 row of the rates' gradient.
 LRPE_MAX_ROWS = 128
+# The joined gradient of q, k, v and u: heads of tokens per program, 16 x 128 values of each.
+HEADS_ROWS = 16
+HEADS_WARPS = 8
 # Floats of a state per counter and per iteration of a program that sends or receives it: 1 MiB of
 # state makes 64 chunks.
 SEND_CHUNK = 4096
 SEND_WARPS = 8
 # Such programs hold multiprocessors while they wait, so few are used when they overlap with other
-# kernels.
-SEND_PROGRAMS, SEND_PROGRAMS_OVERLAPPED = 64, 16
+# kernels: (most programs, of every how many multiprocessors at most one).
+SEND_PROGRAMS, SEND_PROGRAMS_OVERLAPPED = (64, 2), (16, 8)
 
 # The Hopper scan: tokens per chunk, columns of a block of the state and of one copy of y, buffers.
 HOPPER_CHUNK = 64
@@ -146,11 +176,11 @@ class ScanShape(NamedTuple):
     value_dim: int
     packed: bool
 
-    @property
-    def is_large(self) -> bool:
+    def is_large(self, chip: Chip) -> bool:
         """True if a call is bound by the GPU, not by the host."""
         rows = self.batch * self.seq_len * self.num_heads
-        return rows * max(self.key_dim, self.value_dim) >= LARGE_VALUES
+        values = rows * max(self.key_dim, self.value_dim)
+        return values * H200.multiprocessors >= LARGE_VALUES * chip.multiprocessors
 
 
 class ScanChoice(NamedTuple):
@@ -163,26 +193,30 @@ class ScanChoice(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def choose_segments(shape: ScanShape) -> SegmentChoice:
+def choose_segments(shape: ScanShape, device: torch.device) -> SegmentChoice:
     """How the documents of a scan are divided.
 
-    Depends on shapes alone, never on where packed documents begin, so that a traced graph holds
-    for any documents. Symmetric in the two head dims: the backward exchanges them.
+    Depends on shapes and the chip, never on where packed documents begin, so that a traced graph
+    holds for any documents. Symmetric in the two head dims: the backward exchanges them.
     """
-    length = segment_length(shape)
+    chip = chip_of(device)
+    length = segment_length(shape, chip)
     boundaries = (shape.seq_len - 1) // length if shape.seq_len else 0
-    folded = not (shape.packed or shape.is_large) and 2 <= boundaries <= MAX_FOLD
+    folded = not (shape.packed or shape.is_large(chip)) and 2 <= boundaries <= MAX_FOLD
     # Each boundary follows a full-length segment, so packing documents adds none.
     return SegmentChoice(length, boundaries * shape.batch, folded)
 
 
-def segment_length(shape: ScanShape) -> int:
+def segment_length(shape: ScanShape, chip: Chip) -> int:
     """Tokens per segment for documents of `seq_len` tokens each (packed: together)."""
     # Value blocks of the scan with the fewer of them: both directions then have enough programs.
     programs = shape.batch * shape.num_heads * -(-min(shape.key_dim, shape.value_dim) // 64)
-    # The Triton scan of such wide heads, which small inputs get, has a multiprocessor to itself.
-    alone = max(shape.key_dim, shape.value_dim) > 128 and not shape.is_large
-    segments = max(1, RESIDENT_PROGRAMS // (2 if alone else 1) // max(programs, 1))
+    # The Triton scan of such wide heads, which small inputs and all chips but Hopper get, has a
+    # multiprocessor to itself, or half of one for 32 columns.
+    hopper = chip.products == "wgmma" and shape.is_large(chip)
+    alone = max(shape.key_dim, shape.value_dim) > 128 and not hopper
+    resident = RESIDENT_PROGRAMS * chip.multiprocessors // (2 if alone else 1)
+    segments = max(1, resident // max(programs, 1))
     if shape.packed:
         segments *= PACKED_SPLIT
     length = -(-shape.seq_len // segments)
@@ -205,14 +239,14 @@ def choose_scan(
     num_results: 1 for y, 2 for dv and dk; only the Hopper scan computes both in a launch.
     copyable: False if Hopper's TMA unit cannot fetch the operands (`launcher.is_copyable`).
     """
-    segments = choose_segments(shape)
-    if copyable and _hopper_is_faster(shape, dtype, num_results) and has_gluon(device):
+    chip, segments = chip_of(device), choose_segments(shape, device)
+    if copyable and _hopper_is_faster(shape, dtype, num_results, chip) and has_gluon(device):
         tiles = hopper_tiles(shape.key_dim, shape.value_dim, num_results)
         return ScanChoice("hopper", tiles, num_results, segments)
-    return ScanChoice("triton", scan_tiles(shape.key_dim, dtype), 1, segments)
+    return ScanChoice("triton", scan_tiles(shape.key_dim, dtype, chip), 1, segments)
 
 
-def _hopper_is_faster(shape: ScanShape, dtype: torch.dtype, num_results: int) -> bool:
+def _hopper_is_faster(shape: ScanShape, dtype: torch.dtype, num_results: int, chip: Chip) -> bool:
     """True if the Hopper scan computes this, and faster than the Triton scan."""
     # Two results have both head dims as keys.
     most_keys = WIDE_KEYS.keys if num_results == 1 else WIDE_VALUES.keys
@@ -222,7 +256,7 @@ def _hopper_is_faster(shape: ScanShape, dtype: torch.dtype, num_results: int) ->
         and shape.value_dim > 64
         and (num_results == 1 or shape.value_dim <= most_keys)
         and shape.seq_len <= MAX_COPY_TOKENS
-        and shape.is_large
+        and shape.is_large(chip)
     )
 
 
@@ -234,20 +268,29 @@ def hopper_tiles(key_dim: int, value_dim: int, num_results: int) -> HopperTiles:
     return WIDE_VALUES if wide else NARROW
 
 
-def scan_tiles(key_dim: int, dtype: torch.dtype) -> Tiles:
+def scan_tiles(key_dim: int, dtype: torch.dtype, chip: Chip) -> Tiles:
     """Tiles of the Triton scan for operands of `key_dim` and `dtype`."""
-    return SCAN_TILES[_dim_class(key_dim), dtype.itemsize]
+    return SCAN_TILES_OF[chip.products][_dim_class(key_dim), dtype.itemsize]
 
 
-def state_tiles(key_dim: int, value_dim: int, dtype: torch.dtype, num_states: int) -> Tiles:
+def state_tiles(
+    key_dim: int, value_dim: int, dtype: torch.dtype, num_states: int, device: torch.device
+) -> Tiles:
     """Tiles of the state kernel for `num_states` states [key_dim, value_dim] from `dtype`."""
-    tiles = STATE_TILES[_dim_class(key_dim), dtype.itemsize]
+    chip = chip_of(device)
+    tiles = STATE_TILES_OF[chip.products][_dim_class(key_dim), dtype.itemsize]
     # Too few to fill the GPU: smaller tiles put more loads in flight, the second ones from L2.
     for smaller in ({"value": 64}, {"value": 64, "key": 64}):
         blocks = -(-key_dim // tiles.key) * -(-value_dim // tiles.value)
-        if tiles.key > 64 and num_states * blocks < MULTIPROCESSORS:
+        if tiles.key > 64 and num_states * blocks < chip.multiprocessors:
             tiles = tiles._replace(**smaller)
     return tiles
+
+
+def send_programs(device: torch.device, overlapped: bool) -> int:
+    """Most programs that send or receive a state."""
+    most, share = SEND_PROGRAMS_OVERLAPPED if overlapped else SEND_PROGRAMS
+    return max(1, min(most, chip_of(device).multiprocessors // share))
 
 
 def _dim_class(dim: int) -> int:

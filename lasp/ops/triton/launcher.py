@@ -2,7 +2,8 @@
 
 `kernel[grid](...)` looks at each of some forty arguments on every call, to find the compiled
 variant they need: about 55 us. All but the addresses follow from shapes and strides, which repeat
-from call to call, so the variant is looked up once per shape and then run directly.
+from call to call, so the variant is looked up once per shape and then launched directly
+(`lasp.ops.triton.driver`).
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 import triton
 
+from lasp import replay
+from lasp.ops.host_values import filled
+from lasp.ops.triton.driver import DirectLaunch
 from lasp.ops.triton.launch_config import (
     COPY_STEP,
     DTYPES,
@@ -26,62 +29,93 @@ from lasp.ops.triton.launch_config import (
 )
 
 _runtime = triton.knobs.runtime
-_NO_CONTEXT = nullcontext()
 
 
 class CachedLaunch:
-    """A kernel with all its arguments fixed but the first ones: `leading` ones, then tensors.
+    """A kernel with all its arguments fixed but the first ones, which are tensors.
 
     A variant is compiled for `numbers`, `constants`, the tensors' dtypes and which of them are
     None: a `CachedLaunch` is made for one set of these. It is also compiled for whether each
-    address is a multiple of 16 bytes, which is checked on every call. A call launches what the
-    plain `kernel[grid](...)` would, and falls back to just that wherever this Triton, the device or
-    a hook requires it.
+    address is a multiple of 16 bytes, which is checked on every call. The first call of a variant
+    is the plain `kernel[grid](...)`, all later ones go to the driver directly, unless this Triton,
+    the device or a hook requires the plain launch.
+
+    Args:
+        kernel: takes tensors, numbers and constants, in this order.
+        numbers, constants: its arguments after the tensors.
+        descriptors: make TMA descriptors of as many first tensors, None for None.
+        options: of the plain launch, such as num_warps.
     """
 
-    def __init__(self, kernel: Any, numbers: Iterable[int | float], constants: dict, **options):
+    def __init__(
+        self,
+        kernel: Any,
+        numbers: Iterable[int | float],
+        constants: dict,
+        descriptors: Sequence[Callable[[torch.Tensor], Any] | None] = (),
+        **options,
+    ) -> None:
         self._kernel = kernel
         self._numbers = tuple(numbers)
         self._named = constants | options
-        # A compiled kernel is handed its constants too and reads none of them.
-        self._tail = (*self._numbers, *constants.values())
+        self._descriptors = tuple(descriptors)
         # Not in the interpreter, nor on AMD GPUs: there a variant also depends on tensor sizes.
         jit = isinstance(kernel, triton.runtime.jit.JITFunction)
         self._direct = jit and torch.version.hip is None
-        self._compiled: dict[tuple, Any] = {}
+        self._variants: dict[Hashable, DirectLaunch | None] = {}
 
-    def __call__(self, programs: int, *tensors: torch.Tensor | None, leading=()) -> None:
-        """Run `programs` programs on the current device, the first tensor's, and current stream.
-
-        `leading` are descriptors: all that a variant depends on must be the same in every call.
-        """
-        if not self._direct or _has_hooks(self._kernel):
-            self._launch(programs, leading, tensors)
+    def __call__(self, programs: int, *tensors: torch.Tensor | None) -> None:
+        """Run `programs` programs on the current device, the first tensor's, and current stream."""
+        if not self._direct or has_hooks() or self._kernel.pre_run_hooks:
+            replay.refuse()
+            self._launch(programs, tensors)
             return
         device = tensors[0].get_device()
+        stream = current_stream(device)
+        replay.note_launch(self.direct, programs, stream, tensors)
         addresses = [0 if x is None else x.data_ptr() for x in tensors]
         odd = functools.reduce(operator.or_, addresses) % 16
         # Nearly always all are aligned.
         key = (device, *[address % 16 == 0 for address in addresses]) if odd else device
-        compiled = self._compiled.get(key)
-        if compiled is None:
-            compiled = self._launch(programs, leading, tensors)
-            if all(hasattr(compiled, name) for name in ("run", "function", "packed_metadata")):
-                self._compiled[key] = compiled
+        if key not in self._variants:
+            self._variants[key] = self._first_launch(programs, tensors)
             return
-        compiled.run(
-            *(programs, 1, 1),
-            triton.runtime.driver.active.get_current_stream(device),
-            compiled.function,
-            compiled.packed_metadata,
-            *(None, None, None),  # What hooks would get, and the two hooks.
-            *leading,
-            *addresses,
-            *self._tail,
-        )
+        direct = self._variants[key]
+        if direct is None:
+            self._launch(programs, tensors)
+        else:
+            direct(programs, stream, addresses)
 
-    def _launch(self, programs: int, leading: tuple, tensors: tuple) -> Any:
-        return self._kernel[(programs,)](*leading, *tensors, *self._numbers, **self._named)
+    def direct(self, device: int) -> DirectLaunch | None:
+        """The launch by the driver for aligned addresses; None if there is none, or not yet."""
+        return self._variants.get(device)
+
+    def _first_launch(self, programs: int, tensors: tuple) -> DirectLaunch | None:
+        compiled = self._launch(programs, tensors)
+        try:
+            described = self._describe(tensors)
+            return DirectLaunch(compiled, tensors, described, self._numbers)
+        except LookupError:
+            return None
+
+    def _launch(self, programs: int, tensors: tuple) -> Any:
+        arguments = (*self._describe(tensors), *tensors[len(self._descriptors) :])
+        return self._kernel[(programs,)](*arguments, *self._numbers, **self._named)
+
+    def _describe(self, tensors: tuple) -> list:
+        """The TMA descriptors of the first tensors."""
+        pairs = zip(self._descriptors, tensors, strict=False)
+        return [None if describe is None else describe(x) for describe, x in pairs]
+
+
+def current_stream(device: int) -> int:
+    """The handle of torch's current stream."""
+    return _get_current_stream()(device)
+
+
+@functools.cache
+def _get_current_stream() -> Callable[[int], int]:
+    return triton.runtime.driver.active.get_current_stream
 
 
 _launches: dict[tuple, CachedLaunch] = {}
@@ -104,13 +138,11 @@ def cached_launch(
     return _launches[key]
 
 
-def _has_hooks(kernel: Any) -> bool:
-    """True if a profiler or another hook must see the launch."""
+def has_hooks() -> bool:
+    """True if a profiler or another hook of Triton must see every launch."""
     enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
     # A chain of hooks, or a single one in its place.
-    return bool(
-        kernel.pre_run_hooks or getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
-    )
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 # A tensor's shape, strides and dtype: all that a launch depends on besides its address. A cache of
@@ -205,13 +237,6 @@ def decay_or_zeros(
 ) -> torch.Tensor:
     """Return `log_decay` [H] contiguous; zeros for None, which give the same bits."""
     if log_decay is None:
-        return torch.zeros(num_heads, dtype=torch.float32, device=device)
+        return filled(0.0, num_heads, torch.float32, device)
     assert log_decay.dtype == torch.float32 and log_decay.shape == (num_heads,), log_decay.shape
     return log_decay.contiguous()
-
-
-def on_device_of(tensor: torch.Tensor) -> AbstractContextManager:
-    """Make the tensor's device the current one, on which Triton launches."""
-    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
-        return _NO_CONTEXT
-    return torch.cuda.device(tensor.device)

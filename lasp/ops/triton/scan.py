@@ -6,7 +6,7 @@ The same kernel computes o, dq, dk and dv; only the roles of the operands change
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,7 +29,6 @@ from lasp.ops.triton.launcher import (
     decay_or_zeros,
     is_addressable,
     is_copyable,
-    on_device_of,
     spec,
     state_numbers,
     strides,
@@ -42,6 +41,7 @@ from lasp.ops.triton.segments import (
     divide,
     locate_segment,
 )
+from lasp.replay import on_device_of
 
 
 @triton.jit(do_not_specialize=["scale", "T", "segments_per_row", "segment_length"])
@@ -180,8 +180,7 @@ def scan(
     y = torch.empty(x.shape, dtype=a.dtype, device=a.device)
     if plan is not None:
         with on_device_of(a):
-            tensors, descriptors = plan.arguments(operands, (y,), states, log_decay)
-            plan.launch(plan.num_programs, *tensors, leading=descriptors)
+            plan.launch(plan.num_programs, *plan.arguments(operands, (y,), states, log_decay))
     return y
 
 
@@ -212,8 +211,7 @@ def scan_dkdv(
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     with on_device_of(k):
-        tensors, descriptors = plan.arguments(operands, (dv, dk), states, log_decay)
-        plan.launch(plan.num_programs, *tensors, leading=descriptors)
+        plan.launch(plan.num_programs, *plan.arguments(operands, (dv, dk), states, log_decay))
     return dk, dv
 
 
@@ -224,7 +222,7 @@ class ScanPlan(NamedTuple):
         launch, num_programs: the kernel without its tensors, and how many programs run.
         segments: of the documents; the launch reads segment states if `has_segment`.
         copies: True for each operand that must be copied for the kernel to address it.
-        describe: the Hopper scan's descriptors of (operands, results); None: the Triton scan.
+        describes: the launch takes operands and results as descriptors, and results once more.
     """
 
     launch: CachedLaunch
@@ -232,10 +230,10 @@ class ScanPlan(NamedTuple):
     segments: Segments
     has_segment: bool
     copies: tuple[bool, ...]
-    describe: Callable | None
+    describes: bool
 
-    def arguments(self, operands, results, states, log_decay) -> tuple[tuple, tuple]:
-        """(tensors, descriptors) of the launch; on the operands' device."""
+    def arguments(self, operands, results, states, log_decay) -> tuple:
+        """The tensors of the launch, on the operands' device."""
         a = operands[0]
         if True in self.copies:
             pairs = zip(operands, self.copies, strict=True)
@@ -244,10 +242,11 @@ class ScanPlan(NamedTuple):
         table, _ = self.segments.device_tables(a.device)
         log_decay = decay_or_zeros(log_decay, a.shape[2], a.device)
         others = initial, segment if self.has_segment else None, log_decay, table
-        if self.describe is None:
-            return (*operands, *results, *others), ()
-        dv_dk = results if len(results) == 2 else (*results, None)
-        return (*dv_dk, *others), self.describe(operands, results)
+        if not self.describes:
+            return (*operands, *results, *others)
+        if len(results) == 1:
+            operands, results = (*operands, None), (*results, None)
+        return (*operands, *results, *results, *others)
 
 
 def _cached_plan(operands, states, *, scale, reverse, cu_seqlens=None, state_rows=None):
@@ -306,7 +305,7 @@ def plan_scan(
     if segments.single:
         segment = None
     prepare = hopper_scan.prepare if choice.kernel == "hopper" else _prepare
-    num_programs, launch, describe = prepare(
+    num_programs, launch = prepare(
         operands, (initial, segment), segments, choice.tiles, scale=scale, reverse=reverse,
         device=device,
     )  # fmt: skip
@@ -316,7 +315,7 @@ def plan_scan(
         segments,
         segment is not None,
         copies,
-        describe,
+        choice.kernel == "hopper",
     )
 
 
@@ -329,8 +328,8 @@ def _prepare(
     scale: float,
     reverse: bool,
     device: torch.device,
-) -> tuple[int, CachedLaunch, None]:
-    """(number of programs, launch, no descriptors) of the Triton scan."""
+) -> tuple[int, CachedLaunch]:
+    """(number of programs, launch) of the Triton scan."""
     a, b, x = operands[:3]
     initial, segment = states
     (_, seq_len, num_heads, key_dim), _, dtype = a
@@ -357,4 +356,4 @@ def _prepare(
     options = dict(num_warps=tiles.num_warps, num_stages=tiles.num_stages)
     launch = cached_launch(scan_kernel, numbers, constants, dtype, **options)
     num_programs = segments.num_segments * num_heads * triton.cdiv(value_dim, tiles.value)
-    return num_programs, launch, None
+    return num_programs, launch

@@ -19,12 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lasp.ops.triton.launch_config import (
-    SEND_CHUNK,
-    SEND_PROGRAMS,
-    SEND_PROGRAMS_OVERLAPPED,
-    SEND_WARPS,
-)
+from lasp.ops.triton.launch_config import SEND_CHUNK, SEND_WARPS, send_programs
 from lasp.ops.triton.launcher import CachedLaunch
 
 
@@ -174,7 +169,7 @@ def send_recv_state(
     numbers = (n, chunks, stride, num_factors, limit_seconds)
     launch = _send_recv_launch(numbers, D * E, (receives, sends, has_factor))
     launch(
-        min(SEND_PROGRAMS_OVERLAPPED if overlapped else SEND_PROGRAMS, chunks),
+        min(send_programs(local.device, overlapped), chunks),
         local,
         factor if has_factor else local,
         state_in if receives else local,

@@ -29,11 +29,11 @@ from lasp.ops.triton.launcher import (
     check_operands,
     decay_or_zeros,
     is_addressable,
-    on_device_of,
     spec,
     strides,
 )
 from lasp.ops.triton.segments import NONE, DocumentStates, Segments, divide, locate_segment
+from lasp.replay import on_device_of
 
 
 @triton.jit(do_not_specialize=["scale", "T", "segments_per_row", "segments_run", "segment_length"])
@@ -169,11 +169,11 @@ def combine_kernel(
 
 
 def segment_states_shape(
-    k_shape: tuple[int, int, int, int], value_dim: int, packed: bool
+    k_shape: tuple[int, int, int, int], value_dim: int, packed: bool, device: torch.device
 ) -> tuple[int, ...]:
     """The shape of the segment states that `chunk_states` returns, (0,) for none."""
     shape = ScanShape(*k_shape, value_dim, packed)
-    rows = choose_segments(shape).num_boundaries
+    rows = choose_segments(shape, device).num_boundaries
     return (rows, shape.num_heads, shape.key_dim, value_dim) if rows else (0,)
 
 
@@ -269,7 +269,7 @@ def plan_states(
     assert k[0][:3] == v[0][:3], (k, v)
     (batch, seq_len, num_heads, key_dim), value_dim = k[0], v[0][-1]
     cu_seqlens, state_rows = documents
-    choice = choose_segments(ScanShape(*k[0], value_dim, cu_seqlens is not None))
+    choice = choose_segments(ScanShape(*k[0], value_dim, cu_seqlens is not None), device)
     rows = DocumentStates(state_rows) if with_total else NONE
     segments = divide(batch, seq_len, cu_seqlens, choice, rows, device.type == "cuda")
     state = (num_heads, key_dim, value_dim)
@@ -283,7 +283,7 @@ def plan_states(
         return StatePlan(None, 0, None, 0, segments, **shapes)
     run = segments.per_row - (not with_total)
     num_segments = segments.num_segments if segments.packed else segments.num_documents * run
-    tiles = state_tiles(key_dim, value_dim, k[2], num_segments * num_heads)
+    tiles = state_tiles(key_dim, value_dim, k[2], num_segments * num_heads, device)
     blocks = triton.cdiv(key_dim, tiles.key) * triton.cdiv(value_dim, tiles.value)
     numbers = (
         *strides(addressable_spec(k), (0, 1, 2)),

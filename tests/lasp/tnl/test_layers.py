@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from lasp import SequenceShard, decay
 from lasp.tnl import TNLConfig
+from lasp.tnl.heads import split_heads
 from lasp.tnl.layers import SGLU, GatedLinearAttention, SRMSNorm, TNLBlock
 
 CONFIG = TNLConfig(vocab_size=32, dim=24, num_layers=3, num_heads=3, glu_dim=40, init_std=0.2)
@@ -38,6 +39,21 @@ def test_rows_of_the_projection_are_ordered_by_head():
     assert (after[:, :, 1] == 0).all()
     assert torch.equal(before[:, :, [0, 2]], after[:, :, [0, 2]])
     assert (before != 0).any(-1).all()
+
+
+@pytest.mark.parametrize("activation", ["silu", "none"])
+def test_split_heads_is_a_split_with_the_gradients_of_autograd(activation):
+    qkvu = torch.randn(2, 3, 2, 4, 5, dtype=torch.float64, requires_grad=True)
+    q, k, v, u = qkvu.unbind(-2)
+    if activation == "silu":
+        q, k = F.silu(q), F.silu(k)
+    wanted, got = (q, k, v, u), split_heads(qkvu, activation)
+    grads = torch.randn(4, 2, 3, 2, 5, dtype=torch.float64).unbind(0)
+    assert all(map(torch.equal, got, wanted))
+    with torch.no_grad():
+        assert all(map(torch.equal, split_heads(qkvu, activation), wanted))
+    pairs = [torch.autograd.grad(each, qkvu, grads)[0] for each in (got, wanted)]
+    torch.testing.assert_close(*pairs)
 
 
 @pytest.mark.parametrize("cast", ["bfloat16", "half", "double"])

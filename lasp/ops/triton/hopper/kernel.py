@@ -18,6 +18,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from lasp.ops.triton.hopper.language import barrier
 from lasp.ops.triton.hopper.warps import load_warp, score_warps, state_warps
 from lasp.ops.triton.segments import locate_segment
 
@@ -88,7 +89,7 @@ def hopper_scan_kernel(
     for i in gl.static_range(STAGES * NP):
         mbarrier.init(p_ready.index(i), count=1)
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
 
     barriers = (full, w_ready, p_ready, empty)
     scratch = (p_tiles, y_tiles, row_decays)

@@ -35,8 +35,8 @@ def prepare(
     scale: float,
     reverse: bool,
     device: torch.device,
-) -> tuple[int, CachedLaunch, Callable]:
-    """(number of programs, launch, function of operands and results that returns descriptors).
+) -> tuple[int, CachedLaunch]:
+    """(number of programs, launch); the launch takes operands and results as descriptors first.
 
     Of operands a, b, x for y = scan(a, b, x); or of a, b, x, c for y and z = scan(c, x, b) with the
     same states transposed. The operands are `is_copyable`, the results contiguous.
@@ -65,33 +65,20 @@ def prepare(
         HAS_SEGMENT=segment is not None,
         REGISTERS=tiles.registers,
     )
-    launch = cached_launch(_gluon(device).kernel, numbers, constants, dtype, num_warps=4)
     y, z = contiguous_spec(x), contiguous_spec(b) if pair else None
     columns = (tiles.keys, tiles.keys, width, tiles.keys, HOPPER_VALUE_BLOCK, HOPPER_VALUE_BLOCK)
-    templates = [
-        None if tensor is None else _descriptor_template(tensor, n, device)
+    descriptors = tuple(
+        None if tensor is None else _descriptor(tensor, n, device)
         for tensor, n in zip((a, b, x, c, y, z), columns, strict=True)
-    ]
-
-    def describe(operands, results):
-        tensors = (*operands, *results) if pair else (*operands, None, *results, None)
-        return [
-            None if tensor is None else _descriptor(template, tensor)
-            for template, tensor in zip(templates, tensors, strict=True)
-        ]
-
+    )
+    options = dict(descriptors=descriptors, num_warps=4)
+    launch = cached_launch(_gluon(device).kernel, numbers, constants, dtype, **options)
     num_programs = segments.num_segments * num_heads * triton.cdiv(value_dim, width)
-    return num_programs, launch, describe
+    return num_programs, launch
 
 
-def _descriptor(template: object, tensor: torch.Tensor) -> object:
-    """The descriptor of a tensor; a copy of what was checked once, since a check costs 10 us."""
-    descriptor = object.__new__(type(template))
-    descriptor.__dict__.update(template.__dict__, base=tensor)
-    return descriptor
-
-
-def _descriptor_template(tensor: TensorSpec, columns: int, device: torch.device) -> object:
+@functools.lru_cache(maxsize=1024)
+def _descriptor(tensor: TensorSpec, columns: int, device: torch.device) -> Callable:
     """Describes tiles of a chunk's rows and `columns` columns of tensors [B, T, H, X]."""
     shape, strides, dtype = tensor
     # PyTorch leaves arbitrary strides on dims of size 1: unused, but TMA checks them.
@@ -99,10 +86,13 @@ def _descriptor_template(tensor: TensorSpec, columns: int, device: torch.device)
         stride if length > 1 else COPY_STEP
         for length, stride in zip(shape[:3], strides[:3], strict=True)
     ]
-    # Stands for any tensor of this spec, whose address the plan of the scan checks.
-    base = torch.empty(0, dtype=dtype, device=device)
     language = _gluon(device)
-    return language.descriptor(base, list(shape), [*steps, 1], *language.tile(dtype, columns))
+
+    def describe(tensor: torch.Tensor) -> object:
+        tile = language.tile(dtype, columns)
+        return language.descriptor(tensor, list(shape), [*steps, 1], *tile)
+
+    return describe
 
 
 @functools.cache

@@ -16,11 +16,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from lasp.ops.triton.hopper.language import async_load, async_store, barrier, reinterpret
+
 
 @gluon.jit
 def _exp2(x):
     return gl.inline_asm_elementwise(
         "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _hidden(x):
+    """Return x (int32), and hide it from the compiler, so that all that is derived from it is
+    computed where it is used: kept up to date in every chunk, it would take registers."""
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [x], gl.int32, is_pure=False, pack=1
     )
 
 
@@ -37,7 +48,7 @@ def _begin_score(a, b, mma: gl.constexpr):
 def _matrix(tile, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
     """View a tile of TMA's shape [1, ROWS, 1, COLUMNS] as a matrix."""
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], tile.dtype)
-    return tile._reinterpret(tile.dtype, [ROWS, COLUMNS], layout)
+    return reinterpret(tile, tile.dtype, [ROWS, COLUMNS], layout)
 
 
 @gluon.jit
@@ -90,9 +101,7 @@ def load_warp(
         mbarrier.wait(empty.index(stage), phase)
         mbarrier.expect(bar, nbytes)
         for i in gl.static_range(len(descriptors)):
-            tma.async_copy_global_to_shared(
-                descriptors[i], [i_b, t, i_h, columns[i]], bar, tiles[i].index(stage)
-            )
+            async_load(descriptors[i], [i_b, t, i_h, columns[i]], bar, tiles[i].index(stage))
         stage, phase = _next(stage, phase, STAGES)
 
 
@@ -161,7 +170,7 @@ def score_warps(
         b_column = gl.exp(log_decay * (BC - 1 - o_c))  # [BC, 1]
     o_i = gl.arange(0, BC, gl.SliceLayout(1, mma))
     positions.store(o_i.to(gl.float32))
-    gl.thread_barrier()
+    barrier()
     rate = log_decay * 1.4426950408889634
 
     stage = 0
@@ -179,7 +188,7 @@ def score_warps(
             b_w = x.slice(i_w * BX, BX, 1).load(by_row).to(gl.float32) * b_column
             w.slice(i_w * BX, BX, 1).store(b_w.to(dtype))
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(w_ready.index(stage), count=1)
         _store_score(
             p_tiles.index(NP * stage), b_score, positions, rate, scale, row, count, REVERSE, mma
@@ -189,7 +198,7 @@ def score_warps(
             if PAIR:
                 _zero_rows_outside(b, row, count, by_row)
         fence_async_shared()
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(p_ready.index(NP * stage), count=1)
         if PAIR:
             c = _matrix(tiles[3].index(stage), BC, BA)
@@ -197,7 +206,7 @@ def score_warps(
             p_tile = p_tiles.index(NP * stage + 1)
             _store_score(p_tile, b_score, positions, rate, scale, row, count, REVERSE, mma)
             fence_async_shared()
-            gl.thread_barrier()
+            barrier()
             mbarrier.arrive(p_ready.index(NP * stage + 1), count=1)
         mbarrier.arrive(empty.index(stage), count=1)
         stage, phase = _next(stage, phase, STAGES)
@@ -295,7 +304,7 @@ def state_warps(
             initial, segment, log_decay, outside, i % NA * KEYS, i_x + i // NA * BX,
             A, X, KEYS, BX, HAS_INITIAL, HAS_SEGMENT, mma),)
     # fmt: on
-    gl.thread_barrier()
+    barrier()
 
     stage = 0
     phase = 0
@@ -329,24 +338,26 @@ def state_warps(
             b_y = products[NA]
             for i_a in gl.static_range(NA):
                 new_states += (products[i_a],)
-            gl.thread_barrier()
+            barrier()
             if i == BLOCKS - 1:
                 mbarrier.arrive(empty.index(stage), count=1)
 
             # The last copy may still be reading: one thread waits for it, all wait for the thread.
             tma.store_wait(0)
-            gl.thread_barrier()
+            barrier()
             y_matrix.permute((1, 0)).store(b_y.to(dtype))
             fence_async_shared()
-            gl.thread_barrier()
+            barrier()
             i_y = i_x + i * BX
             if _is_short(row, count, BC):
                 # Copied whole, the tile would overwrite another segment's rows.
-                m_y = (o_t + row >= 0) & (o_t + row < count) & (o_y + i_y < X)
-                p_row = p_y + (row.to(gl.int64) * H + i_h) * X + i_y
-                gl.store(p_row + o_t * (H * X) + o_y, y_matrix.load(by_row), mask=m_y)
+                o_row = o_t + _hidden(row)
+                o_column = o_y + i_y
+                m_y = (o_row >= 0) & (o_row < count) & (o_column < X)
+                o_tile = (o_row.to(gl.int64) * H + i_h) * X + o_column
+                gl.store(p_y + o_tile, y_matrix.load(by_row), mask=m_y)
             else:
-                tma.async_copy_shared_to_global(y_descriptor, [i_b, start + row, i_h, i_y], y_tile)
+                async_store(y_descriptor, [i_b, start + row, i_h, i_y], y_tile)
         states = new_states
         stage, phase = _next(stage, phase, STAGES)
     tma.store_wait(0)

@@ -4,17 +4,10 @@ import pytest
 
 
 @pytest.fixture
-def compiled(monkeypatch):
+def compiled():
     """What is launched on CPU tensors is compiled for sm_90 instead; the list of the results."""
     # Imported late: this machine may have no triton.
-    from triton.runtime.jit import JITFunction
+    from tests.lasp.ops.triton import compiler
 
-    from tests.lasp.ops.triton.compiler import compile_launch
-
-    results = []
-
-    def getitem(kernel, grid):
-        return lambda *args, **constants: results.append(compile_launch(kernel, args, constants))
-
-    monkeypatch.setattr(JITFunction, "__getitem__", getitem)
-    return results
+    with compiler.compiling(compiler.TARGETS["sm_90"]) as results:
+        yield results

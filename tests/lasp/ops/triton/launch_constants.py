@@ -3,6 +3,7 @@
 import contextlib
 from unittest import mock
 
+from lasp import replay
 from lasp.ops.triton import launch_config
 from lasp.ops.triton.scan import plan_scan
 from lasp.ops.triton.state import plan_states
@@ -12,13 +13,17 @@ from lasp.ops.triton.state import plan_states
 def launch_constants(*, segment_length=None, **constants):
     """Within, `launch_config` has these constants and all segments this length, if given."""
     if segment_length is not None:
-        constants["segment_length"] = lambda shape: segment_length
+        constants["segment_length"] = lambda *_: segment_length
     choices = (launch_config.choose_segments, launch_config.choose_scan, plan_scan, plan_states)
     with mock.patch.multiple(launch_config, **constants):
-        for choose in choices:
-            choose.cache_clear()
+        _forget(choices)
         try:
             yield
         finally:
-            for choose in choices:
-                choose.cache_clear()
+            _forget(choices)
+
+
+def _forget(choices):
+    replay.forget()
+    for choose in choices:
+        choose.cache_clear()

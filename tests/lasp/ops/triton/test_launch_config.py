@@ -7,7 +7,8 @@ from lasp.ops.triton.launch_config import ScanShape, choose_scan, choose_segment
 from tests.lasp.ops.triton.launch_constants import launch_constants
 
 BF16, FP32 = torch.bfloat16, torch.float32
-GPU = torch.device("cuda", 0)
+# An H200 in these choices, where there is no GPU.
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize(
@@ -49,8 +50,8 @@ def test_large_16_bit_heads_get_the_hopper_scan(
     ],
 )
 def test_segments_follow_from_shapes_in_both_directions(shape, boundaries, folded):
-    choice = choose_segments(shape)
+    choice = choose_segments(shape, CPU)
     assert (choice.num_boundaries, choice.folded) == (boundaries, folded)
     swapped = shape._replace(key_dim=shape.value_dim + 72, value_dim=shape.key_dim)
     mirrored = swapped._replace(key_dim=swapped.value_dim, value_dim=swapped.key_dim)
-    assert choose_segments(swapped) == choose_segments(mirrored)
+    assert choose_segments(swapped, CPU) == choose_segments(mirrored, CPU)

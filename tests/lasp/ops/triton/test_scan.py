@@ -86,7 +86,7 @@ def check_scan(
         segment_states, total = kernels.chunk_states(
             b, x, log_decay, scale=scale_of_states, **common
         )
-        shape = kernels.segment_states_shape(b.shape, E, cu_seqlens is not None)
+        shape = kernels.segment_states_shape(b.shape, E, cu_seqlens is not None, b.device)
         assert shape == ((0,) if segment_states is None else segment_states.shape)
         alone, no_total = kernels.chunk_states(
             b, x, log_decay, scale=scale_of_states, with_total=False, **common

@@ -1,0 +1,170 @@
+"""Calls on CPU tensors that launch every variant of the kernels, to compile them without a GPU.
+
+Nothing is run, so the tensors hold nothing. The Hopper scan is not among them: it runs on sm_90
+only, and has tests of its own.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from lasp.ops import triton as kernels
+from lasp.ops.triton.launch_config import SEND_CHUNK
+from lasp.ops.triton.lrpe import lrpe, lrpe_backward
+
+T, H = 1024, 16
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Key and value dim: one of each class of tiles, and one of odd sizes with odd strides.
+DIMS = {"64": (64, 64), "128": (128, 128), "256": (256, 256), "odd": (33, 100)}
+# Tokens per segment, from so many states that the largest tiles fill the GPU to too few.
+SEGMENTS = (64, 192, 256, 512, 1024)
+
+
+class Launch(NamedTuple):
+    """A call that launches kernels; `dims` and `dtype` are keys of DIMS and DTYPES, "" for none.
+
+    Attributes:
+        segment: tokens per segment.
+        max_fold: launch constant MAX_FOLD.
+    """
+
+    kernel: str
+    dtype: str
+    dims: str
+    variant: str
+    call: Callable[[], object]
+    segment: int = 256
+    max_fold: int = 0
+
+
+def all_launches() -> list[Launch]:
+    """Every dtype, class of head dims and kind of every kernel."""
+    found = list(_send_launches())
+    for dtype, dims in itertools.product(DTYPES, DIMS):
+        for launches in (_scan_launches, _state_launches, _other_launches):
+            found += launches(dtype, dims)
+    return found
+
+
+# (kernel, dtype, dims, variant) of those that need most.
+_MOST = "reverse packed initial segment"
+QUICK = {
+    *(("scan", "bf16", dims, _MOST) for dims in DIMS),
+    ("scan", "bf16", "128", "initial folded"),
+    ("scan", "fp16", "128", _MOST),
+    ("scan", "fp32", "128", _MOST),
+    ("scan", "fp32", "256", "plain"),
+    *(("state", "bf16", dims, "reverse packed total segment=64") for dims in DIMS),
+    ("state", "bf16", "128", "total segment=256"),
+    ("state", "bf16", "128", "total segment=512"),
+    ("state", "fp32", "128", "total segment=64"),
+    ("step", "bf16", "256", ""),
+    ("lrpe", "bf16", "256", "forward"),
+    ("lrpe", "bf16", "256", "backward"),
+    ("send_recv_state", "", "", "receives sends factor uneven"),
+}
+
+
+def quick_launches() -> list[Launch]:
+    """One of each kind and class of head dims, those that need most."""
+    return [launch for launch in all_launches() if launch[:4] in QUICK]
+
+
+def _operands(dtype: str, dims: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple(torch.empty(1, T, H, dim, dtype=DTYPES[dtype]) for dim in DIMS[dims])
+
+
+def _scan_launches(dtype: str, dims: str) -> Iterator[Launch]:
+    D, E = DIMS[dims]
+    k, v = _operands(dtype, dims)
+    entering = {"none": None, "segment": torch.empty(3, H, D, E), "folded": torch.empty(3, H, D, E)}
+    choices = itertools.product((False, True), (False, True), (False, True), entering)
+    for reverse, packed, has_initial, segment in choices:
+        if packed and segment == "folded":
+            continue
+        initial = torch.empty(1 + packed, H, D, E) if has_initial else None
+        options = dict(
+            scale=0.3,
+            initial_state=initial,
+            segment_states=entering[segment],
+            cu_seqlens=(0, 300, T) if packed else None,
+            reverse=reverse,
+        )
+        names = dict(reverse=reverse, packed=packed, initial=has_initial)
+        names[segment] = segment != "none"
+        yield Launch(
+            "scan",
+            dtype,
+            dims,
+            _variant(**names),
+            partial(kernels.scan, k, k, v, None, **options),
+            max_fold=15 if segment == "folded" else 0,
+        )
+
+
+def _state_launches(dtype: str, dims: str) -> Iterator[Launch]:
+    k, v = _operands(dtype, dims)
+    flags = (False, True)
+    # What is folded into the scan is not combined: a variant of the combine kernel.
+    segments = [(segment, 0) for segment in SEGMENTS] + [(192, 15)]
+    choices = itertools.product(flags, flags, flags, segments)
+    for reverse, packed, with_total, (segment, max_fold) in choices:
+        if segment == T and not with_total:
+            continue  # Documents of one segment have no other state: nothing is launched.
+        options = dict(
+            cu_seqlens=(0, 300, T) if packed else None,
+            reverse=reverse,
+            scale=0.3,
+            with_total=with_total,
+        )
+        names = _variant(reverse=reverse, packed=packed, total=with_total)
+        yield Launch(
+            "state",
+            dtype,
+            dims,
+            f"{names} segment={segment}{' folded' if max_fold else ''}",
+            partial(kernels.chunk_states, k, v, None, **options),
+            segment,
+            max_fold,
+        )
+
+
+def _other_launches(dtype: str, dims: str) -> Iterator[Launch]:
+    D, E = DIMS[dims]
+    k, v = _operands(dtype, dims)
+    state, theta = torch.empty(1, H, D, E), torch.empty(H, D)
+    grad = torch.empty(1, T, H, 2 * D, dtype=k.dtype)
+    step = partial(kernels.step, k[:, 0], k[:, 0], v[:, 0], state)
+    yield Launch("step", dtype, dims, "", step)
+    yield Launch("lrpe", dtype, dims, "forward", partial(lrpe, k, k, theta, 0))
+    backward = partial(lrpe_backward, grad, grad, k, k, theta, 0)
+    yield Launch("lrpe", dtype, dims, "backward", backward)
+
+
+def _send_launches() -> Iterator[Launch]:
+    flags = ((True, True, True), (True, True, False), (True, False, False), (False, True, False))
+    for (receives, sends, has_factor), dim in itertools.product(flags, (128, 100)):
+        local = torch.empty(1, H, dim, dim)
+        own, previous, following = (
+            (torch.empty(local.numel(), dtype=torch.int64), torch.empty(2000, dtype=torch.int32))
+            for _ in range(3)
+        )
+        call = partial(
+            kernels.send_recv_state,
+            local,
+            torch.empty(H) if has_factor else None,
+            torch.empty_like(local) if receives else None,
+            own,
+            previous if receives else None,
+            following if sends else None,
+        )
+        uneven = dim * dim % SEND_CHUNK != 0
+        names = _variant(receives=receives, sends=sends, factor=has_factor, uneven=uneven)
+        yield Launch("send_recv_state", "", "", names, call)
+
+
+def _variant(**flags: bool) -> str:
+    return " ".join(name for name, given in flags.items() if given) or "plain"
