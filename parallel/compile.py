@@ -23,7 +23,7 @@ __all__ = ["compile_blocks", "compiler_options", "eagerly"]
 _UNFUSE_CAT = ("max_pointwise_cat_inputs", "max_complex_pointwise_cat_inputs")
 
 
-def compiler_options(*, precision_casts: bool = False) -> dict[str, int]:
+def compiler_options(*, precision_casts: bool = False) -> dict[str, int | bool]:
     """Options for torch.compile's default backend that suit a block.
 
     Args:
