@@ -31,7 +31,8 @@ def compiler_options(*, precision_casts: bool = False) -> dict[str, int | bool]:
     """
     from torch._inductor import config
 
-    options = dict.fromkeys(_UNFUSE_CAT, 0) | {"emulate_precision_casts": int(precision_casts)}
+    options: dict[str, int | bool] = dict.fromkeys(_UNFUSE_CAT, 0)
+    options |= {"emulate_precision_casts": precision_casts}
     # Names change between versions of torch, and an unknown one is an error.
     return {name: value for name, value in options.items() if hasattr(config, name)}
 
