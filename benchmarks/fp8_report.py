@@ -7,13 +7,12 @@ from pathlib import Path
 
 import versions
 
-__all__ = ["loss_table", "speed_table", "table", "write"]
+__all__ = ["docs_table", "loss_table", "speed_table", "table", "write"]
 
 
 def table(report: dict) -> str:
     """Everything, as Markdown."""
-    head = f"{report['device']}, {versions.line(report['versions'])}, {report['date']}."
-    return "\n".join([head, "", speed_table(report), loss_table(report)])
+    return "\n".join([_head(report), "", speed_table(report), loss_table(report)])
 
 
 def speed_table(report: dict) -> str:
@@ -22,12 +21,11 @@ def speed_table(report: dict) -> str:
         "| model | GPUs | recomputation | products | tokens/s | against bfloat16 | memory |",
         "|---|---|---|---|---|---|---|",
     ]
-    base: dict[tuple, float] = {}
-    for row in report["speed"]:
-        place = row["model"], row["gpus"], row["recompute"], row["seq_len"]
-        if row["name"] == "bfloat16":
-            base[place] = row["tokens_per_second"]
-        ratio = f"{row['tokens_per_second'] / base[place]:.2f}x" if place in base else ""
+    base = {_place(row): row["tokens_per_second"] for row in report["speed"] if _is_base(row)}
+    for row in sorted(report["speed"], key=lambda row: (row["gpus"], row["recompute"] != "none")):
+        ratio = ""
+        if _place(row) in base and not _is_base(row):
+            ratio = f"{row['tokens_per_second'] / base[_place(row)]:.2f}x"
         lines.append(
             f"| {row['model']} | {row['gpus']} | {row['recompute']} | {row['name']} "
             f"| {row['tokens_per_second']:,.0f} | {ratio} | {row['memory_gib']:.1f} GiB |"
@@ -35,9 +33,36 @@ def speed_table(report: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def docs_table(report: dict) -> str:
+    """The tables of docs/training.md, as Markdown."""
+    parts = [_head(report), speed_table(report)]
+    if report["loss"]:
+        run = next(iter(report["loss"].values()))
+        parts += [
+            f"Validation loss in nats per byte, {run['model']}, {run['tokens_per_step']:,} tokens "
+            "per step of the sources of Python's standard library:",
+            loss_table(report),
+            "![Loss over steps with and without FP8](../benchmarks/results/fp8.png)\n",
+        ]
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def _head(report: dict) -> str:
+    text = f"{report['device']}, {versions.line(report['versions'])}, {report['date']}."
+    return f"{text} {report['note']}" if report.get("note") else text
+
+
+def _place(row: dict) -> tuple:
+    return row["model"], row["gpus"], row["recompute"], row["seq_len"]
+
+
+def _is_base(row: dict) -> bool:
+    return row["name"] == "bfloat16"
+
+
 def loss_table(report: dict) -> str:
     """Validation loss by step, and the last one's distance from bfloat16."""
-    runs = report["loss"]
+    runs = _runs(report)
     if not runs:
         return ""
     steps = [step for step, _ in next(iter(runs.values()))["validation"]]
@@ -55,6 +80,11 @@ def loss_table(report: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _runs(report: dict) -> dict[str, dict]:
+    """The runs by recipe, bfloat16 first."""
+    return dict(sorted(report["loss"].items(), key=lambda item: item[0] != "bfloat16"))
+
+
 def plot(report: dict, path: Path) -> None:
     """Training and validation loss over steps, a line per recipe."""
     import matplotlib
@@ -63,7 +93,7 @@ def plot(report: dict, path: Path) -> None:
     from chart import COLORS
     from matplotlib import pyplot
 
-    runs = report["loss"]
+    runs = _runs(report)
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 3.9))
     for axis, which in zip(axes, ("train", "validation"), strict=True):
         for (recipe, run), color in zip(runs.items(), COLORS, strict=False):

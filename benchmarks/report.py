@@ -50,8 +50,7 @@ def docs_tables(
         (docs, "kernels", kernels_report.docs_table(kernels)),
         (docs, "ranks", sequence_parallel_report.docs_table(over_ranks)),
         (docs, "training", training_report.docs_table(training)),
-        (docs.with_name("training.md"), "fp8-speed", fp8_report.speed_table(fp8)),
-        (docs.with_name("training.md"), "fp8-loss", fp8_report.loss_table(fp8)),
+        (docs.with_name("training.md"), "fp8", fp8_report.docs_table(fp8)),
     ]
 
 
