@@ -7,16 +7,17 @@ exchanges, so that every rank runs them in the same order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from lasp import functional, library, ops
 from lasp.context import CPContext
 from lasp.decay import Decay
 from lasp.exchange import consistency
-from lasp.ops.host_values import with_unit_stride
+from lasp.ops.host_values import decay_rates, with_unit_stride
 from lasp.validation import attention_problem, resolve_group, step_problem
 
 __all__ = ["lightning_attention", "lightning_attention_step"]
@@ -79,24 +80,19 @@ def lightning_attention(
         ValueError: on bad input, and on every rank of `group` if the ranks disagree.
     """
     context = CPContext(resolve_group(group), exchange, layout, shard_lengths)
-    problem = attention_problem(
-        q,
-        k,
-        v,
-        log_decay,
-        scale=scale,
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
-        context=context,
-    )
-    if problem is not None:
-        if context.group is not None:
-            consistency.PendingCheck(context.group, {}, problem=problem).wait()
-        raise ValueError(problem)
-    if shard_lengths is not None:
-        # The caller may change its list before the backward.
-        context = context._replace(shard_lengths=tuple(shard_lengths))
-    needs_grad = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
+    tensors = q, k, v, log_decay, initial_state, cu_seqlens
+    call, direct = None, not library.needs_dispatcher(*tensors)
+    if direct:
+        needs_grad = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
+        call = _remembered_call(
+            "forward", tensors, (scale, output_final_state, needs_grad, context)
+        )
+    if call is None or call.recording is None:
+        _check(*tensors, scale=scale, context=context)
+        if shard_lengths is not None:
+            # The caller may change its list before the backward.
+            context = context._replace(shard_lengths=tuple(shard_lengths))
+        needs_grad = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
     o, final_state = _LightningAttention.apply(
         with_unit_stride(q),
         with_unit_stride(k),
@@ -104,7 +100,7 @@ def lightning_attention(
         log_decay,
         initial_state,
         cu_seqlens,
-        _Options(float(scale), output_final_state, needs_grad, context),
+        _Options(float(scale), output_final_state, needs_grad, context, call),
     )
     return (o, final_state) if output_final_state else o
 
@@ -138,29 +134,77 @@ def lightning_attention_step(
     return ops.step(q, k, v, state, log_decay, scale=float(scale))
 
 
+def _check(*tensors, scale, context):
+    """Raise ValueError for arguments that do not fit, on all ranks."""
+    q, k, v, log_decay, initial_state, cu_seqlens = tensors
+    problem = attention_problem(
+        q,
+        k,
+        v,
+        log_decay,
+        scale=scale,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+        context=context,
+    )
+    if problem is not None:
+        if context.group is not None:
+            consistency.PendingCheck(context.group, {}, problem=problem).wait()
+        raise ValueError(problem)
+
+
+def _remembered_call(name, tensors, options):
+    """The call, if it is of a kind that may be repeated: without initial states and documents.
+
+    The tensors are of plain types. With a recording, a call like it has passed every check of its
+    arguments but for the values of the decay.
+    """
+    *_, log_decay, initial_state, cu_seqlens = tensors[: 6 if name == "forward" else 7]
+    if initial_state is not None or cu_seqlens is not None:
+        return ops.PLAIN_CALL
+    *key, context = options
+    if context.group is not None:
+        # What crosses ranks depends on the values of the decay, and holds the group's timeout.
+        rates = None
+        if log_decay is not None:
+            try:
+                rates = decay_rates(log_decay)
+            except (TypeError, ValueError):
+                return ops.PLAIN_CALL
+        key += [*context[1:], rates, consistency.timeout_of(context.group)]
+    key = tuple(key)
+    try:
+        hash(key)
+    except TypeError:
+        return ops.PLAIN_CALL
+    return ops.remembered_call(name, tensors, key, context.group)
+
+
 class _Options(NamedTuple):
-    """The non-tensor arguments of a call."""
+    """The non-tensor arguments of a call, and the call; None where torch's dispatcher sees it."""
 
     scale: float
     output_final_state: bool
     needs_grad: bool
     context: CPContext
+    call: Any
 
 
 class _LightningAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, log_decay, initial_state, cu_seqlens, options):
-        ctx.options = options
+        *common, call = options
+        ctx.options = common
         ctx.set_materialize_grads(False)
         tensors = q, k, v, log_decay, initial_state, cu_seqlens
-        scale, output_final_state, needs_grad, context = options
-        impl = library if library.needs_dispatcher(*tensors) else functional
-        call = ops.PLAIN_CALL
-        if impl is functional and _is_alone(initial_state, cu_seqlens, context):
-            _ = Decay(log_decay).rates  # Raises for values that are not allowed.
-            call = ops.remembered_call("forward", tensors, (scale, output_final_state))
+        scale, output_final_state, needs_grad, context = common
+        impl = library if call is None else functional
+        call = call or ops.PLAIN_CALL
         if call.recording is not None:
-            o, state_in, segment_states, final_state = call.replay()
+            check, _ = None, Decay(log_decay).rates  # Raises for values that are not allowed.
+            if context.group is not None:
+                check = consistency.PendingCheck(context.group, call.recording.check).wait
+            o, state_in, segment_states, final_state = call.replay(check)
         else:
             with call.record():
                 state_in, segment_states, final_state = impl.state_fwd(
@@ -183,8 +227,14 @@ class _LightningAttention(torch.autograd.Function):
         return o, final_state if output_final_state else None
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, do, dfinal_state):
+        # Without create_graph, once_differentiable does nothing but cost the host as much as a
+        # launch.
+        run = _once_differentiable if torch.is_grad_enabled() else _LightningAttention._backward
+        return run(ctx, do, dfinal_state)
+
+    @staticmethod
+    def _backward(ctx, do, dfinal_state):
         *tensors, cu_seqlens, state_in, segment_states = ctx.saved_tensors
         if do is None:
             v = tensors[2]
@@ -193,11 +243,11 @@ class _LightningAttention(torch.autograd.Function):
         needs = ctx.needs_input_grad
         needs_dkdv, needs_dinitial = needs[1] or needs[2] or needs[4], needs[4]
         saved = *tensors, cu_seqlens, dfinal_state, state_in, segment_states
-        impl = library if library.needs_dispatcher(do, *saved) else functional
-        scale, _, _, context = ctx.options
-        call = ops.PLAIN_CALL
-        if impl is functional and _is_alone(tensors[4], cu_seqlens, context):
-            call = ops.remembered_call("backward", (do, *saved), (scale, needs_dkdv))
+        scale, _, needs_grad, context = ctx.options
+        impl, call = library, ops.PLAIN_CALL
+        if not library.needs_dispatcher(do, *saved):
+            options = scale, needs_grad, needs_dkdv, context
+            impl, call = functional, _remembered_call("backward", (do, *saved), options)
         if call.recording is not None:
             dq, dk, dv, dinitial = call.replay()
         else:
@@ -219,6 +269,4 @@ class _LightningAttention(torch.autograd.Function):
         return dq, dk, dv, None, dinitial if needs_dinitial else None, None, None
 
 
-def _is_alone(initial_state, cu_seqlens, context):
-    """True if a call consists of kernels of this device only."""
-    return initial_state is None and cu_seqlens is None and context.group is None
+_once_differentiable = once_differentiable(_LightningAttention._backward)

@@ -26,7 +26,7 @@ from functools import lru_cache
 
 import torch
 
-from lasp import exchange, ops
+from lasp import exchange, ops, replay
 from lasp.context import CPContext
 from lasp.decay import Decay
 from lasp.exchange import ChunkChain, Transition, comm, consistency
@@ -91,6 +91,7 @@ def state_fwd(
     )
     if group is not None:
         check.wait()
+        replay.note_check(check.call)
         initial = partition.rows_in(initial_state, None, False)
         pending = _start_exchange(local_state, initial, decay, partition, context, reverse=False)
         state_in = partition.stack(pending.wait(), local_state)

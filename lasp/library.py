@@ -33,11 +33,11 @@ def needs_dispatcher(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
     """True if the call must go through the dispatcher: under torch.compile, a dispatch mode
     (selective checkpointing is one) or a profiler, for tensor subclasses and on device "meta"."""
     return (
-        first.is_meta
+        not _PLAIN.issuperset(map(type, (first, *others)))
+        or first.is_meta
         or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd.profiler._is_profiler_enabled
-        or not _PLAIN.issuperset(map(type, (first, *others)))
     )
 
 

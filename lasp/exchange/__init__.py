@@ -30,8 +30,12 @@ states that enter this rank's chunks.
 
 from __future__ import annotations
 
+import weakref
+from functools import partial
+
 import torch
 
+from lasp import replay
 from lasp.exchange.all_gather import all_gather
 from lasp.exchange.consistency import record_exchange
 from lasp.exchange.doubling import doubling
@@ -84,7 +88,11 @@ class PendingExchange:
                 next(self._steps)
         except StopIteration as end:
             self._steps, self._states_in = None, end.value
-            record_exchange(self._group)
+            replay.note_call(partial(_record_exchange, weakref.ref(self._group)))
+
+
+def _record_exchange(group):
+    record_exchange(group())
 
 
 def start(

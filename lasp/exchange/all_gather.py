@@ -10,6 +10,7 @@ from collections.abc import Generator
 
 import torch
 
+from lasp import replay
 from lasp.exchange.comm import all_gather_flat
 from lasp.exchange.topology import ChunkChain, Transition
 
@@ -20,6 +21,7 @@ def all_gather(
     chain: ChunkChain, transitions: list[Transition], *, overlapped: bool
 ) -> Generator[None, None, list[torch.Tensor | None]]:
     """See `lasp.exchange.start`."""
+    replay.refuse()
     if not any(chain.same_document(chunk, chunk + 1) for chunk in range(chain.num_chunks)):
         return [None] * len(transitions)
     message = torch.cat([each.pack() for each in transitions])

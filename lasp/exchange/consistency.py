@@ -114,7 +114,7 @@ class PendingCheck:
                 ) from None
         self._finished = False
         self._connections, self._shared = _connections_of(group)
-        self._call, self._problem = call, problem
+        self.call, self._problem = call, problem
         if problem is None and isinstance(call, CallSignature):
             fingerprint = call.fingerprint
         else:
@@ -145,7 +145,7 @@ class PendingCheck:
             self._explain()
 
     def _explain(self):
-        call = {**self._call, "exchanges so far": self._exchanges}
+        call = {**self.call, "exchanges so far": self._exchanges}
         texts = [self._problem or "", *(_shorten(value) for value in call.values())]
         try:
             gathered = _gather_texts(texts, self._connections)

@@ -12,6 +12,7 @@ from collections.abc import Generator
 import torch
 import torch.distributed as dist
 
+from lasp import replay
 from lasp.exchange.comm import send
 from lasp.exchange.topology import ChunkChain, Transition
 
@@ -22,6 +23,7 @@ def doubling(
     chain: ChunkChain, transitions: list[Transition], *, overlapped: bool
 ) -> Generator[None, None, list[torch.Tensor | None]]:
     """See `lasp.exchange.start`."""
+    replay.refuse()
     # `inclusive` holds the transitions of the chunks up to and with each of this rank's,
     # `exclusive` those of the chunks before it, both covering the chunks combined so far.
     inclusive = [each.pack() for each in transitions]

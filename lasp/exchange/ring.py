@@ -16,6 +16,7 @@ from collections.abc import Generator
 import torch
 import torch.distributed as dist
 
+from lasp import replay
 from lasp.exchange.comm import send
 from lasp.exchange.symmetric_memory import StateBuffer, find_buffer
 from lasp.exchange.topology import ChunkChain, Transition
@@ -39,7 +40,7 @@ def _in_memory(
     states_in, state = [], None
     local = chain.local_chunks
     receiving = [
-        torch.empty_like(each.local, memory_format=torch.contiguous_format)
+        torch.empty(each.local.shape, dtype=each.local.dtype, device=each.local.device)
         if chain.same_document(chunk - 1, chunk) and chunk - 1 not in local
         else None
         for chunk, each in zip(local, transitions, strict=True)
@@ -48,7 +49,7 @@ def _in_memory(
     # long kernels. A state that is already known is sent before they start, because all other ranks
     # wait for it.
     overlapped = overlapped and any(each is not None for each in receiving)
-    with buffer.on_stream(transitions):
+    with buffer.on_stream(*(x for each in transitions for x in each), *receiving):
         for chunk, each, state_in in zip(local, transitions, receiving, strict=True):
             receives, goes_on = state_in is not None, chain.same_document(chunk, chunk + 1)
             sends = goes_on and chunk + 1 not in local
@@ -82,6 +83,7 @@ def _goes_up(chain: ChunkChain, chunk: int) -> bool:
 
 
 def _by_messages(chain: ChunkChain, transitions: list[Transition]):
+    replay.refuse()
     # All ranks post their messages in the order of the chunks that send them: this avoids a
     # circular wait, even if a backend runs the messages of a rank one by one.
     states_in, receiving, sending = [], [], []

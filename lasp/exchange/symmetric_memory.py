@@ -23,6 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.distributed import ProcessGroup
 
+from lasp import replay
 from lasp.exchange import consistency, shared_memory
 from lasp.exchange.topology import Transition
 
@@ -153,6 +154,9 @@ class StateBuffer:
         self._size = capacity + (capacity // 1024 + 3 + 31) // 32 * 16
         # High priority, so that its kernels are scheduled before the compute they overlap with.
         self._stream = torch.cuda.Stream(device, priority=-1)
+        # What the caller queued before an exchange, and the exchange; its tensors until then.
+        self._queued, self._done = torch.cuda.Event(), torch.cuda.Event()
+        self._in_use: tuple[torch.Tensor | None, ...] = ()
         options = dict(dtype=torch.int64, device=device)
         try:
             self._memory = symmetric_memory.empty(2 * self._size, **options)
@@ -185,15 +189,18 @@ class StateBuffer:
         }
 
     @contextlib.contextmanager
-    def on_stream(self, transitions: list[Transition]):
-        """Run kernels on `transitions` after all that is queued now, beside what will be."""
-        self._caller = torch.cuda.current_stream(self._stream.device)
-        for tensor in {x for each in transitions for x in each} - {None}:
-            # An exchange may be started and, after an exception, never waited for.
-            tensor.record_stream(self._stream)
-        self._stream.wait_stream(self._caller)
+    def on_stream(self, *tensors: torch.Tensor | None):
+        """Run kernels on `tensors` after all that is queued now, beside what will be."""
+        replay.note_call(self._fork, *tensors)
         with torch.cuda.stream(self._stream):
             yield
+
+    def _fork(self, *tensors):
+        # An exchange may be started and, after an exception, never waited for.
+        self._join()
+        self._in_use, self._caller = tensors, torch.cuda.current_stream(self._stream.device)
+        self._queued.record(self._caller)
+        self._stream.wait_event(self._queued)
 
     def put(
         self,
@@ -215,16 +222,20 @@ class StateBuffer:
         """
         step, direction = (1, 0) if upward else (-1, 1)
         local = transition.local.contiguous()
-        if state_in is not None:
-            state_in.record_stream(self._stream)
         previous, following = self._rank - step, self._rank + step
+        own = self._buffers[self._rank][direction]
+        sender = self._buffers[previous][direction] if state_in is not None else None
+        receiver = self._buffers[following][direction] if sends else None
+        replay.note_constants(*own, *(sender or ()), *(receiver or ()))
+        if transition.factor is not None:
+            replay.note_constants(transition.factor)
         self._send_recv_state(
             local,
             transition.factor,
             state_in,
-            self._buffers[self._rank][direction],
-            self._buffers[previous][direction] if state_in is not None else None,
-            self._buffers[following][direction] if sends else None,
+            own,
+            sender,
+            receiver,
             overlapped=overlapped,
             limit_seconds=math.ceil(self.timeout.total_seconds()),
         )
@@ -239,4 +250,10 @@ class StateBuffer:
 
         It waits for sends too: the caller's next kernel would take the multiprocessors they need.
         """
-        torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        replay.note_call(self._join)
+
+    def _join(self):
+        if self._in_use:
+            self._done.record(self._stream)
+            torch.cuda.current_stream(self._stream.device).wait_event(self._done)
+        self._in_use = ()

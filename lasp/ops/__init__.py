@@ -10,6 +10,7 @@ from types import ModuleType
 
 import torch
 
+from lasp import replay
 from lasp.ops import chunked, reference
 
 __all__ = [
@@ -51,9 +52,12 @@ class _PlainCall:
 PLAIN_CALL = _PlainCall()
 
 
-def remembered_call(name, tensors, options):
-    """A call that is repeated as it was recorded, on GPUs; see `lasp.ops.triton.replay`."""
-    return _triton().Call(name, tensors, options) if tensors[0].is_cuda else PLAIN_CALL
+def remembered_call(name, tensors, options, group=None):
+    """A call that is repeated as it was recorded, on GPUs; see `lasp.replay`."""
+    device = tensors[0].get_device()
+    if device < 0 or _triton().has_hooks():
+        return PLAIN_CALL
+    return replay.Call(name, tensors, options, stream=_triton().current_stream(device), group=group)
 
 
 def segment_states_shape(k, v, cu_seqlens) -> tuple[int, ...]:

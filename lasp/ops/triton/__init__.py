@@ -7,19 +7,20 @@
     state of the previous rank -> kernel -> state for the following one  (send_recv_state)
 
 `launch_config` has every launch constant and chooses the kernel for a call, `segments` divides
-documents among programs, `launcher` caches launches and `driver` runs them, `replay` repeats whole
-calls, `hopper` is the scan for Hopper GPUs, and `lrpe` the positional encoding of TransNormerLLM.
+documents among programs, `launcher` caches launches and `driver` runs them, `hopper` is the scan
+for Hopper GPUs, and `lrpe` the positional encoding of TransNormerLLM.
 """
 
-from lasp.ops.triton.replay import Call
+from lasp.ops.triton.launcher import current_stream, has_hooks
 from lasp.ops.triton.scan import scan, scan_dkdv
 from lasp.ops.triton.send_recv_state import send_recv_state
 from lasp.ops.triton.state import chunk_states, segment_states_shape
 from lasp.ops.triton.step import step
 
 __all__ = [
-    "Call",
     "chunk_states",
+    "current_stream",
+    "has_hooks",
     "scan",
     "scan_dkdv",
     "segment_states_shape",

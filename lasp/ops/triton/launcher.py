@@ -8,18 +8,16 @@ from call to call, so the variant is looked up once per shape and then launched 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import operator
-import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 import triton
 
+from lasp import replay
 from lasp.ops.triton.driver import DirectLaunch
 from lasp.ops.triton.launch_config import (
     COPY_STEP,
@@ -30,7 +28,6 @@ from lasp.ops.triton.launch_config import (
 )
 
 _runtime = triton.knobs.runtime
-_NO_CONTEXT = nullcontext()
 
 
 class CachedLaunch:
@@ -68,12 +65,13 @@ class CachedLaunch:
 
     def __call__(self, programs: int, *tensors: torch.Tensor | None) -> None:
         """Run `programs` programs on the current device, the first tensor's, and current stream."""
-        if (observer := _observers.newest) is not None:
-            observer(self, programs, tensors)
         if not self._direct or has_hooks() or self._kernel.pre_run_hooks:
+            replay.refuse()
             self._launch(programs, tensors)
             return
         device = tensors[0].get_device()
+        stream = current_stream(device)
+        replay.note_launch(self.direct, programs, stream, tensors)
         addresses = [0 if x is None else x.data_ptr() for x in tensors]
         odd = functools.reduce(operator.or_, addresses) % 16
         # Nearly always all are aligned.
@@ -85,11 +83,11 @@ class CachedLaunch:
         if direct is None:
             self._launch(programs, tensors)
         else:
-            direct(programs, current_stream(device), addresses)
+            direct(programs, stream, addresses)
 
     def direct(self, device: int) -> DirectLaunch | None:
         """The launch by the driver for aligned addresses; None if there is none, or not yet."""
-        return None if self._kernel.pre_run_hooks else self._variants.get(device)
+        return self._variants.get(device)
 
     def _first_launch(self, programs: int, tensors: tuple) -> DirectLaunch | None:
         compiled = self._launch(programs, tensors)
@@ -112,23 +110,6 @@ class CachedLaunch:
 def current_stream(device: int) -> int:
     """The handle of torch's current stream."""
     return triton.runtime.driver.active.get_current_stream(device)
-
-
-class _Observers(threading.local):
-    newest: Callable[[CachedLaunch, int, tuple], None] | None = None
-
-
-_observers = _Observers()
-
-
-@contextlib.contextmanager
-def observed_by(observer: Callable[[CachedLaunch, int, tuple], None]) -> Iterator[None]:
-    """Call observer(launch, number of programs, tensors) for every launch of this thread."""
-    _observers.newest, before = observer, _observers.newest
-    try:
-        yield
-    finally:
-        _observers.newest = before
 
 
 _launches: dict[tuple, CachedLaunch] = {}
@@ -250,7 +231,9 @@ def decay_or_zeros(
 ) -> torch.Tensor:
     """Return `log_decay` [H] contiguous; zeros for None, which give the same bits."""
     if log_decay is None:
-        return _zeros(num_heads, device)
+        zeros = _zeros(num_heads, device)
+        replay.note_constants(zeros)
+        return zeros
     assert log_decay.dtype == torch.float32 and log_decay.shape == (num_heads,), log_decay.shape
     return log_decay.contiguous()
 
@@ -270,15 +253,3 @@ def _zeros(num_heads: int, device: torch.device) -> torch.Tensor:
             torch.cuda.current_stream(device).synchronize()
         _zeros_made[key] = zeros
     return _zeros_made[key]
-
-
-def constants() -> list[torch.Tensor]:
-    """Tensors that launches read and no call passes, and that are never freed."""
-    return list(_zeros_made.values())
-
-
-def on_device_of(tensor: torch.Tensor) -> AbstractContextManager:
-    """Make the tensor's device the current one, on which Triton launches."""
-    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
-        return _NO_CONTEXT
-    return torch.cuda.device(tensor.device)

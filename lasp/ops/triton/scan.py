@@ -29,7 +29,6 @@ from lasp.ops.triton.launcher import (
     decay_or_zeros,
     is_addressable,
     is_copyable,
-    on_device_of,
     spec,
     state_numbers,
     strides,
@@ -42,6 +41,7 @@ from lasp.ops.triton.segments import (
     divide,
     locate_segment,
 )
+from lasp.replay import on_device_of
 
 
 @triton.jit(do_not_specialize=["scale", "T", "segments_per_row", "segment_length"])

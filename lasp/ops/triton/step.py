@@ -15,10 +15,10 @@ from lasp.ops.triton.launcher import (
     TensorSpec,
     check_operands,
     decay_or_zeros,
-    on_device_of,
     spec,
     strides,
 )
+from lasp.replay import on_device_of
 
 
 @triton.jit(do_not_specialize=["scale"])

@@ -3,7 +3,8 @@
 import contextlib
 from unittest import mock
 
-from lasp.ops.triton import launch_config, replay
+from lasp import replay
+from lasp.ops.triton import launch_config
 from lasp.ops.triton.scan import plan_scan
 from lasp.ops.triton.state import plan_states
 
