@@ -77,7 +77,7 @@ def test_the_second_launch_is_direct(kernel):
     described = ("described", x.data_ptr()), None
     assert grid == (3,) and args[:2] == described
     assert args[2] is y and args[3:] == (None, *NUMBERS)
-    assert named == CONSTANTS | {"num_warps": 4}
+    assert named == CONSTANTS | {"num_warps": 4, "enable_fp_fusion": True}
     launch(5, z, None, x, None)
     assert len(kernel.plain) == 1
     [(variant, (tensors, descriptors, numbers), given)] = kernel.direct
