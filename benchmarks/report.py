@@ -10,6 +10,7 @@ import json
 import re
 from pathlib import Path
 
+import eager_report
 import fp8_report
 import kernels_report
 import megatron_report
@@ -21,33 +22,37 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def main() -> None:
-    kernels, over_ranks, training, fp8 = read_reports()
+    kernels, over_ranks, training, fp8, eager = read_reports()
     kernels_report.write(kernels, RESULTS)
     for report in over_ranks:
         sequence_parallel_report.write(report, RESULTS, with_plot=True)
     megatron_report.write(_read(RESULTS / "megatron.json"), RESULTS)
     training_report.write(training, RESULTS)
     fp8_report.write(fp8, RESULTS)
-    for path, name, table in docs_tables(kernels, over_ranks, training, fp8):
+    eager_report.write(eager, RESULTS)
+    for path, name, table in docs_tables(kernels, over_ranks, training, fp8, eager):
         path.write_text(filled(path.read_text(), name, table))
         print(f"{path.relative_to(ROOT)}, table {name}:\n\n{table}")
 
 
-def read_reports() -> tuple[dict, list[dict], dict, dict]:
-    """The reports of kernels, of sequence parallelism by number of ranks, of training, of FP8."""
+def read_reports() -> tuple[dict, list[dict], dict, dict, dict]:
+    """The reports of kernels, of sequence parallelism by number of ranks, of training, of FP8, of
+    eager calls."""
     over_ranks = [_read(path) for path in sorted(RESULTS.glob("sequence_parallel_*.json"))]
-    kernels, training, fp8 = (_read(RESULTS / f"{n}.json") for n in ("kernels", "training", "fp8"))
-    return kernels, over_ranks, training, fp8
+    names = ("kernels", "training", "fp8", "eager")
+    kernels, training, fp8, eager = (_read(RESULTS / f"{name}.json") for name in names)
+    return kernels, over_ranks, training, fp8, eager
 
 
 def docs_tables(
-    kernels: dict, over_ranks: list[dict], training: dict, fp8: dict
+    kernels: dict, over_ranks: list[dict], training: dict, fp8: dict, eager: dict
 ) -> list[tuple[Path, str, str]]:
     """The tables outside benchmarks/results: (file, name of the table, the table)."""
     docs = ROOT / "docs" / "benchmarks.md"
     return [
         (ROOT / "README.md", "training", training_report.readme_table(training)),
         (docs, "kernels", kernels_report.docs_table(kernels)),
+        (docs, "eager", eager_report.table(eager)),
         (docs, "ranks", sequence_parallel_report.docs_table(over_ranks)),
         (docs, "training", training_report.docs_table(training)),
         (docs.with_name("training.md"), "fp8", fp8_report.docs_table(fp8)),
