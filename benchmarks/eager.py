@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import eager_report
@@ -94,11 +95,11 @@ def on_one_gpu() -> list[dict]:
         qkv, log_decay = make_inputs(*shape)
         heads_first = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in qkv]
         functions = {
-            "lasp": both(lambda q, k, v, g=log_decay: lasp.lightning_attention(q, k, v, g), qkv),
+            "lasp": both(partial(lasp.lightning_attention, log_decay=log_decay), qkv),
             "nothing": both(Nothing.apply, qkv),
         }
         if shape[0] * shape[1] <= MOST_SOFTMAX_TOKENS:
-            softmax = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)  # noqa: E731
+            softmax = partial(F.scaled_dot_product_attention, is_causal=True)
             functions["softmax"] = both(softmax, heads_first)
         row = {"shape": shape} | {n: wall_time(f, CALLS) for n, f in functions.items()}
         rows.append(row)
@@ -113,10 +114,8 @@ def over_ranks(group) -> list[dict]:
         row = {"tokens_per_rank": length}
         for name in ("no group", "ring", "all_gather"):
             options = {} if name == "no group" else dict(group=group, exchange=name)
-            call = both(
-                lambda q, k, v, o=options: lasp.lightning_attention(q, k, v, log_decay, **o), qkv
-            )  # noqa: B023, E501
-            row[name] = wall_time(call, CALLS // 2, group)
+            attention = partial(lasp.lightning_attention, log_decay=log_decay, **options)
+            row[name] = wall_time(both(attention, qkv), CALLS // 2, group)
         rows.append(row)
         if dist.get_rank() == 0:
             print(row, flush=True)
