@@ -77,7 +77,8 @@ def _describe_gpu(device: torch.device) -> list[str]:
         joint = ", dk and dv in one launch" if two.num_results == 2 else ""
         return f"{one.kernel.capitalize()} scan{joint}"
 
-    lines = [f"calls of {launch_config.LARGE_VALUES:,} values of q or v and more:"]
+    least = launch_config.large_values(launch_config.chip_of(device))
+    lines = [f"calls of {least:,} values of q or v and more:"]
     for names, dtype in (
         ("bfloat16, float16", torch.bfloat16),
         ("float32", torch.float32),

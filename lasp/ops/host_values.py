@@ -113,7 +113,7 @@ def filled(value: float, size: int, dtype: torch.dtype, device: torch.device) ->
     tensor = _filled.get(key)
     if tensor is None:
         tensor = torch.full((size,), value, dtype=dtype, device=device)
-        if tensor.is_cuda:
+        if device.type == "cuda":
             # Memory that is allocated during a capture belongs to the graph.
             if torch.cuda.is_current_stream_capturing():
                 return tensor

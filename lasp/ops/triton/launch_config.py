@@ -166,6 +166,11 @@ WIDE_KEYS = HopperTiles(256, 1, 64, (208, 72, 24))
 WIDE_VALUES = HopperTiles(128, 2, 64, (208, 72, 24))
 
 
+def large_values(chip: Chip) -> int:
+    """LARGE_VALUES for a chip with more or fewer multiprocessors."""
+    return -(-LARGE_VALUES * chip.multiprocessors // H200.multiprocessors)
+
+
 class ScanShape(NamedTuple):
     """Sizes of a, b [B, T, H, A] and x [B, T, H, X] of a scan; `packed`: of documents, B is 1."""
 
@@ -179,8 +184,7 @@ class ScanShape(NamedTuple):
     def is_large(self, chip: Chip) -> bool:
         """True if a call is bound by the GPU, not by the host."""
         rows = self.batch * self.seq_len * self.num_heads
-        values = rows * max(self.key_dim, self.value_dim)
-        return values * H200.multiprocessors >= LARGE_VALUES * chip.multiprocessors
+        return rows * max(self.key_dim, self.value_dim) >= large_values(chip)
 
 
 class ScanChoice(NamedTuple):

@@ -57,7 +57,8 @@ class CachedLaunch:
     ) -> None:
         self._kernel = kernel
         self._numbers = tuple(numbers)
-        self._named = constants | options
+        # What all versions do by default up to 3.9, which warns that the next one will not.
+        self._named = {"enable_fp_fusion": True} | constants | options
         self._descriptors = tuple(descriptors)
         # Not in the interpreter, nor on AMD GPUs: there a variant also depends on tensor sizes.
         jit = isinstance(kernel, triton.runtime.jit.JITFunction)

@@ -2,7 +2,7 @@
 
 States are held transposed, [columns, keys]. Rounded to 16 bits they are then, register for
 register, the left operand of y^T = state^T a^T, and never pass through shared memory, where all
-other operands are. A product with an operand in registers is waited for at once: triton 3.6 and its
+other operands are. A product with an operand in registers is waited for at once: Triton and its
 assembler might reuse the registers while it is in flight.
 """
 
@@ -351,11 +351,15 @@ def state_warps(
             i_y = i_x + i * BX
             if _is_short(row, count, BC):
                 # Copied whole, the tile would overwrite another segment's rows.
-                o_row = o_t + _hidden(row)
-                o_column = o_y + i_y
-                m_y = (o_row >= 0) & (o_row < count) & (o_column < X)
-                o_tile = (o_row.to(gl.int64) * H + i_h) * X + o_column
-                gl.store(p_y + o_tile, y_matrix.load(by_row), mask=m_y)
+                if NA == 1:
+                    o_row = o_t + _hidden(row)
+                    p_tile = p_y + (o_row.to(gl.int64) * H + i_h) * X + (o_y + i_y)
+                else:
+                    # Hidden, it costs registers that 256 keys need: products wait for each other.
+                    o_row = o_t + row
+                    p_tile = p_y + (row.to(gl.int64) * H + i_h) * X + i_y + o_t * (H * X) + o_y
+                m_y = (o_row >= 0) & (o_row < count) & (o_y + i_y < X)
+                gl.store(p_tile, y_matrix.load(by_row), mask=m_y)
             else:
                 async_store(y_descriptor, [i_b, start + row, i_h, i_y], y_tile)
         states = new_states

@@ -47,8 +47,8 @@ TARGETS = {
     "sm_100": Target(100, SHARED_MEMORY_LIMIT, Chip(148, "tcgen05")),  # B200
     "sm_120": Target(120, 99 * 1024, Chip(170, "mma")),  # RTX 5090
 }
-needs_tested_triton = pytest.mark.skipif(
-    not triton.__version__.startswith(available.TRITON_VERSIONS),
+needs_compiled_triton = pytest.mark.skipif(
+    not triton.__version__.startswith(available.COMPILED_VERSIONS),
     reason="the kernel is not used with this Triton",
 )
 

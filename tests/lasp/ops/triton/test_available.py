@@ -2,13 +2,14 @@
 
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
 
 import lasp
-from lasp.ops.triton import launch_config
+from lasp.ops.triton import chip, launch_config
 from lasp.ops.triton.hopper import available
 from tests.lasp.ops.triton import compiler
 
@@ -17,7 +18,7 @@ LARGE = launch_config.ScanShape(1, 131072, 16, 128, 128, packed=False)
 
 
 def forget():
-    for cached in (available.has_gluon, available.why_not, available._warn):
+    for cached in (available.has_gluon, available.why_not, available._warn, chip.chip_of):
         cached.cache_clear()
     launch_config.choose_scan.cache_clear()
 
@@ -28,7 +29,11 @@ def gpu(monkeypatch):
 
     def pretend(*capability):
         forget()
+        monkeypatch.setattr(triton, "__version__", "3.7.1")
+        major, minor = capability
+        found = SimpleNamespace(major=major, minor=minor, multi_processor_count=132, name="a GPU")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -42,7 +47,7 @@ def choose():
     return launch_config.choose_scan(LARGE, torch.bfloat16, GPU, 1).kernel
 
 
-@compiler.needs_tested_triton
+@compiler.needs_compiled_triton
 def test_a_tested_triton_gets_the_hopper_scan_without_a_word(gpu):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -68,7 +73,7 @@ def test_an_untested_triton_is_named_once(gpu, monkeypatch):
     assert "Hopper scan," not in text
 
 
-@compiler.needs_tested_triton
+@compiler.needs_compiled_triton
 def test_a_name_that_is_missing_is_named(gpu, monkeypatch):
     monkeypatch.setitem(sys.modules, "lasp.ops.triton.hopper.kernel", None)
     monkeypatch.delattr("lasp.ops.triton.hopper.kernel", raising=False)

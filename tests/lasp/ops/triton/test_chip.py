@@ -123,7 +123,8 @@ def programs(shape, choice):
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_programs_fill_the_multiprocessors_that_a_chip_has(chip, dim):
     shape = ScanShape(1, 131072, 2, dim, dim, packed=False)
-    with launch_constants(chip_of=lambda device: chip):
+    constants = dict(chip_of=lambda device: chip, has_gluon=lambda device: False)
+    with launch_constants(**constants):
         choice = choose_scan(shape, BF16, GPU, 1)
     # As many as run at once: two on a multiprocessor, or one if it has 64 columns of 256 keys.
     resident = chip.multiprocessors * (1 if choice.tiles.value == 64 and dim == 256 else 2)

@@ -13,7 +13,7 @@ from lasp.ops import triton as kernels
 from tests.lasp.ops.triton import compiler
 from tests.lasp.ops.triton.launch_constants import launch_constants
 
-pytestmark = compiler.needs_tested_triton
+pytestmark = compiler.needs_compiled_triton
 # Loads and stores of spilled registers between products, of all warps together.
 SPILL_LIMIT = 12
 NARROW, WIDE_VALUES, WIDE_KEYS, PAIR = (

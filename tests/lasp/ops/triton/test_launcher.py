@@ -1,7 +1,5 @@
 """Cached launches run the right compiled variant, whatever the tensors' addresses and dtypes."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -11,6 +9,7 @@ from triton.compiler import make_backend  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 
 from lasp.ops import triton as kernels  # noqa: E402
+from lasp.ops.triton import launcher  # noqa: E402
 from lasp.ops.triton.launcher import CachedLaunch  # noqa: E402
 from lasp.ops.triton.scan import scan_kernel  # noqa: E402
 from tests.lasp.ops.triton.compiler import HOPPER  # noqa: E402
@@ -21,35 +20,38 @@ CONSTANTS = dict(D=64, REVERSE=True)
 
 
 class FakeKernel(JITFunction):
-    """Records launches; every plain one gets a "compiled variant" of its own."""
+    """Records launches; every plain one gets a "compiled variant" of its own, a number."""
 
     def __init__(self):
         self.pre_run_hooks = []
+        # Of every plain launch the grid and its arguments; of every direct one its variant and
+        # what it was called with.
         self.plain, self.direct = [], []
-        self.interpreted = False
+        self.plain_only = False
 
     def __getitem__(self, grid):
         def launch(*args, **constants):
             self.plain.append((grid, args, constants))
-            return None if self.interpreted else FakeVariant(self, len(self.plain))
+            return self, len(self.plain)
 
         return launch
 
 
-class FakeVariant:
-    packed_metadata = "metadata"
+class FakeDirectLaunch:
+    def __init__(self, compiled, tensors, descriptors, numbers):
+        self.kernel, self.variant = compiled
+        if self.kernel.plain_only:
+            raise LookupError("needs what only Triton's launch provides")
+        self.prepared = tuple(tensors), tuple(descriptors), tuple(numbers)
 
-    def __init__(self, kernel, number):
-        self.kernel, self.function = kernel, number
-
-    def run(self, *args):
-        self.kernel.direct.append(args)
+    def __call__(self, programs, stream, addresses):
+        self.kernel.direct.append((self.variant, self.prepared, (programs, stream, addresses)))
 
 
 @pytest.fixture(autouse=True)
 def driver(monkeypatch):
-    driver = SimpleNamespace(get_current_stream=lambda device: f"stream of {device}")
-    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=driver))
+    monkeypatch.setattr(launcher, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(launcher, "DirectLaunch", FakeDirectLaunch)
 
 
 @pytest.fixture
@@ -67,17 +69,22 @@ def tensor_at(offset, size=64):
 
 
 def test_the_second_launch_is_direct(kernel):
-    launch = CachedLaunch(kernel, NUMBERS, CONSTANTS, num_warps=4)
-    x, y = tensor_at(0), tensor_at(0)
-    launch(3, x, None, leading=["described"])
+    describe = [lambda x: ("described", x.data_ptr()), None]
+    launch = CachedLaunch(kernel, NUMBERS, CONSTANTS, descriptors=describe, num_warps=4)
+    x, y, z = tensor_at(0), tensor_at(0), tensor_at(0)
+    launch(3, x, None, y, None)
     [(grid, args, named)] = kernel.plain
-    assert grid == (3,) and args[0] == "described" and args[1] is x and args[2:] == (None, *NUMBERS)
-    assert named == CONSTANTS | {"num_warps": 4}
-    launch(5, y, None, leading=["another"])
+    described = ("described", x.data_ptr()), None
+    assert grid == (3,) and args[:2] == described
+    assert args[2] is y and args[3:] == (None, *NUMBERS)
+    assert named == CONSTANTS | {"num_warps": 4, "enable_fp_fusion": True}
+    launch(5, z, None, x, None)
     assert len(kernel.plain) == 1
-    # No pointer for None, constants last, hooks left out.
-    given = (*(None,) * 3, "another", y.data_ptr(), 0, *NUMBERS, *CONSTANTS.values())
-    assert kernel.direct == [(5, 1, 1, "stream of -1", 1, "metadata", *given)]
+    [(variant, (tensors, descriptors, numbers), given)] = kernel.direct
+    assert variant == 1 and descriptors == described and numbers == NUMBERS
+    assert tensors[0] is x and tensors[2] is y and tensors[1] is tensors[3] is None
+    # Later calls pass addresses only, 0 for None.
+    assert given == (5, "stream of -1", [z.data_ptr(), 0, x.data_ptr(), 0])
 
 
 def test_addresses_and_devices_have_their_own_variants(kernel, monkeypatch):
@@ -91,8 +98,8 @@ def test_addresses_and_devices_have_their_own_variants(kernel, monkeypatch):
         launch(1, tensor_at(0), tensor_at(0))
     assert len(kernel.plain) == len(places) + 1
     # Each of the second round runs what its own first launch compiled.
-    assert [args[4] for args in kernel.direct] == [1, 2, 3, 4, 5]
-    assert kernel.direct[-1][3] == "stream of 1"
+    assert [variant for variant, *_ in kernel.direct] == [1, 2, 3, 4, 5]
+    assert kernel.direct[-1][2][1] == "stream of 1"
 
 
 def test_hooks_see_every_launch(kernel):
@@ -118,7 +125,7 @@ def test_hooks_see_every_launch(kernel):
 
 
 def test_a_kernel_that_cannot_run_directly_is_launched_plainly(kernel):
-    kernel.interpreted = True
+    kernel.plain_only = True
     launch = CachedLaunch(kernel, NUMBERS, CONSTANTS)
     for _ in range(3):
         launch(1, tensor_at(0))
@@ -168,9 +175,8 @@ def test_no_dtype_runs_what_another_was_compiled_for(name, monkeypatch):
     """A step in bfloat16 once ran the float32 kernel of its shapes: NaN, and writes beyond `o`."""
     seen = {}
 
-    def note(launch, programs, *tensors, leading=()):
-        given = (*(None if x is None else x.base for x in leading), *tensors)
-        dtypes = tuple(None if x is None else x.dtype for x in given)
+    def note(launch, programs, *tensors):
+        dtypes = tuple(None if x is None else x.dtype for x in tensors)
         seen.setdefault(launch, []).append(dtypes)
 
     monkeypatch.setattr(CachedLaunch, "__call__", note)
