@@ -207,6 +207,7 @@ def test_fp8_over_two_ranks_trains_as_on_one(pair, tmp_path, more):
         assert again == series[2:]
 
 
+@pytest.mark.slow
 @needs_torchao
 def test_fp8_with_fsdp_and_tensor_parallelism(pool, tmp_path):
     alone, *_ = train_and_resume(None, tmp_path / "alone", *TENSORWISE)

@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from lasp import SequenceShard, exchange
 from lasp.tnl import TNL, TNLConfig
 from parallel.activation_checkpoint import checkpoint_blocks
-from parallel.compile import compile_blocks, eagerly
+from parallel.compile import compile_blocks, compiler_options, eagerly
 from parallel.mesh import full_tensor
 from parallel.tnl import tensor_parallel
 from tests.compiler import needs_compiler
@@ -75,6 +75,14 @@ def test_fused_kernels_are_as_exact_as_eager_ones():
     actual = errors(gradients(make("inductor", "full", **shape), dtype=dtype), truth)
     eager = errors(gradients(make(**shape), dtype=dtype), truth)
     assert max(actual) < 2 * max(eager)
+
+
+@pytest.mark.parametrize("precision_casts", [False, True])
+def test_this_torch_takes_the_options(precision_casts):
+    # torch checks names and types when it wraps a block, before anything is compiled.
+    compile_blocks(make().blocks, precision_casts=precision_casts)
+    options = compiler_options(precision_casts=precision_casts)
+    assert options["emulate_precision_casts"] is precision_casts
 
 
 def test_eagerly_compiles_nothing():
