@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["compile_blocks", "compiler_options", "eagerly"]
 
-# The gradients of q, k, v, u are concatenated. One kernel for all four would branch at every
-# element and take more than twice the time of one kernel each.
+# The gradients of the keys and values of softmax layers are stacked. One kernel for both would
+# branch at every element; for q, k, v and u it took more than twice the time of one kernel each.
 _UNFUSE_CAT = ("max_pointwise_cat_inputs", "max_complex_pointwise_cat_inputs")
 
 
