@@ -61,21 +61,22 @@ def _is_base(row: dict) -> bool:
 
 
 def loss_table(report: dict) -> str:
-    """Validation loss by step, and the last one's distance from bfloat16."""
+    """Validation loss by step, and its distance from bfloat16 at the last step of both."""
     runs = _runs(report)
     if not runs:
         return ""
-    steps = [step for step, _ in next(iter(runs.values()))["validation"]]
+    base = dict(next(iter(runs.values()))["validation"])
     lines = [
-        f"| products | {' | '.join(f'step {step:,}' for step in steps)} | last against bfloat16 |",
-        "|---|" + "---|" * (len(steps) + 1),
+        f"| products | {' | '.join(f'step {step:,}' for step in base)} | last against bfloat16 |",
+        "|---|" + "---|" * (len(base) + 1),
     ]
     for recipe, run in runs.items():
-        losses = [loss for _, loss in run["validation"]]
+        losses = dict(run["validation"])
         ratio = ""
         if recipe != "bfloat16" and "bfloat16" in runs:
-            ratio = f"{losses[-1] / runs['bfloat16']['validation'][-1][1] - 1:+.2%}"
-        shown = " | ".join(f"{loss:.4f}" for loss in losses)
+            last = max(losses.keys() & base.keys())
+            ratio = f"{losses[last] / base[last] - 1:+.2%}"
+        shown = " | ".join(f"{losses[step]:.4f}" if step in losses else "" for step in base)
         lines.append(f"| {recipe} | {shown} | {ratio} |")
     return "\n".join(lines) + "\n"
 
