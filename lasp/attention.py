@@ -164,21 +164,15 @@ def _remembered_call(name, tensors, options):
     if initial_state is not None or cu_seqlens is not None:
         return ops.PLAIN_CALL
     *key, context = options
-    if context.group is not None:
-        # What crosses ranks depends on the values of the decay.
-        rates = None
-        if log_decay is not None:
-            try:
-                rates = decay_rates(log_decay)
-            except (TypeError, ValueError):
-                return ops.PLAIN_CALL
-        key += [*context[1:], rates]
-    key = tuple(key)
     try:
-        hash(key)
-    except TypeError:
+        if context.group is not None and log_decay is not None:
+            # What crosses ranks depends on the values of the decay.
+            key.append(decay_rates(log_decay))
+        return ops.remembered_call(name, tensors, (*key, *context[1:]), context.group)
+    except (RuntimeError, TypeError, ValueError):
+        # Options without a hash, or tensors without an address, as in functorch's transforms: a
+        # full call says what is wrong, if anything is, on all ranks.
         return ops.PLAIN_CALL
-    return ops.remembered_call(name, tensors, key, context.group)
 
 
 class _Options(NamedTuple):

@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 import lasp
-from lasp import functional, replay
+from lasp import attention, functional, ops, replay
+from lasp.context import CPContext
 from lasp.exchange import consistency
 from tests.lasp.launches import pretended
 
@@ -157,6 +159,58 @@ def test_refused_decays_are_refused_again():
             lasp.lightning_attention(q, k, v, log_decay)
         with pytest.raises(ValueError, match="requires a gradient"):
             lasp.lightning_attention(q, k, v, lasp.decay.retention(4).requires_grad_())
+
+
+@pytest.mark.parametrize(
+    "option", [dict(exchange="tree"), dict(layout="striped"), dict(shard_lengths=(-1,))], ids=str
+)
+def test_refused_options_are_refused_again(option):
+    """Also without a group, where they change nothing."""
+    q, k, v, _ = make_inputs()
+    with pretended():
+        for _ in range(2):
+            lasp.lightning_attention(q, k, v)
+        with pytest.raises(ValueError, match=next(iter(option))):
+            lasp.lightning_attention(q, k, v, **option)
+
+
+def test_transforms_of_functorch_are_refused_for_the_same_reason():
+    q, k, v, _ = make_inputs()
+    with pretended(), pytest.raises(RuntimeError, match="setup_context"):
+        torch.vmap(lasp.lightning_attention)(q[None], k[None], v[None])
+
+
+def test_a_decay_without_values_is_left_to_the_checks_of_all_ranks():
+    """A rank that raised before them would make the others wait."""
+    x = torch.ones(1, 8, 4, 16)
+    context = CPContext(mock.Mock(torch.distributed.ProcessGroup))
+    tensors = x, x, x, torch.ones(4, device="meta"), None, None
+    options = 1.0, False, False, context
+    with pretended():
+        assert attention._remembered_call("forward", tensors, options) is ops.PLAIN_CALL
+
+
+def remembered(tensor, group=None):
+    """The call that GPUs would remember, of a tensor that says it is on one."""
+    triton = SimpleNamespace(has_hooks=lambda: False, current_stream=lambda device: 7)
+    with mock.patch.object(ops, "_triton", lambda: triton):
+        return ops.remembered_call("forward", (tensor,), (), group)
+
+
+@pytest.mark.parametrize("is_capturing", [False, True])
+def test_a_cuda_graph_holds_no_memory_of_a_recording(is_capturing):
+    """What a group's recordings hold is freed with the group, or earlier."""
+    group = mock.Mock(torch.distributed.ProcessGroup)
+    tensor = mock.Mock(wraps=torch.ones(4), is_cuda=True, get_device=lambda: 0)
+    with mock.patch("torch.cuda.is_current_stream_capturing", lambda: is_capturing):
+        call = remembered(tensor, group)
+    assert (call is ops.PLAIN_CALL) == is_capturing
+
+
+def test_accelerators_that_the_kernels_do_not_serve_need_no_triton():
+    tensor = mock.Mock(is_cuda=False, get_device=lambda: 0)
+    with mock.patch.object(ops, "_triton", side_effect=ImportError):
+        assert ops.remembered_call("forward", (tensor,), ()) is ops.PLAIN_CALL
 
 
 def test_second_derivatives_are_refused_not_wrong():
