@@ -54,13 +54,17 @@ PLAIN_CALL = _PlainCall()
 
 def remembered_call(name, tensors, options, group=None):
     """A call that is repeated as it was recorded, on GPUs; see `lasp.replay`."""
-    device = tensors[0].get_device()
-    if device < 0:
+    first = tensors[0]
+    if not first.is_cuda:
         return PLAIN_CALL
     triton = _triton()
     if triton.has_hooks():
         return PLAIN_CALL
-    return replay.Call(name, tensors, options, stream=triton.current_stream(device), group=group)
+    # A CUDA graph would read a recording's tensors, which may be freed before it.
+    if group is not None and torch.cuda.is_current_stream_capturing():
+        return PLAIN_CALL
+    stream = triton.current_stream(first.get_device())
+    return replay.Call(name, tensors, options, stream=stream, group=group)
 
 
 def segment_states_shape(k, v, cu_seqlens) -> tuple[int, ...]:
