@@ -29,8 +29,8 @@ _NOTHING = (lambda: None, None, {})
 # passes a new tensor of the same memory in every step. A storage that has been freed keeps its
 # number for as long as there is a reference.
 _of_views: dict[tuple, tuple[StorageWeakRef, int, dict]] = {}
-# Values that are kept per tensor.
-_MAX_VALUES = 64
+# Values that are kept per tensor, and views whose values are kept.
+_MAX_VALUES, _MAX_VIEWS = 64, 1024
 
 
 def document_boundaries(
@@ -91,8 +91,13 @@ def _values_of_view(tensor: torch.Tensor) -> dict:
     where = reference.cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
     _, version, values = _of_views.get(where, (None, None, {}))
     if version != tensor._version:
-        for each in [each for each, (storage, *_) in _of_views.items() if storage.expired()]:
-            del _of_views[each]
+        # Of a copy: another thread may add views meanwhile.
+        for each, (storage, *_) in list(_of_views.items()):
+            if storage.expired():
+                _of_views.pop(each, None)
+        # Boundaries that are another part of one large tensor in every step.
+        if len(_of_views) >= _MAX_VIEWS:
+            _of_views.clear()
         values = {}
         _of_views[where] = reference, tensor._version, values
     return values
