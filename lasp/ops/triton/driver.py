@@ -90,13 +90,17 @@ class DirectLaunch:
                 index, pointer, encoded = each
                 if addresses[index] != encoded:
                     address = ctypes.c_void_p(addresses[index])
-                    self._driver.cuTensorMapReplaceAddress(pointer, address)
+                    # Otherwise the kernel would read the tensor of another call.
+                    self._raise_for(self._driver.cuTensorMapReplaceAddress(pointer, address))
                     each[2] = addresses[index]
             code = self._launch(programs, stream)
             if code == _INVALID_CONTEXT:
                 # The driver's first call in this thread.
                 torch.cuda.set_device(torch.cuda.current_device())
                 code = self._launch(programs, stream)
+        self._raise_for(code)
+
+    def _raise_for(self, code: int) -> None:
         if code:
             text = ctypes.c_char_p()
             self._driver.cuGetErrorString(code, ctypes.byref(text))

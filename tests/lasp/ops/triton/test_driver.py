@@ -9,11 +9,14 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import threading
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -24,6 +27,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from lasp.ops import triton as kernels  # noqa: E402
 from lasp.ops.triton import launcher  # noqa: E402
+from lasp.ops.triton.driver import DirectLaunch  # noqa: E402
 from lasp.ops.triton.hopper import available  # noqa: E402
 from lasp.ops.triton.launcher import CachedLaunch  # noqa: E402
 from tests.lasp.ops.triton.compiler import compile_launch  # noqa: E402
@@ -246,6 +250,19 @@ def test_direct_launches_equal_those_of_triton(case, errors):
     if case.startswith("Hopper") and not triton.__version__.startswith(available.COMPILED_VERSIONS):
         pytest.skip("the kernel is not used with this Triton")
     assert errors[case] is None, errors[case]
+
+
+def test_an_address_that_the_driver_refuses_is_not_launched_with():
+    launch = DirectLaunch.__new__(DirectLaunch)
+    launch._driver = mock.Mock(cuTensorMapReplaceAddress=lambda pointer, address: 1)
+    launch._launch = mock.Mock(return_value=0)
+    launch._compiled, launch._lock = SimpleNamespace(name="scan"), threading.Lock()
+    launch._addresses, launch._buffer = struct.Struct("1Q"), ctypes.create_string_buffer(8)
+    launch._maps = [[0, ctypes.c_void_p(64), None]]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="scan could not be launched"):
+            launch(1, 0, [8])
+    assert not launch._launch.called
 
 
 def main(library):
