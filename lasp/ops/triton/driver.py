@@ -90,22 +90,23 @@ class DirectLaunch:
                 index, pointer, encoded = each
                 if addresses[index] != encoded:
                     address = ctypes.c_void_p(addresses[index])
-                    # Otherwise the kernel would read the tensor of another call.
-                    self._raise_for(self._driver.cuTensorMapReplaceAddress(pointer, address))
+                    code = self._driver.cuTensorMapReplaceAddress(pointer, address)
+                    if code:  # The kernel would read the tensor of another call.
+                        raise self._error(code)
                     each[2] = addresses[index]
             code = self._launch(programs, stream)
             if code == _INVALID_CONTEXT:
                 # The driver's first call in this thread.
                 torch.cuda.set_device(torch.cuda.current_device())
                 code = self._launch(programs, stream)
-        self._raise_for(code)
-
-    def _raise_for(self, code: int) -> None:
         if code:
-            text = ctypes.c_char_p()
-            self._driver.cuGetErrorString(code, ctypes.byref(text))
-            reason = (text.value or b"unknown error").decode()
-            raise RuntimeError(f"{self._compiled.name} could not be launched: {reason} ({code})")
+            raise self._error(code)
+
+    def _error(self, code: int) -> RuntimeError:
+        text = ctypes.c_char_p()
+        self._driver.cuGetErrorString(code, ctypes.byref(text))
+        reason = (text.value or b"unknown error").decode()
+        return RuntimeError(f"{self._compiled.name} could not be launched: {reason} ({code})")
 
     def _launch(self, programs, stream):
         one = self._one
