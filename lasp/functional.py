@@ -71,9 +71,10 @@ def state_fwd(
         _ = decay.rates  # Raises for values that are not allowed.
         partition = local_partition(k.shape[1], cu_seqlens, context)
     else:
-        partition, check = _start_check(
-            k, v, decay, cu_seqlens, scale=scale, needs_grad=needs_grad, context=context
-        )
+        with replay.unseen():
+            partition, check = _start_check(
+                k, v, decay, cu_seqlens, scale=scale, needs_grad=needs_grad, context=context
+            )
     if initial_state is None and not output_final_state:
         partition = partition.only_boundaries()
     backend = ops.backend(k)
@@ -90,7 +91,8 @@ def state_fwd(
         with_total=with_total,
     )
     if group is not None:
-        check.wait()
+        with replay.unseen():
+            check.wait()
         replay.note_check(check.call)
         initial = partition.rows_in(initial_state, None, False)
         pending = _start_exchange(local_state, initial, decay, partition, context, reverse=False)

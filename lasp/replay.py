@@ -41,6 +41,7 @@ __all__ = [
     "note_launch",
     "on_device_of",
     "refuse",
+    "unseen",
 ]
 
 _EMPTY = torch.ops.aten.empty.memory_format
@@ -225,6 +226,11 @@ def note_constants(*tensors: torch.Tensor) -> None:
     """Tensors that launches read or write, and that are the same in every call of a kind."""
     if (recorder := _active.recorder) is not None:
         recorder.constants += tensors
+
+
+def unseen() -> AbstractContextManager:
+    """What runs inside is not recorded: a replay does it by itself."""
+    return _NO_CONTEXT if _active.recorder is None else _disable_current_modes()
 
 
 def refuse() -> None:

@@ -276,7 +276,7 @@ def floats_at(address, count):
 SIZE = 2 * 128 * 128
 
 
-def states_over_ranks(group):
+def states_over_ranks(group, shares_memory):
     """The state that entered rank 1 in calls whose local states are their number, by all_gather;
     whether the last was repeated; and the number of exchanges that the next check compares."""
     rank, entered, calls = dist.get_rank(group), [], iter(range(1, 100))
@@ -289,7 +289,12 @@ def states_over_ranks(group):
             entered.append(np.unique(floats_at(addresses[4], SIZE)).tolist())
 
     q, k, v = (torch.zeros(1, 64, 2, 128) for _ in range(3))
-    with pretended(kernel):
+    connections, shared = consistency._connections_of(group)
+    found = connections, shared if shares_memory else None
+    with (
+        pretended(kernel),
+        mock.patch.object(consistency, "_connections_of", lambda group: found),
+    ):
         for _ in range(4):
             lasp.lightning_attention(q, k, v, group=group, exchange="all_gather")
         kept = replay._of_groups.get(group, {})
@@ -298,8 +303,10 @@ def states_over_ranks(group):
     return entered, len(repeated), consistency._exchanges[group]
 
 
-def test_exchanges_are_repeated_with_their_checks(pool):
-    (_, first, _), (entered, second, exchanges) = pool.run(states_over_ranks, size=2)
+@pytest.mark.parametrize("shares_memory", [True, False], ids=["one host", "two hosts"])
+def test_exchanges_are_repeated_with_their_checks(pool, shares_memory):
+    outcomes = pool.run(states_over_ranks, shares_memory, size=2)
+    (_, first, _), (entered, second, exchanges) = outcomes
     assert entered[:4] == [[1.0], [2.0], [3.0], [4.0]]
     assert (first, second) == (1, 1)
     assert exchanges >= 5
