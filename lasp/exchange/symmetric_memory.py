@@ -253,5 +253,7 @@ class StateBuffer:
     def _join(self):
         if self._in_use:
             self._done.record(self._stream)
-            torch.cuda.current_stream(self._stream.device).wait_event(self._done)
+            # The caller of the exchange, which owns the tensors: after an exception another stream
+            # may be the current one.
+            self._caller.wait_event(self._done)
         self._in_use = ()

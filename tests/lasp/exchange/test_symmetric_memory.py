@@ -140,6 +140,22 @@ def test_all_ranks_have_a_buffer_or_none(pool, unable):
     assert outcomes == [(unable == "nobody", int(warned), int(connected))] * 3
 
 
+def test_an_exchange_that_was_never_waited_for_ends_before_its_tensors_are_freed():
+    """On the stream whose memory they are, whichever stream the next exchange is called on."""
+    buffer = symmetric_memory.StateBuffer.__new__(symmetric_memory.StateBuffer)
+    buffer._stream, buffer._queued, buffer._done = mock.Mock(), mock.Mock(), mock.Mock()
+    buffer._in_use = ()
+    first, second = mock.Mock(), mock.Mock()
+    for stream in (first, second):
+        with mock.patch("torch.cuda.current_stream", return_value=stream):
+            buffer._fork(torch.zeros(1))
+    assert first.wait_event.call_count == 1 and second.wait_event.call_count == 0
+    with mock.patch("torch.cuda.current_stream", return_value=second):
+        buffer._join()
+        buffer._join()
+    assert first.wait_event.call_count == second.wait_event.call_count == 1
+
+
 def missed(group):
     """The error of the next call after rank 1 has raised midway and the others have gone on."""
     rank = dist.get_rank(group)
