@@ -42,7 +42,9 @@ class Decay:
     def factor(self, length: int, states: torch.Tensor) -> torch.Tensor:
         """What remains of states [B, H, D, E] after `length` tokens: [H, 1, 1], of their dtype."""
         if self.log_decay is None:
-            return filled(1.0, states.shape[1], states.dtype, states.device)[:, None, None]
+            factor = filled(1.0, states.shape[1], states.dtype, states.device)[:, None, None]
+            replay.note_constants(factor)
+            return factor
         dtype = states.dtype
 
         def compute(log_decay: torch.Tensor) -> torch.Tensor:

@@ -291,21 +291,25 @@ class _Recorder(TorchDispatchMode):
             return None
         steps = []
         for function, programs, of_step, stream in self.notes:
+            addresses = [0 if x is None else x.data_ptr() for x in of_step]
+            if any(each not in slots for each in addresses):
+                return None
+            indices = tuple(slots[each] for each in addresses)
             if programs:
                 function = function(tensors[0].get_device())
-            addresses = [0 if x is None else x.data_ptr() for x in of_step]
-            if (programs and function is None) or any(each not in slots for each in addresses):
-                return None
+                # It serves aligned addresses only.
+                if function is None or any(each % 16 for each in addresses):
+                    return None
+            elif any(_spec(known[i]) != _spec(x) for i, x in zip(indices, of_step, strict=True)):
+                return None  # Of a view; a replay would pass the whole tensor.
             stream = None if stream == self._stream else stream
-            of_step = tuple(slots[each] for each in addresses)
-            steps.append(Step(function, programs, of_step, stream))
-        indices = [None if x is None else slots.get(x.data_ptr(), -1) for x in results]
-        pairs = [pair for pair in zip(results, indices, strict=True) if pair[0] is not None]
+            steps.append(Step(function, programs, indices, stream))
+        found = tuple(None if x is None else slots.get(x.data_ptr(), -1) for x in results)
+        pairs = [pair for pair in zip(results, found, strict=True) if pair[0] is not None]
         if any(slot < 0 or _spec(known[slot]) != _spec(x) for x, slot in pairs):
             return None
         allocations = tuple((tuple(x.shape), x.stride(), x.dtype) for x in self._allocated)
-        constants = (*self.constants, None)
-        return Recording(allocations, constants, tuple(steps), tuple(indices), self.check)
+        return Recording(allocations, (*self.constants, None), tuple(steps), found, self.check)
 
 
 def _kind(tensor):
@@ -313,4 +317,4 @@ def _kind(tensor):
 
 
 def _spec(tensor):
-    return tensor.shape, tensor.stride(), tensor.dtype
+    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)

@@ -241,6 +241,35 @@ def test_a_kernel_of_other_hands_is_not_left_out():
         assert not recorded()
 
 
+def record(note, *tensors):
+    """What is recorded of a call that does nothing but `note`."""
+    replay.forget()
+    call = replay.Call("forward", tensors, (), stream=0)
+    with call.record():
+        note()
+    call.finish(())
+    return recorded()
+
+
+def test_a_view_at_the_address_of_a_tensor_is_not_taken_for_it():
+    x, called = torch.zeros(4, 4), []
+    assert len(record(lambda: replay.note_call(called.append, x), x)) == 1
+    assert not record(lambda: replay.note_call(called.append, x[:2]), x)
+    assert called[0] is x and called[1].shape == (2, 4)
+
+
+def test_odd_constants_are_left_to_other_variants_of_the_kernel():
+    x, constant = torch.zeros(4), torch.zeros(8)
+
+    def note(constant):
+        replay.note_constants(constant)
+        replay.note_launch(lambda device: print, 1, 0, (x, constant))
+
+    assert len(record(lambda: note(constant), x)) == 1
+    assert not record(lambda: note(constant[1:]), x)
+    replay.forget()
+
+
 def count_calls(function):
     """Calls of Python functions, and of functions in C, while function() runs."""
     counts = {"call": 0, "c_call": 0}
