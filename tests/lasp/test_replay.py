@@ -1,7 +1,9 @@
 """Calls that are repeated as recorded do what the first one did, with their own tensors."""
 
+import contextlib
 import ctypes
 import sys
+from datetime import timedelta
 from types import SimpleNamespace
 from unittest import mock
 
@@ -14,6 +16,8 @@ import lasp
 from lasp import attention, functional, ops, replay
 from lasp.context import CPContext
 from lasp.exchange import consistency
+from lasp.exchange.symmetric_memory import StateBuffer
+from lasp.ops import send_recv_state
 from tests.lasp.launches import pretended
 
 # One segment, segments that the scan sums, segments that a kernel combines.
@@ -339,6 +343,54 @@ def test_exchanges_are_repeated_with_their_checks(pool, shares_memory):
     assert entered[:4] == [[1.0], [2.0], [3.0], [4.0]]
     assert (first, second) == (1, 1)
     assert exchanges >= 5
+
+
+class Buffer(StateBuffer):
+    """The ring's in peer memory, on the CPU: it launches, and nothing is sent."""
+
+    def __init__(self, rank):
+        self._rank, self.timeout, self._send_recv_state = rank, timedelta(60), send_recv_state
+        sides = [(torch.zeros(SIZE, dtype=torch.int64), torch.zeros(64, dtype=torch.int32))] * 2
+        self._buffers = dict.fromkeys((rank - 1, rank, rank + 1), sides)
+        self.forks, self.joins = [], 0
+
+    @contextlib.contextmanager
+    def on_stream(self, *tensors):
+        replay.note_call(self._fork, *tensors)
+        yield
+
+    def _fork(self, *tensors):
+        self.forks.append([None if x is None else x.shape for x in tensors])
+
+    def _join(self):
+        self.joins += 1
+
+
+def ring_in_memory(group):
+    """Of three calls of a kind: launches of each, forks and joins so far; how many are kept."""
+    kernels, buffer = Kernels(), Buffer(dist.get_rank(group))
+    seen, inputs = [], make_inputs(64, 2)
+    with pretended(kernels), mock.patch("lasp.exchange.ring.find_buffer", return_value=buffer):
+        run(*inputs, None, group=group)  # Makes the constants.
+        for _ in range(3):
+            kernels.launches.clear()
+            run(*inputs, None, group=group)
+            launches = [(name, programs) for name, programs, _ in kernels.launches]
+            seen.append((launches, len(buffer.forks), buffer.joins))
+        kept = [x for x in replay._of_groups[group].values() if isinstance(x, replay.Recording)]
+    return seen, buffer.forks, len(kept)
+
+
+def test_the_ring_in_memory_is_repeated(pool):
+    for seen, forks, kept in pool.run(ring_in_memory, size=2):
+        assert kept == 2
+        first, *others = seen
+        assert [name for name, *_ in first[0]].count("send_recv_state_kernel") == 2
+        for n, (launches, *counts) in enumerate(others, start=1):
+            assert launches == first[0]
+            # Forward and backward; a join by the exchange's wait, one before dq of the backward.
+            assert counts == [first[1] + 2 * n, first[2] + 3 * n]
+        assert forks[:2] == forks[2:4] == forks[4:6] == forks[6:]
 
 
 def disagreeing(group):
