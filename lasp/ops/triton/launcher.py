@@ -96,7 +96,8 @@ class CachedLaunch:
         try:
             described = self._describe(tensors)
             return DirectLaunch(compiled, tensors, described, self._numbers)
-        except LookupError:
+        except (AttributeError, LookupError):
+            # A Triton whose compiled kernels have other attributes is slower, not broken.
             return None
 
     def _launch(self, programs: int, tensors: tuple) -> Any:
@@ -132,11 +133,12 @@ def cached_launch(
     Shared by calls that differ in their number of programs only, such as packed documents.
     """
     key = (id(kernel), numbers, *constants.items(), dtype, *options.items())
-    if key not in _launches:
+    launch = _launches.get(key)
+    if launch is None:
         if len(_launches) >= _MAX_LAUNCHES:
             _launches.clear()
-        _launches[key] = CachedLaunch(kernel, numbers, constants, **options)
-    return _launches[key]
+        launch = _launches[key] = CachedLaunch(kernel, numbers, constants, **options)
+    return launch
 
 
 def has_hooks() -> bool:

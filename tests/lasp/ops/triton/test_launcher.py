@@ -27,7 +27,7 @@ class FakeKernel(JITFunction):
         # Of every plain launch the grid and its arguments; of every direct one its variant and
         # what it was called with.
         self.plain, self.direct = [], []
-        self.plain_only = False
+        self.plain_only = None
 
     def __getitem__(self, grid):
         def launch(*args, **constants):
@@ -40,8 +40,8 @@ class FakeKernel(JITFunction):
 class FakeDirectLaunch:
     def __init__(self, compiled, tensors, descriptors, numbers):
         self.kernel, self.variant = compiled
-        if self.kernel.plain_only:
-            raise LookupError("needs what only Triton's launch provides")
+        if self.kernel.plain_only is not None:
+            raise self.kernel.plain_only
         self.prepared = tuple(tensors), tuple(descriptors), tuple(numbers)
 
     def __call__(self, programs, stream, addresses):
@@ -124,8 +124,11 @@ def test_hooks_see_every_launch(kernel):
     assert len(kernel.direct) == 1
 
 
-def test_a_kernel_that_cannot_run_directly_is_launched_plainly(kernel):
-    kernel.plain_only = True
+@pytest.mark.parametrize(
+    "reason", [LookupError("clusters"), AttributeError("no metadata")], ids=str
+)
+def test_a_kernel_that_cannot_run_directly_is_launched_plainly(kernel, reason):
+    kernel.plain_only = reason
     launch = CachedLaunch(kernel, NUMBERS, CONSTANTS)
     for _ in range(3):
         launch(1, tensor_at(0))
