@@ -2,7 +2,9 @@
 
 import contextlib
 import ctypes
+import gc
 import sys
+import weakref
 from datetime import timedelta
 from types import SimpleNamespace
 from unittest import mock
@@ -391,6 +393,25 @@ def test_the_ring_in_memory_is_repeated(pool):
             # Forward and backward; a join by the exchange's wait, one before dq of the backward.
             assert counts == [first[1] + 2 * n, first[2] + 3 * n]
         assert forks[:2] == forks[2:4] == forks[4:6] == forks[6:]
+
+
+def of_a_group_that_ends(group):
+    """How many recordings its calls left, and whether it is still there afterwards."""
+    own = dist.new_group()
+    q, k, v, do = make_inputs(64, 2, dtype=torch.float32)
+    with pretended():
+        for _ in range(3):
+            run(q, k, v, do, None, group=own, exchange="all_gather")
+        kept = sum(isinstance(x, replay.Recording) for x in replay._of_groups[own].values())
+        reference = weakref.ref(own)
+        dist.destroy_process_group(own)
+        del own
+        gc.collect()
+        return kept, reference() is not None
+
+
+def test_recordings_end_with_their_group(pool):
+    assert pool.run(of_a_group_that_ends, size=4, timeout=60) == [(2, False)] * 4
 
 
 def disagreeing(group):
