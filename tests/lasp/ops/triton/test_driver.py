@@ -252,17 +252,37 @@ def test_direct_launches_equal_those_of_triton(case, errors):
     assert errors[case] is None, errors[case]
 
 
-def test_an_address_that_the_driver_refuses_is_not_launched_with():
+def prepared_launch(*codes, replaced=0):
+    """A launch of one tensor map, which the driver answers with these codes."""
     launch = DirectLaunch.__new__(DirectLaunch)
-    launch._driver = mock.Mock(cuTensorMapReplaceAddress=lambda pointer, address: 1)
-    launch._launch = mock.Mock(return_value=0)
+    launch._driver = mock.Mock(cuTensorMapReplaceAddress=lambda pointer, address: replaced)
+    launch._launch = mock.Mock(side_effect=codes)
     launch._compiled, launch._lock = SimpleNamespace(name="scan"), threading.Lock()
     launch._addresses, launch._buffer = struct.Struct("1Q"), ctypes.create_string_buffer(8)
     launch._maps = [[0, ctypes.c_void_p(64), None]]
+    return launch
+
+
+def test_an_address_that_the_driver_refuses_is_not_launched_with():
+    launch = prepared_launch(0, 0, replaced=1)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="scan could not be launched"):
             launch(1, 0, [8])
     assert not launch._launch.called
+
+
+def test_a_new_thread_gets_the_context_of_its_device(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    prepared_launch(0)(1, 0, [16])
+    assert not chosen
+    prepared_launch(201, 0)(1, 0, [16])
+    assert chosen == [3]
+    launch = prepared_launch(201, 201, 0)
+    with pytest.raises(RuntimeError, match="scan could not be launched: .*201"):
+        launch(1, 0, [16])
+    launch(1, 0, [16])  # The lock is free.
 
 
 def main(library):
