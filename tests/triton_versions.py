@@ -1,4 +1,4 @@
-"""Compile the Hopper scan with every version of Triton that it supports; needs no GPU.
+"""Compile and launch, without a GPU, with every version of Triton that the Hopper scan supports.
 
     python tests/triton_versions.py [--versions 3.6.0 3.9.0] [--all] [pytest arguments]
 
@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # The newest patch of each minor version in `lasp.ops.triton.hopper.available`, and the oldest.
 VERSIONS = ("3.6.0", "3.7.0", "3.7.1", "3.8.0", "3.9.0")
-TESTS = ("test_available.py", "test_hopper_scan.py")
+TESTS = ("test_available.py", "test_driver.py", "test_hopper_scan.py")
 
 
 def unpack(version: str, folder: Path) -> Path:

@@ -27,15 +27,6 @@ def _exp2(x):
 
 
 @gluon.jit
-def _hidden(x):
-    """Return x (int32), and hide it from the compiler, so that all that is derived from it is
-    computed where it is used: kept up to date in every chunk, it would take registers."""
-    return gl.inline_asm_elementwise(
-        "mov.b32 $0, $1;", "=r,r", [x], gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
 def _begin_score(a, b, mma: gl.constexpr):
     """Begin the product a b^T of tiles in shared memory."""
     ROWS: gl.constexpr = a.shape[0]
@@ -351,15 +342,9 @@ def state_warps(
             i_y = i_x + i * BX
             if _is_short(row, count, BC):
                 # Copied whole, the tile would overwrite another segment's rows.
-                if NA == 1:
-                    o_row = o_t + _hidden(row)
-                    p_tile = p_y + (o_row.to(gl.int64) * H + i_h) * X + (o_y + i_y)
-                else:
-                    # Hidden, it costs registers that 256 keys need: products wait for each other.
-                    o_row = o_t + row
-                    p_tile = p_y + (row.to(gl.int64) * H + i_h) * X + i_y + o_t * (H * X) + o_y
-                m_y = (o_row >= 0) & (o_row < count) & (o_y + i_y < X)
-                gl.store(p_tile, y_matrix.load(by_row), mask=m_y)
+                m_y = (o_t + row >= 0) & (o_t + row < count) & (o_y + i_y < X)
+                p_row = p_y + (row.to(gl.int64) * H + i_h) * X + i_y
+                gl.store(p_row + o_t * (H * X) + o_y, y_matrix.load(by_row), mask=m_y)
             else:
                 async_store(y_descriptor, [i_b, start + row, i_h, i_y], y_tile)
         states = new_states

@@ -168,3 +168,14 @@ def disassembled_blocks(compiled, folder: Path) -> list[list[str]]:
     tool = knobs.nvidia.nvdisasm.path
     text = subprocess.run([tool, cubin], capture_output=True, text=True, check=True).stdout
     return [re.findall(r"\*/ +(.*?;)", block) for block in re.split(r"\n\s*\.L_x", text)]
+
+
+def without_rows(block: list[str]) -> list[list[str]]:
+    """A block cut at its branches, without the parts that write rows to global memory: only the
+    last chunk of a segment, a short one, runs them."""
+    parts: list[list[str]] = [[]]
+    for instruction in block:
+        parts[-1].append(instruction)
+        if re.search(r"\bBRA\b", instruction):
+            parts.append([])
+    return [part for part in parts if not any(re.search(r"\bSTG\b", i) for i in part)]

@@ -14,8 +14,9 @@ from tests.lasp.ops.triton import compiler
 from tests.lasp.ops.triton.launch_constants import launch_constants
 
 pytestmark = compiler.needs_compiled_triton
-# Loads and stores of spilled registers between products, of all warps together.
-SPILL_LIMIT = 12
+# Loads and stores of spilled registers in every chunk beside products, of all warps together. Up to
+# 3 were seen with triton 3.8 and 3.9, none with 3.6 and 3.7.
+SPILL_LIMIT = 6
 NARROW, WIDE_VALUES, WIDE_KEYS, PAIR = (
     (128, 128, False),
     (128, 256, False),
@@ -76,9 +77,10 @@ def check(kernel, case, folder):
 
     # The prologue spills, once per program; the chunks must not.
     blocks = compiler.disassembled_blocks(kernel, folder)
-    busy = [i for block in blocks if any("HGMMA" in i for i in block) for i in block]
-    assert sum("HGMMA" in i for i in busy) == num_products
-    assert sum(bool(re.search(r"\b(STL|LDL)\b", i)) for i in busy) <= SPILL_LIMIT
+    busy = [block for block in blocks if any("HGMMA" in i for i in block)]
+    every_chunk = [i for block in busy for part in compiler.without_rows(block) for i in part]
+    assert sum("HGMMA" in i for i in every_chunk) == num_products
+    assert sum(bool(re.search(r"\b(STL|LDL)\b", i)) for i in every_chunk) <= SPILL_LIMIT
 
 
 @pytest.mark.parametrize(
