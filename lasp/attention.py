@@ -81,19 +81,16 @@ def lightning_attention(
     """
     context = CPContext(resolve_group(group), exchange, layout, shard_lengths)
     tensors = q, k, v, log_decay, initial_state, cu_seqlens
-    call = None
-    complete = all(isinstance(x, torch.Tensor) for x in (q, k, v))
+    call, complete = None, all(isinstance(x, torch.Tensor) for x in (q, k, v))
+    needs_grad = complete and torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
     if complete and not library.needs_dispatcher(*tensors):
-        needs_grad = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
-        call = _remembered_call(
-            "forward", tensors, (scale, output_final_state, needs_grad, context)
-        )
+        options = scale, output_final_state, needs_grad, context
+        call = _remembered_call("forward", tensors, options)
     if call is None or call.recording is None:
         _check(*tensors, scale=scale, context=context)
         if shard_lengths is not None:
             # The caller may change its list before the backward.
             context = context._replace(shard_lengths=tuple(shard_lengths))
-        needs_grad = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
     o, final_state = _LightningAttention.apply(
         with_unit_stride(q),
         with_unit_stride(k),

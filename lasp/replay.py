@@ -41,6 +41,7 @@ __all__ = [
     "note_launch",
     "on_device_of",
     "refuse",
+    "spec",
     "unseen",
 ]
 
@@ -89,7 +90,7 @@ class Recording(NamedTuple):
 
     Attributes:
         allocations: (shape, strides, dtype) of each.
-        constants: further tensors, None as the last.
+        constants, constant_addresses: further tensors, None with address 0 as the last.
         steps: in their order.
         results: the slot of each result, None for None.
         check: what all ranks have to agree on, or None.
@@ -97,6 +98,7 @@ class Recording(NamedTuple):
 
     allocations: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
     constants: tuple[torch.Tensor | None, ...]
+    constant_addresses: tuple[int, ...]
     steps: tuple[Step, ...]
     results: tuple[int | None, ...]
     check: dict | None
@@ -133,7 +135,7 @@ class Call:
             self._kept = _of_groups.setdefault(group, {})
         found = self._kept.get(self._key) if self._is_aligned else None
         self.recording = found if isinstance(found, Recording) else None
-        self._attempts = 0 if found is None else found
+        self._attempts = found if isinstance(found, int) else 0
         self._recorder: _Recorder | None = None
 
     def replay(self, wait: Callable[[], None] | None = None) -> list[torch.Tensor | None]:
@@ -146,7 +148,7 @@ class Call:
                 tensors.append(made)
                 addresses.append(made.data_ptr())
             tensors += recording.constants
-            addresses += [0 if x is None else x.data_ptr() for x in recording.constants]
+            addresses += recording.constant_addresses
             for function, programs, slots, stream in recording.steps:
                 if programs:
                     stream = self._stream if stream is None else stream
@@ -255,6 +257,11 @@ def on_device_of(tensor: torch.Tensor) -> AbstractContextManager:
     return torch.cuda.device(tensor.device)
 
 
+def spec(tensor: torch.Tensor | None) -> tuple | None:
+    """(shape, strides, dtype): all that a launch depends on besides the address; None for None."""
+    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
+
+
 class _Active(threading.local):
     recorder: _Recorder | None = None
 
@@ -300,21 +307,19 @@ class _Recorder(TorchDispatchMode):
                 # It serves aligned addresses only.
                 if function is None or any(each % 16 for each in addresses):
                     return None
-            elif any(_spec(known[i]) != _spec(x) for i, x in zip(indices, of_step, strict=True)):
+            elif any(spec(known[i]) != spec(x) for i, x in zip(indices, of_step, strict=True)):
                 return None  # Of a view; a replay would pass the whole tensor.
             stream = None if stream == self._stream else stream
             steps.append(Step(function, programs, indices, stream))
         found = tuple(None if x is None else slots.get(x.data_ptr(), -1) for x in results)
         pairs = [pair for pair in zip(results, found, strict=True) if pair[0] is not None]
-        if any(slot < 0 or _spec(known[slot]) != _spec(x) for x, slot in pairs):
+        if any(slot < 0 or spec(known[slot]) != spec(x) for x, slot in pairs):
             return None
         allocations = tuple((tuple(x.shape), x.stride(), x.dtype) for x in self._allocated)
-        return Recording(allocations, (*self.constants, None), tuple(steps), found, self.check)
+        addresses = (*(x.data_ptr() for x in self.constants), 0)
+        constants = (*self.constants, None), addresses
+        return Recording(allocations, *constants, tuple(steps), found, self.check)
 
 
 def _kind(tensor):
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
-
-
-def _spec(tensor):
-    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)

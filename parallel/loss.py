@@ -185,12 +185,13 @@ def _over_ranks(
 def _log_norm_and_label(logits_CV: Tensor, labels_C1: Tensor) -> tuple[Tensor, Tensor]:
     """log(sum(exp(logits))) and the label's logit, [C, 1] in float32 at least."""
     wide = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
-    # The largest part that a kernel reads into registers at once. It would read a full row twice,
-    # for its maximum and for its sum.
-    part = next(n for n in range(min(wide.shape[1], 1024), 0, -1) if wide.shape[1] % n == 0)
     sums = wide
-    if wide.is_cuda and part >= 256:
-        sums = torch.logsumexp(wide.unflatten(1, (-1, part)), 2)
+    if wide.is_cuda:
+        # The largest part that a kernel reads into registers at once. It would read a full row
+        # twice, for its maximum and for its sum.
+        part = next(n for n in range(min(wide.shape[1], 1024), 0, -1) if wide.shape[1] % n == 0)
+        if part >= 256:
+            sums = torch.logsumexp(wide.unflatten(1, (-1, part)), 2)
     return torch.logsumexp(sums, 1, keepdim=True), wide.gather(1, labels_C1.clamp_min(0))
 
 

@@ -163,9 +163,7 @@ class _Parameters:
     def buffer(self) -> Any:
         """The values, at a multiple of 64 bytes."""
         values = b"".join(self._values)
-        memory = ctypes.create_string_buffer(len(values) + 64)
-        start = -ctypes.addressof(memory) % 64
-        buffer = (ctypes.c_char * len(values)).from_buffer(memory, start)
+        buffer = _aligned_buffer(len(values))
         buffer.raw = values
         return buffer
 
@@ -189,12 +187,11 @@ def _tensor_map(descriptor: Any, meta: dict) -> bytes:
     if meta.get("fp4_padded") or meta.get("is_im2col") or dtype not in _ELEMENT_TYPES:
         raise LookupError("a kind of TMA descriptor")
     rank, size = len(descriptor.shape), dtype.itemsize
-    memory = ctypes.create_string_buffer(_MAP_BYTES + 64)
-    start = ctypes.addressof(memory) + -ctypes.addressof(memory) % 64
+    encoded = _aligned_buffer(_MAP_BYTES)
     # Innermost dimension first; its stride of one element is implied.
     steps = [stride * size for stride in descriptor.strides[-2::-1]]
     code = _driver().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(start),
+        ctypes.byref(encoded),
         ctypes.c_uint(_ELEMENT_TYPES[dtype]),
         ctypes.c_uint(rank),
         # Any address: every call writes its own.
@@ -208,7 +205,13 @@ def _tensor_map(descriptor: Any, meta: dict) -> bytes:
     )
     if code:
         raise LookupError(f"cuTensorMapEncodeTiled returned {code}")
-    return ctypes.string_at(start, _MAP_BYTES)
+    return encoded.raw
+
+
+def _aligned_buffer(size: int) -> Any:
+    """Memory at a multiple of 64 bytes, as tensor maps need it."""
+    memory = ctypes.create_string_buffer(size + 64)
+    return (ctypes.c_char * size).from_buffer(memory, -ctypes.addressof(memory) % 64)
 
 
 @functools.cache

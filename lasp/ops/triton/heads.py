@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from lasp.ops.triton.launch_config import HEADS_ROWS, HEADS_WARPS
-from lasp.ops.triton.launcher import check_operands, spec
-from lasp.replay import on_device_of
+from lasp.ops.triton.launcher import check_operands
+from lasp.replay import on_device_of, spec
 
 
 @triton.jit

@@ -154,11 +154,6 @@ def has_hooks() -> bool:
 TensorSpec: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
-def spec(tensor: torch.Tensor | None) -> TensorSpec | None:
-    """The spec of `tensor`, to cache launches by; None for None."""
-    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
-
-
 def check_operands(operands: dict[str, TensorSpec]) -> None:
     """Raise ValueError for dtypes and head dimensions that the kernels do not support."""
     first_name, (*_, first_dtype) = next(iter(operands.items()))

@@ -15,8 +15,8 @@ import triton.language as tl
 
 from lasp.ops.host_values import with_unit_stride
 from lasp.ops.triton.launch_config import LRPE_MAX_ROWS, LRPE_TOKENS, LRPE_WARPS
-from lasp.ops.triton.launcher import check_operands, spec, strides
-from lasp.replay import on_device_of
+from lasp.ops.triton.launcher import check_operands, strides
+from lasp.replay import on_device_of, spec
 
 
 @triton.jit

@@ -29,7 +29,6 @@ from lasp.ops.triton.launcher import (
     decay_or_zeros,
     is_addressable,
     is_copyable,
-    spec,
     state_numbers,
     strides,
 )
@@ -41,7 +40,7 @@ from lasp.ops.triton.segments import (
     divide,
     locate_segment,
 )
-from lasp.replay import on_device_of
+from lasp.replay import on_device_of, spec
 
 
 @triton.jit(do_not_specialize=["scale", "T", "segments_per_row", "segment_length"])

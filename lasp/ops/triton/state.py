@@ -29,11 +29,10 @@ from lasp.ops.triton.launcher import (
     check_operands,
     decay_or_zeros,
     is_addressable,
-    spec,
     strides,
 )
 from lasp.ops.triton.segments import NONE, DocumentStates, Segments, divide, locate_segment
-from lasp.replay import on_device_of
+from lasp.replay import on_device_of, spec
 
 
 @triton.jit(do_not_specialize=["scale", "T", "segments_per_row", "segments_run", "segment_length"])

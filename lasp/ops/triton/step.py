@@ -15,10 +15,9 @@ from lasp.ops.triton.launcher import (
     TensorSpec,
     check_operands,
     decay_or_zeros,
-    spec,
     strides,
 )
-from lasp.replay import on_device_of
+from lasp.replay import on_device_of, spec
 
 
 @triton.jit(do_not_specialize=["scale"])
