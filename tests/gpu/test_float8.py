@@ -41,8 +41,13 @@ def test_products_are_those_emulated(recipe):
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_compiled_runs_learn_as_in_bfloat16(tmp_path, capsys, mode):
     data = make_data(tmp_path / "data")
+    # At the rate of the other runs, rounding alone moves the losses by a sixth within eight steps.
     sizes = dict(
-        model__dim=256, model__glu_dim=512, training__seq_len=256, activation_checkpoint__mode=mode
+        model__dim=256,
+        model__glu_dim=512,
+        training__seq_len=256,
+        activation_checkpoint__mode=mode,
+        optimizer__lr=0.001,
     )
     series = []
     for name, more in (

@@ -111,6 +111,8 @@ def over_ranks(group, exchange, graph):
     leaves, do, log_decay = make_inputs(1024, seed=torch.distributed.get_rank(group))
     options = dict(group=group, exchange=exchange)
     wanted = run(leaves, do, log_decay, **options)
+    # On another stream everything is recorded anew.
+    replay.forget(group)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -74,7 +74,7 @@ def test_the_ring_of_all_gpus(everyone, layout, pool_of):
     problems.append(Problem(5000, "ring", layout, documents=documents, **as_in_training))
     # One hop: nothing passes.
     problems.append(Problem(5000, "ring", layout, dtype=torch.float32, rates=-1.0))
-    sharded.check(pool_of(everyone), size, *problems)
+    sharded.check(pool_of(everyone), size, *problems, device="cuda")
 
 
 def delayed_bits(group, layout, trials):

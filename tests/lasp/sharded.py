@@ -110,11 +110,11 @@ class Problem:
             return last
         return next((r for r, held in enumerate(self.positions(size)) if token in held), last)
 
-    def states_of_ranks(self, size):
+    def states_of_ranks(self, size, device="cpu"):
         """Every rank's final states but those of empty documents, {(rank, number): state}."""
         q, k, v, log_decay, initial, _ = self.inputs()
         k, v, log_decay, initial = (
-            None if x is None else x.double() for x in (k, v, log_decay, initial)
+            None if x is None else x.to(device, torch.float64) for x in (k, v, log_decay, initial)
         )
 
         @functools.cache
@@ -129,7 +129,7 @@ class Problem:
                 log_decay[b : b + 1, cut] if by_token else log_decay,
                 initial_state=None if initial is None else initial[number : number + 1],
             )
-            return state[0]
+            return state[0].cpu()
 
         found = {}
         for rank, chunks in enumerate(self.chunks(size)):
@@ -142,7 +142,7 @@ class Problem:
                 if ends:
                     found[rank, number] = state_after(number, max(ends))
                 elif start < stop:
-                    found[rank, number] = k.new_zeros(self.heads)
+                    found[rank, number] = torch.zeros(self.heads, dtype=torch.float64)
         return found
 
 
@@ -247,17 +247,18 @@ def run_all(group, problems):
     return [run(group, problem) for problem in problems]
 
 
-def check(pool, size, *problems, bound=None, timeout=None):
-    """Every problem over `size` ranks against the definition on one."""
+def check(pool, size, *problems, bound=None, timeout=None, device="cpu"):
+    """Every problem over `size` ranks against the definition on one, computed on `device`."""
     results = pool.run(run_all, problems, size=size, timeout=timeout)
     for i, problem in enumerate(problems):
         limit = bound or (1e-12 if problem.dtype == torch.float64 else 2e-6)
         of_ranks = [of_rank[i] for of_rank in results]
-        compare(of_ranks, problem, problem.truth(), limit, f"{size} ranks, {problem}")
+        truth = problem.truth(device)
+        compare(of_ranks, problem, truth, limit, f"{size} ranks, {problem}", device)
     return results
 
 
-def compare(of_ranks, problem, truth, limit, what=""):
+def compare(of_ranks, problem, truth, limit, what="", device="cpu"):
     """The results of all ranks, each within `limit` (a number, or one per name) of the truth."""
     size = len(of_ranks)
     back = torch.tensor(sum(problem.positions(size), []), dtype=torch.long).argsort()
@@ -272,7 +273,7 @@ def compare(of_ranks, problem, truth, limit, what=""):
             [states[problem.owner(size, n)][n] for n in range(problem.num_states)]
         )
         bound = limit["state"] if isinstance(limit, dict) else limit
-        for (rank, number), wanted in problem.states_of_ranks(size).items():
+        for (rank, number), wanted in problem.states_of_ranks(size, device).items():
             error = cases.relative_error(states[rank][number], wanted)
             if not wanted.any():
                 error = float(states[rank][number].abs().max())

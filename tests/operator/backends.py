@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -74,22 +75,26 @@ def bounds(problem: Problem, truth, backend: Backend, ranks: int):
     torch in the same dtype."""
     if problem.dtype == torch.float64:
         return dict.fromkeys(truth, 1e-12)
-    if problem.dtype == torch.float32 and ranks:
-        return dict.fromkeys(truth, 2e-6)
-    device = "cuda" if backend.device == "cuda" else "cpu"
-    plain = problem.plain(device)
-    floor, few = 0.0, 16
+    floor = 0.0
     if backend.device == "cuda":
         # The kernels' exponential is ex2.approx(x * log2(e)), whose relative error grows with |x|.
         log_decay = problem.inputs()[3]
         strongest = 0.0 if log_decay is None else float(log_decay.abs().max())
-        floor, few = 1e-6 + strongest * 2**-23, 64
-    limits = {}
+        floor = 1e-6 + strongest * 2**-23
+    if problem.dtype == torch.float32 and ranks:
+        limits = dict.fromkeys(truth, 2e-6 + floor)
+    else:
+        plain = problem.plain("cuda" if backend.device == "cuda" else "cpu")
+        limits = {
+            name: (2 if name in ("o", "state") else 3) * cases.relative_error(plain[name], value)
+            + floor
+            for name, value in truth.items()
+        }
+    # What plain torch loses in few numbers is chance, and may be nothing. A sum of random terms is
+    # smaller than their sizes' sum by the root of their number.
+    few = 4 * max(4, math.sqrt(problem.total)) if backend.device == "cuda" else 16
     for name, value in truth.items():
-        times = 2 if name in ("o", "state") else 3
-        limits[name] = times * cases.relative_error(plain[name], value) + floor
         if value.numel() < 100:
-            # What plain torch loses in few numbers is chance, and may be nothing.
             limits[name] = max(limits[name], few * torch.finfo(problem.dtype).eps)
     return limits
 
