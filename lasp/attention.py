@@ -38,20 +38,22 @@ def lightning_attention(
     layout: str = "contiguous",
     shard_lengths: Sequence[int] | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Causal linear attention with a constant decay per head, over one device or many.
+    """Causal linear attention with a decay per head or per token, over one device or many.
 
         o_t = scale * q_t . S_t,   S_t = exp(log_decay) * S_{t-1} + k_t v_t^T,   S_0 = initial_state
 
-    (Lightning Attention, arXiv 2405.17381, eq. 15-22; over ranks LASP, arXiv 2404.02882.) With
+    (Lightning Attention, arXiv 2405.17381, eq. 15-22; with a decay per token Mamba-2's SSD, arXiv
+    2405.21060, and simple gated linear attention; over ranks LASP, arXiv 2404.02882.) With
     `group` each rank passes its shard of the sequence, in group-rank order; lengths may differ, and
-    be zero. Only states cross ranks, in float32. Differentiable in q, k, v and initial_state; the
-    backward repeats no exchange of the forward.
+    be zero. Only states cross ranks, in float32. Differentiable in q, k, v, initial_state and a
+    decay per token; the backward repeats no exchange of the forward.
 
     Args:
         q, k: [B, T, H, D], bfloat16, float16 or float32 (on the CPU also float64); D in 1..256.
         v: [B, T, H, E], dtype of q; E in 1..256. Any strides; a unit last stride saves a copy.
-        log_decay: float32 [H], <= 0: natural log of what remains of the state after one token.
-            None means no decay. A constant: it gets no gradient.
+        log_decay: float32, <= 0: natural log of what remains of the state after one token. [H]: a
+            constant per head, without a gradient. [B, T, H]: one per token, with a gradient; -inf
+            resets the state. None means no decay. On a GPU, values above 0 in [B, T, H] give NaN.
         scale: factor on the output, applied in float32.
         initial_state: float32 [N, H, D, E], state before the first token; N = B, or the number of
             documents. With `group` it is the global sequence's and passed on the first rank only;
@@ -82,7 +84,7 @@ def lightning_attention(
     context = CPContext(resolve_group(group), exchange, layout, shard_lengths)
     tensors = q, k, v, log_decay, initial_state, cu_seqlens
     call, complete = None, all(isinstance(x, torch.Tensor) for x in (q, k, v))
-    needs_grad = complete and torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
+    needs_grad = complete and torch.is_grad_enabled() and _needs_exchange(k, v, log_decay)
     if complete and not library.needs_dispatcher(*tensors):
         options = scale, output_final_state, needs_grad, context
         call = _remembered_call("forward", tensors, options)
@@ -117,7 +119,8 @@ def lightning_attention_step(
     Args:
         q, k: [B, H, D]; v: [B, H, E], dtype of q.
         state: float32 [B, H, D, E], the state after the tokens so far (a `final_state`).
-        log_decay, scale: as in `lightning_attention`.
+        log_decay: [H] as in `lightning_attention`, or [B, H], that of this token.
+        scale: as in `lightning_attention`.
 
     Returns:
         (o [B, H, E] in the dtype of q, the new state); `state` itself is not changed.
@@ -130,6 +133,11 @@ def lightning_attention_step(
         raise ValueError(problem)
     _ = Decay(log_decay).rates
     return ops.step(q, k, v, state, log_decay, scale=float(scale))
+
+
+def _needs_exchange(k, v, log_decay):
+    """True if a backward needs the gradients of states."""
+    return k.requires_grad or v.requires_grad or getattr(log_decay, "requires_grad", False)
 
 
 def _check(*tensors, scale, context):
@@ -233,18 +241,19 @@ class _LightningAttention(torch.autograd.Function):
             do = v.new_zeros(v.shape)
         # All ranks run the exchange of the backward or none does: the forward has checked that.
         needs = ctx.needs_input_grad
-        needs_dkdv, needs_dinitial = needs[1] or needs[2] or needs[4], needs[4]
+        needs_ddecay, needs_dinitial = needs[3], needs[4]
+        needs_dkdv = any(needs[1:5])
         saved = *tensors, cu_seqlens, dfinal_state, state_in, segment_states
         scale, _, needs_grad, context = ctx.options
         impl, call = library, ops.PLAIN_CALL
         if not library.needs_dispatcher(do, *saved):
-            options = scale, needs_grad, needs_dkdv, context
+            options = scale, needs_grad, needs_dkdv, needs_ddecay, context
             impl, call = functional, _remembered_call("backward", (do, *saved), options)
         if call.recording is not None:
-            dq, dk, dv, dinitial = call.replay()
+            dq, dk, dv, ddecay, dinitial = call.replay()
         else:
             with call.record():
-                dq, dk, dv, dinitial = impl.attn_bwd(
+                dq, dk, dv, ddecay, dinitial = impl.attn_bwd(
                     do,
                     *tensors,
                     cu_seqlens=cu_seqlens,
@@ -253,12 +262,14 @@ class _LightningAttention(torch.autograd.Function):
                     segment_states=segment_states,
                     scale=scale,
                     needs_dkdv=needs_dkdv,
+                    needs_ddecay=needs_ddecay,
                     needs_dinitial=needs_dinitial,
                     context=context,
                 )
-            call.finish((dq, dk, dv, dinitial))
+            call.finish((dq, dk, dv, ddecay, dinitial))
         dk, dv = (dk, dv) if needs_dkdv else (None, None)
-        return dq, dk, dv, None, dinitial if needs_dinitial else None, None, None
+        ddecay, dinitial = ddecay if needs_ddecay else None, dinitial if needs_dinitial else None
+        return dq, dk, dv, ddecay, dinitial, None, None
 
 
 _once_differentiable = once_differentiable(_LightningAttention._backward)

@@ -1,6 +1,7 @@
 """Log-decay builders: how much each head forgets per token, as float32 [H] values <= 0.
 
-The decay of lightning attention is a constant of the head (and, in TransNormerLLM, of the layer):
+The decay of lightning attention is a constant of the head (and, in TransNormerLLM, of the layer).
+Simple GLA, gated retention and Mamba-2 have one per token, which their layers compute.
 lambda = exp(log_decay). Published models disagree on the formula; each has its own function here.
 Layers are counted from 0, over the whole model, and heads over all tensor-parallel ranks: build the
 full vector, then slice it.
@@ -16,7 +17,7 @@ from functools import cached_property
 import torch
 
 from lasp import replay
-from lasp.ops.host_values import compute_once, decay_rates, filled
+from lasp.ops.host_values import check_token_decays, compute_once, decay_rates, filled
 
 __all__ = ["Decay", "alibi_slopes", "ling", "minimax", "retention", "tnl"]
 
@@ -25,19 +26,58 @@ _UNDERFLOW = {torch.float32: -104.0, torch.float64: -746.0}
 
 
 class Decay:
-    """The decay of a call: one constant per head.
+    """The decay of a call: a constant per head, or a value per token and head.
 
     Args:
-        log_decay: float32 [H], finite and <= 0; None: no decay.
+        log_decay: float32 [H], finite and <= 0, or [B, T, H], <= 0; None: no decay.
     """
 
     def __init__(self, log_decay: torch.Tensor | None) -> None:
         self.log_decay = log_decay
+        self.by_token = log_decay is not None and log_decay.dim() > 1
 
     @cached_property
-    def rates(self) -> tuple[float, ...] | None:
-        """log_decay as host floats; ValueError for values that are not allowed."""
-        return decay_rates(self.log_decay)
+    def rates(self) -> tuple[float, ...] | str | None:
+        """What ranks have to agree on: log_decay as host floats, or its kind.
+
+        Raises:
+            ValueError: values that are not allowed. Those of a decay per token are checked on the
+                CPU only: on a GPU the host would wait for them in every call.
+        """
+        if not self.by_token:
+            return decay_rates(self.log_decay)
+        check_token_decays(self.log_decay)
+        return "one per token"
+
+    def bind(self, partition, backend) -> Decay:
+        """Divide a decay per token as `partition` divides the tokens; returns self.
+
+        Sets `operand`, the decay that functions of the backend take.
+        """
+        self._partition, self._backend, self.operand = partition, backend, self.log_decay
+        if self.by_token:
+            self.operand = backend.prepare_decay(partition.fold(self.log_decay))
+        return self
+
+    def row_factors(self, states: torch.Tensor, *, reverse: bool) -> torch.Tensor:
+        """What remains of states [rows, H, D, E] after the rows that they leave, of their dtype:
+        [H, 1, 1] or [rows, H, 1, 1]."""
+        if self.by_token:
+            rows = self._partition.state_rows(entering=False, reverse=reverse)
+            totals = self._backend.decay_sums(self.operand, self._partition.cu_seqlens, rows)
+            return torch.exp(totals.to(states.dtype))[..., None, None]
+        lengths = self._partition.row_lengths()
+        factor = self.factor if isinstance(lengths, int) else self.factors
+        return factor(lengths, states)
+
+    def chunk_factor(self, chunk: int, rows: torch.Tensor, *, reverse: bool) -> torch.Tensor | None:
+        """What remains of a state that crosses a chunk in which it meets no boundary of a document;
+        None: nothing does. `rows` are the states that leave the rows."""
+        length = self._partition.chunk_lengths[chunk]
+        if not self.by_token:
+            return None if self.is_zero_after(length, rows.dtype) else self.factor(length, rows)
+        factors = self.row_factors(rows, reverse=reverse)
+        return self._partition.state_out(factors, chunk, reverse)
 
     def factor(self, length: int, states: torch.Tensor) -> torch.Tensor:
         """What remains of states [B, H, D, E] after `length` tokens: [H, 1, 1], of their dtype."""
@@ -69,7 +109,8 @@ class Decay:
 
     def is_zero_after(self, length: int, dtype: torch.dtype) -> bool:
         """True if nothing remains of any state after `length` tokens, in `dtype`."""
-        return self.rates is not None and max(self.rates) * length < _UNDERFLOW[dtype]
+        rates = self.rates
+        return isinstance(rates, tuple) and max(rates) * length < _UNDERFLOW[dtype]
 
 
 def alibi_slopes(num_heads: int) -> list[float]:

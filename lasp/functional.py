@@ -5,7 +5,7 @@ Linear attention (LASP, arXiv 2404.02882):
     state_fwd   local state of k, v; its exchange; the state that enters this rank
     attn_fwd    one pass over q, k, v from that state, which writes o once
     attn_bwd    local gradient of the state; its exchange in the other direction, with dq computed
-                meanwhile; then dk and dv
+                meanwhile; then dk and dv, and the gradient of a decay per token
 
 Softmax attention (LASP-2H, arXiv 2502.07563), where every earlier key and value is needed:
 
@@ -34,6 +34,7 @@ from lasp.ops import sdpa
 from lasp.ops.host_values import document_boundaries, with_unit_stride
 from lasp.partition import (
     BatchPartition,
+    BoundaryPartition,
     PackedPartition,
     SoftmaxPartition,
     local_partition,
@@ -78,6 +79,7 @@ def state_fwd(
     if initial_state is None and not output_final_state:
         partition = partition.only_boundaries()
     backend = ops.backend(k)
+    decay.bind(partition, backend)
     num_states = _num_states(k, cu_seqlens)
     k, v = partition.fold(k), partition.fold(v)
     with_total = group is not None or output_final_state
@@ -85,7 +87,7 @@ def state_fwd(
     segment_states, local_state = backend.chunk_states(
         k,
         v,
-        log_decay,
+        decay.operand,
         cu_seqlens=partition.cu_seqlens,
         state_rows=partition.state_rows(entering=False, reverse=False),
         with_total=with_total,
@@ -99,7 +101,7 @@ def state_fwd(
         state_in = partition.stack(pending.wait(), local_state)
     if output_final_state:
         rows = partition.rows_in(initial_state, state_in, False)
-        final_rows = _add_decayed(local_state, rows, decay, partition)
+        final_rows = _add_decayed(local_state, rows, decay, reverse=False)
         if final_rows is local_state and group is not None:
             # NCCL may still be reading it, and the caller may write to what is returned.
             final_rows = local_state.clone()
@@ -121,13 +123,13 @@ def attn_fwd(
     context: CPContext,
 ) -> torch.Tensor:
     """o [B, T, H, E] from what `state_fwd` returned."""
-    partition = local_partition(q.shape[1], cu_seqlens, context)
+    partition, backend = local_partition(q.shape[1], cu_seqlens, context), ops.backend(q)
     state, state_rows = _scan_state(partition, initial_state, state_in)
-    o = ops.backend(q).scan(
+    o = backend.scan(
         partition.fold(q),
         partition.fold(k),
         partition.fold(v),
-        log_decay,
+        Decay(log_decay).bind(partition, backend).operand,
         scale=scale,
         initial_state=state,
         segment_states=segment_states,
@@ -151,26 +153,33 @@ def attn_bwd(
     segment_states: torch.Tensor | None,
     scale: float,
     needs_dkdv: bool,
+    needs_ddecay: bool,
     needs_dinitial: bool,
     context: CPContext,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """(dq, dk, dv, gradient of initial_state); None where it is not needed."""
-    decay, group, backend = Decay(log_decay), context.group, ops.backend(q)
+) -> tuple[torch.Tensor | None, ...]:
+    """(dq, dk, dv, gradients of log_decay and initial_state); None where it is not needed.
+
+    Those of log_decay and initial_state need dk and dv.
+    """
+    group, backend = context.group, ops.backend(q)
     partition = local_partition(q.shape[1], cu_seqlens, context)
+    decay = Decay(log_decay).bind(partition, backend)
     num_states = _num_states(q, cu_seqlens)
     fold, unfold = partition.fold, partition.unfold
     q, k, v, do = fold(q), fold(k), fold(v), fold(with_unit_stride(do))
     common = dict(scale=scale, cu_seqlens=partition.cu_seqlens)
     pending = dinitial = None
     grads = partition
-    if dfinal_state is None and not needs_dinitial:
+    # The gradient of a decay starts, in a row that a state enters, from the state's gradient.
+    needs_leaving = needs_dinitial or (needs_ddecay and initial_state is not None)
+    if dfinal_state is None and not needs_leaving:
         grads = partition.only_boundaries()
-    with_total = group is not None or needs_dinitial
+    with_total = group is not None or needs_leaving
     if needs_dkdv:
         segment_grads, local_grad = backend.chunk_states(
             q,
             do,
-            log_decay,
+            decay.operand,
             state_rows=grads.state_rows(entering=False, reverse=True),
             reverse=True,
             with_total=with_total,
@@ -186,35 +195,53 @@ def attn_bwd(
         do,
         v,
         k,
-        log_decay,
+        decay.operand,
+        dot_with=q if needs_ddecay else None,
         initial_state=None if state is None else state.mT,
         segment_states=None if segment_states is None else segment_states.mT,
         state_rows=state_rows,
         **common,
     )
     if not needs_dkdv:
-        return unfold(dq), None, None, None
+        return unfold(dq), None, None, None, None
+    dq, q_dots = dq if needs_ddecay else (dq, None)
 
-    grad_rows = dfinal_rows
+    grad_rows, received = dfinal_rows, None
     if pending is not None:
         received = grads.stack(pending.wait(), local_grad)
         grad_rows = grads.rows_in(dfinal_state, received, True)
     if needs_dinitial:
-        rows = _add_decayed(local_grad, grad_rows, decay, grads)
+        rows = _add_decayed(local_grad, grad_rows, decay, reverse=True)
         dinitial = grads.final_states(rows, num_states, True)
-    state_rows = None if grad_rows is None else grads.state_rows(entering=True, reverse=True)
-    dk, dv = backend.scan_dkdv(
+    grad_state_rows = None if grad_rows is None else grads.state_rows(entering=True, reverse=True)
+    dk, dv, k_dots = backend.scan_dkdv(
         q,
         k,
         v,
         do,
-        log_decay,
+        decay.operand,
         initial_state=grad_rows,
         segment_states=segment_grads,
-        state_rows=state_rows,
+        state_rows=grad_state_rows,
+        with_dots=needs_ddecay,
         **common,
     )
-    return unfold(dq), unfold(dk), unfold(dv), dinitial
+    ddecay = None
+    if needs_ddecay:
+        entering = partition.rows_in(initial_state, state_in, False)
+        if grads is not partition:
+            entering = state_in
+        ddecay = backend.decay_gradient(
+            q_dots,
+            k_dots,
+            decay.operand,
+            start=_decay_gradient_start(entering, local_grad, received, grad_rows, decay, grads),
+            segment_states=(segment_states, segment_grads),
+            entering=((state, state_rows), (grad_rows, grad_state_rows)),
+            cu_seqlens=partition.cu_seqlens,
+        )
+        ddecay = unfold(ddecay)
+    return unfold(dq), unfold(dk), unfold(dv), ddecay, dinitial
 
 
 def softmax_fwd(
@@ -361,12 +388,12 @@ def _start_exchange(
         local_state: rows of the states of this rank's own tokens.
         states: rows of the states that enter from outside the sequence, or None.
     """
-    rows = _add_decayed(local_state, states, decay, partition)
+    rows = _add_decayed(local_state, states, decay, reverse=reverse)
     transitions = []
-    for i, length in enumerate(partition.chunk_lengths):
-        local = partition.state_out(rows, i, reverse)
-        passes = partition.passes_through(i) and not decay.is_zero_after(length, local.dtype)
-        transitions.append(Transition(local, decay.factor(length, local) if passes else None))
+    for i in range(len(partition.chunk_lengths)):
+        passes = partition.passes_through(i)
+        factor = decay.chunk_factor(i, rows, reverse=reverse) if passes else None
+        transitions.append(Transition(partition.state_out(rows, i, reverse), factor))
     _, num_heads, D, E = local_state.shape
     num_values = sum(partition.chunk_lengths) * num_heads * max(D, E)
     return exchange.start(
@@ -384,13 +411,37 @@ def _start_exchange(
     )
 
 
-def _add_decayed(local_state, states, decay, partition):
+def _add_decayed(local_state, states, decay, *, reverse):
     """Rows of the states that leave: local_state + what remains of those that enter, or None."""
     if states is None:
         return local_state
-    lengths = partition.row_lengths()
-    factor = decay.factor if isinstance(lengths, int) else decay.factors
-    return torch.addcmul(local_state, factor(lengths, local_state), states)
+    return torch.addcmul(local_state, decay.row_factors(local_state, reverse=reverse), states)
+
+
+def _decay_gradient_start(entering, local_grad, received, grad_rows, decay, grads):
+    """[rows, H]: the gradient of a decay per token at the first token of each row, None for zeros.
+
+    It is the dot product of the state that enters the row with that state's gradient.
+
+    Args:
+        entering: rows of states; with a `BoundaryPartition`, one for each chunk.
+        local_grad: rows of their gradients by the row's own tokens.
+        received, grad_rows: gradients of the states that leave, per chunk and per row, or None.
+    """
+    if entering is None:
+        return None
+    if not isinstance(grads, BoundaryPartition):
+        leaving = _add_decayed(local_grad, grad_rows, decay, reverse=True)
+        return (entering * leaving).sum((-2, -1))
+    start = local_grad.new_zeros(len(grads.cu_seqlens) - 1, local_grad.shape[1])
+    for i, span in enumerate(grads.spans):
+        factor = None
+        if grads.passes_through(i):
+            factor = decay.chunk_factor(i, local_grad, reverse=True)
+        state_in = None if factor is None else received[i : i + 1]
+        leaving = Transition(local_grad[i : i + 1], factor).apply(state_in)
+        start[span.start] = (entering[i] * leaving[0]).sum((-2, -1))
+    return start
 
 
 def _scan_state(partition, initial_state, state_in):

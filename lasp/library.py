@@ -103,8 +103,8 @@ attn_bwd = _Operator(
     functional.attn_bwd,
     "Tensor do, Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, "
     "Tensor? cu_seqlens, Tensor? dfinal_state, Tensor? state_in, Tensor? segment_states, "
-    "float scale, bool needs_dkdv, bool needs_dinitial",
-    "(Tensor, Tensor, Tensor, Tensor)",
+    "float scale, bool needs_dkdv, bool needs_ddecay, bool needs_dinitial",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 softmax_fwd = _Operator(
     functional.softmax_fwd,
@@ -148,10 +148,11 @@ def _attn_fwd_fake(q, k, v, *arguments):
 
 @torch.library.register_fake("lasp::attn_bwd")
 def _attn_bwd_fake(do, q, k, v, log_decay, initial_state, *arguments):
-    needs_dkdv, needs_dinitial = arguments[-6:-4]
+    needs_dkdv, needs_ddecay, needs_dinitial = arguments[-7:-4]
     dinitial = _no_state(q).new_empty(initial_state.shape) if needs_dinitial else _no_state(q)
+    ddecay = log_decay.new_empty(log_decay.shape) if needs_ddecay else _no_state(q)
     dk, dv = (x.new_empty(x.shape) if needs_dkdv else _no_state(q) for x in (k, v))
-    return q.new_empty(q.shape), dk, dv, dinitial
+    return q.new_empty(q.shape), dk, dv, ddecay, dinitial
 
 
 @torch.library.register_fake("lasp::softmax_fwd")

@@ -63,7 +63,7 @@ def attention_problem(
         or _state_problem(q, v, initial_state, cu_seqlens, state_name)
         or _lengths_problem(context.shard_lengths)
         or _group_problem(q, context.group)
-        or _group_state_problem(k, v, initial_state, cu_seqlens, context.group)
+        or _group_state_problem((k, v, log_decay), initial_state, cu_seqlens, context.group)
     )
 
 
@@ -73,6 +73,13 @@ def step_problem(q, k, v, state, log_decay, *, scale=1.0) -> str | None:
         return "q, k, v and state must be tensors; a first state is torch.zeros."
     if q.dim() != 3 or k.shape != q.shape or v.shape[:2] != q.shape[:2] or v.dim() != 3:
         return f"{_shapes(q, k, v)} do not fit: one token's q and k are [B, H, D], its v [B, H, E]."
+    if isinstance(log_decay, torch.Tensor) and log_decay.dim() > 1:
+        if log_decay.shape != q.shape[:2]:
+            return (
+                f"log_decay is {describe_shape(log_decay)}: it must be [{q.shape[1]}], one number "
+                f"per head, or {list(q.shape[:2])}, one per sequence and head."
+            )
+        log_decay = log_decay.unsqueeze(1)
     return attention_problem(
         *(x.unsqueeze(1) for x in (q, k, v)),
         log_decay,
@@ -201,14 +208,20 @@ def _device_problem(q, *others):
 def _decay_problem(q, log_decay):
     if log_decay is None:
         return None
-    H = q.shape[2]
-    if log_decay.dtype != torch.float32 or tuple(log_decay.shape) != (H,):
+    B, T, H, _ = q.shape
+    shape, by_token = tuple(log_decay.shape), log_decay.dim() > 1
+    allowed = (torch.float32, state_dtype(q.dtype)) if by_token else (torch.float32,)
+    if log_decay.dtype not in allowed or shape not in ((H,), (B, T, H)):
         return (
             f"log_decay is {log_decay.dtype} {describe_shape(log_decay)}: it must be float32 "
-            f"[{H}], one number per head. (Low precision loses digits of slow decays.)"
+            f"[{H}], one number per head, or {[B, T, H]}, one per token and head. (Low precision "
+            "loses digits of slow decays.)"
         )
-    if log_decay.requires_grad:
-        return "log_decay requires a gradient, but it is a constant here: pass .detach()."
+    if log_decay.requires_grad and not by_token:
+        return (
+            "log_decay requires a gradient, but one number per head is a constant: pass .detach(), "
+            f"or for a gradient a decay per token, {[B, T, H]} (.expand makes one)."
+        )
     return None
 
 
@@ -262,10 +275,10 @@ def _group_problem(q, group):
     return None
 
 
-def _group_state_problem(k, v, initial_state, cu_seqlens, group):
+def _group_state_problem(others, initial_state, cu_seqlens, group):
     if group is None or initial_state is None:
         return None
-    if initial_state.requires_grad and not (k.requires_grad or v.requires_grad):
+    if initial_state.requires_grad and not any(x is not None and x.requires_grad for x in others):
         return (
             "initial_state requires a gradient, but neither k nor v does: other ranks would not "
             "send what it needs. Let k and v require gradients too."

@@ -32,7 +32,9 @@ def backend(x: torch.Tensor) -> ModuleType:
 def step(q, k, v, state, log_decay, *, scale):
     """One token of decoding; see `lasp.ops.chunked.step`."""
     # The kernel has no gradient; plain torch does.
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, state))
+    needs_grad = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, k, v, state, log_decay)
+    )
     module = chunked if needs_grad else backend(q)
     return module.step(q, k, v, state, log_decay, scale=scale)
 

@@ -17,7 +17,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from lasp import replay
 
-__all__ = ["compute_once", "decay_rates", "document_boundaries", "filled", "with_unit_stride"]
+__all__ = [
+    "check_token_decays",
+    "compute_once",
+    "decay_rates",
+    "document_boundaries",
+    "filled",
+    "with_unit_stride",
+]
 
 T = TypeVar("T")
 
@@ -55,8 +62,23 @@ def document_boundaries(
 
 
 def decay_rates(log_decay: torch.Tensor | None) -> tuple[float, ...] | None:
-    """log_decay as host floats, one per head; ValueError unless all are finite and <= 0."""
-    return None if log_decay is None else compute_once(log_decay, "values", _read_rates)
+    """log_decay as host floats, one per head; ValueError unless all are finite and <= 0.
+
+    None for a decay per token, which no host reads.
+    """
+    if log_decay is None or log_decay.dim() > 1:
+        return None
+    return compute_once(log_decay, "values", _read_rates)
+
+
+def check_token_decays(log_decay: torch.Tensor) -> None:
+    """Raise ValueError unless all values of a decay per token are <= 0; on the CPU only."""
+    if log_decay.device.type == "cpu" and not bool((log_decay <= 0).all()):
+        where = (~(log_decay <= 0)).nonzero()[0].tolist()
+        raise ValueError(
+            f"log_decay is {log_decay[tuple(where)].item():g} at {where}: it must be <= 0, as decay "
+            "is exp(log_decay). (-inf resets the state.)"
+        )
 
 
 def compute_once(tensor: torch.Tensor, key: Hashable, compute: Callable[[torch.Tensor], T]) -> T:

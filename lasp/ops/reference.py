@@ -3,7 +3,8 @@ softmax attention. Every test compares with it.
 
     o_t = scale * q_t . S_t,   S_t = lambda * S_{t-1} + k_t v_t^T,   S_0 = initial_state
 
-(TransNormerLLM, arXiv 2405.17381, eq. 15-22; lambda = exp(log_decay), one number per head.)
+(TransNormerLLM, arXiv 2405.17381, eq. 15-22; lambda = exp(log_decay), one number per head. With one
+per token and head, lambda_t: simple gated linear attention, Mamba-2's SSD, arXiv 2405.21060.)
 Both functions compute in the dtype they are given, up to float64, and are differentiable by
 autograd. They are slow on purpose: nothing here is rearranged for speed.
 
@@ -27,17 +28,17 @@ def recurrent(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Lightning attention token by token.
 
-    Shapes: q, k [B, T, H, D], v [B, T, H, E], log_decay [H] (None: no decay), initial_state
-    [N, H, D, E] with N = B, or the number of documents when cu_seqlens [N + 1] is given (B = 1).
+    Shapes: q, k [B, T, H, D], v [B, T, H, E], log_decay [H] or [B, T, H] (None: no decay),
+    initial_state [N, H, D, E] with N = B, or the number of documents when cu_seqlens [N + 1] is given (B = 1).
     Returns o [B, T, H, E] and the state after each document's last token [N, H, D, E].
     """
     outputs, states = [], []
     for n, (b, start, stop) in enumerate(_documents(q_BTHD, cu_seqlens)):
         state_HDE = _zero_state(q_BTHD, v_BTHE) if initial_state is None else initial_state[n]
-        decay = _decay(log_decay, q_BTHD)
+        rate_TH = _rates(log_decay, q_BTHD, b)
         for t in range(start, stop):
             update = k_BTHD[b, t, :, :, None] * v_BTHE[b, t, :, None, :]
-            state_HDE = decay[:, None, None] * state_HDE + update
+            state_HDE = torch.exp(rate_TH[t])[:, None, None] * state_HDE + update
             outputs.append(scale * torch.einsum("hd,hde->he", q_BTHD[b, t], state_HDE))
         states.append(state_HDE)
     B, T, H, _ = q_BTHD.shape
@@ -58,26 +59,22 @@ def quadratic(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same as `recurrent`, as one masked product of O(T^2): o = ((Q K^T) * M) V.
 
-    M_ij = lambda^(i-j) for i >= j and 0 above (arXiv 2405.17381, eq. 15). Same arguments, same
-    results; quicker for the lengths of a test, and an independent formula.
+    M_ij = lambda^(i-j) for i >= j and 0 above (arXiv 2405.17381, eq. 15), or the product of lambda_s
+    for j < s <= i. Same arguments, same results; quicker for the lengths of a test, and an
+    independent formula.
     """
     outputs, states = [], []
     for n, (b, start, stop) in enumerate(_documents(q_BTHD, cu_seqlens)):
         q, k, v = (x[b, start:stop] for x in (q_BTHD, k_BTHD, v_BTHE))
-        rate = _zeros_like_heads(log_decay, q_BTHD)
-        position = torch.arange(stop - start, device=q.device)
-        distance = (position[:, None] - position[None, :]).to(q.dtype)
-        # Masked before the exponential: above the diagonal it would overflow.
-        exponent = (rate[:, None, None] * distance).masked_fill(distance < 0, float("-inf"))
-        weights = torch.einsum("ihd,jhd->hij", q, k) * exponent.exp()
+        between, from_start, to_end = _exponents(log_decay, q_BTHD, b, start, stop)
+        weights = torch.einsum("ihd,jhd->hij", q, k) * between.exp()
         out = torch.einsum("hij,jhe->ihe", weights, v)
-        to_end = (stop - start - 1 - position).to(q.dtype)
-        tail = torch.exp(rate[None, :] * to_end[:, None])
-        state = torch.einsum("jhd,jhe->hde", k * tail[..., None], v)
+        state = torch.einsum("jhd,jhe->hde", k * to_end.exp()[..., None], v)
         if initial_state is not None:
-            age = torch.exp(rate[None, :] * (position + 1).to(q.dtype)[:, None])
+            age = from_start.exp()
             out = out + torch.einsum("ihd,hde->ihe", q * age[..., None], initial_state[n])
-            state = state + torch.exp(rate * (stop - start))[:, None, None] * initial_state[n]
+            whole = age[-1] if stop > start else torch.ones_like(to_end.sum(0))
+            state = state + whole[:, None, None] * initial_state[n]
         outputs.append(scale * out)
         states.append(state)
     B, T, H, E = v_BTHE.shape
@@ -124,9 +121,33 @@ def _zero_state(q, v):
     return q.new_zeros(q.shape[2], q.shape[3], v.shape[3])
 
 
-def _zeros_like_heads(log_decay, q):
-    return q.new_zeros(q.shape[2]) if log_decay is None else log_decay.to(q.dtype)
+def _rates(log_decay, q, b):
+    """The log decay of every token of batch row b, [T, H]."""
+    if log_decay is None:
+        return q.new_zeros(q.shape[1:3])
+    rates = log_decay.to(q.dtype)
+    return rates[b] if rates.dim() == 3 else rates.expand(q.shape[1:3])
 
 
-def _decay(log_decay, q):
-    return torch.exp(_zeros_like_heads(log_decay, q))
+def _exponents(log_decay, q, b, start, stop):
+    """The log of what remains between two tokens [H, i, j], -inf for j > i; of what enters the
+    document at token i, and of token j at the end, [T, H].
+
+    Sums of the rates of exactly the tokens between, never differences of larger sums.
+    """
+    if log_decay is None or log_decay.dim() == 1:
+        rate = _rates(log_decay, q, b)[0] if q.shape[1] else q.new_zeros(q.shape[2])
+        position = torch.arange(stop - start, device=q.device)
+        distance = (position[:, None] - position[None, :]).to(q.dtype)
+        # Masked before the exponential: above the diagonal it would overflow.
+        between = (rate[:, None, None] * distance).masked_fill(distance < 0, float("-inf"))
+        from_start = rate * (position + 1).to(q.dtype)[:, None]
+        return between, from_start, rate * (stop - start - 1 - position).to(q.dtype)[:, None]
+    rate_TH = _rates(log_decay, q, b)[start:stop]
+    T, H = rate_TH.shape
+    visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    # Row i of column j adds the rate of token i, from i = j + 1 on.
+    added = rate_TH.mT[:, :, None].expand(H, T, T).masked_fill(~visible.tril(-1), 0.0)
+    between = added.cumsum(1).masked_fill(~visible, float("-inf"))
+    to_end = between[:, -1].mT if T else rate_TH
+    return between, rate_TH.cumsum(0), to_end

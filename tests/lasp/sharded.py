@@ -29,7 +29,7 @@ class Problem:
 
     lengths: tokens of every rank; None: the even cut, which the operator is not told. documents:
     boundaries, or None for a batch. rates: log decay of all heads, or a function of (heads, tokens)
-    that gives them, in place of those of `cases`. heads: number, key size, value size. final:
+    that gives them, [heads] or [1, tokens, heads], in place of those of `cases`. heads: number, key size, value size. final:
     whether final states are asked for.
     """
 
@@ -65,6 +65,9 @@ class Problem:
         )
         if callable(self.rates):
             log_decay = self.rates(H, self.total)
+            if log_decay is not None and log_decay.dim() > 1:
+                wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+                log_decay = log_decay.expand(B, -1, -1).to(wide, copy=True)
         elif self.rates is not None:
             log_decay = torch.full_like(log_decay, self.rates)
         cu_seqlens = None

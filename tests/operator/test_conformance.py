@@ -99,9 +99,7 @@ def test_equals_the_definition(request, name, backend, ranks, exchange, length):
     device = "cuda" if backend.device == "cuda" else "cpu"
     truth = truth_of(dataclasses.replace(problem, method="ring"), device)
     results = pool.run(run if ranks else run_alone, problem, backend.device, size=size)
-    sharded.compare(
-        results, problem, truth, bounds(problem, truth, backend, ranks), device=device
-    )
+    sharded.compare(results, problem, truth, bounds(problem, truth, backend, ranks), device=device)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])

@@ -28,6 +28,36 @@ def weak_decay(heads, tokens):
     return torch.linspace(-1e-3, -1e-5, heads)
 
 
+def by_token(heads, tokens):
+    """One per token: most keep nearly everything, some nothing."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(0, 8, (1, tokens, heads), generator=generator)
+    rates = torch.tensor([0.0, -1e-5, -1e-3, -1e-3, -0.03, -0.1, -1.0, -50.0])[chosen]
+    return rates * torch.rand(rates.shape, generator=generator)
+
+
+def weak_by_token(heads, tokens):
+    return -1e-3 * torch.rand(1, tokens, heads, generator=torch.Generator().manual_seed(0))
+
+
+def zero_by_token(heads, tokens):
+    return torch.zeros(1, tokens, heads)
+
+
+def strong_by_token(heads, tokens):
+    """Nothing stays but in the first head, whose gradient is one that rounding does not drown."""
+    rates = torch.full((1, tokens, heads), -50.0)
+    rates[..., 0] = -1e-3
+    return rates
+
+
+def resets(heads, tokens):
+    """The state starts anew at every fifth token or so, between weak decays."""
+    rates = weak_by_token(heads, tokens)
+    generator = torch.Generator().manual_seed(1)
+    return rates.masked_fill(torch.rand(rates.shape, generator=generator) < 0.2, -torch.inf)
+
+
 @dataclass(frozen=True)
 class Variant:
     """One kind of call.
@@ -113,5 +143,29 @@ VARIANTS = {
     "zigzag_packed": Variant(layout="zigzag", documents="both", initial=True, final=True),
     "zigzag_packed_uneven": Variant(
         layout="zigzag", shards="uneven", documents="across", initial=True
+    ),
+    "by_token": Variant(decay=by_token, initial=True, final=True),
+    "by_token_plain": Variant(decay=by_token),
+    "by_token_weak": Variant(decay=weak_by_token, initial=True, final=True),
+    "by_token_zero": Variant(decay=zero_by_token),
+    "by_token_strong": Variant(decay=strong_by_token),
+    "by_token_resets": Variant(decay=resets, initial=True, final=True),
+    "by_token_one_head": Variant(decay=by_token, heads=1, sizes=(1, 1), final=True),
+    "by_token_odd_sizes": Variant(decay=by_token, heads=3, sizes=(33, 7), initial=True),
+    "by_token_wide": Variant(decay=by_token, heads=2, sizes=(256, 128), initial=True, final=True),
+    "by_token_packed": Variant(decay=by_token, documents="both", initial=True, final=True),
+    "by_token_packed_plain": Variant(decay=by_token, documents="across"),
+    "by_token_packed_weak": Variant(decay=weak_by_token, documents="on"),
+    "by_token_uneven": Variant(decay=by_token, shards="uneven", initial=True, final=True),
+    "by_token_uneven_packed": Variant(decay=by_token, shards="uneven", documents="both"),
+    "by_token_empty": Variant(decay=by_token, shards="empty", initial=True, final=True),
+    "by_token_empty_packed": Variant(decay=weak_by_token, shards="empty", documents="across"),
+    "by_token_zigzag": Variant(decay=by_token, layout="zigzag", initial=True, final=True),
+    "by_token_zigzag_plain": Variant(decay=weak_by_token, layout="zigzag"),
+    "by_token_zigzag_packed": Variant(
+        decay=weak_by_token, layout="zigzag", documents="both", initial=True, final=True
+    ),
+    "by_token_zigzag_uneven": Variant(
+        decay=by_token, layout="zigzag", shards="uneven", documents="across"
     ),
 }
