@@ -133,6 +133,11 @@ def _split_qkv(qkv, config):
 
 
 def _check(config, tp_size, rows):
+    if config.decay != "fixed":
+        raise ValueError(
+            f"decay is {config.decay!r}: the layers of the Megatron plug-in have fixed decays. Use "
+            'TNLConfig(decay="fixed"), or train this model with launch/train.py.'
+        )
     sizes = {
         "num_heads": config.num_heads,
         "num_key_value_heads": config.num_key_value_heads or 0,
