@@ -17,8 +17,8 @@ _STATES = ("step", "exp_avg", "exp_avg_sq")
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """AdamW, with weight decay on the matrices of linear layers and embeddings only.
 
-    (Of a learned decay that is the matrix: weight decay pulls decays towards one per head. The bias,
-    which moves that one, is not pulled.)
+    (Of a learned decay: on the matrix, which pulls decays towards one per head, and not on the
+    bias, which moves that one.)
 
     Args:
         model: as data parallelism has sharded it.

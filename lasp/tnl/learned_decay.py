@@ -1,13 +1,13 @@
 """A log decay per token and head, computed from the layer's input (`TNLConfig(decay="learned")`).
 
-    u_t = W x_t + b
-    log_decay_t = a log2(1 + 2^(u_t / f)),   a = -slope f = lasp.decay.tnl(...),  f = 1 - l / (L-1) + 1e-5
+    log_decay_t = a log2(1 + 2^(u_t / f)),   u_t = W x_t + b
+    a = -slope f,   f = 1 - layer / (num_layers - 1) + 1e-5      (a is lasp.decay.tnl)
 
-W and b start at zero, so that every token starts with TNL's fixed decay a. Large u forgets: the log
-decay tends to -slope u above and to 0 below. It is a softplus, of a width chosen so that
-d log_decay / du is -slope / 2 at the start in every layer. Softplus of width 1 would have the slope
-of its value there, which in the last layer (f = 1e-5) is next to nothing: such a layer would never
-learn to forget. As f falls the curve turns into -slope relu(u), which is that of the last layer.
+W and b start at zero, so that every token starts with TNL's fixed decay a. A large u forgets: the
+log decay tends to -slope u above and to 0 below. This is a softplus of width f, chosen so that
+d log_decay / du starts as -slope / 2 in every layer. That of a softplus of width 1 would start as
+small as its value, which is next to nothing in the last layer (f = 1e-5): such a layer could hardly
+learn to forget. (There the curve is nearly -slope relu(u).)
 
 The product W x runs in the dtype of the model's products, as in Mamba-2 and GLA: the input has been
 rounded to that dtype, which costs as much as rounding the result. All that follows is float32.
@@ -29,8 +29,11 @@ __all__ = ["DecayProjection", "fixed_decay", "learned_decay"]
 
 
 class DecayProjection(nn.Linear):
-    """u = W x + b, [B, T, d] -> [B, T, H]. Starts at zero, without drawing random numbers: the other
-    weights of a model with a learned decay are those of one without, for the same seed."""
+    """u = W x + b, [B, T, d] -> [B, T, H] in the dtype of x's products.
+
+    It starts at zero and draws no random numbers: for the same seed, all other weights of a model
+    are those of one with fixed decays.
+    """
 
     # Few outputs and much depends on them: FP8 (parallel.float8) leaves the layer alone.
     allows_float8 = False

@@ -43,8 +43,9 @@ class TNL(nn.Module):
 
         h = embed(tokens) * sqrt(d);  h = block(h) for each block;  logits = W_embed SRMSNorm(h)
 
-    Weights are drawn from N(0, init_std); a learned decay starts at the fixed one. Built under `torch.device("meta")`, the model needs
-    `to_empty(device=...)` and then `init_weights()` or a `load_state_dict()`.
+    Weights are drawn from N(0, init_std); a learned decay starts at the fixed one. Built under
+    `torch.device("meta")`, the model needs `to_empty(device=...)` and then `init_weights()` or a
+    `load_state_dict()`.
     """
 
     # `lasp.tnl.generate` as a method; `lasp.tnl.generation` sets it.
