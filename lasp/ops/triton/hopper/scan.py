@@ -34,6 +34,7 @@ def prepare(
     *,
     scale: float,
     reverse: bool,
+    kind: tuple[bool, TensorSpec | None],
     device: torch.device,
 ) -> tuple[int, CachedLaunch]:
     """(number of programs, launch); the launch takes operands and results as descriptors first.
