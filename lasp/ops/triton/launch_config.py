@@ -247,15 +247,17 @@ def choose_scan(
     *,
     copyable: bool = True,
     by_token: bool = False,
+    with_dots: bool = False,
 ) -> ScanChoice:
     """The kernel that scans operands of this shape, dtype and device.
 
     num_results: 1 for y, 2 for dv and dk; only the Hopper scan computes both in a launch.
     copyable: False if Hopper's TMA unit cannot fetch the operands (`launcher.is_copyable`).
-    by_token: with a decay per token.
+    by_token: with a decay per token. with_dots: with dot products of the results' rows.
     """
     chip, segments = chip_of(device), choose_segments(shape, device, by_token=by_token)
-    if by_token:
+    if with_dots and max(shape.key_dim, shape.value_dim) > NARROW.keys:
+        # The Hopper scan has no shared memory left for one more operand.
         copyable = False
     if copyable and _hopper_is_faster(shape, dtype, num_results, chip) and has_gluon(device):
         tiles = hopper_tiles(shape.key_dim, shape.value_dim, num_results)

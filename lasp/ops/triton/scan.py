@@ -217,6 +217,8 @@ def scan(
     """
     operands, states = (a, b, x), (initial_state, segment_states)
     options = dict(cu_seqlens=cu_seqlens, state_rows=state_rows, scale=scale, reverse=reverse)
+    if dot_with is not None and not is_addressable(spec(dot_with)):
+        dot_with = dot_with.contiguous()
     plan = _cached_plan(operands, states, log_decay, dot_with=dot_with, **options)
     y = torch.empty(x.shape, dtype=a.dtype, device=a.device)
     dots = None
@@ -304,8 +306,8 @@ class ScanPlan(NamedTuple):
         if not self.describes:
             return (*operands, *results, *others, dot_with, dots)
         if len(results) == 1:
-            operands, results = (*operands, None), (*results, None)
-        return (*operands, *results, *results, *others)
+            operands, results = (*operands, dot_with), (*results, None)
+        return (*operands, *results, *results, *others, dots)
 
 
 def _cached_plan(
@@ -313,7 +315,8 @@ def _cached_plan(
 ):
     """The plan of a scan of a, b, x, or of k, q, do, v for dv and dk."""
     # TMA needs aligned addresses.
-    aligned = not any(operand.data_ptr() % COPY_STEP for operand in operands)
+    read = operands if dot_with is None else (*operands, dot_with)
+    aligned = not any(tensor.data_ptr() % COPY_STEP for tensor in read)
     kind = is_by_token(log_decay), spec(dot_with)
     key = (cu_seqlens, state_rows), kind, operands[0].device, aligned, float(scale), reverse
     return plan_scan(tuple(map(spec, operands)), tuple(map(spec, states)), *key)
@@ -351,12 +354,14 @@ def plan_scan(
     operands = tuple(map(addressable_spec, operands))
     cu_seqlens, state_rows = documents
     shape = ScanShape(*a_shape, value_dim, cu_seqlens is not None)
-    copyable = aligned and all(map(is_copyable, operands))
-    num_results = len(operands) - 2
     by_token, dot_with = kind
+    read = operands if dot_with is None else (*operands, dot_with)
+    copyable = aligned and all(map(is_copyable, read))
+    num_results = len(operands) - 2
     choice = choose_scan(
-        shape, dtype, device, num_results, copyable=copyable, by_token=by_token
-    )
+        shape, dtype, device, num_results, copyable=copyable, by_token=by_token,
+        with_dots=dot_with is not None,
+    )  # fmt: skip
     if choice.num_results < num_results:
         return None
     initial, segment = states
@@ -372,7 +377,7 @@ def plan_scan(
     if segments.single:
         segment = None
     prepare = hopper_scan.prepare if choice.kernel == "hopper" else _prepare
-    num_programs, launch = prepare(
+    num_programs, launch, num_blocks = prepare(
         operands, (initial, segment), segments, choice.tiles, scale=scale, reverse=reverse,
         kind=kind, device=device,
     )  # fmt: skip
@@ -383,7 +388,7 @@ def plan_scan(
         segment is not None,
         copies,
         choice.kernel == "hopper",
-        num_programs // (segments.num_segments * num_heads),
+        num_blocks,
     )
 
 
@@ -397,8 +402,8 @@ def _prepare(
     reverse: bool,
     kind: tuple[bool, TensorSpec | None],
     device: torch.device,
-) -> tuple[int, CachedLaunch]:
-    """(number of programs, launch) of the Triton scan."""
+) -> tuple[int, CachedLaunch, int]:
+    """(number of programs, launch, blocks of columns) of the Triton scan."""
     a, b, x = operands[:3]
     by_token, dot_with = kind
     initial, segment = states
@@ -428,5 +433,5 @@ def _prepare(
     )
     options = dict(num_warps=tiles.num_warps, num_stages=tiles.num_stages)
     launch = cached_launch(scan_kernel, numbers, constants, dtype, **options)
-    num_programs = segments.num_segments * num_heads * triton.cdiv(value_dim, tiles.value)
-    return num_programs, launch
+    num_blocks = triton.cdiv(value_dim, tiles.value)
+    return segments.num_segments * num_heads * num_blocks, launch, num_blocks
