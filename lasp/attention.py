@@ -199,6 +199,8 @@ class _LightningAttention(torch.autograd.Function):
         tensors = q, k, v, log_decay, initial_state, cu_seqlens
         scale, output_final_state, needs_grad, context = common
         impl = library if call is None else functional
+        # What both functions derive from a decay is computed once; an operator takes a tensor.
+        decay = log_decay if call is None else Decay(log_decay)
         call = call or ops.PLAIN_CALL
         if call.recording is not None:
             check, _ = None, decay_rates(log_decay)  # Raises for values that are not allowed.
@@ -208,14 +210,21 @@ class _LightningAttention(torch.autograd.Function):
         else:
             with call.record():
                 state_in, segment_states, final_state = impl.state_fwd(
-                    *tensors[1:],
+                    k,
+                    v,
+                    decay,
+                    initial_state,
+                    cu_seqlens,
                     scale=scale,
                     output_final_state=output_final_state,
                     needs_grad=needs_grad,
                     context=context,
                 )
                 o = impl.attn_fwd(
-                    *tensors,
+                    *tensors[:3],
+                    decay,
+                    initial_state,
+                    cu_seqlens,
                     state_in=state_in,
                     segment_states=segment_states,
                     scale=scale,

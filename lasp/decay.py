@@ -32,6 +32,8 @@ class Decay:
         log_decay: float32 [H], finite and <= 0, or [B, T, H], <= 0; None: no decay.
     """
 
+    operand: torch.Tensor | None = None
+
     def __init__(self, log_decay: torch.Tensor | None) -> None:
         self.log_decay = log_decay
         self.by_token = log_decay is not None and log_decay.dim() > 1
@@ -44,18 +46,26 @@ class Decay:
             ValueError: values that are not allowed. Those of a decay per token are checked on the
                 CPU only: on a GPU the host would wait for them in every call.
         """
-        if not self.by_token:
+        if self.log_decay is None or not self.by_token:
             return decay_rates(self.log_decay)
         check_token_decays(self.log_decay)
         return "one per token"
 
+    @classmethod
+    def of(cls, log_decay: torch.Tensor | Decay | None) -> Decay:
+        """The decay itself, or that of a tensor."""
+        return log_decay if isinstance(log_decay, cls) else cls(log_decay)
+
     def bind(self, partition, backend) -> Decay:
         """Divide a decay per token as `partition` divides the tokens; returns self.
 
-        Sets `operand`, the decay that functions of the backend take.
+        Sets `operand`, the decay that functions of the backend take, once for all partitions of a
+        call, which divide tokens in the same way.
         """
-        self._partition, self._backend, self.operand = partition, backend, self.log_decay
-        if self.by_token:
+        self._partition, self._backend = partition, backend
+        if not self.by_token:
+            self.operand = self.log_decay
+        elif self.operand is None:
             self.operand = backend.prepare_decay(partition.fold(self.log_decay))
         return self
 

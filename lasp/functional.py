@@ -49,7 +49,7 @@ _LONG_SCAN = 2**25
 def state_fwd(
     k: torch.Tensor,
     v: torch.Tensor,
-    log_decay: torch.Tensor | None,
+    log_decay: torch.Tensor | Decay | None,
     initial_state: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     *,
@@ -67,7 +67,7 @@ def state_fwd(
     Raises:
         ValueError: decays, boundaries or lengths that do not fit; on every rank if ranks disagree.
     """
-    decay, group = Decay(log_decay), context.group
+    decay, group = Decay.of(log_decay), context.group
     if group is None:
         _ = decay.rates  # Raises for values that are not allowed.
         partition = local_partition(k.shape[1], cu_seqlens, context)
@@ -113,7 +113,7 @@ def attn_fwd(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    log_decay: torch.Tensor | None,
+    log_decay: torch.Tensor | Decay | None,
     initial_state: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     *,
@@ -129,7 +129,7 @@ def attn_fwd(
         partition.fold(q),
         partition.fold(k),
         partition.fold(v),
-        Decay(log_decay).bind(partition, backend).operand,
+        Decay.of(log_decay).bind(partition, backend).operand,
         scale=scale,
         initial_state=state,
         segment_states=segment_states,

@@ -214,7 +214,7 @@ def _load_step(
 
 @triton.jit(do_not_specialize=["T", "segments_per_row", "segment_length"])
 def decay_gradient_kernel(
-    p_q_dots, p_k_dots, p_boundary, p_start, p_out, p_table,
+    p_q_dots, p_k_dots, p_boundary, p_start, p_out, p_steps, p_table,
     T, segments_per_row, segment_length, H,
     NQ: tl.constexpr, NK: tl.constexpr, BT: tl.constexpr, PACKED: tl.constexpr,
     HAS_BOUNDARY: tl.constexpr, HAS_START: tl.constexpr, ENDS_IN_ZERO: tl.constexpr,
@@ -246,14 +246,19 @@ def decay_gradient_kernel(
     p_out += (i_b * T + start) * H + i_h
     o_t = tl.arange(0, BT)
     b_total = tl.zeros([BT], dtype=tl.float64)
+    p_steps += (i_b * H + i_h) * T + start
     for t in range(0, count, BT):
-        b_total += _load_step(p_q_dots, p_k_dots, t + o_t, t + o_t < count, T, NQ, NK, BT)
+        m_t = t + o_t < count
+        b_step = _load_step(p_q_dots, p_k_dots, t + o_t, m_t, T, NQ, NK, BT)
+        # Each thread reads again what it has written.
+        tl.store(p_steps + t + o_t, b_step, mask=m_t)
+        b_total += b_step
     slope = (last - first + tl.sum(b_total, axis=0)) / tl.maximum(count, 1).to(tl.float64)
     if not ENDS_IN_ZERO:
         slope = tl.where(beyond > 0, slope, 0.0)
     for t in range(0, count, BT):
         m_t = t + o_t < count
-        b_step = _load_step(p_q_dots, p_k_dots, t + o_t, m_t, T, NQ, NK, BT)
+        b_step = tl.load(p_steps + t + o_t, mask=m_t, other=0.0)
         b_before = tl.cumsum(b_step, axis=0) - b_step
         b_gradient = first - b_before + slope * (t + o_t).to(tl.float64)
         o_out = (t + o_t).to(tl.int64) * H
@@ -318,7 +323,8 @@ def decay_gradient(
         )  # fmt: skip
         if start is not None:
             start = start.contiguous()
-        launch(documents.num_segments * H, q_dots, k_dots, boundary, start, gradient, table)
+        steps = torch.empty(B, H, T, dtype=torch.float64, device=q_dots.device)
+        launch(documents.num_segments * H, q_dots, k_dots, boundary, start, gradient, steps, table)
     return gradient
 
 

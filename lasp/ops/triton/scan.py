@@ -150,12 +150,14 @@ def scan_kernel(
         b_x = tl.load(p_x + i_t * stride_xt + o_xt, mask=m_cx, other=0.0)  # [BC, BX]
         if BY_TOKEN:
             b_sums, before, last = chunk_of_decay(p_log_decay, t, count, o_c, BC)
+            if p_a.dtype.element_ty != tl.float32:
+                # Products in 16 bits lose more than differences of these sums do.
+                b_sums = (b_sums - before).to(tl.float32)
+                last = (last - before).to(tl.float32)
+                before = 0.0
             b_from_start = tl.exp((b_sums - before).to(tl.float32))
             b_to_end = tl.exp((last - b_sums).to(tl.float32))
             b_chunk_decay = tl.exp((last - before).to(tl.float32))
-            if p_a.dtype.element_ty != tl.float32:
-                # Products in 16 bits lose more than these differences do.
-                b_sums = (b_sums - before).to(tl.float32)
             if REVERSE:
                 b_row = b_to_end
                 b_column = scale * b_from_start

@@ -37,6 +37,26 @@ from lasp.ops.triton.segments import NONE, DocumentStates, Segments, divide, loc
 from lasp.replay import on_device_of, spec
 
 
+@triton.jit
+def _first_chunk_that_counts(
+    p_cumulative, count, num_chunks, BC: tl.constexpr, REVERSE: tl.constexpr
+):
+    """The first chunk of which more than exp(-104) is left where the state leaves, or the last."""
+    low = num_chunks * 0
+    high = tl.maximum(num_chunks - 1, 0)
+    edge = tl.load(p_cumulative + (tl.minimum(count, 1) if REVERSE else count))
+    while low < high:
+        middle = (low + high) // 2
+        if REVERSE:
+            left = tl.load(p_cumulative + (num_chunks - 1 - middle) * BC + 1) - edge
+        else:
+            left = edge - tl.load(p_cumulative + count - (num_chunks - 1 - middle) * BC)
+        nothing = left < -104.0
+        low = tl.where(nothing, middle + 1, low)
+        high = tl.where(nothing, high, middle)
+    return low
+
+
 @triton.jit(do_not_specialize=["scale", "T", "segments_per_row", "segments_run", "segment_length"])
 def state_kernel(
     p_k, p_v, p_states, p_total, p_log_decay, p_table,
@@ -98,6 +118,8 @@ def state_kernel(
     # heads of fast decay read only a part of the segment.
     b_reach = tl.minimum(104.0 / tl.maximum(-b_log_decay, 1e-9), 2.0**30).to(tl.int32)
     first_chunk = tl.maximum(num_chunks - 2 - b_reach // BC, 0)
+    if BY_TOKEN:
+        first_chunk = _first_chunk_that_counts(p_log_decay, count, num_chunks, BC, REVERSE)
     for i_c in range(first_chunk, num_chunks):
         if REVERSE:
             t = (num_chunks - 1 - i_c) * BC

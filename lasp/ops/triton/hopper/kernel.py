@@ -95,7 +95,8 @@ def hopper_scan_kernel(
     # The decays of the rows of every buffer; or, if constant, of each warpgroup.
     NR: gl.constexpr = STAGES if BY_TOKEN else 2
     row_decays = gl.allocate_shared_memory(gl.float32, [NR, BC], row_layout)
-    positions = gl.allocate_shared_memory(gl.float32, [2 if BY_TOKEN else 1, BC], row_layout)
+    chunk_decays = gl.allocate_shared_memory(gl.float32, [STAGES, 1], row_layout)
+    positions = gl.allocate_shared_memory(gl.float32, [3 if BY_TOKEN else 1, BC], row_layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_layout)
     w_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_layout)
     p_ready = gl.allocate_shared_memory(gl.int64, [STAGES * NP, 1], bar_layout)
@@ -111,7 +112,8 @@ def hopper_scan_kernel(
     barrier()
 
     barriers = (full, w_ready, p_ready, empty)
-    scratch = (p_tiles, y_tiles, row_decays)
+    scratch = (p_tiles, y_tiles, row_decays, chunk_decays)
+    decay_tiles = (row_decays, chunk_decays)
     state_in = (initial, segment, outside, outside_decay)
     factors = (decay, scale)
     dots = ()
@@ -127,7 +129,7 @@ def hopper_scan_kernel(
         z_operands = (c_tiles, w_tiles, b_tiles, b_tiles)
         state_in_mT = (initial_mT, segment_mT, outside, outside_decay)
         if WITH_DOTS:
-            p_dots += (i_b * H + i_h) * (BA // BX) * T + start
+            p_dots += (i_b * H + i_h) * (BA // 16) * T + start
             dots = (a_tiles, p_dots, T)
         gl.warp_specialize([
             (state_warps, (y_operands, scratch, barriers, y_descriptor, p_y, state_in, where,
@@ -138,8 +140,8 @@ def hopper_scan_kernel(
                  factors, i_x, H, dots, 1, 1, 0,
                  X, A, BC, BA, BX, BLOCKS, PART, STAGES, REVERSE, HAS_INITIAL, HAS_SEGMENT,
                  BY_TOKEN)),
-            (score_warps, (tiles, p_tiles, w_tiles, positions, row_decays, barriers, where, factors,
-                 BC, BA, BX, STAGES, REVERSE, PAIR, BY_TOKEN)),
+            (score_warps, (tiles, p_tiles, w_tiles, positions, decay_tiles, barriers, where,
+                 factors, BC, BA, BX, STAGES, REVERSE, PAIR, BY_TOKEN)),
             (load_warp, (descriptors, (0, 0, 0, 0), tiles, barriers, where, BC, STAGES, REVERSE)),
         ], [4, 4, 1], REGISTERS)
     else:
@@ -151,7 +153,7 @@ def hopper_scan_kernel(
             tiles = (a_tiles, b_tiles, x_tiles, c_tiles)
             descriptors = (a_descriptor, b_descriptor, x_descriptor, c_descriptor)
             columns = (0, 0, i_x, i_x)
-            p_dots += (i_b * H + i_h) * (NX * BW // BX) * T + start
+            p_dots += (i_b * H + i_h) * (NX * BW // 16) * T + start
             dots = (c_tiles, p_dots, T)
         operands = (a_tiles, b_tiles, x_tiles, w_tiles)
         gl.warp_specialize([
@@ -163,8 +165,8 @@ def hopper_scan_kernel(
                  factors, i_x + BW // 2, H, dots, 1, 0, BW // 2,
                  A, X, BC, BA, BX, BLOCKS, PART, STAGES, REVERSE, HAS_INITIAL, HAS_SEGMENT,
                  BY_TOKEN)),
-            (score_warps, (tiles, p_tiles, w_tiles, positions, row_decays, barriers, where, factors,
-                 BC, BA, BX, STAGES, REVERSE, PAIR, BY_TOKEN)),
+            (score_warps, (tiles, p_tiles, w_tiles, positions, decay_tiles, barriers, where,
+                 factors, BC, BA, BX, STAGES, REVERSE, PAIR, BY_TOKEN)),
             (load_warp, (descriptors, columns, tiles, barriers, where, BC, STAGES, REVERSE)),
         ], [4, 4, 1], REGISTERS)
     # fmt: on

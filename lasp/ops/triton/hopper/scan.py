@@ -83,7 +83,7 @@ def prepare(
     num_programs = segments.num_segments * num_heads * blocks
     # Of the columns of z in a pair.
     of_dots = tiles.keys if pair else blocks * width
-    return num_programs, launch, of_dots // HOPPER_VALUE_BLOCK
+    return num_programs, launch, of_dots // 16
 
 
 @functools.lru_cache(maxsize=1024)

@@ -106,26 +106,21 @@ def _store_score(
     BC: gl.constexpr = p_tile.shape[0]
     # Computed again for every chunk from positions in shared memory: the states need the registers
     # that would hold the decay.
-    o_i = positions.load(gl.SliceLayout(1, mma))[:, None]
-    o_j = positions.load(gl.SliceLayout(0, mma))[None, :]
-    if REVERSE:
-        b_distance = o_j - o_i  # [BC, BC]
-    else:
-        b_distance = o_i - o_j  # [BC, BC]
     if BY_TOKEN:
-        # Their positions are sums of log decays.
-        b_decay = _exp2(gl.minimum(b_distance, 0.0))
-        o_i = gl.arange(0, BC, gl.SliceLayout(1, mma))[:, None]
-        o_j = gl.arange(0, BC, gl.SliceLayout(0, mma))[None, :]
-        if REVERSE:
-            b_distance = o_j - o_i  # [BC, BC]
-        else:
-            b_distance = o_i - o_j  # [BC, BC]
-        b_decay = gl.where(b_distance >= 0, b_decay * scale, 0.0)  # [BC, BC]
+        b_sum_i = positions.index(1).load(gl.SliceLayout(1, mma))[:, None]
+        b_sum_j = positions.index(1).load(gl.SliceLayout(0, mma))[None, :]
+        b_between = b_sum_j - b_sum_i if REVERSE else b_sum_i - b_sum_j  # [BC, BC]
+        b_p = warpgroup_mma_wait(0, deps=[b_s]) * _exp2(gl.minimum(b_between, 0.0))
+        b_p *= scale
+    o_i = positions.index(0).load(gl.SliceLayout(1, mma))[:, None]
+    o_j = positions.index(0).load(gl.SliceLayout(0, mma))[None, :]
+    b_distance = o_j - o_i if REVERSE else o_i - o_j  # [BC, BC]
+    if BY_TOKEN:
+        b_p = gl.where(b_distance >= 0.0, b_p, 0.0)
     else:
         b_decay = _exp2(rate * b_distance)
         b_decay = gl.where(b_distance >= 0.0, b_decay * scale, 0.0)  # [BC, BC]
-    b_p = warpgroup_mma_wait(0, deps=[b_s]) * b_decay
+        b_p = warpgroup_mma_wait(0, deps=[b_s]) * b_decay
     if _is_short(row, count, BC):
         m_i = (o_i + row >= 0) & (o_i + row < count)
         m_j = (o_j + row >= 0) & (o_j + row < count)
@@ -160,27 +155,31 @@ def _load_decays(decay, i_c, count, o_c, BC: gl.constexpr, REVERSE: gl.constexpr
 
 
 @gluon.jit
-def _store_decays(decays, positions, row_decays, stage, scale, REVERSE: gl.constexpr):
-    """Store the decays of a chunk's rows, and for the score warps the sums of log2 decays and the
-    decays of x."""
+def _store_decays(decays, positions, decay_tiles, stage, scale, REVERSE: gl.constexpr):
+    """Store the decays of a chunk's rows and of a state across it, and for the score warps the sums
+    of log2 decays and the decays of x."""
+    row_decays, chunk_decays = decay_tiles
     b_sums, before, last = decays
     b_from_start = (b_sums - before).to(gl.float32)
     b_enters = gl.exp(b_from_start)
     b_leaves = gl.exp((last - b_sums).to(gl.float32))
-    positions.index(0).store(b_from_start * 1.4426950408889634)
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    b_chunk_decay = gl.full([1], gl.exp((last - before).to(gl.float32)), gl.float32, one)
+    chunk_decays.index(stage).store(b_chunk_decay)
+    positions.index(1).store(b_from_start * 1.4426950408889634)
     if REVERSE:
         row_decays.index(stage).store(b_leaves)
-        positions.index(1).store(b_enters * scale)
+        positions.index(2).store(b_enters * scale)
     else:
         row_decays.index(stage).store(b_enters * scale)
-        positions.index(1).store(b_leaves)
+        positions.index(2).store(b_leaves)
 
 
 @gluon.jit
 def score_warps(
     tiles,
     p_tiles,
-    w_tiles, positions, row_decays, barriers, where, factors,
+    w_tiles, positions, decay_tiles, barriers, where, factors,
     BC: gl.constexpr, BA: gl.constexpr, BX: gl.constexpr, STAGES: gl.constexpr,
     REVERSE: gl.constexpr, PAIR: gl.constexpr, BY_TOKEN: gl.constexpr,
 ):  # fmt: skip
@@ -198,10 +197,11 @@ def score_warps(
     o_t = gl.arange(0, BC, by_token)
     if BY_TOKEN:
         rate = 1.0
+        decays = _load_decays(decay, 0, count, o_t, BC, REVERSE)
     else:
         rate = decay * 1.4426950408889634
-        positions.index(0).store(o_t.to(gl.float32))
-        barrier()
+    positions.index(0).store(o_t.to(gl.float32))
+    barrier()
     o_c = gl.arange(0, BC, of_column)[:, None]
     # Constant, or replaced in every chunk.
     if REVERSE:
@@ -217,15 +217,14 @@ def score_warps(
         b = _matrix(tiles[1].index(stage), BC, BA)
         x = _matrix(tiles[2].index(stage), BC, NW * BX)
         w = _matrix(w_tiles.index(stage), BC, NW * BX)
-        if BY_TOKEN:
-            # Begun before the wait, which takes longer.
-            decays = _load_decays(decay, i_c, count, o_t, BC, REVERSE)
         mbarrier.wait(full.index(stage), phase)
+        if BY_TOKEN:
+            # Before the product, which takes the registers.
+            _store_decays(decays, positions, decay_tiles, stage, scale, REVERSE)
+            barrier()
         b_score = _begin_score(a, b, mma)
         if BY_TOKEN:
-            _store_decays(decays, positions, row_decays, stage, scale, REVERSE)
-            barrier()
-            b_column = positions.index(1).load(of_column)[:, None]
+            b_column = positions.index(2).load(of_column)[:, None]
         # No state leaves a short chunk: w needs no mask.
         for i_w in gl.static_range(NW):
             b_w = x.slice(i_w * BX, BX, 1).load(by_row).to(gl.float32) * b_column
@@ -234,7 +233,7 @@ def score_warps(
         barrier()
         mbarrier.arrive(w_ready.index(stage), count=1)
         _store_score(
-            p_tiles.index(NP * stage), b_score, positions.index(0), rate, scale, row, count,
+            p_tiles.index(NP * stage), b_score, positions, rate, scale, row, count,
             REVERSE, BY_TOKEN, mma,
         )  # fmt: skip
         if _is_short(row, count, BC):
@@ -249,12 +248,15 @@ def score_warps(
             b_score = _begin_score(c, x, mma)
             p_tile = p_tiles.index(NP * stage + 1)
             _store_score(
-                p_tile, b_score, positions.index(0), rate, scale, row, count, REVERSE, BY_TOKEN, mma
+                p_tile, b_score, positions, rate, scale, row, count, REVERSE, BY_TOKEN, mma
             )
             fence_async_shared()
             barrier()
             mbarrier.arrive(p_ready.index(NP * stage + 1), count=1)
         mbarrier.arrive(empty.index(stage), count=1)
+        if BY_TOKEN:
+            i_next = gl.minimum(i_c + 1, gl.cdiv(count, BC) - 1)
+            decays = _load_decays(decay, i_next, count, o_t, BC, REVERSE)
         stage, phase = _next(stage, phase, STAGES)
 
 
@@ -304,15 +306,30 @@ def _add_product(b_y, b_state, a, i_a: gl.constexpr, PART: gl.constexpr, mma: gl
 
 
 @gluon.jit
-def _store_dots(b_y, tile, p_dots, i_y, row, count, T):
-    """Store the dot products of the columns of b_y [BX, BC] with the rows of a tile [BC, BX]."""
+def _store_part(b_y, tile, p_dots, row, count, T):
     BX: gl.constexpr = b_y.shape[0]
     BC: gl.constexpr = b_y.shape[1]
-    layout: gl.constexpr = b_y.type.layout
-    b_c = tile.permute((1, 0)).load(layout)
-    b_dots = gl.sum(b_y * b_c.to(gl.float32), axis=0)
-    o_t = row + gl.arange(0, BC, gl.SliceLayout(0, layout))
-    gl.store(p_dots + (i_y // BX) * T + o_t, b_dots, mask=(o_t >= 0) & (o_t < count))
+    b_products = b_y * tile.permute((1, 0)).load(b_y.type.layout).to(gl.float32)
+    b_dots = gl.sum(b_products.reshape([BX // 16, 16, BC]), axis=1)
+    layout: gl.constexpr = b_dots.type.layout
+    o_w = gl.arange(0, BX // 16, gl.SliceLayout(1, layout))[:, None]
+    o_t = row + gl.arange(0, BC, gl.SliceLayout(0, layout))[None, :]
+    gl.store(p_dots + o_w * T + o_t, b_dots, mask=(o_t >= 0) & (o_t < count))
+
+
+@gluon.jit
+def _store_dots(b_y, tile, p_dots, i_y, row, count, T):
+    """Store the dot products of the columns of b_y [BX, BC] with the rows of a tile [BC, BX].
+
+    Those of each warp's 16 rows of b_y are apart: no warp waits for another. A part of the columns
+    at a time, to need fewer registers.
+    """
+    BX: gl.constexpr = b_y.shape[0]
+    HALF: gl.constexpr = b_y.shape[1] // 2
+    parts = b_y.reshape([BX, 2, HALF]).permute((0, 2, 1)).split()
+    p_dots += i_y // 16 * T
+    for i in gl.static_range(2):
+        _store_part(parts[i], tile.slice(i * HALF, HALF, 0), p_dots, row + i * HALF, count, T)
 
 
 @gluon.jit
@@ -331,7 +348,7 @@ def state_warps(
     column `i_t` on, and where the dot products go; empty for none.
     """
     a_tiles, b_tiles, x_tiles, w_tiles = operands
-    p_tiles, y_tiles, row_decays = scratch
+    p_tiles, y_tiles, row_decays, chunk_decays = scratch
     full, w_ready, p_ready, empty = barriers
     initial, segment, outside, outside_decay = state_in
     i_b, i_h, start, count = where
@@ -375,9 +392,6 @@ def state_warps(
         x = _matrix(x_tiles.index(stage), BC, x_tiles.shape[4])
         w = _matrix(w_tiles.index(stage), BC, w_tiles.shape[4])
         p = p_tiles.index(NP * stage + i_p).permute((1, 0))
-        if BY_TOKEN:
-            last = gl.load(decay + gl.minimum(row + BC, count))
-            chunk_decay = gl.exp((last - gl.load(decay + gl.maximum(row, 0))).to(gl.float32))
         mbarrier.wait(full.index(stage), phase)
         new_states = ()
         for i in gl.static_range(BLOCKS):
@@ -389,6 +403,8 @@ def state_warps(
             w_part = w.slice(i_t + i * BX, BX, 1).permute((1, 0))
             products = ()
             for i_a in gl.static_range(NA):
+                if BY_TOKEN:
+                    chunk_decay = chunk_decays.index(stage).load(gl.SliceLayout(1, mma))[:, None]
                 b_state = states[i * NA + i_a] * chunk_decay
                 b_part = b.slice(i_a * KEYS, KEYS, 1)
                 products += (warpgroup_mma(w_part, b_part, b_state, is_async=True),)

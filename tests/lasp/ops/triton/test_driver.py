@@ -184,7 +184,7 @@ def long_strides():
     [(_, cached)] = launches_of(lambda: kernels.scan(x, x, x, None, scale=1.0))
     numbers = (2**40, *cached._numbers[1:])
     launch = CachedLaunch(cached._kernel, numbers, cached._named)
-    tensors = (x, x, x, x, None, None, zeros(2, dtype=torch.float32), None)
+    tensors = (x, x, x, x, None, None, zeros(2, dtype=torch.float32), None, None, None)
     launch(2, *tensors)
 
 
