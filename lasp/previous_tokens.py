@@ -64,9 +64,7 @@ def exchange_previous_tokens(
     Raises:
         ValueError: on bad input, and on every rank of `group` if the ranks disagree.
     """
-    context = CPContext(
-        validation.resolve_group(group), layout=layout, shard_lengths=shard_lengths
-    )
+    context = CPContext(validation.resolve_group(group), layout=layout, shard_lengths=shard_lengths)
     problem = _problem(x, count, cu_seqlens, context)
     if problem is not None:
         if context.group is not None:

@@ -154,8 +154,9 @@ def convolved(group, how):
     with Sent() as sent:
         y = layer(x)
         y.square().sum().backward()
-    errors = relative_error(y.detach(), truth[rank].detach()), relative_error(
-        x.grad, whole.grad.chunk(size, 1)[rank]
+    errors = (
+        relative_error(y.detach(), truth[rank].detach()),
+        relative_error(x.grad, whole.grad.chunk(size, 1)[rank]),
     )
     return max(errors), len(sent.bytes)
 
@@ -172,7 +173,7 @@ class Convolve(torch.nn.Module):
 @pytest.mark.parametrize(
     "how, sent",
     [
-        # Two calls: the first and the middle rank send twice, the middle and the last one return.
+        # Two calls: all but the last rank send in each, all but the first return a gradient.
         ("plain", [2, 4, 2]),
         ("compiled", [2, 4, 2]),
         ("kept", [2, 4, 2]),
