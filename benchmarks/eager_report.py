@@ -58,7 +58,7 @@ def _cold(part: dict[str, dict[str, float]]) -> str:
     steps = list(next(iter(part.values())))
     lines = [f"| seconds | {' | '.join(steps)} |", "|---|" + "---|" * len(steps)]
     for name, seconds in part.items():
-        lines.append(f"| {name} | {' | '.join(f'{seconds[step]:.1f}' for step in steps)} |")
+        lines.append(f"| {name} | {' | '.join(f'{seconds[step]:.2f}' for step in steps)} |")
     return "\n".join(lines)
 
 

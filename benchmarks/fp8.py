@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import fp8_report
+import losses
 import torch
 import torch.distributed as dist
 import training
 import versions
 from training import RECOMPUTE, Case
-
-from launch import train
 
 FP8 = "quantize.linear.float8."
 RECIPES: dict[str, tuple[tuple[str, Any], ...]] = {
@@ -109,42 +108,11 @@ def merge(folders: list[Path], report: dict[str, Any]) -> None:
 
 def measure_losses(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
     """Train once per recipe from the same weights on the same samples."""
-    preset, tokens = arguments.preset or "385m", arguments.tokens or 2048
     for recipe, flags in RECIPES.items():
         if arguments.recipes and recipe not in arguments.recipes:
             continue
-        with tempfile.TemporaryDirectory() as folder:
-            values = {
-                "job.dump_folder": folder,
-                "data.folder": arguments.data,
-                "model.preset": preset,
-                "training.seq_len": tokens // 2,
-                "training.local_batch_size": 2,
-                "training.steps": arguments.loss_steps,
-                "validation.freq": max(1, arguments.loss_steps // 5),
-                "validation.steps": 32,
-                "metrics.log_freq": max(1, arguments.loss_steps // 100),
-                **dict(flags),
-            }
-            line = ["--checkpoint.no-enable", "--sample.no-enable", *arguments.launcher_flags]
-            for name, value in values.items():
-                line += [f"--{name}", str(value)]
-            code = train.main(line)
-            if code:
-                raise SystemExit(f"launch/train.py ended with code {code} for {recipe}.")
-            lines = Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        records = [json.loads(each) for each in lines]
-        report["loss"][recipe] = {
-            "model": f"TNL {preset}",
-            "tokens_per_step": tokens,
-            "train": [[each["step"], each["loss"]] for each in records],
-            "validation": [
-                [each["step"], each["val_loss"]] for each in records if "val_loss" in each
-            ],
-        }
+        report["loss"][recipe] = losses.train(recipe, dict(flags), arguments)
         fp8_report.write(report, arguments.out)
-        torch._dynamo.reset()
-        gc.collect()
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -154,12 +122,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="per GPU and step")
     parser.add_argument("--steps", type=int, default=5, help="measured steps")
     parser.add_argument("--warmup", type=int, default=3, help="steps before the measured ones")
-    parser.add_argument("--loss_steps", type=int, default=1000, help="steps of a loss curve")
     parser.add_argument("--recipes", nargs="*", help="rows of these names only")
     parser.add_argument("--folders", nargs="*", type=Path, default=[], help="what to merge")
-    parser.add_argument("--data", type=Path, default=Path("data/stdlib"), help="text, made if none")
-    parser.add_argument("--out", type=Path, default=training.RESULTS, help="folder for the results")
-    parser.add_argument("--launcher_flags", nargs=argparse.REMAINDER, default=[])
+    losses.add_arguments(parser)
     return parser.parse_args()
 
 

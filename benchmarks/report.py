@@ -13,6 +13,7 @@ from pathlib import Path
 import eager_report
 import fp8_report
 import kernels_report
+import learned_decay_report
 import megatron_report
 import sequence_parallel_report
 import training_report
@@ -22,7 +23,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def main() -> None:
-    kernels, over_ranks, training, fp8, eager = read_reports()
+    kernels, over_ranks, training, fp8, eager, decay = read_reports()
     kernels_report.write(kernels, RESULTS)
     for report in over_ranks:
         sequence_parallel_report.write(report, RESULTS, with_plot=True)
@@ -30,22 +31,23 @@ def main() -> None:
     training_report.write(training, RESULTS)
     fp8_report.write(fp8, RESULTS)
     eager_report.write(eager, RESULTS)
-    for path, name, table in docs_tables(kernels, over_ranks, training, fp8, eager):
+    learned_decay_report.write(decay, RESULTS)
+    for path, name, table in docs_tables(kernels, over_ranks, training, fp8, eager, decay):
         path.write_text(filled(path.read_text(), name, table))
         print(f"{path.relative_to(ROOT)}, table {name}:\n\n{table}")
 
 
-def read_reports() -> tuple[dict, list[dict], dict, dict, dict]:
+def read_reports() -> tuple[dict, list[dict], dict, dict, dict, dict]:
     """The reports of kernels, of sequence parallelism by number of ranks, of training, of FP8, of
-    eager calls."""
+    eager calls, of learned decays."""
     over_ranks = [_read(path) for path in sorted(RESULTS.glob("sequence_parallel_*.json"))]
-    names = ("kernels", "training", "fp8", "eager")
-    kernels, training, fp8, eager = (_read(RESULTS / f"{name}.json") for name in names)
-    return kernels, over_ranks, training, fp8, eager
+    names = ("kernels", "training", "fp8", "eager", "learned_decay")
+    kernels, *others = (_read(RESULTS / f"{name}.json") for name in names)
+    return kernels, over_ranks, *others
 
 
 def docs_tables(
-    kernels: dict, over_ranks: list[dict], training: dict, fp8: dict, eager: dict
+    kernels: dict, over_ranks: list[dict], training: dict, fp8: dict, eager: dict, decay: dict
 ) -> list[tuple[Path, str, str]]:
     """The tables outside benchmarks/results: (file, name of the table, the table)."""
     docs = ROOT / "docs" / "benchmarks.md"
@@ -56,6 +58,7 @@ def docs_tables(
         (docs, "ranks", sequence_parallel_report.docs_table(over_ranks)),
         (docs, "training", training_report.docs_table(training)),
         (docs.with_name("training.md"), "fp8", fp8_report.docs_table(fp8)),
+        (docs.with_name("training.md"), "decay", learned_decay_report.docs_table(decay)),
     ]
 
 

@@ -73,7 +73,8 @@ def _describe_tnl(config: TNLConfig) -> str:
     names = ("vocab_size", "dim", "num_layers", "num_heads", "glu_dim")
     text = ", ".join(f"{name} {getattr(config, name)}" for name in names)
     softmax = config.num_softmax_layers
-    return text + (f", {softmax} of the layers softmax" if softmax else "")
+    text += f", {softmax} of the layers softmax" if softmax else ""
+    return text + (", decay learned" if config.decay == "learned" else "")
 
 
 def _tnl_state_bytes(config: TNLConfig) -> int:

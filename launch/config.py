@@ -63,6 +63,9 @@ class Model:
     num_layers. LLLLLLLS is a hybrid, S a transformer of the same shape."""
     num_key_value_heads: int | None = None
     """Heads of keys and values in softmax layers."""
+    decay: Literal["fixed", "learned"] | None = None
+    """Of linear layers. fixed: a constant per head. learned: one per token and head, computed from
+    the layer's input; it starts at the fixed one."""
 
 
 @dataclass(kw_only=True)

@@ -17,6 +17,9 @@ _STATES = ("step", "exp_avg", "exp_avg_sq")
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """AdamW, with weight decay on the matrices of linear layers and embeddings only.
 
+    (Of a learned decay: on the matrix, which pulls decays towards one per head, and not on the
+    bias, which moves that one.)
+
     Args:
         model: as data parallelism has sharded it.
     """

@@ -6,8 +6,9 @@
 
 Each operand is scaled into FP8's range by its own largest value, found anew in each step: one scale
 per tensor ("tensorwise"), or one per row or column of the product ("rowwise": slower, finer).
-Embedding, norms, attention and the head with its loss are left as they are. Parameters keep their
-names, shapes and dtype, so a checkpoint does not tell whether products ran in FP8.
+Embedding, norms, attention, the head with its loss, and linear layers of a class that sets
+`allows_float8 = False` (projections to decays) are left as they are. Parameters keep their names,
+shapes and dtype, so a checkpoint does not tell whether products ran in FP8.
 
 The casts are separate passes over memory unless torch.compile fuses them with what comes before.
 """
@@ -177,5 +178,6 @@ def high_precision(tensor: Tensor) -> Tensor:
 def _wanted(blocks: nn.ModuleList, skip: Sequence[str]) -> Iterator[tuple[str, nn.Linear]]:
     """The linear layers for FP8, by name."""
     for name, module in blocks.named_modules(prefix="blocks"):
-        if isinstance(module, nn.Linear) and not any(each in name for each in skip):
+        wanted = isinstance(module, nn.Linear) and getattr(module, "allows_float8", True)
+        if wanted and not any(each in name for each in skip):
             yield name, module

@@ -33,7 +33,7 @@ __all__ = ["SHARDED_SIZES", "check_divides", "float32_blocks", "tensor_parallel"
 
 # The fields of a TNLConfig that tensor parallelism shards.
 SHARDED_SIZES = ("num_heads", "num_key_value_heads", "glu_dim", "vocab_size")
-_COLUMNWISE = ("qkvu_proj", "q_proj", "kv_proj", "w1", "w2")
+_COLUMNWISE = ("qkvu_proj", "decay_proj", "q_proj", "kv_proj", "w1", "w2")
 _ROWWISE = ("out_proj", "w3")
 
 

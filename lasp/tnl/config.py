@@ -22,6 +22,10 @@ class TNLConfig:
         activation: "silu" or "none", on queries and keys only.
         lrpe_layers: the layers (from 0) whose queries and keys get LRPE positions; (0,) in released
             models. Softmax layers ignore it: they have RoPE.
+        decay: of the linear layers. "fixed": TNL's constant per head and layer. "learned": one per
+            token and head, computed from the layer's input (`lasp.tnl.learned_decay`); it starts at
+            the fixed one, so that weights of a model with a fixed decay continue as they are, by
+            `load_state_dict(weights, strict=False)`.
         layer_types: "L" for a linear, "S" for a softmax layer, from the first layer on; repeated
             until there are num_layers. The released models are "L"; "LLLLLLLS" is a hybrid.
         num_key_value_heads: heads of the keys and values in softmax layers, a divisor of num_heads;
@@ -48,6 +52,7 @@ class TNLConfig:
     layer_types: str = "L"
     num_key_value_heads: int | None = None
     rope_base: float = 10000.0
+    decay: str = "fixed"
 
     def __post_init__(self) -> None:
         # A config from TOML or JSON has a list.
@@ -64,6 +69,8 @@ class TNLConfig:
         self._check_softmax_layers()
         if self.activation not in ("silu", "none"):
             raise ValueError(f'activation is {self.activation!r}: it must be "silu" or "none".')
+        if self.decay not in ("fixed", "learned"):
+            raise ValueError(f'decay is {self.decay!r}: it must be "fixed" or "learned".')
         outside = [layer for layer in self.lrpe_layers if not 0 <= layer < self.num_layers]
         if outside or len(set(self.lrpe_layers)) != len(self.lrpe_layers):
             raise ValueError(
@@ -150,7 +157,8 @@ class TNLConfig:
     def num_parameters(self) -> int:
         """Parameters of the model, the tied embedding counted once."""
         positions = self.dim * sum(self.uses_lrpe(layer) for layer in range(self.num_layers))
-        return self.vocab_size * self.dim + self._block_matrices() + positions
+        biases = self._num_learned_decays()
+        return self.vocab_size * self.dim + self._block_matrices() + positions + biases
 
     def flops_per_token(self, training: bool = True, seq_len: int | None = None) -> int:
         """Model FLOPs of one token (a multiply-add is 2), whatever the implementation.
@@ -181,7 +189,13 @@ class TNLConfig:
         softmax = self.num_softmax_layers
         grouped = 2 * self.kv_dim
         mixers = (self.num_layers - softmax) * 5 * self.dim + softmax * (2 * self.dim + grouped)
+        mixers += self._num_learned_decays()
         return self.dim * (mixers + 3 * self.num_layers * self.glu_dim)
+
+    def _num_learned_decays(self) -> int:
+        """Decays per token that are computed from the input, over all layers."""
+        linear = self.num_layers - self.num_softmax_layers
+        return linear * self.num_heads if self.decay == "learned" else 0
 
 
 _PRESETS: dict[str, dict[str, int]] = {

@@ -77,7 +77,7 @@ def from_released(
 
     Raises:
         ValueError: keys missing, unexpected or of the wrong shape (all are named), a head that
-            differs from the embedding, or softmax layers in the config.
+            differs from the embedding, or softmax layers or a learned decay in the config.
     """
     released_names, shapes = _names_and_shapes(config)
     missing = sorted(shapes.keys() - state_dict.keys() - {_HEAD})
@@ -151,6 +151,12 @@ def _names_and_shapes(config: TNLConfig) -> tuple[dict[str, str], dict[str, tupl
         raise ValueError(
             f"layer_types is {config.layer_types!r}, but the released models have no softmax "
             'layers: only a model of "L" converts.'
+        )
+    if config.decay != "fixed":
+        raise ValueError(
+            f"decay is {config.decay!r}, but that of the released models is fixed: convert with "
+            'decay="fixed". A model with a learned decay starts from such weights by '
+            "load_state_dict(weights, strict=False)."
         )
     with torch.device("meta"):
         parameters = TNL(config).state_dict()

@@ -18,6 +18,7 @@ from lasp.shard import SequenceShard
 from lasp.softmax_attention import gather_past
 from lasp.tnl.config import TNLConfig
 from lasp.tnl.heads import split_heads
+from lasp.tnl.learned_decay import DecayProjection, fixed_decay, learned_decay
 from lasp.tnl.positions import LRPE, apply_rope
 
 __all__ = ["SGLU", "GatedLinearAttention", "SRMSNorm", "SoftmaxAttention", "TNLBlock"]
@@ -55,6 +56,8 @@ class GatedLinearAttention(nn.Module):
     Args:
         config: the model's.
         layer: index from 0 over the whole model; it decides the decay and the use of LRPE.
+
+    The decay is fixed, or computed from x (`lasp.tnl.learned_decay`).
     """
 
     def __init__(self, config: TNLConfig, layer: int) -> None:
@@ -68,7 +71,11 @@ class GatedLinearAttention(nn.Module):
         self.lrpe = LRPE(config.num_heads, config.head_dim) if uses_lrpe else None
         self.norm = SRMSNorm(config.dim, config.norm_eps)
         self.out_proj = nn.Linear(config.dim, config.dim, bias=False)
-        self.register_buffer("log_decay", self._log_decay(), persistent=False)
+        is_learned = config.decay == "learned"
+        self.decay_proj = DecayProjection(config.dim, config.num_heads) if is_learned else None
+        for name in ("log_decay", "decay_sharpness"):
+            self.register_buffer(name, None, persistent=False)
+        self._set_decay(self.qkvu_proj.weight.device)
 
     def forward(
         self,
@@ -99,23 +106,26 @@ class GatedLinearAttention(nn.Module):
             q, k = self.lrpe(q, k, *(start for start, _ in _positions(shard, position)))
         if padding_mask is not None:
             v = v.masked_fill(~padding_mask[:, :, None, None], 0)
-        o, state = self._attend(q, k, v, shard, state, return_state, cu_seqlens)
+        log_decay = self.log_decay
+        if self.decay_proj is not None:
+            log_decay = learned_decay(self.decay_proj(x), log_decay, self.decay_sharpness)
+        o, state = self._attend(q, k, v, log_decay, shard, state, return_state, cu_seqlens)
         o = self.norm(o.flatten(-2)).unflatten(-1, (-1, self.head_dim))
         return self.out_proj((u * o).flatten(-2)), state
 
-    def _attend(self, q, k, v, shard, state, return_state, cu_seqlens):
+    def _attend(self, q, k, v, log_decay, shard, state, return_state, cu_seqlens):
         """One recurrent step where there is one token and a state, else the parallel operator."""
         decoding = q.shape[1] == 1 and state is not None and shard.group is None
         if decoding and cu_seqlens is None and not torch.is_grad_enabled():
-            o, state = lasp.lightning_attention_step(
-                q[:, 0], k[:, 0], v[:, 0], state, self.log_decay
-            )
+            if self.decay_proj is not None:
+                log_decay = log_decay[:, 0]
+            o, state = lasp.lightning_attention_step(q[:, 0], k[:, 0], v[:, 0], state, log_decay)
             return o.unsqueeze(1), state
         result = lasp.lightning_attention(
             q,
             k,
             v,
-            self.log_decay,
+            log_decay,
             initial_state=state,
             output_final_state=return_state,
             cu_seqlens=cu_seqlens,
@@ -136,17 +146,18 @@ class GatedLinearAttention(nn.Module):
         if self.lrpe is not None:
             self.lrpe.keep_heads(heads)
         self.heads = slice(*heads.indices(self.config.num_heads))
-        self.log_decay = self._log_decay().to(self.log_decay.device)
+        self._set_decay(self.log_decay.device)
 
-    def _log_decay(self) -> torch.Tensor:
+    def _set_decay(self, device: torch.device) -> None:
         config = self.config
-        return lasp.decay.tnl(config.num_heads, self.layer, config.num_layers)[self.heads]
+        constants = fixed_decay(config.num_heads, self.layer, config.num_layers, self.heads)
+        self.log_decay, self.decay_sharpness = (each.to(device) for each in constants)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):
-        # The decay is a constant that must stay float32. Rebuilding it undoes a cast
+        # The fixed decay is a constant that must stay float32. Rebuilding it undoes a cast
         # (`model.bfloat16()`) and gives it its value after `to_empty()` from the meta device.
         super()._apply(fn, recurse)
-        self.log_decay = self._log_decay().to(self.log_decay.device)
+        self._set_decay(self.log_decay.device)
         return self
 
 

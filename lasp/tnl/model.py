@@ -18,6 +18,7 @@ from torch import nn
 from lasp.shard import SequenceShard
 from lasp.tnl.config import TNLConfig
 from lasp.tnl.layers import SRMSNorm, TNLBlock
+from lasp.tnl.learned_decay import DecayProjection
 from lasp.tnl.positions import LRPE
 
 __all__ = ["TNL", "TNLState"]
@@ -42,8 +43,9 @@ class TNL(nn.Module):
 
         h = embed(tokens) * sqrt(d);  h = block(h) for each block;  logits = W_embed SRMSNorm(h)
 
-    Weights are drawn from N(0, init_std). Built under `torch.device("meta")`, the model needs
-    `to_empty(device=...)` and then `init_weights()` or a `load_state_dict()`.
+    Weights are drawn from N(0, init_std); a learned decay starts at the fixed one. Built under
+    `torch.device("meta")`, the model needs `to_empty(device=...)` and then `init_weights()` or a
+    `load_state_dict()`.
     """
 
     # `lasp.tnl.generate` as a method; `lasp.tnl.generation` sets it.
@@ -60,12 +62,12 @@ class TNL(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Draw all weights from N(0, init_std) with torch's global generator, reset LRPE rates, and
-        zero the padding token's embedding if the config has one."""
+        zero the projections to learned decays and the padding token's embedding, if there are."""
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=self.config.init_std)
-            elif isinstance(module, LRPE):
+            if isinstance(module, LRPE | DecayProjection):
                 module.reset_parameters()
+            elif isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=self.config.init_std)
         if self.config.pad_token_id is not None:
             self.embedding.weight[self.config.pad_token_id].zero_()
 

@@ -48,7 +48,7 @@ def to_megatron(
         padded_vocab_size: rows of Megatron's embedding; those beyond the vocabulary become zero.
 
     Raises:
-        ValueError: heads, inner width or vocabulary that tp_size does not divide.
+        ValueError: heads, inner width or vocabulary that tp_size does not divide; a learned decay.
     """
     rows = padded_vocab_size or config.vocab_size
     _check(config, tp_size, rows)
@@ -87,7 +87,8 @@ def from_megatron(
     `TNL(config)` state dict. Rows that pad the vocabulary are dropped.
 
     Raises:
-        ValueError: heads, inner width or vocabulary that the number of shards does not divide.
+        ValueError: heads, inner width or vocabulary that the number of shards does not divide; a
+            learned decay.
     """
     rows = sum(shard[_EMBEDDING].shape[0] for shard in shards)
     _check(config, len(shards), rows)
@@ -133,6 +134,11 @@ def _split_qkv(qkv, config):
 
 
 def _check(config, tp_size, rows):
+    if config.decay != "fixed":
+        raise ValueError(
+            f"decay is {config.decay!r}: the layers of the Megatron plug-in have fixed decays. Use "
+            'TNLConfig(decay="fixed"), or train this model with launch/train.py.'
+        )
     sizes = {
         "num_heads": config.num_heads,
         "num_key_value_heads": config.num_key_value_heads or 0,

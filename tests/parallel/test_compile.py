@@ -49,12 +49,13 @@ def errors(actual, truth):
     return [((a - b).norm() / b.norm()).item() for a, b in zip(actual, truth, strict=True)]
 
 
+@pytest.mark.parametrize("decay", ["fixed", "learned"])
 @pytest.mark.parametrize("mode", ["none", "full"])
-def test_blocks_of_one_kind_share_a_graph_without_breaks(mode):
-    actual = gradients(make("aot_eager", mode))
+def test_blocks_of_one_kind_share_a_graph_without_breaks(mode, decay):
+    actual = gradients(make("aot_eager", mode, decay=decay))
     # The first layer has LRPE, the others do not.
     assert counters["stats"]["unique_graphs"] == 2
-    assert max(errors(actual, gradients(make()))) < 1e-6
+    assert max(errors(actual, gradients(make(decay=decay)))) < 1e-6
 
 
 def test_other_lengths_share_one_more_graph():

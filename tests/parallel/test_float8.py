@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import DeviceMesh
 
 from lasp.tnl import TNL, TNLConfig
+from lasp.tnl.learned_decay import DecayProjection
 from parallel import float8
 from parallel.activation_checkpoint import checkpoint_blocks
 from parallel.compile import compile_blocks
@@ -109,6 +110,16 @@ def test_the_linear_layers_of_all_blocks_are_converted_but_those_to_skip():
     assert len(skipped) == 7 and "blocks.2.token_mixer.kv_proj" in converted(model)
     with pytest.raises(ValueError, match=r"no linear layer is left .*\('blocks',\)"):
         float8.convert_blocks(make(None).blocks, "tensorwise", skip=("blocks",), emulate=True)
+
+
+def test_projections_to_learned_decays_are_left_alone():
+    model = make(None, decay="learned")
+    float8.convert_blocks(model.blocks, "tensorwise", emulate=True)
+    # Its four outputs are no multiple of 16.
+    float8.check_sizes(model.blocks)
+    left = {name for name, m in model.named_modules() if type(m) is DecayProjection}
+    assert left == {f"blocks.{i}.token_mixer.decay_proj" for i in range(len(model.blocks))}
+    assert len(converted(model)) == 5 * len(model.blocks)
 
 
 @pytest.mark.parametrize(

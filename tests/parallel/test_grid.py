@@ -83,9 +83,9 @@ def one_rank(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("one_rank"), info, None)
 
 
-def check(pool, tmp_path, degrees, one_rank, accumulation):
+def check(pool, tmp_path, degrees, one_rank, accumulation, **changes):
     dp = degrees[0] * degrees[1]
-    changes = dict(training__local_batch_size=8 // dp // accumulation)
+    changes |= dict(training__local_batch_size=8 // dp // accumulation)
     job = on_one_rank, tmp_path, degrees, changes
     outcomes = pool.run(*job, size=math.prod(degrees))
     expected_curve, held_out, first, last, gradients = one_rank
@@ -114,6 +114,30 @@ def test_these_steps_clip_and_change_every_weight(one_rank):
 @pytest.mark.parametrize("degrees", meshes(4), ids=name)
 def test_four_ranks_train_as_one(pool, tmp_path, degrees, one_rank):
     check(pool, tmp_path, degrees, one_rank, accumulation=2)
+
+
+# Each axis beside cp and beside tp; ten heads, for FSDP also shards of uneven numbers of them.
+LEARNED = dict(model__decay="learned", model__num_heads=10, model__dim=40)
+
+
+@pytest.fixture(scope="module")
+def one_rank_learned(tmp_path_factory):
+    info = RankInfo(0, 0, "gloo", torch.device("cpu"), ParallelDims())
+    return trained(tmp_path_factory.mktemp("one_rank_learned"), info, None, **LEARNED)
+
+
+def test_learned_decays_move(one_rank_learned):
+    _, _, first, last, gradients = one_rank_learned
+    for kind in ("weight", "bias"):
+        name = f"blocks.1.token_mixer.decay_proj.{kind}"
+        assert not first[name].any() and gradients[name].all() and last[name].all()
+
+
+@pytest.mark.parametrize(
+    "degrees", [(1, 4, 1, 1), (1, 2, 1, 2), (2, 1, 2, 1), (1, 1, 2, 2)], ids=name
+)
+def test_four_ranks_train_a_learned_decay_as_one(pool, tmp_path, degrees, one_rank_learned):
+    check(pool, tmp_path, degrees, one_rank_learned, accumulation=2, **LEARNED)
 
 
 # Only with eight ranks can three axes be larger than 1. The other meshes are larger degrees of what

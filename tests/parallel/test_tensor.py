@@ -7,6 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lasp.tnl import TNL, TNLConfig
 from lasp.tnl.layers import SRMSNorm
+from lasp.tnl.learned_decay import DecayProjection
 from parallel.activation_checkpoint import checkpoint_blocks
 from parallel.loss import chunked_cross_entropy
 from parallel.mesh import full_tensor
@@ -19,7 +20,13 @@ CONFIG = dict(vocab_size=54, dim=48, num_layers=3, num_heads=6, glu_dim=66, init
 
 def make(dtype=torch.float64, **changes):
     torch.manual_seed(0)
-    return TNL(TNLConfig(**CONFIG | changes)).to(dtype)
+    model = TNL(TNLConfig(**CONFIG | changes))
+    for module in model.modules():
+        # They start at zero.
+        if isinstance(module, DecayProjection):
+            torch.nn.init.normal_(module.weight, std=0.2)
+            torch.nn.init.normal_(module.bias)
+    return model.to(dtype)
 
 
 def batch_of(total):
@@ -108,6 +115,12 @@ def test_with_a_sharded_residual_stream(pool, mode):
 def test_hybrid_with_grouped_heads(pool, shard_sequence):
     changes = dict(layer_types="LSS", num_key_value_heads=3)
     check(pool, 3, shard_sequence=shard_sequence, changes=changes)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(("shard_sequence", "mode"), [(False, "none"), (True, "full")])
+def test_learned_decay(pool, size, shard_sequence, mode):
+    check(pool, size, shard_sequence=shard_sequence, mode=mode, changes=dict(decay="learned"))
 
 
 def test_with_padding(pool):

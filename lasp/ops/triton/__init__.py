@@ -3,6 +3,7 @@
     k, v -> state kernel -> combine kernel -> segment states, total      (chunk_states)
     a, b, x, states -> scan kernel -> y                                  (scan: o, dq, dk and dv)
     q, k, v, do, states -> Hopper scan -> dk, dv                         (scan_dkdv)
+    log_decay of every token -> cumulative sums                          (prepare_decay)
     q, k, v, state -> step kernel -> o, new state                        (step: decoding)
     state of the previous rank -> kernel -> state for the following one  (send_recv_state)
 
@@ -11,6 +12,7 @@ documents among programs, `launcher` caches launches and `driver` runs them, `ho
 for Hopper GPUs, and `lrpe` the positional encoding of TransNormerLLM.
 """
 
+from lasp.ops.triton.decay import decay_gradient, decay_sums, prepare_decay
 from lasp.ops.triton.launcher import current_stream, has_hooks
 from lasp.ops.triton.scan import scan, scan_dkdv
 from lasp.ops.triton.send_recv_state import send_recv_state
@@ -20,7 +22,10 @@ from lasp.ops.triton.step import step
 __all__ = [
     "chunk_states",
     "current_stream",
+    "decay_gradient",
+    "decay_sums",
     "has_hooks",
+    "prepare_decay",
     "scan",
     "scan_dkdv",
     "segment_states_shape",

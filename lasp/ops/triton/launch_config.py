@@ -117,6 +117,11 @@ COMBINE_WARPS, COMBINE_STAGES = 4, 4
 # Columns of the state per program of a decoding step: a whole 128-byte line of float32.
 STEP_VALUE_BLOCK = 32
 STEP_WARPS = 4
+# A decay per token: heads and tokens of a tile of its cumulative sums, 32 float64 per thread.
+DECAY_HEADS, DECAY_TOKENS = 16, 256
+DECAY_WARPS = 4
+# Its gradient: tokens per step, and values of a state per step of a dot product of two states.
+GRADIENT_TOKENS, GRADIENT_STATE_BLOCK = 1024, 2048
 # LRPE: tokens per tile; 16 x 128 values over 4 warps leave room for two tensors and their tables.
 LRPE_TOKENS = 16
 LRPE_WARPS = 4
@@ -197,8 +202,10 @@ class ScanChoice(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def choose_segments(shape: ScanShape, device: torch.device) -> SegmentChoice:
-    """How the documents of a scan are divided.
+def choose_segments(
+    shape: ScanShape, device: torch.device, *, by_token: bool = False
+) -> SegmentChoice:
+    """How the documents of a scan are divided; `by_token`: with a decay per token.
 
     Depends on shapes and the chip, never on where packed documents begin, so that a traced graph
     holds for any documents. Symmetric in the two head dims: the backward exchanges them.
@@ -206,7 +213,9 @@ def choose_segments(shape: ScanShape, device: torch.device) -> SegmentChoice:
     chip = chip_of(device)
     length = segment_length(shape, chip)
     boundaries = (shape.seq_len - 1) // length if shape.seq_len else 0
-    folded = not (shape.packed or shape.is_large(chip)) and 2 <= boundaries <= MAX_FOLD
+    # The gradient of a decay needs all that crosses a boundary.
+    foldable = not (shape.packed or shape.is_large(chip) or by_token)
+    folded = foldable and 2 <= boundaries <= MAX_FOLD
     # Each boundary follows a full-length segment, so packing documents adds none.
     return SegmentChoice(length, boundaries * shape.batch, folded)
 
@@ -237,13 +246,19 @@ def choose_scan(
     num_results: int,
     *,
     copyable: bool = True,
+    by_token: bool = False,
+    with_dots: bool = False,
 ) -> ScanChoice:
     """The kernel that scans operands of this shape, dtype and device.
 
     num_results: 1 for y, 2 for dv and dk; only the Hopper scan computes both in a launch.
     copyable: False if Hopper's TMA unit cannot fetch the operands (`launcher.is_copyable`).
+    by_token: with a decay per token. with_dots: with dot products of the results' rows.
     """
-    chip, segments = chip_of(device), choose_segments(shape, device)
+    chip, segments = chip_of(device), choose_segments(shape, device, by_token=by_token)
+    if with_dots and max(shape.key_dim, shape.value_dim) > NARROW.keys:
+        # The Hopper scan has no shared memory left for one more operand.
+        copyable = False
     if copyable and _hopper_is_faster(shape, dtype, num_results, chip) and has_gluon(device):
         tiles = hopper_tiles(shape.key_dim, shape.value_dim, num_results)
         return ScanChoice("hopper", tiles, num_results, segments)

@@ -230,11 +230,21 @@ def state_numbers(states, scale, segments, seq_len, num_heads) -> tuple[int | fl
     return (*itertools.chain(*state_strides), *numbers)
 
 
+def is_by_token(log_decay: torch.Tensor | None) -> bool:
+    """True for the cumulative sums of a decay per token."""
+    return log_decay is not None and log_decay.dim() == 3
+
+
 def decay_or_zeros(
     log_decay: torch.Tensor | None, num_heads: int, device: torch.device
 ) -> torch.Tensor:
-    """Return `log_decay` [H] contiguous; zeros for None, which give the same bits."""
+    """Return `log_decay` [H] contiguous; zeros for None, which give the same bits.
+
+    The cumulative sums of a decay per token (`decay.prepare_decay`) are returned as they are.
+    """
     if log_decay is None:
         return filled(0.0, num_heads, torch.float32, device)
+    if is_by_token(log_decay):
+        return log_decay
     assert log_decay.dtype == torch.float32 and log_decay.shape == (num_heads,), log_decay.shape
     return log_decay.contiguous()

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lasp.ops.triton.decay import chunk_of_decay, remaining, row_of_decay
 from lasp.ops.triton.hopper import scan as hopper_scan
 from lasp.ops.triton.launch_config import (
     COPY_STEP,
@@ -28,6 +29,7 @@ from lasp.ops.triton.launcher import (
     check_operands,
     decay_or_zeros,
     is_addressable,
+    is_by_token,
     is_copyable,
     state_numbers,
     strides,
@@ -45,14 +47,15 @@ from lasp.replay import on_device_of, spec
 
 @triton.jit(do_not_specialize=["scale", "T", "segments_per_row", "segment_length"])
 def scan_kernel(
-    p_a, p_b, p_x, p_y, p_initial, p_segment, p_log_decay, p_table,
+    p_a, p_b, p_x, p_y, p_initial, p_segment, p_log_decay, p_table, p_c, p_dots,
     stride_ab, stride_at, stride_ah, stride_bb, stride_bt, stride_bh,
-    stride_xb, stride_xt, stride_xh,
+    stride_xb, stride_xt, stride_xh, stride_cb, stride_ct, stride_ch,
     stride_in, stride_ih, stride_ia, stride_ix, stride_sn, stride_sh, stride_sa, stride_sx,
     scale, T, segments_per_row, segment_length, H,
     A: tl.constexpr, X: tl.constexpr, BA: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr,
     REVERSE: tl.constexpr, PACKED: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    HAS_SEGMENT: tl.constexpr, FOLDED: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SEGMENT: tl.constexpr, FOLDED: tl.constexpr, BY_TOKEN: tl.constexpr,
+    WITH_DOTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     NX: tl.constexpr = (X + BX - 1) // BX
     # Value blocks of one head run next to each other: a and b come from L2 for all but the first.
@@ -74,7 +77,11 @@ def scan_kernel(
     # A head's decay is constant, so its matrix is built once. Chunks are aligned to the start of
     # the scan, so only the last can be partial, and its outgoing state is not used: these factors
     # hold for every chunk. Masking comes before exp: no exponent is ever positive.
-    b_log_decay = tl.load(p_log_decay + i_h)
+    if BY_TOKEN:
+        p_log_decay = row_of_decay(p_log_decay, i_b, i_h, T, H) + start
+        b_log_decay = tl.full([], 0.0, tl.float32)
+    else:
+        b_log_decay = tl.load(p_log_decay + i_h)
     if REVERSE:
         b_distance = o_c[None, :] - o_c[:, None]  # [BC, BC]
         b_row = tl.exp(b_log_decay * (BC - 1 - o_c))  # [BC]
@@ -108,12 +115,22 @@ def scan_kernel(
         p_initial += i_n * stride_in + i_h * stride_ih
         p_initial += o_a[:, None] * stride_ia + o_x[None, :] * stride_ix
         b_initial = tl.load(p_initial, mask=m_state, other=0.0).to(tl.float32)
-        b_state += b_initial * tl.exp(b_log_decay * outside.to(tl.float32))
+        if not BY_TOKEN:
+            b_outside_decay = tl.exp(b_log_decay * outside.to(tl.float32))
+        elif REVERSE:
+            b_outside_decay = remaining(p_log_decay + count, p_log_decay + count + outside)
+        else:
+            b_outside_decay = remaining(p_log_decay - outside, p_log_decay)
+        b_state += b_initial * b_outside_decay
 
     p_a += i_b * stride_ab + start * stride_at + i_h * stride_ah
     p_b += i_b * stride_bb + start * stride_bt + i_h * stride_bh
     p_x += i_b * stride_xb + start * stride_xt + i_h * stride_xh
     p_y += ((i_b * T + start) * H + i_h) * X
+    if WITH_DOTS:
+        p_c += i_b * stride_cb + start * stride_ct + i_h * stride_ch
+        p_dots += ((i_b * H + i_h) * NX + i_x) * T + start
+        o_ct = o_c[:, None] * stride_ct + o_x[None, :]  # [BC, BX]
     o_at = o_c[:, None] * stride_at + o_a[None, :]  # [BC, BA]
     o_bt = o_c[:, None] * stride_bt + o_a[None, :]  # [BC, BA]
     o_xt = o_c[:, None] * stride_xt + o_x[None, :]  # [BC, BX]
@@ -131,10 +148,32 @@ def scan_kernel(
         b_a = tl.load(p_a + i_t * stride_at + o_at, mask=m_ca, other=0.0)  # [BC, BA]
         b_b = tl.load(p_b + i_t * stride_bt + o_bt, mask=m_ca, other=0.0)  # [BC, BA]
         b_x = tl.load(p_x + i_t * stride_xt + o_xt, mask=m_cx, other=0.0)  # [BC, BX]
+        if BY_TOKEN:
+            b_sums, before, last = chunk_of_decay(p_log_decay, t, count, o_c, BC)
+            b_from_start = tl.exp((b_sums - before).to(tl.float32))
+            b_to_end = tl.exp((last - b_sums).to(tl.float32))
+            b_chunk_decay = tl.exp((last - before).to(tl.float32))
+            if p_a.dtype.element_ty != tl.float32:
+                # Products in 16 bits lose more than these differences do.
+                b_sums = (b_sums - before).to(tl.float32)
+            if REVERSE:
+                b_row = b_to_end
+                b_column = scale * b_from_start
+                b_between = b_sums[None, :] - b_sums[:, None]
+            else:
+                b_row = scale * b_from_start
+                b_column = b_to_end
+                b_between = b_sums[:, None] - b_sums[None, :]
+            b_decay = scale * tl.exp(tl.minimum(b_between.to(tl.float32), 0.0))
+            b_decay = tl.where(b_distance >= 0, b_decay, 0.0)
         b_s = tl.dot(b_a, tl.trans(b_b), input_precision=PRECISION) * b_decay  # [BC, BC]
         b_y = tl.dot(b_a, b_state.to(b_a.dtype), input_precision=PRECISION)  # [BC, BX]
         b_y = tl.dot(b_s.to(b_x.dtype), b_x, acc=b_y * b_row[:, None], input_precision=PRECISION)
         tl.store(p_y + i_t * H * X + o_yt, b_y.to(p_y.dtype.element_ty), mask=m_cx)
+        if WITH_DOTS:
+            b_c = tl.load(p_c + i_t * stride_ct + o_ct, mask=m_cx, other=0.0)  # [BC, BX]
+            b_dots = tl.sum(b_y * b_c.to(tl.float32), axis=1)  # [BC]
+            tl.store(p_dots + i_t + o_c, b_dots, mask=m_c)
         b_weighted = (b_x * b_column[:, None]).to(b_x.dtype)  # [BC, BX]
         b_state = tl.dot(
             tl.trans(b_b), b_weighted, acc=b_state * b_chunk_decay, input_precision=PRECISION
@@ -153,7 +192,8 @@ def scan(
     cu_seqlens: tuple[int, ...] | None = None,
     state_rows: tuple[int, ...] | None = None,
     reverse: bool = False,
-) -> torch.Tensor:
+    dot_with: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Decayed linear attention of a, b [B, T, H, A] over x [B, T, H, X] in one pass.
 
     Within a document of n tokens, with l = exp(log_decay[h]):
@@ -169,18 +209,28 @@ def scan(
     `state_rows` it has a row for each of those packed documents, in this order, and a last one of
     zeros for all others. `segment_states` [S, H, A, X] float32 (any strides) is what `chunk_states`
     returned for the same tokens; without it one program per head and value block scans each
-    document. `cu_seqlens` packs documents (0, ..., T) into a batch of one. Returns y [B, T, H, X],
-    contiguous, in a's dtype. Raises ValueError for dtypes or head dims that the kernels do not
-    support.
+    document. `cu_seqlens` packs documents (0, ..., T) into a batch of one. `log_decay` [H], or what
+    `prepare_decay` returned: then l^(i-j) is the product of the decays of tokens j + 1 to i. Returns
+    y [B, T, H, X], contiguous, in a's dtype; with `dot_with` c [B, T, H, X] also y_i . c_i of
+    unrounded y, float32 [B, H, blocks of columns, T]. Raises ValueError for dtypes or head dims that
+    the kernels do not support.
     """
     operands, states = (a, b, x), (initial_state, segment_states)
-    options = dict(cu_seqlens=cu_seqlens, state_rows=state_rows)
-    plan = _cached_plan(operands, states, scale=scale, reverse=reverse, **options)
+    options = dict(cu_seqlens=cu_seqlens, state_rows=state_rows, scale=scale, reverse=reverse)
+    if dot_with is not None and not is_addressable(spec(dot_with)):
+        dot_with = dot_with.contiguous()
+    plan = _cached_plan(operands, states, log_decay, dot_with=dot_with, **options)
     y = torch.empty(x.shape, dtype=a.dtype, device=a.device)
+    dots = None
+    if dot_with is not None:
+        blocks = 1 if plan is None else plan.num_blocks
+        B, T, H, _ = x.shape
+        dots = torch.empty(B, H, blocks, T, dtype=torch.float32, device=a.device)
     if plan is not None:
+        tensors = plan.arguments(operands, (y,), states, log_decay, dot_with, dots)
         with on_device_of(a):
-            plan.launch(plan.num_programs, *plan.arguments(operands, (y,), states, log_decay))
-    return y
+            plan.launch(plan.num_programs, *tensors)
+    return y if dots is None else (y, dots)
 
 
 def scan_dkdv(
@@ -192,26 +242,36 @@ def scan_dkdv(
     *,
     initial_state: torch.Tensor | None = None,
     segment_states: torch.Tensor | None = None,
+    with_dots: bool = False,
     **options,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """dk = scan(v, do, q, G^T, reverse) and dv = scan(k, q, do, G, reverse): (dk, dv).
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(dk, dv, dots): dk = scan(v, do, q, G^T, reverse) and dv = scan(k, q, do, G, reverse).
 
     One launch computes both and reads q and do once, if a kernel does that. `initial_state` G and
-    `segment_states` are those of dv; other keywords are those of `scan`.
+    `segment_states` are those of dv; other keywords are those of `scan`. `with_dots`: also dk . k, as
+    `scan` returns it, else None.
     """
     operands, states = (k, q, do, v), (initial_state, segment_states)
-    plan = _cached_plan(operands, states, reverse=True, **options)
+    dot_with = k if with_dots else None
+    plan = _cached_plan(operands, states, log_decay, dot_with=dot_with, reverse=True, **options)
     if plan is None:
         names = "initial_state", "segment_states"
         transposed = (None if state is None else state.mT for state in states)
         of_dv, of_dk = (dict(zip(names, each, strict=True)) for each in (states, transposed))
         dv = scan(k, q, do, log_decay, reverse=True, **of_dv, **options)
-        return scan(v, do, q, log_decay, reverse=True, **of_dk, **options), dv
+        options |= dict(dot_with=dot_with, reverse=True)
+        dk = scan(v, do, q, log_decay, **of_dk, **options)
+        return (dk[0], dv, dk[1]) if with_dots else (dk, dv, None)
     dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    dots = None
+    if with_dots:
+        B, T, H, _ = k.shape
+        dots = torch.empty(B, H, plan.num_blocks, T, dtype=torch.float32, device=k.device)
+    tensors = plan.arguments(operands, (dv, dk), states, log_decay, None, dots)
     with on_device_of(k):
-        plan.launch(plan.num_programs, *plan.arguments(operands, (dv, dk), states, log_decay))
-    return dk, dv
+        plan.launch(plan.num_programs, *tensors)
+    return dk, dv, dots
 
 
 class ScanPlan(NamedTuple):
@@ -222,6 +282,7 @@ class ScanPlan(NamedTuple):
         segments: of the documents; the launch reads segment states if `has_segment`.
         copies: True for each operand that must be copied for the kernel to address it.
         describes: the launch takes operands and results as descriptors, and results once more.
+        num_blocks: blocks of columns, whose dots are apart.
     """
 
     launch: CachedLaunch
@@ -230,8 +291,9 @@ class ScanPlan(NamedTuple):
     has_segment: bool
     copies: tuple[bool, ...]
     describes: bool
+    num_blocks: int
 
-    def arguments(self, operands, results, states, log_decay) -> tuple:
+    def arguments(self, operands, results, states, log_decay, dot_with, dots) -> tuple:
         """The tensors of the launch, on the operands' device."""
         a = operands[0]
         if True in self.copies:
@@ -242,17 +304,21 @@ class ScanPlan(NamedTuple):
         log_decay = decay_or_zeros(log_decay, a.shape[2], a.device)
         others = initial, segment if self.has_segment else None, log_decay, table
         if not self.describes:
-            return (*operands, *results, *others)
+            return (*operands, *results, *others, dot_with, dots)
         if len(results) == 1:
-            operands, results = (*operands, None), (*results, None)
-        return (*operands, *results, *results, *others)
+            operands, results = (*operands, dot_with), (*results, None)
+        return (*operands, *results, *results, *others, dots)
 
 
-def _cached_plan(operands, states, *, scale, reverse, cu_seqlens=None, state_rows=None):
+def _cached_plan(
+    operands, states, log_decay, *, dot_with, scale, reverse, cu_seqlens=None, state_rows=None
+):
     """The plan of a scan of a, b, x, or of k, q, do, v for dv and dk."""
     # TMA needs aligned addresses.
-    aligned = not any(operand.data_ptr() % COPY_STEP for operand in operands)
-    key = (cu_seqlens, state_rows), operands[0].device, aligned, float(scale), reverse
+    read = operands if dot_with is None else (*operands, dot_with)
+    aligned = not any(tensor.data_ptr() % COPY_STEP for tensor in read)
+    kind = is_by_token(log_decay), spec(dot_with)
+    key = (cu_seqlens, state_rows), kind, operands[0].device, aligned, float(scale), reverse
     return plan_scan(tuple(map(spec, operands)), tuple(map(spec, states)), *key)
 
 
@@ -261,6 +327,7 @@ def plan_scan(
     operands: tuple[TensorSpec, ...],
     states: tuple[TensorSpec | None, ...],
     documents: tuple[tuple[int, ...] | None, ...],
+    kind: tuple[bool, TensorSpec | None],
     device: torch.device,
     aligned: bool,
     scale: float,
@@ -272,6 +339,7 @@ def plan_scan(
         operands: a, b, x, or k, q, do, v for dv and dk.
         states: initial state and segment states.
         documents: cu_seqlens and state_rows.
+        kind: whether there is a decay per token, and what the dots are with, or None.
         aligned: every address is a multiple of COPY_STEP bytes.
     """
     names = ("a", "b", "x") if len(operands) == 3 else ("k", "q", "do", "v")
@@ -286,9 +354,14 @@ def plan_scan(
     operands = tuple(map(addressable_spec, operands))
     cu_seqlens, state_rows = documents
     shape = ScanShape(*a_shape, value_dim, cu_seqlens is not None)
-    copyable = aligned and all(map(is_copyable, operands))
+    by_token, dot_with = kind
+    read = operands if dot_with is None else (*operands, dot_with)
+    copyable = aligned and all(map(is_copyable, read))
     num_results = len(operands) - 2
-    choice = choose_scan(shape, dtype, device, num_results, copyable=copyable)
+    choice = choose_scan(
+        shape, dtype, device, num_results, copyable=copyable, by_token=by_token,
+        with_dots=dot_with is not None,
+    )  # fmt: skip
     if choice.num_results < num_results:
         return None
     initial, segment = states
@@ -304,9 +377,9 @@ def plan_scan(
     if segments.single:
         segment = None
     prepare = hopper_scan.prepare if choice.kernel == "hopper" else _prepare
-    num_programs, launch = prepare(
+    num_programs, launch, num_blocks = prepare(
         operands, (initial, segment), segments, choice.tiles, scale=scale, reverse=reverse,
-        device=device,
+        kind=kind, device=device,
     )  # fmt: skip
     return ScanPlan(
         launch,
@@ -315,6 +388,7 @@ def plan_scan(
         segment is not None,
         copies,
         choice.kernel == "hopper",
+        num_blocks,
     )
 
 
@@ -326,10 +400,12 @@ def _prepare(
     *,
     scale: float,
     reverse: bool,
+    kind: tuple[bool, TensorSpec | None],
     device: torch.device,
-) -> tuple[int, CachedLaunch]:
-    """(number of programs, launch) of the Triton scan."""
+) -> tuple[int, CachedLaunch, int]:
+    """(number of programs, launch, blocks of columns) of the Triton scan."""
     a, b, x = operands[:3]
+    by_token, dot_with = kind
     initial, segment = states
     (_, seq_len, num_heads, key_dim), _, dtype = a
     value_dim = x[0][-1]
@@ -337,6 +413,7 @@ def _prepare(
         *strides(a, (0, 1, 2)),
         *strides(b, (0, 1, 2)),
         *strides(x, (0, 1, 2)),
+        *(strides(dot_with, (0, 1, 2)) if dot_with is not None else (0, 0, 0)),
         *state_numbers(states, scale, segments, seq_len, num_heads),
     )
     constants = dict(
@@ -350,9 +427,11 @@ def _prepare(
         HAS_INITIAL=initial is not None,
         HAS_SEGMENT=segment is not None,
         FOLDED=segments.folded,
+        BY_TOKEN=by_token,
+        WITH_DOTS=dot_with is not None,
         PRECISION="ieee",
     )
     options = dict(num_warps=tiles.num_warps, num_stages=tiles.num_stages)
     launch = cached_launch(scan_kernel, numbers, constants, dtype, **options)
-    num_programs = segments.num_segments * num_heads * triton.cdiv(value_dim, tiles.value)
-    return num_programs, launch
+    num_blocks = triton.cdiv(value_dim, tiles.value)
+    return segments.num_segments * num_heads * num_blocks, launch, num_blocks

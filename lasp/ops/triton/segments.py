@@ -67,8 +67,8 @@ class Segments:
     Dense: each of `num_documents` batch rows has `per_row` segments. Packed: `tables` holds on the
     host, in int64, one row (state, first token, document start, document stop, boundary) per
     segment, the longest first: programs start in this order, and the short ones fill what the long
-    ones leave. Then one row (first boundary, boundaries, tokens in the last segment, state, 0) per
-    document, the combined ones first. A document always has a segment, an empty document one
+    ones leave. Then one row (first boundary, boundaries, tokens in the last segment, state, first
+    token) per document, the combined ones first. A document always has a segment, an empty document one
     without tokens. `state` is the document's row among `num_states` initial or local states; -1: it
     has none.
 
@@ -145,7 +145,7 @@ def divide(
         count = max(1, -(-(stop - start) // length))
         last = stop - start - (count - 1) * length
         boundary, row = len(segments) - document, rows[document]
-        documents.append((boundary, count - 1, last, row, 0))
+        documents.append((boundary, count - 1, last, row, start))
         segments += [(row, start + i * length, start, stop, boundary + i) for i in range(count)]
     segments.sort(key=lambda row: min(row[3] - row[1], length), reverse=True)
     documents.sort(key=_is_combined, reverse=True)

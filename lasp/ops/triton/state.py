@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lasp.ops.triton.decay import chunk_of_decay, remaining, row_of_decay
 from lasp.ops.triton.launch_config import (
     COMBINE_BLOCK,
     COMBINE_STAGES,
@@ -29,6 +30,7 @@ from lasp.ops.triton.launcher import (
     check_operands,
     decay_or_zeros,
     is_addressable,
+    is_by_token,
     strides,
 )
 from lasp.ops.triton.segments import NONE, DocumentStates, Segments, divide, locate_segment
@@ -42,7 +44,7 @@ def state_kernel(
     scale, T, segments_per_row, segments_run, segment_length, H,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BC: tl.constexpr,
     REVERSE: tl.constexpr, PACKED: tl.constexpr, WITH_TOTAL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BY_TOKEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     ND: tl.constexpr = (D + BD - 1) // BD
     NE: tl.constexpr = (E + BE - 1) // BE
@@ -67,9 +69,13 @@ def state_kernel(
     o_e = i_e * BE + tl.arange(0, BE)
     m_d = o_d < D
     m_e = o_e < E
-    b_log_decay = tl.load(p_log_decay + i_h)
     # The partial chunk comes first, while the state is zero, and is aligned so that all chunks
-    # share the same weights.
+    # share the same weights, if the decay is constant.
+    if BY_TOKEN:
+        p_log_decay = row_of_decay(p_log_decay, i_b, i_h, T, H) + start
+        b_log_decay = tl.full([], 0.0, tl.float32)
+    else:
+        b_log_decay = tl.load(p_log_decay + i_h)
     if REVERSE:
         b_weight = tl.exp(b_log_decay * o_c)  # [BC]
     else:
@@ -105,6 +111,17 @@ def state_kernel(
         b_v = tl.load(
             p_v + t.to(tl.int64) * stride_vt + o_v, mask=m_c[:, None] & m_e[None, :], other=0.0
         )  # [BC, BE]
+        if BY_TOKEN:
+            b_sums, before, last = chunk_of_decay(p_log_decay, t, count, o_c, BC)
+            if REVERSE:
+                # From the first token of this chunk, to which the state so far is brought.
+                p_first = p_log_decay + t + 1
+                first = tl.load(p_first)
+                b_weight = tl.exp((b_sums - first).to(tl.float32))
+                b_chunk_decay = remaining(p_first, p_log_decay + tl.minimum(t + BC + 1, count))
+            else:
+                b_weight = tl.exp((last - b_sums).to(tl.float32))
+                b_chunk_decay = tl.exp((last - before).to(tl.float32))
         b_v = (b_v * b_weight[:, None]).to(b_v.dtype)
         b_state = tl.dot(
             tl.trans(b_k), b_v, acc=b_state * b_chunk_decay, input_precision=PRECISION
@@ -112,7 +129,10 @@ def state_kernel(
 
     if REVERSE:
         # Not part of the weights: a log decay of -50 alone would round a float16 operand to zero.
-        b_state *= scale * tl.exp(b_log_decay)
+        if BY_TOKEN:
+            b_state *= scale * remaining(p_log_decay, p_log_decay + tl.minimum(count, 1))
+        else:
+            b_state *= scale * tl.exp(b_log_decay)
     m_state = m_d[:, None] & m_e[None, :]  # [BD, BE]
     o_state = o_d[:, None] * E + o_e[None, :]
     if beyond > 0:
@@ -127,7 +147,8 @@ def combine_kernel(
     p_states, p_total, p_log_decay, p_documents,
     T, segments_per_row, segment_length, H,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr,
-    STORE: tl.constexpr, WITH_TOTAL: tl.constexpr, NUM_STAGES: tl.constexpr,
+    STORE: tl.constexpr, WITH_TOTAL: tl.constexpr, BY_TOKEN: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     NB: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     i_p = tl.program_id(0)
@@ -137,15 +158,29 @@ def combine_kernel(
         first_boundary = tl.load(p_documents + i_n * 5)
         count = tl.load(p_documents + i_n * 5 + 1).to(tl.int32)
         last_length = tl.load(p_documents + i_n * 5 + 2).to(tl.int32)
+        first_token = tl.load(p_documents + i_n * 5 + 4)
         i_n = tl.load(p_documents + i_n * 5 + 3)
+        i_b = i_n * 0
     else:
         count = segments_per_row - 1
         first_boundary = i_n * count
         last_length = T - (segments_per_row - 1) * segment_length
+        first_token = i_n * 0
+        i_b = i_n
 
-    b_log_decay = tl.load(p_log_decay + i_h)
-    b_decay = tl.exp(b_log_decay * segment_length)
-    b_last_decay = tl.exp(b_log_decay * last_length)
+    if BY_TOKEN:
+        # The first boundary's entry, and the step to the next one.
+        p_log_decay = row_of_decay(p_log_decay, i_b, i_h, T, H) + first_token
+        length = tl.cast(count, tl.int64) * segment_length + last_length
+        first_length = tl.minimum(length, segment_length)
+        b_last_decay = remaining(p_log_decay + length - last_length, p_log_decay + length)
+        b_first_decay = remaining(p_log_decay, p_log_decay + first_length)
+        b_decay = b_first_decay
+    else:
+        b_log_decay = tl.load(p_log_decay + i_h)
+        b_decay = tl.exp(b_log_decay * segment_length)
+        b_first_decay = b_decay
+        b_last_decay = tl.exp(b_log_decay * last_length)
     o_s = i_p % NB * BLOCK + tl.arange(0, BLOCK)
     m_s = o_s < SIZE
     p_states += (first_boundary * H + i_h) * SIZE
@@ -157,12 +192,18 @@ def combine_kernel(
     for i in tl.range(0, count, num_stages=NUM_STAGES):
         i_next = count - 1 - i if REVERSE else i
         p_state = p_states + tl.cast(i_next, tl.int64) * H * SIZE
+        if BY_TOKEN:
+            # Of the segment before the boundary, in reverse of the one after it.
+            i_segment = i_next + 1 if REVERSE else i_next
+            t = tl.cast(i_segment, tl.int64) * segment_length
+            t_next = tl.minimum(t + segment_length, length)
+            b_decay = remaining(p_log_decay + t, p_log_decay + t_next)
         b_state = b_state * b_decay + tl.load(p_state + o_s, mask=m_s, other=0.0)
         if STORE:
             tl.store(p_state + o_s, b_state, mask=m_s)
     if WITH_TOTAL:
         # What is left is a document's last segment, which may be short, or in reverse its first.
-        b_rest_decay = b_decay if REVERSE else b_last_decay
+        b_rest_decay = b_first_decay if REVERSE else b_last_decay
         b_own = tl.load(p_total + o_s, mask=m_total, other=0.0)
         tl.store(p_total + o_s, b_state * b_rest_decay + b_own, mask=m_total)
 
@@ -205,7 +246,13 @@ def chunk_states(
     """
     documents = cu_seqlens, state_rows
     key = spec(k), spec(v), documents, float(scale) if reverse else 1.0
-    plan = plan_states(*key, reverse=reverse, with_total=with_total, device=k.device)
+    plan = plan_states(
+        *key,
+        reverse=reverse,
+        with_total=with_total,
+        by_token=is_by_token(log_decay),
+        device=k.device,
+    )
     states = total = None
     if plan.states_shape is not None:
         states = torch.empty(plan.states_shape, dtype=torch.float32, device=k.device)
@@ -261,6 +308,7 @@ def plan_states(
     *,
     reverse: bool,
     with_total: bool,
+    by_token: bool,
     device: torch.device,
 ) -> StatePlan:
     """The plan of `chunk_states`; `documents` are cu_seqlens and state_rows."""
@@ -268,7 +316,8 @@ def plan_states(
     assert k[0][:3] == v[0][:3], (k, v)
     (batch, seq_len, num_heads, key_dim), value_dim = k[0], v[0][-1]
     cu_seqlens, state_rows = documents
-    choice = choose_segments(ScanShape(*k[0], value_dim, cu_seqlens is not None), device)
+    shape = ScanShape(*k[0], value_dim, cu_seqlens is not None)
+    choice = choose_segments(shape, device, by_token=by_token)
     rows = DocumentStates(state_rows) if with_total else NONE
     segments = divide(batch, seq_len, cu_seqlens, choice, rows, device.type == "cuda")
     state = (num_heads, key_dim, value_dim)
@@ -303,11 +352,13 @@ def plan_states(
         REVERSE=reverse,
         PACKED=segments.packed,
         WITH_TOTAL=with_total,
+        BY_TOKEN=by_token,
         PRECISION="ieee",
     )
     options = dict(num_warps=tiles.num_warps, num_stages=tiles.num_stages)
     launch = cached_launch(state_kernel, numbers, constants, k[2], **options)
-    combine = _plan_combine(state, seq_len, segments, reverse=reverse, with_total=with_total)
+    kind = dict(reverse=reverse, with_total=with_total, by_token=by_token)
+    combine = _plan_combine(state, seq_len, segments, **kind)
     return StatePlan(launch, num_segments * num_heads * blocks, *combine, segments, **shapes)
 
 
@@ -318,6 +369,7 @@ def _plan_combine(
     *,
     reverse: bool,
     with_total: bool,
+    by_token: bool,
 ) -> tuple[CachedLaunch | None, int]:
     """(launch, number of programs) of the combine kernel, (None, 0) if it is not needed.
 
@@ -341,6 +393,7 @@ def _plan_combine(
         PACKED=segments.packed,
         STORE=store,
         WITH_TOTAL=with_total,
+        BY_TOKEN=by_token,
         NUM_STAGES=COMBINE_STAGES,
     )
     options = dict(num_warps=COMBINE_WARPS)

@@ -24,7 +24,7 @@ from lasp.replay import on_device_of, spec
 def step_kernel(
     p_q, p_k, p_v, p_state, p_o, p_new, p_log_decay,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_sb, stride_sh,
-    stride_sd, stride_se,
+    stride_sd, stride_se, stride_gb, stride_gh,
     scale, H,
     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
@@ -48,7 +48,7 @@ def step_kernel(
     b_q = b_q.to(tl.float32)  # [BD]
     b_k = b_k.to(tl.float32)  # [BD]
     b_v = b_v.to(tl.float32)  # [BE]
-    b_decay = tl.exp(tl.load(p_log_decay + i_h))
+    b_decay = tl.exp(tl.load(p_log_decay + i_b * stride_gb + i_h * stride_gh))
     b_state = b_state * b_decay + b_k[:, None] * b_v[None, :]
     b_o = scale * tl.sum(b_q[:, None] * b_state, axis=0)  # [BE]
 
@@ -67,7 +67,7 @@ def step(
     *,
     scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token: S' = exp(log_decay) S + k v^T, o = scale * q . S'.
+    """One token: S' = exp(log_decay) S + k v^T, o = scale * q . S'; log_decay [H] or [B, H].
 
     q, k [B, H, D], v [B, H, E], state [B, H, D, E] float32 (any strides). Returns o [B, H, E] in
     q's dtype and S', a new tensor. Raises ValueError for dtypes or head dims that the kernels do
@@ -83,9 +83,11 @@ def step(
     if o.numel() == 0:
         return o, new_state
     q, k, v = (with_unit_stride(t) for t in (q, k, v))
-    log_decay = decay_or_zeros(log_decay, num_heads, q.device)
+    if log_decay is None or log_decay.dim() == 1:
+        log_decay = decay_or_zeros(log_decay, num_heads, q.device)
     programs = batch * num_heads * triton.cdiv(value_dim, STEP_VALUE_BLOCK)
-    launch = _step_launch(spec(q), spec(k), spec(v), spec(state), float(scale))
+    specs = map(spec, (q, k, v, state, log_decay))
+    launch = _step_launch(*specs, float(scale))
     with on_device_of(q):
         launch(programs, q, k, v, state, o, new_state, log_decay)
     return o, new_state
@@ -93,7 +95,12 @@ def step(
 
 @functools.lru_cache(maxsize=256)
 def _step_launch(
-    q: TensorSpec, k: TensorSpec, v: TensorSpec, state: TensorSpec, scale: float
+    q: TensorSpec,
+    k: TensorSpec,
+    v: TensorSpec,
+    state: TensorSpec,
+    log_decay: TensorSpec,
+    scale: float,
 ) -> CachedLaunch:
     (_, num_heads, key_dim), *_ = q
     numbers = (
@@ -101,6 +108,7 @@ def _step_launch(
         *strides(k, (0, 1)),
         *strides(v, (0, 1)),
         *strides(state, (0, 1, 2, 3)),
+        *(strides(log_decay, (0, 1)) if len(log_decay[0]) == 2 else (0, *strides(log_decay, (0,)))),
         scale,
         num_heads,
     )

@@ -26,6 +26,17 @@ def test_parameter_count_follows_the_fields():
     assert sum(p.numel() for p in model.parameters()) == config.num_parameters()
 
 
+def test_a_learned_decay_is_counted():
+    shape = dict(layer_types="LLS", num_layers=3)
+    learned, fixed = (
+        TNLConfig.preset("tiny", **shape, decay=each) for each in ("learned", "fixed")
+    )
+    assert sum(p.numel() for p in TNL(learned).parameters()) == learned.num_parameters()
+    # Two linear layers of 4 heads, from 128 values and a bias.
+    assert learned.num_parameters() - fixed.num_parameters() == 2 * 4 * (128 + 1)
+    assert learned.flops_per_token() - fixed.flops_per_token() == 3 * 2 * (2 * 4 * 128)
+
+
 def test_flops_by_hand():
     config = TNLConfig(vocab_size=10, dim=4, num_layers=2, num_heads=2, glu_dim=6)
     matrices = 10 * 4 + 2 * (4 * 16 + 4 * 4 + 3 * 4 * 6)
@@ -42,6 +53,7 @@ def test_flops_by_hand():
         ({"num_layers": 0}, "num_layers is 0"),
         ({"dim": 128.0}, "whole number"),
         ({"activation": "relu"}, "'relu'"),
+        ({"decay": "learnt"}, 'decay is \'learnt\': it must be "fixed" or "learned"'),
         ({"lrpe_layers": (24,)}, "num_layers - 1 = 23"),
         ({"lrpe_layers": (1, 1)}, "at most once"),
         ({"norm_eps": 0.0}, "norm_eps"),

@@ -1,5 +1,7 @@
 """Released checkpoints: names, layouts, and the same logits as an independent forward."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -119,6 +121,13 @@ def test_all_bad_keys_are_named_at_once():
         assert part in str(error.value)
     with pytest.raises(ValueError, match="blocks.0.extra"):
         to_released({**TNL(CONFIG).state_dict(), "blocks.0.extra": torch.zeros(1)}, CONFIG)
+
+
+def test_a_learned_decay_does_not_convert():
+    config = dataclasses.replace(CONFIG, decay="learned")
+    for convert in (from_released, to_released):
+        with pytest.raises(ValueError, match=r"decay is 'learned', but that of .* is fixed"):
+            convert(TNL(config).state_dict(), config)
 
 
 def test_config_of_the_released_1b():

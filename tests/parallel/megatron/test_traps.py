@@ -40,6 +40,7 @@ MESSAGES = {
     "apex norm": "apex's FusedRMSNorm is requested.*fused_layer_norm_cuda.*PyPI is another program",
     "apex fusion": "gradient accumulation fusion is requested.*fused_weight_gradient_mlp_cuda",
     "pattern": r"pattern is '\*-\*-': it needs a [GM] \(linear attention\)",
+    "learned decay": "decay is 'learned': the layers of the Megatron plug-in have fixed decays",
     "vocabulary": "'vocabulary rows': 63.* do not fit tensor-parallel size 2",
 }
 

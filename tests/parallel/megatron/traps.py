@@ -94,6 +94,11 @@ def odd_vocabulary():
     to_megatron(lasp.tnl.TNL(tnl).state_dict(), tnl, tp_size=2)
 
 
+def learned_decay():
+    tnl = TNLConfig(**(TINY | dict(decay="learned")))
+    to_megatron(lasp.tnl.TNL(tnl).state_dict(), tnl)
+
+
 def rotary(kind="RotaryEmbedding"):
     model = torch.nn.Module()
     model.rotary_pos_emb = getattr(rotary_pos_embedding, kind)(8, 1.0)
@@ -139,6 +144,7 @@ WRONG = {
     "apex fusion": lambda: require_apex("gradient accumulation fusion"),
     "pattern": pattern_without_linear_layers,
     "vocabulary": odd_vocabulary,
+    "learned decay": learned_decay,
 }
 
 

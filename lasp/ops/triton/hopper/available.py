@@ -14,9 +14,9 @@ import torch
 import triton
 
 # Gluon is experimental: only versions with which a GPU was tested against float64.
-TRITON_VERSIONS = ("3.6.", "3.7.")
+TRITON_VERSIONS = ("3.6.", "3.7.", "3.9.")
 # Versions with which every kernel compiles, without a GPU.
-COMPILED_VERSIONS = (*TRITON_VERSIONS, "3.8.", "3.9.")
+COMPILED_VERSIONS = (*TRITON_VERSIONS, "3.8.")
 
 
 @functools.cache
@@ -35,10 +35,10 @@ def why_not(device: torch.device) -> str | None:
         return "it needs a GPU of compute capability 9.0 (H100, H200, GH200)"
     untested = not triton.__version__.startswith(TRITON_VERSIONS)
     if untested and os.environ.get("LASP_UNTESTED_TRITON") != "1":
-        first, last = TRITON_VERSIONS[0][:-1], TRITON_VERSIONS[-1][:-1]
+        tested = ", ".join(version[:-1] for version in TRITON_VERSIONS)
         return (
-            f"triton is {triton.__version__}, and it was tested on GPUs with {first} to {last} "
-            "only (LASP_UNTESTED_TRITON=1 runs it all the same)"
+            f"triton is {triton.__version__}, and it was tested on GPUs with {tested} only "
+            "(LASP_UNTESTED_TRITON=1 runs it all the same)"
         )
     try:
         from lasp.ops.triton.hopper import kernel  # noqa: F401  (needs this version's names)

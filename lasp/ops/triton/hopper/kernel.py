@@ -9,6 +9,10 @@ With PAIR a program computes two scans for all columns, of a, b, x and of c, x, 
 warpgroup for each. They share all operands and w, since b^T (x * decay) is the transpose of
 x^T (b * decay).
 
+With a decay per token the score warps leave the decays of each chunk in shared memory, for all.
+WITH_DOTS adds the dot products of every row of y with that of c (PAIR: of z with a), from
+accumulators in float32.
+
 Barriers of each buffer: `full`, the copies have landed; `w_ready`, w is stored; `p_ready`, P is;
 `empty`, every warpgroup is done with it. A buffer is full again only after it was empty, so nothing
 else has to guard P and w.
@@ -18,6 +22,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from lasp.ops.triton.decay import remaining, row_of_decay
 from lasp.ops.triton.hopper.language import barrier
 from lasp.ops.triton.hopper.warps import load_warp, score_warps, state_warps
 from lasp.ops.triton.segments import locate_segment
@@ -26,13 +31,14 @@ from lasp.ops.triton.segments import locate_segment
 @gluon.jit(do_not_specialize=["scale", "T", "segments_per_row", "segment_length"])
 def hopper_scan_kernel(
     a_descriptor, b_descriptor, x_descriptor, c_descriptor, y_descriptor, z_descriptor,
-    p_y, p_z, p_initial, p_segment, p_log_decay, p_table,
+    p_y, p_z, p_initial, p_segment, p_log_decay, p_table, p_dots,
     stride_in, stride_ih, stride_ia, stride_ix, stride_sn, stride_sh, stride_sa, stride_sx,
     scale, T, segments_per_row, segment_length, H,
     A: gl.constexpr, X: gl.constexpr, BA: gl.constexpr, BX: gl.constexpr, BC: gl.constexpr,
     BLOCKS: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr, PAIR: gl.constexpr,
     REVERSE: gl.constexpr, PACKED: gl.constexpr, HAS_INITIAL: gl.constexpr,
-    HAS_SEGMENT: gl.constexpr, REGISTERS: gl.constexpr,
+    HAS_SEGMENT: gl.constexpr, BY_TOKEN: gl.constexpr, WITH_DOTS: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Allocate the shared memory and start the warps; REGISTERS are those of all but the first.
 
@@ -62,7 +68,18 @@ def hopper_scan_kernel(
         segment_mT = (p_segment, stride_sx, stride_sa)
     # TMA takes 32-bit coordinates and makes 64-bit addresses of them.
     where = (i_b.to(gl.int32), i_h, start.to(gl.int32), count)
-    log_decay = gl.load(p_log_decay + i_h)
+    if BY_TOKEN:
+        # The cumulative sums from the segment's first token on.
+        decay = row_of_decay(p_log_decay, i_b, i_h, T, H) + start
+        outside_decay = 1.0
+        if HAS_INITIAL:
+            if REVERSE:
+                outside_decay = remaining(decay + count, decay + count + outside)
+            else:
+                outside_decay = remaining(decay - outside, decay)
+    else:
+        decay = gl.load(p_log_decay + i_h)
+        outside_decay = gl.exp(decay * outside.to(gl.float32))
 
     dtype: gl.constexpr = a_descriptor.dtype
     p_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BC, BC], dtype)
@@ -75,8 +92,10 @@ def hopper_scan_kernel(
     NP: gl.constexpr = 2 if PAIR else 1
     p_tiles = gl.allocate_shared_memory(dtype, [STAGES * NP, BC, BC], p_layout)
     y_tiles = gl.allocate_shared_memory(dtype, [2, 1, BC, 1, BX], y_descriptor.layout)
-    row_decays = gl.allocate_shared_memory(gl.float32, [2, BC], row_layout)
-    positions = gl.allocate_shared_memory(gl.float32, [BC], row_layout)
+    # The decays of the rows of every buffer; or, if constant, of each warpgroup.
+    NR: gl.constexpr = STAGES if BY_TOKEN else 2
+    row_decays = gl.allocate_shared_memory(gl.float32, [NR, BC], row_layout)
+    positions = gl.allocate_shared_memory(gl.float32, [2 if BY_TOKEN else 1, BC], row_layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_layout)
     w_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_layout)
     p_ready = gl.allocate_shared_memory(gl.int64, [STAGES * NP, 1], bar_layout)
@@ -93,8 +112,9 @@ def hopper_scan_kernel(
 
     barriers = (full, w_ready, p_ready, empty)
     scratch = (p_tiles, y_tiles, row_decays)
-    state_in = (initial, segment, outside)
-    factors = (log_decay, scale)
+    state_in = (initial, segment, outside, outside_decay)
+    factors = (decay, scale)
+    dots = ()
 
     # fmt: off
     # Constants stay constants only where the arguments are written into the call.
@@ -105,31 +125,46 @@ def hopper_scan_kernel(
         descriptors = (a_descriptor, b_descriptor, x_descriptor, c_descriptor)
         y_operands = (a_tiles, b_tiles, x_tiles, w_tiles)
         z_operands = (c_tiles, w_tiles, b_tiles, b_tiles)
-        state_in_mT = (initial_mT, segment_mT, outside)
+        state_in_mT = (initial_mT, segment_mT, outside, outside_decay)
+        if WITH_DOTS:
+            p_dots += (i_b * H + i_h) * (BA // BX) * T + start
+            dots = (a_tiles, p_dots, T)
         gl.warp_specialize([
             (state_warps, (y_operands, scratch, barriers, y_descriptor, p_y, state_in, where,
-                 factors, i_x, H, 0, 0, 0,
-                 A, X, BC, BA, BX, BLOCKS, PART, STAGES, REVERSE, HAS_INITIAL, HAS_SEGMENT)),
+                 factors, i_x, H, (), 0, 0, 0,
+                 A, X, BC, BA, BX, BLOCKS, PART, STAGES, REVERSE, HAS_INITIAL, HAS_SEGMENT,
+                 BY_TOKEN)),
             (state_warps, (z_operands, scratch, barriers, z_descriptor, p_z, state_in_mT, where,
-                 factors, i_x, H, 1, 1, 0,
-                 X, A, BC, BA, BX, BLOCKS, PART, STAGES, REVERSE, HAS_INITIAL, HAS_SEGMENT)),
-            (score_warps, (tiles, p_tiles, w_tiles, positions, barriers, where, factors,
-                 BC, BA, BX, STAGES, REVERSE, PAIR)),
+                 factors, i_x, H, dots, 1, 1, 0,
+                 X, A, BC, BA, BX, BLOCKS, PART, STAGES, REVERSE, HAS_INITIAL, HAS_SEGMENT,
+                 BY_TOKEN)),
+            (score_warps, (tiles, p_tiles, w_tiles, positions, row_decays, barriers, where, factors,
+                 BC, BA, BX, STAGES, REVERSE, PAIR, BY_TOKEN)),
             (load_warp, (descriptors, (0, 0, 0, 0), tiles, barriers, where, BC, STAGES, REVERSE)),
         ], [4, 4, 1], REGISTERS)
     else:
         tiles = (a_tiles, b_tiles, x_tiles)
         descriptors = (a_descriptor, b_descriptor, x_descriptor)
+        columns = (0, 0, i_x)
+        if WITH_DOTS:
+            c_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, BC, 1, BW], c_descriptor.layout)
+            tiles = (a_tiles, b_tiles, x_tiles, c_tiles)
+            descriptors = (a_descriptor, b_descriptor, x_descriptor, c_descriptor)
+            columns = (0, 0, i_x, i_x)
+            p_dots += (i_b * H + i_h) * (NX * BW // BX) * T + start
+            dots = (c_tiles, p_dots, T)
         operands = (a_tiles, b_tiles, x_tiles, w_tiles)
         gl.warp_specialize([
             (state_warps, (operands, scratch, barriers, y_descriptor, p_y, state_in, where,
-                 factors, i_x, H, 0, 0, 0,
-                 A, X, BC, BA, BX, BLOCKS, PART, STAGES, REVERSE, HAS_INITIAL, HAS_SEGMENT)),
+                 factors, i_x, H, dots, 0, 0, 0,
+                 A, X, BC, BA, BX, BLOCKS, PART, STAGES, REVERSE, HAS_INITIAL, HAS_SEGMENT,
+                 BY_TOKEN)),
             (state_warps, (operands, scratch, barriers, y_descriptor, p_y, state_in, where,
-                 factors, i_x + BW // 2, H, 1, 0, BW // 2,
-                 A, X, BC, BA, BX, BLOCKS, PART, STAGES, REVERSE, HAS_INITIAL, HAS_SEGMENT)),
-            (score_warps, (tiles, p_tiles, w_tiles, positions, barriers, where, factors,
-                 BC, BA, BX, STAGES, REVERSE, PAIR)),
-            (load_warp, (descriptors, (0, 0, i_x), tiles, barriers, where, BC, STAGES, REVERSE)),
+                 factors, i_x + BW // 2, H, dots, 1, 0, BW // 2,
+                 A, X, BC, BA, BX, BLOCKS, PART, STAGES, REVERSE, HAS_INITIAL, HAS_SEGMENT,
+                 BY_TOKEN)),
+            (score_warps, (tiles, p_tiles, w_tiles, positions, row_decays, barriers, where, factors,
+                 BC, BA, BX, STAGES, REVERSE, PAIR, BY_TOKEN)),
+            (load_warp, (descriptors, columns, tiles, barriers, where, BC, STAGES, REVERSE)),
         ], [4, 4, 1], REGISTERS)
     # fmt: on

@@ -34,15 +34,18 @@ def prepare(
     *,
     scale: float,
     reverse: bool,
+    kind: tuple[bool, TensorSpec | None],
     device: torch.device,
-) -> tuple[int, CachedLaunch]:
-    """(number of programs, launch); the launch takes operands and results as descriptors first.
+) -> tuple[int, CachedLaunch, int]:
+    """(number of programs, launch, blocks of columns of dots); the launch takes operands and results
+    as descriptors first.
 
     Of operands a, b, x for y = scan(a, b, x); or of a, b, x, c for y and z = scan(c, x, b) with the
     same states transposed. The operands are `is_copyable`, the results contiguous.
     """
     pair = len(operands) == 4
-    a, b, x, c = operands if pair else (*operands, None)
+    by_token, dot_with = kind
+    a, b, x, c = operands if pair else (*operands, dot_with)
     initial, segment = states
     (_, seq_len, num_heads, key_dim), _, dtype = a
     value_dim = x[0][-1]
@@ -63,18 +66,24 @@ def prepare(
         PACKED=segments.packed,
         HAS_INITIAL=initial is not None,
         HAS_SEGMENT=segment is not None,
+        BY_TOKEN=by_token,
+        WITH_DOTS=dot_with is not None,
         REGISTERS=tiles.registers,
     )
     y, z = contiguous_spec(x), contiguous_spec(b) if pair else None
-    columns = (tiles.keys, tiles.keys, width, tiles.keys, HOPPER_VALUE_BLOCK, HOPPER_VALUE_BLOCK)
+    of_c = tiles.keys if pair else width
+    columns = (tiles.keys, tiles.keys, width, of_c, HOPPER_VALUE_BLOCK, HOPPER_VALUE_BLOCK)
     descriptors = tuple(
         None if tensor is None else _descriptor(tensor, n, device)
         for tensor, n in zip((a, b, x, c, y, z), columns, strict=True)
     )
     options = dict(descriptors=descriptors, num_warps=4)
     launch = cached_launch(_gluon(device).kernel, numbers, constants, dtype, **options)
-    num_programs = segments.num_segments * num_heads * triton.cdiv(value_dim, width)
-    return num_programs, launch
+    blocks = triton.cdiv(value_dim, width)
+    num_programs = segments.num_segments * num_heads * blocks
+    # Of the columns of z in a pair.
+    of_dots = tiles.keys if pair else blocks * width
+    return num_programs, launch, of_dots // HOPPER_VALUE_BLOCK
 
 
 @functools.lru_cache(maxsize=1024)

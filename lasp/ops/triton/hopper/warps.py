@@ -100,7 +100,7 @@ def load_warp(
 def _store_score(
     p_tile,
     b_s, positions, rate, scale, row, count,
-    REVERSE: gl.constexpr, mma: gl.constexpr,
+    REVERSE: gl.constexpr, BY_TOKEN: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
     """End the product and store P = decay * (a b^T), zero beyond the segment."""
     BC: gl.constexpr = p_tile.shape[0]
@@ -112,8 +112,19 @@ def _store_score(
         b_distance = o_j - o_i  # [BC, BC]
     else:
         b_distance = o_i - o_j  # [BC, BC]
-    b_decay = _exp2(rate * b_distance)
-    b_decay = gl.where(b_distance >= 0.0, b_decay * scale, 0.0)  # [BC, BC]
+    if BY_TOKEN:
+        # Their positions are sums of log decays.
+        b_decay = _exp2(gl.minimum(b_distance, 0.0))
+        o_i = gl.arange(0, BC, gl.SliceLayout(1, mma))[:, None]
+        o_j = gl.arange(0, BC, gl.SliceLayout(0, mma))[None, :]
+        if REVERSE:
+            b_distance = o_j - o_i  # [BC, BC]
+        else:
+            b_distance = o_i - o_j  # [BC, BC]
+        b_decay = gl.where(b_distance >= 0, b_decay * scale, 0.0)  # [BC, BC]
+    else:
+        b_decay = _exp2(rate * b_distance)
+        b_decay = gl.where(b_distance >= 0.0, b_decay * scale, 0.0)  # [BC, BC]
     b_p = warpgroup_mma_wait(0, deps=[b_s]) * b_decay
     if _is_short(row, count, BC):
         m_i = (o_i + row >= 0) & (o_i + row < count)
@@ -138,31 +149,65 @@ def _zero_rows_outside(tile, row, count, by_row: gl.constexpr):
 
 
 @gluon.jit
+def _load_decays(decay, i_c, count, o_c, BC: gl.constexpr, REVERSE: gl.constexpr):
+    """Cumulative log decays of chunk `i_c`: up to each token, before the first and up to the last
+    that are inside the segment."""
+    row = _first_row(i_c, count, BC, REVERSE)
+    o_t = gl.minimum(gl.maximum(row + o_c, 0), count - 1)
+    before = gl.load(decay + gl.maximum(row, 0))
+    last = gl.load(decay + gl.minimum(row + BC, count))
+    return gl.load(decay + 1 + o_t), before, last
+
+
+@gluon.jit
+def _store_decays(decays, positions, row_decays, stage, scale, REVERSE: gl.constexpr):
+    """Store the decays of a chunk's rows, and for the score warps the sums of log2 decays and the
+    decays of x."""
+    b_sums, before, last = decays
+    b_from_start = (b_sums - before).to(gl.float32)
+    b_enters = gl.exp(b_from_start)
+    b_leaves = gl.exp((last - b_sums).to(gl.float32))
+    positions.index(0).store(b_from_start * 1.4426950408889634)
+    if REVERSE:
+        row_decays.index(stage).store(b_leaves)
+        positions.index(1).store(b_enters * scale)
+    else:
+        row_decays.index(stage).store(b_enters * scale)
+        positions.index(1).store(b_leaves)
+
+
+@gluon.jit
 def score_warps(
     tiles,
     p_tiles,
-    w_tiles, positions, barriers, where, factors,
+    w_tiles, positions, row_decays, barriers, where, factors,
     BC: gl.constexpr, BA: gl.constexpr, BX: gl.constexpr, STAGES: gl.constexpr,
-    REVERSE: gl.constexpr, PAIR: gl.constexpr,
+    REVERSE: gl.constexpr, PAIR: gl.constexpr, BY_TOKEN: gl.constexpr,
 ):  # fmt: skip
     """Compute P and w, the decayed x, of every chunk; in a short one, zero the rows outside it."""
     full, w_ready, p_ready, empty = barriers
     i_b, i_h, start, count = where
-    log_decay, scale = factors
+    decay, scale = factors
     dtype: gl.constexpr = p_tiles.dtype
     NP: gl.constexpr = p_tiles.shape[0] // STAGES
     NW: gl.constexpr = w_tiles.shape[4] // BX
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BC, 16])
     by_row: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // BX, BX // 8], [4, 1], [1, 0])
-    o_c = gl.arange(0, BC, gl.SliceLayout(1, by_row))[:, None]
-    if REVERSE:
-        b_column = scale * gl.exp(log_decay * (o_c + 1))  # [BC, 1]
+    by_token: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    of_column: gl.constexpr = gl.SliceLayout(1, by_row)
+    o_t = gl.arange(0, BC, by_token)
+    if BY_TOKEN:
+        rate = 1.0
     else:
-        b_column = gl.exp(log_decay * (BC - 1 - o_c))  # [BC, 1]
-    o_i = gl.arange(0, BC, gl.SliceLayout(1, mma))
-    positions.store(o_i.to(gl.float32))
-    barrier()
-    rate = log_decay * 1.4426950408889634
+        rate = decay * 1.4426950408889634
+        positions.index(0).store(o_t.to(gl.float32))
+        barrier()
+    o_c = gl.arange(0, BC, of_column)[:, None]
+    # Constant, or replaced in every chunk.
+    if REVERSE:
+        b_column = scale * _exp2(rate * (o_c + 1))  # [BC, 1]
+    else:
+        b_column = _exp2(rate * (BC - 1 - o_c))  # [BC, 1]
 
     stage = 0
     phase = 0
@@ -172,8 +217,15 @@ def score_warps(
         b = _matrix(tiles[1].index(stage), BC, BA)
         x = _matrix(tiles[2].index(stage), BC, NW * BX)
         w = _matrix(w_tiles.index(stage), BC, NW * BX)
+        if BY_TOKEN:
+            # Begun before the wait, which takes longer.
+            decays = _load_decays(decay, i_c, count, o_t, BC, REVERSE)
         mbarrier.wait(full.index(stage), phase)
         b_score = _begin_score(a, b, mma)
+        if BY_TOKEN:
+            _store_decays(decays, positions, row_decays, stage, scale, REVERSE)
+            barrier()
+            b_column = positions.index(1).load(of_column)[:, None]
         # No state leaves a short chunk: w needs no mask.
         for i_w in gl.static_range(NW):
             b_w = x.slice(i_w * BX, BX, 1).load(by_row).to(gl.float32) * b_column
@@ -182,8 +234,9 @@ def score_warps(
         barrier()
         mbarrier.arrive(w_ready.index(stage), count=1)
         _store_score(
-            p_tiles.index(NP * stage), b_score, positions, rate, scale, row, count, REVERSE, mma
-        )
+            p_tiles.index(NP * stage), b_score, positions.index(0), rate, scale, row, count,
+            REVERSE, BY_TOKEN, mma,
+        )  # fmt: skip
         if _is_short(row, count, BC):
             _zero_rows_outside(x, row, count, by_row)
             if PAIR:
@@ -195,7 +248,9 @@ def score_warps(
             c = _matrix(tiles[3].index(stage), BC, BA)
             b_score = _begin_score(c, x, mma)
             p_tile = p_tiles.index(NP * stage + 1)
-            _store_score(p_tile, b_score, positions, rate, scale, row, count, REVERSE, mma)
+            _store_score(
+                p_tile, b_score, positions.index(0), rate, scale, row, count, REVERSE, BY_TOKEN, mma
+            )
             fence_async_shared()
             barrier()
             mbarrier.arrive(p_ready.index(NP * stage + 1), count=1)
@@ -205,7 +260,7 @@ def score_warps(
 
 @gluon.jit
 def _load_state_in(
-    initial, segment, log_decay, outside, i_a, i_x,
+    initial, segment, outside, outside_decay, i_a, i_x,
     A: gl.constexpr, X: gl.constexpr, KEYS: gl.constexpr, BX: gl.constexpr,
     HAS_INITIAL: gl.constexpr, HAS_SEGMENT: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
@@ -222,7 +277,7 @@ def _load_state_in(
         p_initial, stride_a, stride_x = initial
         o_state = o_a * stride_a + o_x * stride_x
         b_initial = gl.load(p_initial + o_state, mask=m_state, other=0.0).to(gl.float32)
-        b_state += b_initial * gl.exp(log_decay * outside.to(gl.float32))
+        b_state += b_initial * outside_decay
     return b_state
 
 
@@ -249,25 +304,38 @@ def _add_product(b_y, b_state, a, i_a: gl.constexpr, PART: gl.constexpr, mma: gl
 
 
 @gluon.jit
+def _store_dots(b_y, tile, p_dots, i_y, row, count, T):
+    """Store the dot products of the columns of b_y [BX, BC] with the rows of a tile [BC, BX]."""
+    BX: gl.constexpr = b_y.shape[0]
+    BC: gl.constexpr = b_y.shape[1]
+    layout: gl.constexpr = b_y.type.layout
+    b_c = tile.permute((1, 0)).load(layout)
+    b_dots = gl.sum(b_y * b_c.to(gl.float32), axis=0)
+    o_t = row + gl.arange(0, BC, gl.SliceLayout(0, layout))
+    gl.store(p_dots + (i_y // BX) * T + o_t, b_dots, mask=(o_t >= 0) & (o_t < count))
+
+
+@gluon.jit
 def state_warps(
-    operands, scratch, barriers, y_descriptor, p_y, state_in, where, factors, i_x, H,
+    operands, scratch, barriers, y_descriptor, p_y, state_in, where, factors, i_x, H, dots,
     i_w: gl.constexpr, i_p: gl.constexpr, i_t: gl.constexpr, A: gl.constexpr, X: gl.constexpr,
     BC: gl.constexpr, BA: gl.constexpr, BX: gl.constexpr, BLOCKS: gl.constexpr,
     PART: gl.constexpr, STAGES: gl.constexpr, REVERSE: gl.constexpr, HAS_INITIAL: gl.constexpr,
-    HAS_SEGMENT: gl.constexpr,
+    HAS_SEGMENT: gl.constexpr, BY_TOKEN: gl.constexpr,
 ):  # fmt: skip
     """Take the states of BLOCKS value blocks through the segment and write their y.
 
     The tiles of `operands` are a, b, x and w: y = decay * (a state) + P x, and state = decay *
     state + b^T w. `i_w` is the warpgroup (0 or 1) and `i_p` its P; the blocks begin at column `i_x`
-    of the tensors and `i_t` of the tiles of x and w.
+    of the tensors and `i_t` of the tiles of x and w. `dots`: tiles whose rows meet those of y, from
+    column `i_t` on, and where the dot products go; empty for none.
     """
     a_tiles, b_tiles, x_tiles, w_tiles = operands
     p_tiles, y_tiles, row_decays = scratch
     full, w_ready, p_ready, empty = barriers
-    initial, segment, outside = state_in
+    initial, segment, outside, outside_decay = state_in
     i_b, i_h, start, count = where
-    log_decay, scale = factors
+    decay, scale = factors
     dtype: gl.constexpr = p_tiles.dtype
     KEYS: gl.constexpr = 128
     NA: gl.constexpr = BA // KEYS
@@ -279,20 +347,21 @@ def state_warps(
     o_c = gl.arange(0, BC, of_row)
     o_t = gl.arange(0, BC, gl.SliceLayout(1, by_row))[:, None]
     o_y = gl.arange(0, BX, gl.SliceLayout(0, by_row))[None, :]
-    if REVERSE:
-        b_row_decay = gl.exp(log_decay * (BC - 1 - o_c))  # [BC]
-    else:
-        b_row_decay = scale * gl.exp(log_decay * (o_c + 1))  # [BC]
-    # Read from shared memory in every chunk: there are no registers left for it.
-    row_decays.index(i_w).store(b_row_decay)
-    chunk_decay = gl.exp(log_decay * BC)
+    if not BY_TOKEN:
+        if REVERSE:
+            b_row_decay = gl.exp(decay * (BC - 1 - o_c))  # [BC]
+        else:
+            b_row_decay = scale * gl.exp(decay * (o_c + 1))  # [BC]
+        # Read from shared memory in every chunk: there are no registers left for it.
+        row_decays.index(i_w).store(b_row_decay)
+        chunk_decay = gl.exp(decay * BC)
     y_tile = y_tiles.index(i_w)
     y_matrix = _matrix(y_tile, BC, BX)
     states = ()
     # fmt: off
     for i in gl.static_range(BLOCKS * NA):
         states += (_load_state_in(
-            initial, segment, log_decay, outside, i % NA * KEYS, i_x + i // NA * BX,
+            initial, segment, outside, outside_decay, i % NA * KEYS, i_x + i // NA * BX,
             A, X, KEYS, BX, HAS_INITIAL, HAS_SEGMENT, mma),)
     # fmt: on
     barrier()
@@ -306,6 +375,9 @@ def state_warps(
         x = _matrix(x_tiles.index(stage), BC, x_tiles.shape[4])
         w = _matrix(w_tiles.index(stage), BC, w_tiles.shape[4])
         p = p_tiles.index(NP * stage + i_p).permute((1, 0))
+        if BY_TOKEN:
+            last = gl.load(decay + gl.minimum(row + BC, count))
+            chunk_decay = gl.exp((last - gl.load(decay + gl.maximum(row, 0))).to(gl.float32))
         mbarrier.wait(full.index(stage), phase)
         new_states = ()
         for i in gl.static_range(BLOCKS):
@@ -320,7 +392,8 @@ def state_warps(
                 b_state = states[i * NA + i_a] * chunk_decay
                 b_part = b.slice(i_a * KEYS, KEYS, 1)
                 products += (warpgroup_mma(w_part, b_part, b_state, is_async=True),)
-            b_y = b_y * row_decays.index(i_w).load(of_row)[None, :]
+            i_r = stage if BY_TOKEN else i_w
+            b_y = b_y * row_decays.index(i_r).load(of_row)[None, :]
             if i == 0:
                 mbarrier.wait(p_ready.index(NP * stage + i_p), phase)
             x_part = x.slice(i_t + i * BX, BX, 1).permute((1, 0))
@@ -329,6 +402,11 @@ def state_warps(
             b_y = products[NA]
             for i_a in gl.static_range(NA):
                 new_states += (products[i_a],)
+            if len(dots) > 0:
+                tile = _matrix(dots[0].index(stage), BC, dots[0].shape[4])
+                _store_dots(
+                    b_y, tile.slice(i_t + i * BX, BX, 1), dots[1], i_x + i * BX, row, count, dots[2]
+                )
             barrier()
             if i == BLOCKS - 1:
                 mbarrier.arrive(empty.index(stage), count=1)

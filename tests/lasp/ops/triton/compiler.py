@@ -171,11 +171,14 @@ def disassembled_blocks(compiled, folder: Path) -> list[list[str]]:
 
 
 def without_rows(block: list[str]) -> list[list[str]]:
-    """A block cut at its branches, without the parts that write rows to global memory: only the
-    last chunk of a segment, a short one, runs them."""
+    """A block cut at its branches, without the parts that write rows to global memory and multiply
+    nothing: only the last chunk of a segment, a short one, runs them."""
     parts: list[list[str]] = [[]]
     for instruction in block:
         parts[-1].append(instruction)
         if re.search(r"\bBRA\b", instruction):
             parts.append([])
-    return [part for part in parts if not any(re.search(r"\bSTG\b", i) for i in part)]
+    def has(part, name):
+        return any(re.search(name, i) for i in part)
+
+    return [part for part in parts if has(part, "HGMMA") or not has(part, r"\bSTG\b")]

@@ -40,8 +40,8 @@ def kind(case):
     return "wide keys" if key_dim > 128 else "wide values" if value_dim > 128 else "narrow"
 
 
-def launch(case, dtype, reverse, packed, has_initial, has_segment):
-    """Launch the scan that a call with such heads needs."""
+def launch(case, dtype, reverse, packed, has_initial, has_segment, by_token=False):
+    """Launch the scan that a call with such heads needs; `by_token`: with the dots of a gradient."""
     key_dim, value_dim, pair = case
     T, H = 1024, 4
     # One segment needs no states of earlier ones.
@@ -53,12 +53,14 @@ def launch(case, dtype, reverse, packed, has_initial, has_segment):
     segment = torch.zeros(1, H, key_dim, value_dim) if has_segment else None
     offsets = ((0, 300, T) if has_segment else (0, 512, T)) if packed else None
     options = dict(initial_state=initial, segment_states=segment, scale=1.0, cu_seqlens=offsets)
+    decay = torch.zeros(1, H, T + 1, dtype=torch.float64) if by_token else None
     constants = dict(segment_length=length, LARGE_VALUES=0, has_gluon=lambda device: True)
     with launch_constants(**constants):
         if pair:
-            kernels.scan_dkdv(a, a, x, x, None, **options)
+            kernels.scan_dkdv(a, a, x, x, decay, **options, with_dots=by_token)
         else:
-            kernels.scan(a, a, x, None, reverse=reverse, **options)
+            dot_with = x if by_token and case == NARROW else None
+            kernels.scan(a, a, x, decay, reverse=reverse, **options, dot_with=dot_with)
 
 
 def check(kernel, case, folder):
@@ -95,6 +97,16 @@ def check(kernel, case, folder):
 )
 def test_scan_compiles(case, dtype, reverse, packed, compiled, tmp_path):
     launch(case, dtype, reverse, packed, True, True)
+    (kernel,) = compiled
+    check(kernel, case, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("case", "packed"),
+    [(NARROW, False), (WIDE_VALUES, True), (WIDE_KEYS, True), (PAIR, False)],
+)
+def test_scan_with_a_decay_per_token_compiles(case, packed, compiled, tmp_path):
+    launch(case, torch.bfloat16, case == PAIR, packed, True, True, by_token=True)
     (kernel,) = compiled
     check(kernel, case, tmp_path)
 
