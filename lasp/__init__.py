@@ -4,6 +4,7 @@ from lasp import decay
 from lasp.attention import lightning_attention, lightning_attention_step
 from lasp.ops import reference
 from lasp.ops.describe import describe_kernels
+from lasp.previous_tokens import exchange_previous_tokens
 from lasp.shard import SequenceShard
 from lasp.softmax_attention import softmax_attention
 
@@ -12,6 +13,7 @@ __all__ = [
     "__version__",
     "decay",
     "describe_kernels",
+    "exchange_previous_tokens",
     "lightning_attention",
     "lightning_attention_step",
     "reference",

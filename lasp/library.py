@@ -1,4 +1,5 @@
-"""The functions of `lasp.functional` as operators of torch, for torch.compile and checkpointing.
+"""The functions of `lasp.functional` and `lasp.halo` as operators of torch, for torch.compile and
+checkpointing.
 
 torch's dispatcher costs the host microseconds per call, so a call goes through it only if it must
 (`needs_dispatcher`). Both ways have the same signatures and results, except that an operator
@@ -11,7 +12,7 @@ import inspect
 
 import torch
 
-from lasp import functional, ops
+from lasp import functional, halo, ops
 from lasp.context import CPContext
 from lasp.partition import BatchPartition
 from lasp.validation import state_dtype
@@ -19,6 +20,8 @@ from lasp.validation import state_dtype
 __all__ = [
     "attn_bwd",
     "attn_fwd",
+    "halo_bwd",
+    "halo_fwd",
     "needs_dispatcher",
     "present",
     "softmax_bwd",
@@ -51,7 +54,8 @@ def present(x):
 
 
 class _Operator:
-    """A function of `lasp.functional`, called with the same arguments, as `torch.ops.lasp.<name>`.
+    """A function of `functional` or `halo`, called with the same arguments, as
+    `torch.ops.lasp.<name>`.
 
     The operator's arguments are the positional ones of the function, its keywords in their order,
     and the flattened context.
@@ -117,6 +121,12 @@ softmax_bwd = _Operator(
     "Tensor lengths, float scale",
     "(Tensor, Tensor, Tensor)",
 )
+halo_fwd = _Operator(
+    halo.halo_fwd, "Tensor x, Tensor? cu_seqlens, SymInt count, bool needs_grad", "Tensor"
+)
+halo_bwd = _Operator(
+    halo.halo_bwd, "Tensor dhalo, Tensor? cu_seqlens, SymInt seq_len, SymInt count", "Tensor"
+)
 
 
 @torch.library.register_fake("lasp::state_fwd")
@@ -167,6 +177,17 @@ def _softmax_fwd_fake(q, k, v, cu_seqlens, scale, needs_grad, *context):
 @torch.library.register_fake("lasp::softmax_bwd")
 def _softmax_bwd_fake(do, q, k, v, *arguments):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@torch.library.register_fake("lasp::halo_fwd")
+def _halo_fwd_fake(x, cu_seqlens, count, needs_grad, *context):
+    num_chunks = 2 if CPContext.unflatten(*context).layout == "zigzag" else 1
+    return x.new_empty(x.shape[0], num_chunks * count, *x.shape[2:])
+
+
+@torch.library.register_fake("lasp::halo_bwd")
+def _halo_bwd_fake(dhalo, cu_seqlens, seq_len, *arguments):
+    return dhalo.new_empty(dhalo.shape[0], seq_len, *dhalo.shape[2:])
 
 
 def _no_state(x: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,7 @@ __all__ = [
 
 # The operators whose results are saved, by name, so that this module imports none of them.
 # A softmax layer saves its output: this spares a second gather and the quadratic work.
-EXCHANGE_OPS = ("lasp::state_fwd", "lasp::softmax_fwd")
+EXCHANGE_OPS = ("lasp::state_fwd", "lasp::softmax_fwd", "lasp::halo_fwd")
 # Slow to recompute for their size. The other operators of a block (norms, gates, activations) are
 # cheap, and their results take as much memory again.
 _EXPENSIVE_OPS = ("lasp::attn_fwd", "aten::mm", "aten::addmm", "aten::bmm")

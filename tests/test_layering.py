@@ -48,7 +48,14 @@ def offenders(place, *forbidden):
     ]
 
 
-ATTENTION = ("lasp.attention", "lasp.functional", "lasp.library", "lasp.softmax_attention")
+CALLS = (
+    "lasp.attention",
+    "lasp.functional",
+    "lasp.halo",
+    "lasp.library",
+    "lasp.previous_tokens",
+    "lasp.softmax_attention",
+)
 
 
 @pytest.mark.parametrize(
@@ -56,11 +63,12 @@ ATTENTION = ("lasp.attention", "lasp.functional", "lasp.library", "lasp.softmax_
     [
         (
             "lasp/ops",
-            ("torch.distributed", "lasp.exchange", "lasp.context", "lasp.tnl", *ATTENTION),
+            ("torch.distributed", "lasp.exchange", "lasp.context", "lasp.tnl", *CALLS),
         ),
-        ("lasp/exchange", ("lasp.ops", "lasp.decay", "lasp.tnl", "triton", *ATTENTION)),
+        ("lasp/exchange", ("lasp.ops", "lasp.decay", "lasp.tnl", "triton", *CALLS)),
         # The algorithm knows nothing of registration, and registration none of the arithmetic.
         ("lasp/functional.py", ("torch.library", "torch.ops", "lasp.library")),
+        ("lasp/halo.py", ("torch.library", "torch.ops", "lasp.library", "lasp.functional")),
         ("lasp/library.py", ("lasp.ops.chunked", "lasp.ops.triton", "lasp.exchange")),
         ("lasp", ("parallel", "launch", "benchmarks", "tests")),
         ("parallel", ("triton", "lasp.ops", "launch", "benchmarks", "tests")),

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import lasp
 from lasp.exchange import symmetric_memory
 from tests.distributed import Pool
-from tests.lasp import cases, sharded
+from tests.lasp import cases, sharded, test_previous_tokens
 from tests.lasp.exchange import test_consistency, test_messages
 from tests.lasp.sharded import LAYOUTS, Problem
 
@@ -181,3 +181,17 @@ def test_sizes_do_not_disturb_each_other(everyone):
     size = torch.cuda.device_count()
     found = everyone.run(in_two_groups, size=size)
     assert found == pytest.approx([64.0 * (rank + 1) for rank in range(size)])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_previous_tokens_over_nccl(everyone, layout):
+    size = torch.cuda.device_count()
+    lengths = [sharded.even(40 * size, size, layout), (8, *(0, 2) * size)[:size]]
+    problems = [(layout, cut, None, count) for cut in lengths for count in (1, 3)]
+    problems += [
+        (layout, cut, sharded.documents_that(meet, cut, layout), 3)
+        for cut in lengths
+        for meet in ("on", "across", "both")
+    ]
+    test_previous_tokens.check(everyone, size, problems, torch.float32, bound=1e-6)
+    test_previous_tokens.check(everyone, size, problems[:2], torch.bfloat16, bound=1e-2)
