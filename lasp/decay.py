@@ -54,7 +54,7 @@ class Decay:
     @classmethod
     def of(cls, log_decay: torch.Tensor | Decay | None) -> Decay:
         """The decay itself, or that of a tensor."""
-        return log_decay if isinstance(log_decay, cls) else cls(log_decay)
+        return log_decay if isinstance(log_decay, Decay) else cls(log_decay)
 
     def bind(self, partition, backend) -> Decay:
         """Divide a decay per token as `partition` divides the tokens; returns self.

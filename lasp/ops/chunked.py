@@ -244,10 +244,10 @@ def _scan(
     if state_BHDE is None:
         state_BHDE = a_BTHD.new_zeros(B, H, D, x_BTHE.shape[3])
     state_BHDE = state_BHDE.to(compute)
-    weights = None
+    weights = decay = None
     for start, stop in _chunks(T, SCAN_CHUNK, reverse):
         # With a constant decay, all chunks but the last are full and share their weights.
-        if weights is None or weights.shape[-1] != stop - start or not decay.is_constant:
+        if decay is None or weights.shape[-1] != stop - start or not decay.is_constant:
             decay = _chunk_decay(log_decay, H, start, stop, compute, a_BTHD.device)
             between = decay.between()
             weights = scale * (between.mT if reverse else between).exp()
@@ -278,6 +278,7 @@ class _ChunkDecay(NamedTuple):
         from_start: of a state that enters the chunk, after each token.
         to_end: of each token, after the chunk.
         total: of a state that enters the chunk, after it.
+        is_constant: all tokens have the same rates.
     """
 
     rates: torch.Tensor

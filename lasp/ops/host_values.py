@@ -75,9 +75,10 @@ def check_token_decays(log_decay: torch.Tensor) -> None:
     """Raise ValueError unless all values of a decay per token are <= 0; on the CPU only."""
     if log_decay.device.type == "cpu" and not bool((log_decay <= 0).all()):
         where = (~(log_decay <= 0)).nonzero()[0].tolist()
+        value = log_decay[tuple(where)].item()
         raise ValueError(
-            f"log_decay is {log_decay[tuple(where)].item():g} at {where}: it must be <= 0, as decay "
-            "is exp(log_decay). (-inf resets the state.)"
+            f"log_decay is {value:g} at {where}: it must be <= 0, as decay is exp(log_decay). "
+            "(-inf resets the state.)"
         )
 
 

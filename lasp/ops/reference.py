@@ -3,8 +3,8 @@ softmax attention. Every test compares with it.
 
     o_t = scale * q_t . S_t,   S_t = lambda * S_{t-1} + k_t v_t^T,   S_0 = initial_state
 
-(TransNormerLLM, arXiv 2405.17381, eq. 15-22; lambda = exp(log_decay), one number per head. With one
-per token and head, lambda_t: simple gated linear attention, Mamba-2's SSD, arXiv 2405.21060.)
+(TransNormerLLM, arXiv 2405.17381, eq. 15-22; lambda = exp(log_decay), one number per head. With
+one per token and head, lambda_t: simple gated linear attention, Mamba-2's SSD, arXiv 2405.21060.)
 Both functions compute in the dtype they are given, up to float64, and are differentiable by
 autograd. They are slow on purpose: nothing here is rearranged for speed.
 
@@ -29,8 +29,9 @@ def recurrent(
     """Lightning attention token by token.
 
     Shapes: q, k [B, T, H, D], v [B, T, H, E], log_decay [H] or [B, T, H] (None: no decay),
-    initial_state [N, H, D, E] with N = B, or the number of documents when cu_seqlens [N + 1] is given (B = 1).
-    Returns o [B, T, H, E] and the state after each document's last token [N, H, D, E].
+    initial_state [N, H, D, E] with N = B, or the number of documents when cu_seqlens [N + 1] is
+    given (B = 1). Returns o [B, T, H, E] and the state after each document's last token,
+    [N, H, D, E].
     """
     outputs, states = [], []
     for n, (b, start, stop) in enumerate(_documents(q_BTHD, cu_seqlens)):
@@ -59,8 +60,8 @@ def quadratic(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same as `recurrent`, as one masked product of O(T^2): o = ((Q K^T) * M) V.
 
-    M_ij = lambda^(i-j) for i >= j and 0 above (arXiv 2405.17381, eq. 15), or the product of lambda_s
-    for j < s <= i. Same arguments, same results; quicker for the lengths of a test, and an
+    M_ij = lambda^(i-j) for i >= j and 0 above (arXiv 2405.17381, eq. 15), or the product of
+    lambda_s for j < s <= i. Same arguments, same results; quicker for the lengths of a test, and an
     independent formula.
     """
     outputs, states = [], []

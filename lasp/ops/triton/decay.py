@@ -1,10 +1,4 @@
-"""A decay per token for the kernels: its sums along the sequence, and its gradient.
-
-A kernel needs what remains between any two tokens, exp of a sum of log decays. It gets it as a
-difference of two entries of one cumulative sum over the whole sequence, in float64: of 10^6 tokens
-that forget at once, 1e8 in all, a difference is right to 1e-8. Sums over chunks, segments, documents
-and chunks aligned to either end are such differences, so that nothing else has to be computed.
-"""
+"""A decay per token for the kernels: its cumulative sums, and its gradient."""
 
 from __future__ import annotations
 
@@ -14,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lasp.ops.triton.cumulative import remaining, row_of_decay
 from lasp.ops.triton.launch_config import (
     DECAY_HEADS,
     DECAY_TOKENS,
@@ -134,32 +129,6 @@ def decay_sums(
     return at[len(rows) :] - at[: len(rows)]
 
 
-@triton.jit
-def row_of_decay(p_cumulative, i_b, i_h, T, H):
-    """The cumulative sums of a batch row and head."""
-    return p_cumulative + (i_b * H + i_h) * (T + 1).to(tl.int64)
-
-
-@triton.jit
-def remaining(p_from, p_to):
-    """exp of the log decays between two entries of the cumulative sums."""
-    return tl.exp((tl.load(p_to) - tl.load(p_from)).to(tl.float32))
-
-
-@triton.jit
-def chunk_of_decay(p_cumulative, t, count, o_c, BC: tl.constexpr):
-    """Of tokens t + o_c of a segment of `count`, whose cumulative sums begin at `p_cumulative`:
-    the sums up to each, before the first that is inside, and up to the last.
-
-    A token outside gets the sum of the one next to it that is inside.
-    """
-    o_t = tl.minimum(tl.maximum(t + o_c, 0), count - 1)
-    b_sums = tl.load(p_cumulative + 1 + o_t)  # [BC]
-    before = tl.load(p_cumulative + tl.maximum(t, 0))
-    last = tl.load(p_cumulative + tl.minimum(t + BC, count))
-    return b_sums, before, last
-
-
 @triton.jit(do_not_specialize=["T", "segments_per_row", "segment_length"])
 def boundary_gradient_kernel(
     p_gradients, p_states, p_grads, p_initial, p_final, p_cumulative, p_table, p_final_table,
@@ -278,9 +247,9 @@ def decay_gradient(
 ) -> torch.Tensor:
     """The gradient of a decay per token, float32 [B, T, H].
 
-    It falls by q_t . dq_t - k_t . dk_t after token t (`lasp.ops.chunked`). These terms nearly cancel,
-    and their rounding adds up, so the sum starts anew at every boundary of a segment: there the
-    gradient is the dot product of the state that crosses it with that state's gradient.
+    It falls by q_t . dq_t - k_t . dk_t after token t (`lasp.ops.chunked`). These terms nearly
+    cancel, and their rounding adds up, so the sum starts anew at every boundary of a segment: there
+    the gradient is the dot product of the state that crosses it with that state's gradient.
 
     Args:
         q_dots, k_dots: float32 [B, H, blocks of columns, T], as the scans returned them.

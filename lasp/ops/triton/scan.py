@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lasp.ops.triton.decay import chunk_of_decay, remaining, row_of_decay
+from lasp.ops.triton.cumulative import chunk_of_decay, remaining, row_of_decay
 from lasp.ops.triton.hopper import scan as hopper_scan
 from lasp.ops.triton.launch_config import (
     COPY_STEP,
@@ -212,10 +212,11 @@ def scan(
     zeros for all others. `segment_states` [S, H, A, X] float32 (any strides) is what `chunk_states`
     returned for the same tokens; without it one program per head and value block scans each
     document. `cu_seqlens` packs documents (0, ..., T) into a batch of one. `log_decay` [H], or what
-    `prepare_decay` returned: then l^(i-j) is the product of the decays of tokens j + 1 to i. Returns
-    y [B, T, H, X], contiguous, in a's dtype; with `dot_with` c [B, T, H, X] also y_i . c_i of
-    unrounded y, float32 [B, H, blocks of columns, T]. Raises ValueError for dtypes or head dims that
-    the kernels do not support.
+    `prepare_decay` returned: then l^(i-j) is the product of the decays of tokens j + 1 to i.
+
+    Returns y [B, T, H, X], contiguous, in a's dtype; with `dot_with` c [B, T, H, X] also y_i . c_i
+    of unrounded y, float32 [B, H, blocks of columns, T]. Raises ValueError for dtypes or head dims
+    that the kernels do not support.
     """
     operands, states = (a, b, x), (initial_state, segment_states)
     options = dict(cu_seqlens=cu_seqlens, state_rows=state_rows, scale=scale, reverse=reverse)
@@ -250,8 +251,8 @@ def scan_dkdv(
     """(dk, dv, dots): dk = scan(v, do, q, G^T, reverse) and dv = scan(k, q, do, G, reverse).
 
     One launch computes both and reads q and do once, if a kernel does that. `initial_state` G and
-    `segment_states` are those of dv; other keywords are those of `scan`. `with_dots`: also dk . k, as
-    `scan` returns it, else None.
+    `segment_states` are those of dv; other keywords are those of `scan`. `with_dots`: also dk . k,
+    as `scan` returns it, else None.
     """
     operands, states = (k, q, do, v), (initial_state, segment_states)
     dot_with = k if with_dots else None

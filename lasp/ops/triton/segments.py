@@ -68,9 +68,9 @@ class Segments:
     host, in int64, one row (state, first token, document start, document stop, boundary) per
     segment, the longest first: programs start in this order, and the short ones fill what the long
     ones leave. Then one row (first boundary, boundaries, tokens in the last segment, state, first
-    token) per document, the combined ones first. A document always has a segment, an empty document one
-    without tokens. `state` is the document's row among `num_states` initial or local states; -1: it
-    has none.
+    token) per document, the combined ones first. A document always has a segment, an empty document
+    one without tokens. `state` is the document's row among `num_states` initial or local states;
+    -1: it has none.
 
     Segment states have a row for every boundary between two segments of a document,
     `num_boundaries` or fewer in all. It holds what one segment adds, and the scan sums these, if

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lasp.ops.triton.decay import chunk_of_decay, remaining, row_of_decay
+from lasp.ops.triton.cumulative import chunk_of_decay, remaining, row_of_decay
 from lasp.ops.triton.launch_config import (
     COMBINE_BLOCK,
     COMBINE_STAGES,

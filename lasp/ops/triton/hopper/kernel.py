@@ -22,7 +22,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from lasp.ops.triton.decay import remaining, row_of_decay
+from lasp.ops.triton.cumulative import remaining, row_of_decay
 from lasp.ops.triton.hopper.language import barrier
 from lasp.ops.triton.hopper.warps import load_warp, score_warps, state_warps
 from lasp.ops.triton.segments import locate_segment

@@ -37,8 +37,9 @@ def prepare(
     kind: tuple[bool, TensorSpec | None],
     device: torch.device,
 ) -> tuple[int, CachedLaunch, int]:
-    """(number of programs, launch, blocks of columns of dots); the launch takes operands and results
-    as descriptors first.
+    """(number of programs, launch, blocks of columns of dots).
+
+    The launch takes operands and results as descriptors first.
 
     Of operands a, b, x for y = scan(a, b, x); or of a, b, x, c for y and z = scan(c, x, b) with the
     same states transposed. The operands are `is_copyable`, the results contiguous.

@@ -178,6 +178,7 @@ def without_rows(block: list[str]) -> list[list[str]]:
         parts[-1].append(instruction)
         if re.search(r"\bBRA\b", instruction):
             parts.append([])
+
     def has(part, name):
         return any(re.search(name, i) for i in part)
 
