@@ -61,8 +61,10 @@ def plot(runs: dict[str, dict], base: str, device: str, path: Path) -> None:
     runs = _sorted(runs, base)
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 3.9))
     for axis, which in zip(axes, ("train", "validation"), strict=True):
+        # A run that ended early may have validated once: a point, no line.
+        style = dict(linewidth=1.5, marker="o" if which == "validation" else "", markersize=4)
         for (name, run), color in zip(runs.items(), COLORS, strict=False):
-            axis.plot(*zip(*run[which], strict=True), label=name, color=color, linewidth=1.5)
+            axis.plot(*zip(*run[which], strict=True), label=name, color=color, **style)
         axis.set_title(f"{which} loss, nats per byte", loc="left", fontsize=11)
         axis.set_xlabel("step")
         axis.grid(axis="y", color="#e2e8f0")
