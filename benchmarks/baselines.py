@@ -26,13 +26,20 @@ SHORT = 2**23
 
 
 def find(shape: Shape) -> dict[str, Callable]:
-    """name -> function(q, k, v, log_decay) -> o, for (B, T, H, D, E); empty without fla-core."""
+    """name -> function(q, k, v, log_decay) -> o, for (B, T, H, D, E); empty without fla-core.
+
+    log_decay: [H], or [B, T, H].
+    """
     try:
         from fla.ops.simple_gla import chunk_simple_gla, fused_chunk_simple_gla
     except ImportError:
         return {}
+
+    def named(g):
+        return {"g_gamma" if g.dim() == 1 else "g": g}
+
     found = {
-        "fla chunk_simple_gla": lambda q, k, v, g: chunk_simple_gla(q, k, v, g_gamma=g, scale=1.0)[
+        "fla chunk_simple_gla": lambda q, k, v, g: chunk_simple_gla(q, k, v, **named(g), scale=1.0)[
             0
         ]
     }
@@ -40,13 +47,14 @@ def find(shape: Shape) -> dict[str, Callable]:
     if D <= 64 or B * T * H * D <= SHORT:
         # For wider heads it sums partial outputs in memory and takes twice as long or more.
         found["fla fused_chunk_simple_gla"] = lambda q, k, v, g: fused_chunk_simple_gla(
-            q, k, v, g_gamma=g, scale=1.0
+            q, k, v, **named(g), scale=1.0
         )[0]
     return found
 
 
-def compile_ahead(shapes: list[Shape], timeout_s: float = 300) -> None:
-    """Compile all variants that the baselines will try at these shapes, on all cores.
+def compile_ahead(shapes: list[Shape], timeout_s: float = 300, *, by_token: bool = False) -> None:
+    """Compile all variants that the baselines will try at these shapes, on all cores, for constant
+    decays or for decays per token.
 
     Needs the GPU's driver. A process that fails or times out costs only time: the baseline then
     compiles by itself.
@@ -60,7 +68,8 @@ def compile_ahead(shapes: list[Shape], timeout_s: float = 300) -> None:
     num_stripes = max(1, (os.cpu_count() or 1) // len(kinds))
     jobs = [
         subprocess.Popen(
-            [sys.executable, __file__, ",".join(map(str, shape)), str(stripe), str(num_stripes)],
+            [sys.executable, __file__, ",".join(map(str, shape)), str(stripe), str(num_stripes)]
+            + ["--by-token"] * by_token,
             stdout=subprocess.DEVNULL,
         )
         for shape in kinds
@@ -176,19 +185,21 @@ def main() -> None:
     parser.add_argument("shape")
     parser.add_argument("stripe", type=int)
     parser.add_argument("num_stripes", type=int)
+    parser.add_argument("--by-token", action="store_true", help="with a decay per token")
     arguments = parser.parse_args()
     shape = B, T, H, D, E = tuple(map(int, arguments.shape.split(",")))
     # A variant is compiled for any length, so a short one will do.
     T = min(T, 1024)
     q, k = (torch.zeros(B, T, H, D, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     v = torch.zeros(B, T, H, E, device="cuda", dtype=torch.bfloat16)
-    log_decay = torch.full((H,), -0.1, device="cuda")
-    leaves = [x.requires_grad_() for x in (q, k, v)]
+    by_token = arguments.by_token
+    log_decay = torch.full((B, T, H) if by_token else (H,), -0.1, device="cuda")
+    leaves = [x.requires_grad_() for x in (q, k, v, *([log_decay] if by_token else []))]
     with untuned(arguments.stripe, arguments.num_stripes):
         for function in find(shape).values():
             # A baseline that fails shows up when it is measured.
             with contextlib.suppress(Exception):
-                o = function(*leaves, log_decay)
+                o = function(q, k, v, log_decay)
                 torch.autograd.grad(o, leaves, torch.zeros_like(o))
 
 

@@ -32,6 +32,7 @@ import versions
 
 import lasp
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RESULTS = Path(__file__).parent / "results"
 # (B, T, H, D, E) of the table. The chart takes its lengths from these.
 SHAPES = (
@@ -85,20 +86,30 @@ def implementations(shape, only: str | None) -> dict[str, Callable]:
 
 
 def make_inputs(shape, decay: str, seed=0, dtype=torch.bfloat16):
-    """q, k, v, do on the GPU, and a TNL layer's decay."""
+    """q, k, v, do, and the decay: a TNL layer's, or "token", one per token that has the mean of the
+    middle layer's."""
     B, T, H, D, E = shape
-    generator = torch.Generator(device="cuda").manual_seed(seed)
+    generator = torch.Generator(device=DEVICE).manual_seed(seed)
 
     def normal(size, spread):
-        x = torch.randn(B, T, H, size, device="cuda", dtype=dtype, generator=generator)
+        x = torch.randn(B, T, H, size, device=DEVICE, dtype=dtype, generator=generator)
         return x.mul_(spread)
 
     q, k, v, do = normal(D, 0.25), normal(D, 0.25), normal(E, 1.0), normal(E, 1.0)
-    return q, k, v, do, lasp.decay.tnl(H, LAYERS[decay], 24).cuda()
+    log_decay = lasp.decay.tnl(H, LAYERS["middle" if decay == "token" else decay], 24).to(DEVICE)
+    if decay == "token":
+        log_decay = 2 * torch.rand(B, T, H, device=DEVICE, generator=generator) * log_decay
+    return q, k, v, do, log_decay
 
 
 def time_ms(function: Callable[[], object], seconds=0.2) -> float:
-    """Median GPU time of a call, with cold caches, as between other work."""
+    """Median GPU time of a call, with cold caches, as between other work. On a CPU, to try a
+    benchmark, the time of one call."""
+    if DEVICE.type == "cpu":
+        function()
+        begun = time.perf_counter()
+        function()
+        return (time.perf_counter() - begun) * 1000
     flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
     for _ in range(3):
         function()
@@ -135,9 +146,21 @@ def call_ms(function: Callable[[], object], repeats=300) -> float:
 
 def copy_bandwidth() -> float:
     """Bytes per second, read and written, of a large device-to-device copy."""
-    source = torch.empty(2**32, dtype=torch.int8, device="cuda").random_()
+    size = 2**32 if DEVICE.type == "cuda" else 2**20
+    source = torch.empty(size, dtype=torch.int8, device=DEVICE).random_()
     target = torch.empty_like(source)
     return 2 * source.numel() / (time_ms(lambda: target.copy_(source)) / 1000)
+
+
+def peak_bytes(function: Callable[[], object]) -> int | None:
+    """Memory that a call needs at its peak, beyond what there is; None on a CPU."""
+    if DEVICE.type == "cpu":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def least_bytes(shape) -> tuple[int, int]:
@@ -168,23 +191,20 @@ def measure(name, function, shape, decay, bandwidth) -> Row:
     try:
         row.error = worst_error(function, shape, decay)
         q, k, v, do, log_decay = make_inputs(shape, decay)
-        leaves = [x.requires_grad_() for x in (q, k, v)]
-        row.forward_ms = time_ms(lambda: function(*leaves, log_decay))
-        o = function(*leaves, log_decay)
+        # A decay per token has a gradient, a constant one has none.
+        leaves = [x.requires_grad_() for x in (q, k, v, *([log_decay] if decay == "token" else []))]
+        forward = functools.partial(function, q, k, v, log_decay)
+        row.forward_ms = time_ms(forward)
+        o = forward()
         backward = functools.partial(torch.autograd.grad, o, leaves, do, retain_graph=True)
         row.backward_ms = time_ms(backward)
-        if row.forward_ms < 0.2:
-            row.forward_call_ms = call_ms(lambda: function(*leaves, log_decay))
+        if row.forward_ms < 0.2 and DEVICE.type == "cuda":
+            row.forward_call_ms = call_ms(forward)
             row.backward_call_ms = call_ms(backward)
         del o, backward
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        grads = torch.autograd.grad(function(*leaves, log_decay), leaves, do)
-        peak = torch.cuda.max_memory_allocated() - before
-        del grads
         B, T, H, D, E = shape
-        row.extra_units = peak / (B * T * H * (D + E))
+        peak = peak_bytes(lambda: torch.autograd.grad(forward(), leaves, do))
+        row.extra_units = None if peak is None else peak / (B * T * H * (D + E))
         forward_bytes, backward_bytes = least_bytes(shape)
         row.forward_fraction = forward_bytes / (row.forward_ms / 1000) / bandwidth
         row.backward_fraction = backward_bytes / (row.backward_ms / 1000) / bandwidth

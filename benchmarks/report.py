@@ -12,6 +12,7 @@ from pathlib import Path
 
 import eager_report
 import fp8_report
+import kernels_by_token_report
 import kernels_report
 import learned_decay_report
 import megatron_report
@@ -23,8 +24,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def main() -> None:
-    kernels, over_ranks, training, fp8, eager, decay = read_reports()
+    reports = kernels, over_ranks, training, fp8, eager, decay, by_token = read_reports()
     kernels_report.write(kernels, RESULTS)
+    if by_token is not None:
+        kernels_by_token_report.write(by_token, RESULTS)
     for report in over_ranks:
         sequence_parallel_report.write(report, RESULTS, with_plot=True)
     megatron_report.write(_read(RESULTS / "megatron.json"), RESULTS)
@@ -32,28 +35,36 @@ def main() -> None:
     fp8_report.write(fp8, RESULTS)
     eager_report.write(eager, RESULTS)
     learned_decay_report.write(decay, RESULTS)
-    for path, name, table in docs_tables(kernels, over_ranks, training, fp8, eager, decay):
+    for path, name, table in docs_tables(*reports):
         path.write_text(filled(path.read_text(), name, table))
         print(f"{path.relative_to(ROOT)}, table {name}:\n\n{table}")
 
 
-def read_reports() -> tuple[dict, list[dict], dict, dict, dict, dict]:
+def read_reports() -> tuple[dict, list[dict], dict, dict, dict, dict, dict | None]:
     """The reports of kernels, of sequence parallelism by number of ranks, of training, of FP8, of
-    eager calls, of learned decays."""
+    eager calls, of learned decays; of kernels with a decay per token, None before its first run."""
     over_ranks = [_read(path) for path in sorted(RESULTS.glob("sequence_parallel_*.json"))]
     names = ("kernels", "training", "fp8", "eager", "learned_decay")
     kernels, *others = (_read(RESULTS / f"{name}.json") for name in names)
-    return kernels, over_ranks, *others
+    by_token = RESULTS / "kernels_by_token.json"
+    return kernels, over_ranks, *others, _read(by_token) if by_token.exists() else None
 
 
 def docs_tables(
-    kernels: dict, over_ranks: list[dict], training: dict, fp8: dict, eager: dict, decay: dict
+    kernels: dict,
+    over_ranks: list[dict],
+    training: dict,
+    fp8: dict,
+    eager: dict,
+    decay: dict,
+    by_token: dict | None,
 ) -> list[tuple[Path, str, str]]:
     """The tables outside benchmarks/results: (file, name of the table, the table)."""
     docs = ROOT / "docs" / "benchmarks.md"
     return [
         (ROOT / "README.md", "training", training_report.readme_table(training)),
         (docs, "kernels", kernels_report.docs_table(kernels)),
+        (docs, "by_token", kernels_by_token_report.docs_table(by_token)),
         (docs, "eager", eager_report.table(eager)),
         (docs, "ranks", sequence_parallel_report.docs_table(over_ranks)),
         (docs, "training", training_report.docs_table(training)),
