@@ -14,10 +14,10 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from lasp import library, validation
+from lasp import library
 from lasp.context import CPContext
 from lasp.exchange import consistency
-from lasp.exchange.comm import device_types
+from lasp.validation import previous_tokens_problem, resolve_group
 
 __all__ = ["exchange_previous_tokens"]
 
@@ -64,8 +64,8 @@ def exchange_previous_tokens(
     Raises:
         ValueError: on bad input, and on every rank of `group` if the ranks disagree.
     """
-    context = CPContext(validation.resolve_group(group), layout=layout, shard_lengths=shard_lengths)
-    problem = _problem(x, count, cu_seqlens, context)
+    context = CPContext(resolve_group(group), layout=layout, shard_lengths=shard_lengths)
+    problem = previous_tokens_problem(x, count, cu_seqlens, context)
     if problem is not None:
         if context.group is not None:
             consistency.PendingCheck(context.group, {}, problem=problem).wait()
@@ -74,31 +74,6 @@ def exchange_previous_tokens(
         context = context._replace(shard_lengths=tuple(shard_lengths))
     needs_grad = torch.is_grad_enabled() and x.requires_grad
     return _PreviousTokens.apply(x, cu_seqlens, count, needs_grad, context)
-
-
-def _problem(x, count, cu_seqlens, context) -> str | None:
-    """The error in the arguments; None: no error."""
-    for name, value in (("x", x), ("cu_seqlens", cu_seqlens)):
-        if not isinstance(value, torch.Tensor) and not (value is None and name == "cu_seqlens"):
-            return f"{name} is {type(value).__name__}: it must be a tensor."
-    if not isinstance(count, int | torch.SymInt) or isinstance(count, bool) or count < 0:
-        return f"count is {count!r}: it must be the number of tokens, an integer >= 0."
-    if x.dim() < 2 or 0 in (x.shape[0], *x.shape[2:]) or not x.is_floating_point():
-        return (
-            f"x is {x.dtype} {validation.describe_shape(x)}: it must be floating point, [batch, "
-            "tokens, ...], and no size but that of the tokens may be 0."
-        )
-    group = context.group
-    if group is not None and x.device.type not in (allowed := device_types(group)):
-        return (
-            f"x is on {x.device}, but the ranks of group communicate on "
-            f"{' and '.join(sorted(allowed))}: move it there."
-        )
-    return (
-        validation._layout_problem(context.layout)
-        or validation._documents_problem(x, cu_seqlens)
-        or validation._lengths_problem(context.shard_lengths)
-    )
 
 
 class _PreviousTokens(torch.autograd.Function):

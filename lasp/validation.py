@@ -17,6 +17,7 @@ from lasp.shard import LAYOUTS
 __all__ = [
     "attention_problem",
     "describe_shape",
+    "previous_tokens_problem",
     "resolve_group",
     "softmax_problem",
     "state_dtype",
@@ -107,6 +108,26 @@ def softmax_problem(q, k, v, *, scale=None, cu_seqlens=None, context: CPContext)
         or _group_problem(q, context.group)
         or _lengths_problem(context.shard_lengths)
         or _softmax_lengths_problem(k, context)
+    )
+
+
+def previous_tokens_problem(x, count, cu_seqlens, context: CPContext) -> str | None:
+    """The error in the arguments of `lasp.exchange_previous_tokens`; None: no error."""
+    for name, value in (("x", x), ("cu_seqlens", cu_seqlens)):
+        if not isinstance(value, torch.Tensor) and not (value is None and name == "cu_seqlens"):
+            return f"{name} is {type(value).__name__}: it must be a tensor."
+    if not isinstance(count, int | torch.SymInt) or isinstance(count, bool) or count < 0:
+        return f"count is {count!r}: it must be the number of tokens, an integer >= 0."
+    if x.dim() < 2 or 0 in (x.shape[0], *x.shape[2:]) or not x.is_floating_point():
+        return (
+            f"x is {x.dtype} {describe_shape(x)}: it must be floating point, [batch, "
+            "tokens, ...], and no size but that of the tokens may be 0."
+        )
+    return (
+        _layout_problem(context.layout)
+        or _documents_problem(x, cu_seqlens)
+        or _group_problem(x, context.group, "x")
+        or _lengths_problem(context.shard_lengths)
     )
 
 
@@ -263,13 +284,13 @@ def _lengths_problem(shard_lengths):
     return None
 
 
-def _group_problem(q, group):
+def _group_problem(q, group, name="q"):
     if group is None:
         return None
     allowed = device_types(group)
     if q.device.type not in allowed:
         return (
-            f"q is on {q.device}, but the ranks of group communicate on "
+            f"{name} is on {q.device}, but the ranks of group communicate on "
             f"{' and '.join(sorted(allowed))}: move the tensors there."
         )
     return None
