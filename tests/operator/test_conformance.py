@@ -45,6 +45,8 @@ GRID = [
     ("gpu_bfloat16_96_80", (0,), ("ring",), (1500,)),
     ("gpus_float32", (2,), EXCHANGES, (2, 5000)),
 ]
+# Kinds of decay per token that the interpreter runs in `make test`, beside the first one.
+INTERPRETED_TOO = ("by_token_packed", "by_token_resets", "by_token_strong", "by_token_odd_sizes")
 
 
 def grid():
@@ -54,15 +56,19 @@ def grid():
                 # Without ranks there are no shards to be uneven, and no order of chunks.
                 if ranks < 2 and (variant.shards, variant.layout) != ("even", "contiguous"):
                     continue
-                if BACKENDS[backend].device == "interpreter" and name.startswith("wide"):
+                interpreted = BACKENDS[backend].device == "interpreter"
+                if interpreted and "wide" in name:
                     # It takes seconds, and tests/lasp/ops runs kernels of these sizes.
                     continue
+                # Ranks, shards and layouts are those of constant decays.
+                slow = interpreted and name.startswith("by_token_") and name not in INTERPRETED_TOO
+                more = [pytest.mark.slow] if slow else []
                 for exchange in exchanges:
                     for length in lengths:
                         where = f"{ranks}-{exchange}" if ranks else "alone"
                         yield pytest.param(
                             name, backend, ranks, exchange, length,
-                            id=f"{name}-{backend}-{where}-{length}", marks=marks(backend),
+                            id=f"{name}-{backend}-{where}-{length}", marks=[*marks(backend), *more],
                         )  # fmt: skip
 
 
