@@ -189,7 +189,7 @@ def decay_gradient(
             state that enters the row and of its gradient; None: no state enters any.
         states: not used by this backend.
     """
-    gradient_BTH = torch.empty_like(log_decay_BTH)
+    gradient_BTH = log_decay_BTH.new_empty(log_decay_BTH.shape)
     for n, row in enumerate(_rows((gradient_BTH, q_dots, k_dots), cu_seqlens)):
         gradient, q_dots_row, k_dots_row = row
         step = q_dots_row - k_dots_row
