@@ -17,6 +17,9 @@ pytestmark = compiler.needs_compiled_triton
 # Loads and stores of spilled registers in every chunk beside products, of all warps together. Up to
 # 3 were seen with triton 3.8 and 3.9, none with 3.6 and 3.7.
 SPILL_LIMIT = 6
+# The warps that also compute dot products for two blocks of columns: 74 with triton 3.6, 55 with
+# 3.7 and 3.8, 43 with 3.9.
+PAIR_WITH_DOTS_SPILL_LIMIT = 76
 NARROW, WIDE_VALUES, WIDE_KEYS, PAIR = (
     (128, 128, False),
     (128, 256, False),
@@ -66,7 +69,7 @@ def launch(case, dtype, reverse, packed, has_initial, has_segment, by_token=Fals
             kernels.scan(a, a, x, decay, reverse=reverse, **options, dot_with=dot_with)
 
 
-def check(kernel, case, folder):
+def check(kernel, case, folder, spill_limit=SPILL_LIMIT):
     """It multiplies as planned, waits where it must, fits into memory, and does not spill."""
     ptx = kernel.asm["ptx"]
     events = compiler.products_and_waits(ptx)
@@ -85,7 +88,7 @@ def check(kernel, case, folder):
     busy = [block for block in blocks if any("HGMMA" in i for i in block)]
     every_chunk = [i for block in busy for part in compiler.without_rows(block) for i in part]
     assert sum("HGMMA" in i for i in every_chunk) == num_products
-    assert sum(bool(re.search(r"\b(STL|LDL)\b", i)) for i in every_chunk) <= SPILL_LIMIT
+    assert sum(bool(re.search(r"\b(STL|LDL)\b", i)) for i in every_chunk) <= spill_limit
 
 
 @pytest.mark.parametrize(
@@ -111,7 +114,8 @@ def test_scan_compiles(case, dtype, reverse, packed, compiled, tmp_path):
 def test_scan_with_a_decay_per_token_compiles(case, packed, compiled, tmp_path):
     launch(case, torch.bfloat16, case == PAIR, packed, True, True, by_token=True)
     (kernel,) = compiled
-    check(kernel, case, tmp_path)
+    limit = PAIR_WITH_DOTS_SPILL_LIMIT if case == PAIR else SPILL_LIMIT
+    check(kernel, case, tmp_path, limit)
 
 
 def variants():
