@@ -61,7 +61,10 @@ BAD = {
         r"is 0.5 at \[0, 7, 1\]: it must be <= 0",
     ),
     "infinite growth": (dict(log_decay=by_token({(0, 0, 0): torch.inf})), r"inf at \[0, 0, 0\]"),
-    "nan decay of a token": (dict(log_decay=by_token({(0, 3, 0): torch.nan})), r"nan at \[0, 3, 0\]"),
+    "nan decay of a token": (
+        dict(log_decay=by_token({(0, 3, 0): torch.nan})),
+        r"nan at \[0, 3, 0\]",
+    ),
     "decay in bf16": (dict(log_decay=torch.zeros(2).bfloat16()), r"bfloat16.*float32"),
     "decay wants a gradient": (
         dict(log_decay=torch.zeros(2, requires_grad=True)),
