@@ -29,8 +29,8 @@ class Problem:
 
     lengths: tokens of every rank; None: the even cut, which the operator is not told. documents:
     boundaries, or None for a batch. rates: log decay of all heads, or a function of (heads, tokens)
-    that gives them, [heads] or [1, tokens, heads], in place of those of `cases`. heads: number, key size, value size. final:
-    whether final states are asked for.
+    that gives them, [heads] or [1, tokens, heads], in place of those of `cases`. heads: number, key
+    size, value size. final: whether final states are asked for.
     """
 
     total: int

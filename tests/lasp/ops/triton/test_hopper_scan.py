@@ -41,7 +41,7 @@ def kind(case):
 
 
 def launch(case, dtype, reverse, packed, has_initial, has_segment, by_token=False):
-    """Launch the scan that a call with such heads needs; `by_token`: with the dots of a gradient."""
+    """Launch the scan that such heads need; `by_token`: with the dots of a gradient."""
     key_dim, value_dim, pair = case
     T, H = 1024, 4
     # One segment needs no states of earlier ones.
