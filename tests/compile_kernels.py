@@ -1,6 +1,6 @@
 """Compile every variant of the Triton kernels for GPUs that need not be there.
 
-    python -m tests.compile_kernels --chip sm_89             # about 500 variants, some minutes
+    python -m tests.compile_kernels --chip sm_89             # about 1,000 variants, some minutes
     python -m tests.compile_kernels --kernel scan --dims 128 # for all chips
 
 Prints a table of each variant's shared memory, registers and spilled bytes, and fails if one does

@@ -103,7 +103,7 @@ def test_dv_and_dk_in_one_launch_are_those_of_two_scans(D, E, cu_seqlens, launch
     common = dict(scale=0.7, cu_seqlens=cu_seqlens)
     states, _ = chunk_states(q, do, log_decay, reverse=True, with_total=False, **common)
     entering = dict(initial_state=grad, segment_states=states)
-    dk, dv = scan_dkdv(q, k, v, do, log_decay, **entering, **common)
+    dk, dv, _ = scan_dkdv(q, k, v, do, log_decay, **entering, **common)
     entering = dict(initial_state=grad.mT, segment_states=states.mT)
     common["reverse"] = True
     want_dk = scan(v, do, q, log_decay, **entering, **common)

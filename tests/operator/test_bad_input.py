@@ -23,11 +23,48 @@ def offsets(*values, dtype=torch.int32):
     return torch.tensor(values, dtype=dtype)
 
 
+def by_token(changes, shape=(1, 10, 2)):
+    """A decay per token, weak but for these."""
+    log_decay = torch.full(shape, -0.1)
+    for where, value in changes.items():
+        log_decay[where] = value
+    return log_decay
+
+
 BAD = {
     "positive slopes": (dict(log_decay=torch.tensor([0.5, 0.25])), r"head 0 is 0.5.*negative"),
     "infinite decay": (dict(log_decay=torch.tensor([-0.5, -torch.inf])), r"head 1 is -inf"),
     "nan decay": (dict(log_decay=torch.tensor([-0.5, torch.nan])), r"head 1 is nan"),
-    "decay per token": (dict(log_decay=torch.zeros(10, 2)), r"\[10, 2\].*float32 \[2\]"),
+    "decay without a batch": (dict(log_decay=torch.zeros(10, 2)), r"\[10, 2\].*float32 \[2\]"),
+    "decay per sequence": (dict(log_decay=torch.zeros(1, 2)), r"\[1, 2\].*\[1, 10, 2\], one per"),
+    "decay of four dimensions": (
+        dict(log_decay=torch.zeros(1, 10, 2, 1)),
+        r"\[1, 10, 2, 1\].*\[1, 10, 2\]",
+    ),
+    "decay per token and no head": (
+        dict(log_decay=torch.zeros(1, 10, 1)),
+        r"\[1, 10, 1\].*\[1, 10, 2\]",
+    ),
+    "one decay for two sequences": (
+        {x: torch.randn(2, 10, 2, 4) for x in "qkv"} | dict(log_decay=torch.zeros(1, 10, 2)),
+        r"\[1, 10, 2\].*\[2, 10, 2\]",
+    ),
+    **{
+        f"decay per token in {dtype}": (
+            dict(log_decay=torch.zeros(1, 10, 2, dtype=dtype)),
+            rf"{dtype}.*float32",
+        )
+        for dtype in (torch.bfloat16, torch.float16, torch.float64)
+    },
+    "positive decay of a token": (
+        dict(log_decay=by_token({(0, 7, 1): 0.5, (0, 9, 0): 1.0})),
+        r"is 0.5 at \[0, 7, 1\]: it must be <= 0",
+    ),
+    "infinite growth": (dict(log_decay=by_token({(0, 0, 0): torch.inf})), r"inf at \[0, 0, 0\]"),
+    "nan decay of a token": (
+        dict(log_decay=by_token({(0, 3, 0): torch.nan})),
+        r"nan at \[0, 3, 0\]",
+    ),
     "decay in bf16": (dict(log_decay=torch.zeros(2).bfloat16()), r"bfloat16.*float32"),
     "decay wants a gradient": (
         dict(log_decay=torch.zeros(2, requires_grad=True)),
@@ -76,6 +113,8 @@ def test_is_refused_with_a_sentence(case):
 def test_mixed_devices_are_refused():
     with pytest.raises(ValueError, match="q is on cpu but v on meta: move both"):
         call(v=torch.empty(1, 10, 2, 6, device="meta"))
+    with pytest.raises(ValueError, match="q is on cpu but log_decay on meta: move both"):
+        call(log_decay=torch.zeros(1, 10, 2, device="meta"))
 
 
 def test_a_step_refuses_a_whole_sequence_and_a_wrong_state():
@@ -91,8 +130,26 @@ def test_a_step_refuses_a_whole_sequence_and_a_wrong_state():
         lasp.lightning_attention_step(q, q, v, state, torch.tensor([0.5, 0.5]))
 
 
+@pytest.mark.parametrize(
+    ("log_decay", "message"),
+    [
+        (torch.zeros(3, 2), r"is \[3, 2\]: it must be \[2\].*or \[1, 2\], one per sequence"),
+        (torch.zeros(1, 3), r"is \[1, 3\]: it must be"),
+        (torch.zeros(1, 1, 2), r"is \[1, 1, 2\]: it must be"),
+        (torch.zeros(1, 2).bfloat16(), r"bfloat16.*float32"),
+        (torch.tensor([[-0.5, 0.5]]), r"is 0.5 at \[0, 1\]: it must be <= 0"),
+        (torch.tensor([[torch.nan, -0.5]]), r"is nan at \[0, 0\]"),
+    ],
+)
+def test_a_step_refuses_a_wrong_decay_of_its_token(log_decay, message):
+    q, v = torch.randn(1, 2, 4), torch.randn(1, 2, 6)
+    with pytest.raises(ValueError, match=message):
+        lasp.lightning_attention_step(q, q, v, torch.zeros(1, 2, 4, 6), log_decay)
+
+
 def test_good_input_is_accepted():
     assert call().shape == (1, 10, 2, 6)
+    assert call(log_decay=by_token({(0, 4, 1): -torch.inf})).shape == (1, 10, 2, 6)
 
 
 def misfit(group, what):
@@ -124,6 +181,52 @@ def test_shards_that_do_not_fit_are_refused_on_every_rank(pool, what, message):
     for outcome in pool.outcomes(misfit, what, size=2):
         with pytest.raises(ValueError, match=message):
             raise outcome
+
+
+def with_decays(group, decays, gradients, of_keys):
+    """A call of which ranks may have other decays, or want other gradients; its backward is run."""
+    rank = dist.get_rank(group)
+    q, k, v, constant, _ = cases.make_inputs(10, dtype=torch.float32, state=False)
+    shape = 1, 10, len(constant)
+    log_decay = {
+        "constant": constant,
+        "none": None,
+        "token": by_token({}, shape),
+        "positive": by_token({(0, 4, 2): 0.25}, shape),
+    }[decays[rank]]
+    if gradients[rank]:
+        log_decay.requires_grad_()
+    q, k = q.requires_grad_(), k.requires_grad_(of_keys)
+    lasp.lightning_attention(q, k, v, log_decay, group=group).sum().backward()
+    return log_decay.grad is not None
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ("positive", r"is 0.25 at \[0, 4, 2\]: it must be <= 0"),
+        ("constant", "disagree on log_decay.*one per token"),
+        ("none", "disagree on log_decay.*one per token"),
+    ],
+)
+def test_decays_that_do_not_fit_are_refused_on_every_rank(pool, rank, other, message):
+    decays = ["token", "token"]
+    decays[rank] = other
+    outcomes = pool.outcomes(with_decays, decays, (False, False), True, size=2)
+    for outcome in outcomes:
+        with pytest.raises(ValueError, match=message):
+            raise outcome
+
+
+@pytest.mark.parametrize("gradients", [(True, False), (False, True)])
+def test_ranks_agree_whether_a_decay_needs_the_exchange_of_the_backward(pool, gradients):
+    decays = ["token", "token"]
+    for outcome in pool.outcomes(with_decays, decays, gradients, False, size=2):
+        with pytest.raises(ValueError, match="disagree on .*gradient"):
+            raise outcome
+    # The keys need it anyhow: then a rank may leave out the gradient of its own decay.
+    assert pool.run(with_decays, decays, gradients, True, size=2) == list(gradients)
 
 
 def not_a_member(group):

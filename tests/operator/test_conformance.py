@@ -18,7 +18,7 @@ import torch
 
 from tests.distributed import Pool
 from tests.lasp import sharded
-from tests.operator.backends import BACKENDS, INTERPRETED, bounds, marks, run, run_alone
+from tests.operator.backends import BACKENDS, bounds, marks, run, run_alone
 from tests.operator.variants import VARIANTS
 
 EXCHANGES = ("ring", "all_gather", "doubling", "auto")
@@ -70,14 +70,6 @@ def grid():
                             name, backend, ranks, exchange, length,
                             id=f"{name}-{backend}-{where}-{length}", marks=[*marks(backend), *more],
                         )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def interpreters():
-    """Ranks in which the Triton kernels run on the CPU."""
-    pool = Pool((1, 2), environment=INTERPRETED)
-    yield pool
-    pool.stop()
 
 
 @pytest.fixture(scope="module")

@@ -42,9 +42,15 @@ class Launch(NamedTuple):
 
 def all_launches() -> list[Launch]:
     """Every dtype, class of head dims and kind of every kernel."""
-    found = list(_send_launches())
+    found = [*_send_launches(), *_cumulate_launches()]
     for dtype, dims in itertools.product(DTYPES, DIMS):
-        for launches in (_scan_launches, _state_launches, _other_launches):
+        for launches in (
+            _scan_launches,
+            _state_launches,
+            _by_token_launches,
+            _gradient_launches,
+            _other_launches,
+        ):
             found += launches(dtype, dims)
     return found
 
@@ -57,6 +63,14 @@ QUICK = {
     ("scan", "fp16", "128", _MOST),
     ("scan", "fp32", "128", _MOST),
     ("scan", "fp32", "256", "plain"),
+    *(("scan", "bf16", dims, f"{_MOST} token dots") for dims in DIMS),
+    ("scan", "fp16", "128", f"{_MOST} token dots"),
+    ("scan", "fp32", "128", f"{_MOST} token dots"),
+    *(("state", "bf16", dims, "reverse packed total token segment=64") for dims in DIMS),
+    ("state", "bf16", "128", "reverse total token segment=512"),
+    ("state", "fp32", "128", "packed total token segment=64"),
+    ("cumulate", "", "", "odd"),
+    ("gradient", "bf16", "128", "packed initial final"),
     *(("state", "bf16", dims, "reverse packed total segment=64") for dims in DIMS),
     ("state", "bf16", "128", "total segment=256"),
     ("state", "bf16", "128", "total segment=512"),
@@ -130,6 +144,64 @@ def _state_launches(dtype: str, dims: str) -> Iterator[Launch]:
             segment,
             max_fold,
         )
+
+
+def _by_token_launches(dtype: str, dims: str) -> Iterator[Launch]:
+    """Scans with and without dots, and states, of a decay per token: never folded."""
+    D, E = DIMS[dims]
+    k, v = _operands(dtype, dims)
+    decay = torch.empty(1, H, T + 1, dtype=torch.float64)
+    states = torch.empty(3, H, D, E)
+    flags = (False, True)
+    for reverse, packed, initial, segment, dots in itertools.product(flags, repeat=5):
+        options = dict(
+            scale=0.3,
+            initial_state=torch.empty(1 + packed, H, D, E) if initial else None,
+            segment_states=states if segment else None,
+            cu_seqlens=(0, 300, T) if packed else None,
+            reverse=reverse,
+            dot_with=v if dots else None,
+        )
+        names = dict(reverse=reverse, packed=packed, initial=initial, segment=segment)
+        names = _variant(**names, token=True, dots=dots)
+        yield Launch("scan", dtype, dims, names, partial(kernels.scan, k, k, v, decay, **options))
+    for reverse, packed, total, segment in itertools.product(flags, flags, flags, SEGMENTS):
+        if segment == T and not total:
+            continue
+        documents = (0, 300, T) if packed else None
+        options = dict(cu_seqlens=documents, reverse=reverse, scale=0.3, with_total=total)
+        names = _variant(reverse=reverse, packed=packed, total=total, token=True)
+        call = partial(kernels.chunk_states, k, v, decay, **options)
+        yield Launch("state", dtype, dims, f"{names} segment={segment}", call, segment)
+
+
+def _gradient_launches(dtype: str, dims: str) -> Iterator[Launch]:
+    """The gradient of a decay per token; the scans give dots in blocks of 64 columns or fewer."""
+    D, E = DIMS[dims]
+    decay = torch.empty(1, H, T + 1, dtype=torch.float64)
+    states = torch.empty(3, H, D, E)
+    narrow = 16 if dtype == "fp32" and D > 64 else 32 if dtype == "fp32" else 64
+    dots = [torch.empty(1, H, -(-dim // narrow), T) for dim in (D, E)]
+    for packed, initial, final in itertools.product((False, True), repeat=3):
+        rows = torch.empty(1 + packed, H, D, E)
+        call = partial(
+            kernels.decay_gradient,
+            *dots,
+            decay,
+            start=torch.empty(1 + packed, H) if initial else None,
+            segment_states=(states, states),
+            entering=((rows if initial else None, None), (rows if final else None, None)),
+            cu_seqlens=(0, 300, T) if packed else None,
+        )
+        names = _variant(packed=packed, initial=initial, final=final)
+        yield Launch("gradient", dtype, dims, names, call)
+
+
+def _cumulate_launches() -> Iterator[Launch]:
+    """The sums of a decay per token: of whole tiles, and of odd sizes and strides."""
+    whole, odd = torch.empty(2, T, H), torch.empty(2, 33, 1001).mT
+    yield Launch("cumulate", "", "", "plain", partial(kernels.prepare_decay, whole))
+    yield Launch("cumulate", "", "", "odd", partial(kernels.prepare_decay, odd))
 
 
 def _other_launches(dtype: str, dims: str) -> Iterator[Launch]:

@@ -44,8 +44,8 @@ def test_the_quick_ones_exist():
     assert len(quick_launches()) == len(QUICK)
 
 
-SLOW = [("send_recv_state", "", "")]
-SLOW += itertools.product(("scan", "state", "step", "lrpe"), DTYPES, DIMS)
+SLOW = [("send_recv_state", "", ""), ("cumulate", "", "")]
+SLOW += itertools.product(("scan", "state", "gradient", "step", "lrpe"), DTYPES, DIMS)
 
 
 @pytest.mark.slow

@@ -194,7 +194,7 @@ def check_gradients():
         states = dict(initial_state=S0.mT, segment_states=forward.mT)
         dq = kernels.scan(do, v, k, log_decay, scale=scale, **states)
         states = dict(initial_state=dS, segment_states=backward)
-        dk, dv = kernels.scan_dkdv(q, k, v, do, log_decay, scale=scale, **states)
+        dk, dv, _ = kernels.scan_dkdv(q, k, v, do, log_decay, scale=scale, **states)
     dS0 = dS0 + (log_decay * T).exp()[:, None, None] * dS
     for name, got, truth in zip(("dq", "dk", "dv", "dS0"), (dq, dk, dv, dS0), want, strict=True):
         error = relative_error(got, truth)
