@@ -48,7 +48,9 @@ def step_kernel(
     b_q = b_q.to(tl.float32)  # [BD]
     b_k = b_k.to(tl.float32)  # [BD]
     b_v = b_v.to(tl.float32)  # [BE]
-    b_decay = tl.exp(tl.load(p_log_decay + i_b * stride_gb + i_h * stride_gh))
+    b_log_decay = tl.load(p_log_decay + i_b * stride_gb + i_h * stride_gh)
+    # A decay above 0 must not go unnoticed.
+    b_decay = tl.where(b_log_decay <= 0.0, tl.exp(b_log_decay), float("nan"))
     b_state = b_state * b_decay + b_k[:, None] * b_v[None, :]
     b_o = scale * tl.sum(b_q[:, None] * b_state, axis=0)  # [BE]
 
