@@ -50,8 +50,9 @@ def lightning_attention(
 
     Args:
         q, k: [B, T, H, D], bfloat16, float16 or float32 (on the CPU also float64); D in 1..256.
-        v: [B, T, H, E], dtype of q; E in 1..256. Any strides; a unit last stride saves a copy. Heads
-            may share q, k or v (`expand`): no copy is made, but Hopper's faster scan cannot read it.
+        v: [B, T, H, E], dtype of q; E in 1..256. Any strides; a unit last stride saves a copy.
+            Heads may share q, k or v (`expand`): no copy is made, but the Hopper scan cannot read
+            them and leaves them to the Triton scan.
         log_decay: float32, <= 0: natural log of what remains of the state after one token. [H]: a
             constant per head, without a gradient. [B, T, H]: one per token, with a gradient; -inf
             resets the state. None means no decay. On a GPU, values above 0 in [B, T, H] give NaN.
