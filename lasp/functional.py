@@ -228,9 +228,9 @@ def attn_bwd(
     )
     ddecay = None
     if needs_ddecay:
-        entering = partition.rows_in(initial_state, state_in, False)
-        if grads is not partition:
-            entering = state_in
+        entering = state_in
+        if grads is partition:
+            entering = partition.rows_in(initial_state, state_in, False)
         ddecay = backend.decay_gradient(
             q_dots,
             k_dots,
