@@ -123,10 +123,19 @@ def decay_sums(
     """The log of what remains of a state after each row of `chunk_states`, float64 [N, H]."""
     if cu_seqlens is None:
         return cumulative[:, :, -1]
+    bounds = _bounds(cu_seqlens, state_rows, cumulative.is_cuda)
+    starts, stops = cumulative[0].mT[bounds.to(cumulative.device, non_blocking=True)]
+    return stops - starts
+
+
+@functools.lru_cache(maxsize=256)
+def _bounds(cu_seqlens, state_rows, pinned) -> torch.Tensor:
+    """Starts and stops of the rows, int64 [2, N] on the host."""
     rows = range(len(cu_seqlens) - 1) if state_rows is None else state_rows
-    bounds = [cu_seqlens[row + end] for end in (0, 1) for row in rows]
-    at = cumulative[0].mT[torch.tensor(bounds, device=cumulative.device)]
-    return at[len(rows) :] - at[: len(rows)]
+    ends = [[cu_seqlens[row + end] for row in rows] for end in (0, 1)]
+    bounds = torch.tensor(ends, dtype=torch.int64)
+    # A copy from pageable memory would make the host wait.
+    return bounds.pin_memory() if pinned else bounds
 
 
 @triton.jit(do_not_specialize=["T", "segments_per_row", "segment_length"])
