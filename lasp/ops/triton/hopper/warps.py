@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from lasp.ops.triton.cumulative import chunk_of_decay
 from lasp.ops.triton.hopper.language import async_load, async_store, barrier, reinterpret
 
 
@@ -147,11 +148,7 @@ def _zero_rows_outside(tile, row, count, by_row: gl.constexpr):
 def _load_decays(decay, i_c, count, o_c, BC: gl.constexpr, REVERSE: gl.constexpr):
     """Cumulative log decays of chunk `i_c`: up to each token, before the first and up to the last
     that are inside the segment."""
-    row = _first_row(i_c, count, BC, REVERSE)
-    o_t = gl.minimum(gl.maximum(row + o_c, 0), count - 1)
-    before = gl.load(decay + gl.maximum(row, 0))
-    last = gl.load(decay + gl.minimum(row + BC, count))
-    return gl.load(decay + 1 + o_t), before, last
+    return chunk_of_decay(decay, _first_row(i_c, count, BC, REVERSE), count, o_c, BC)
 
 
 @gluon.jit
