@@ -63,6 +63,8 @@ class Decay:
         call, which divide tokens in the same way.
         """
         self._partition, self._backend = partition, backend
+        # Of a decay per token, by the rows.
+        self._factors: dict[tuple[int, ...] | None, torch.Tensor] = {}
         if not self.by_token:
             self.operand = self.log_decay
         elif self.operand is None:
@@ -74,8 +76,10 @@ class Decay:
         [H, 1, 1] or [rows, H, 1, 1]."""
         if self.by_token:
             rows = self._partition.state_rows(entering=False, reverse=reverse)
-            totals = self._backend.decay_sums(self.operand, self._partition.cu_seqlens, rows)
-            return torch.exp(totals.to(states.dtype))[..., None, None]
+            if rows not in self._factors:
+                totals = self._backend.decay_sums(self.operand, self._partition.cu_seqlens, rows)
+                self._factors[rows] = torch.exp(totals.to(states.dtype))[..., None, None]
+            return self._factors[rows]
         lengths = self._partition.row_lengths()
         factor = self.factor if isinstance(lengths, int) else self.factors
         return factor(lengths, states)

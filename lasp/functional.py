@@ -168,7 +168,7 @@ def attn_bwd(
     fold, unfold = partition.fold, partition.unfold
     q, k, v, do = fold(q), fold(k), fold(v), fold(with_unit_stride(do))
     common = dict(scale=scale, cu_seqlens=partition.cu_seqlens)
-    pending = dinitial = None
+    pending = ddecay = dinitial = None
     grads = partition
     # The gradient of a decay starts, in a row that a state enters, from the state's gradient.
     needs_leaving = needs_dinitial or (needs_ddecay and initial_state is not None)
@@ -226,7 +226,6 @@ def attn_bwd(
         with_dots=needs_ddecay,
         **common,
     )
-    ddecay = None
     if needs_ddecay:
         entering = state_in
         if grads is partition:

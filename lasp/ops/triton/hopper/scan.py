@@ -82,9 +82,9 @@ def prepare(
     launch = cached_launch(_gluon(device).kernel, numbers, constants, dtype, **options)
     blocks = triton.cdiv(value_dim, width)
     num_programs = segments.num_segments * num_heads * blocks
-    # Of the columns of z in a pair.
-    of_dots = tiles.keys if pair else blocks * width
-    return num_programs, launch, of_dots // 16
+    # Dots are sums over the 16 columns of y (of z in a pair) that a warp holds.
+    columns_of_dots = tiles.keys if pair else blocks * width
+    return num_programs, launch, columns_of_dots // 16
 
 
 @functools.lru_cache(maxsize=1024)
