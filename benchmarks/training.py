@@ -15,6 +15,9 @@ Suites:
     recompute  none, selective and full
     layouts    one GPU, then all: the sequence cut with FSDP and DDP, tensor parallelism
     scaling    the sequence cut over all GPUs at three lengths, and two mixed layouts
+    segments   one sequence of growing length, in segments (--segment_len)
+
+A row in segments warms up on three segments, and above 2,097,152 tokens takes one measured step.
 
 Writes a JSON file, a Markdown table and a chart after every row.
 """
@@ -51,9 +54,12 @@ from launch.trainer import train_step
 from parallel.mesh import ParallelDims, build_mesh
 
 RESULTS = Path(__file__).parent / "results"
-SUITES = ("layouts", "recompute", "lengths", "scaling")
+SUITES = ("layouts", "recompute", "lengths", "scaling", "segments")
 # Of one sequence. Lengths above the tokens of a step are left out.
 LENGTHS = (2048, 8192, 32768, 131072, 524288)
+SEGMENTED_LENGTHS = (262144, 1048576, 4194304, 16777216)
+# Above this, a row in segments takes one measured step.
+SEVERAL_STEPS = 1 << 21
 RECOMPUTE = "activation_checkpoint.mode"
 
 
@@ -76,7 +82,9 @@ class Case:
     flags: tuple[tuple[str, Any], ...] = ()
 
 
-def cases(suites: list[str], world_size: int, tokens: int | None) -> Iterator[Case]:
+def cases(
+    suites: list[str], world_size: int, tokens: int | None, segment_len: int
+) -> Iterator[Case]:
     """The rows of the suites. `tokens` per GPU and step; None: the default of each suite."""
     full = (RECOMPUTE, "full")
     for suite in suites:
@@ -96,6 +104,19 @@ def cases(suites: list[str], world_size: int, tokens: int | None) -> Iterator[Ca
             yield from layouts(suite, world_size, tokens or 131072)
         elif suite == "scaling" and world_size > 1:
             yield from scaling(suite, world_size, tokens or 131072)
+        elif suite == "segments":
+            yield from in_segments(suite, world_size, tokens, segment_len)
+
+
+def in_segments(suite: str, ranks: int, tokens: int | None, length: int) -> Iterator[Case]:
+    """Growing sequences in segments of `length` tokens per GPU; no block is recomputed."""
+    flags = [("training.segment_len", ranks * length)]
+    name = f"segments of {length:,}"
+    if ranks > 1:
+        flags.append(("parallelism.context_parallel_degree", ranks))
+        name = f"cp {ranks}, DDP, {name} per GPU"
+    for each in SEGMENTED_LENGTHS if tokens is None else (tokens,):
+        yield Case(suite, name, ranks, ranks * each, flags=tuple(flags))
 
 
 def layouts(suite: str, ranks: int, tokens: int) -> Iterator[Case]:
@@ -153,10 +174,16 @@ def run_case(case: Case, arguments: argparse.Namespace, folder: Path) -> dict[st
     context = DistContext(info, mesh)
     state = set_up(config, context, batch)
     began, seconds = time.perf_counter(), []
-    for _ in range(arguments.warmup + arguments.steps):
+    steps, segments = arguments.steps, state.segments
+    if segments is not None and case.seq_len > SEVERAL_STEPS:
+        steps = 1
+    for number in range(arguments.warmup + steps):
+        if segments is not None:
+            is_warmup = number < arguments.warmup
+            state.segments = segments.first(3) if is_warmup else segments
         synchronize(info.device)
         start = time.perf_counter()
-        train_step(state, False)
+        train_step(state)
         synchronize(info.device)
         seconds.append(time.perf_counter() - start)
     measured = statistics.median(seconds[arguments.warmup :])
@@ -233,6 +260,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--suite", nargs="*", choices=SUITES, default=list(SUITES))
     parser.add_argument("--preset", default="1b", help="model preset")
     parser.add_argument("--tokens", type=int, help="per GPU and step; default: set by the suite")
+    parser.add_argument(
+        "--segment_len", type=int, default=32768, help="tokens per GPU and segment, suite segments"
+    )
     parser.add_argument("--steps", type=int, default=3, help="measured steps")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the measured ones")
     parser.add_argument("--only", help='rows whose "model, name, length" match this pattern')
@@ -265,7 +295,7 @@ def main() -> None:
         waiting = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=2))
     report = begin(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        for case in cases(arguments.suite, size, arguments.tokens):
+        for case in cases(arguments.suite, size, arguments.tokens, arguments.segment_len):
             wanted = f"{case.model}, {case.name}, {case.seq_len}"
             if arguments.only and not re.search(arguments.only, wanted):
                 continue

@@ -41,6 +41,10 @@ class ModelFamily:
     `forward(tokens, *, shard, cu_seqlens, return_hidden)`. Its config is a frozen dataclass with
     `vocab_size`, `num_layers` and the class method `preset(name, **overrides)`.
 
+    For training in segments a model also has `initial_states(batch_size)`, whose result has
+    `layers` (tensors) and `position`, and its forward takes `states`, `return_states`,
+    `states_only` and `cut_documents`, as `lasp.tnl.TNL` does.
+
     Attributes:
         config_class: of the model's config.
         build: config -> model, with random weights on the current device.
@@ -48,6 +52,7 @@ class ModelFamily:
         num_parameters: config -> parameters of the whole model.
         flops_per_token: (config, training=, seq_len=) -> FLOPs of one token.
         state_bytes: config -> bytes of the recurrent states of one sequence, over all layers.
+        streaming_problem: config -> why it cannot train in segments; None if it can.
         tensor_parallel: (model, mesh, shard_sequence=) shards the model in place.
         check_divides: (config, ranks) raises ValueError where tensor parallelism cannot shard it.
         float32_blocks: model -> the blocks whose weights must stay float32 under bfloat16.
@@ -61,6 +66,7 @@ class ModelFamily:
     num_parameters: Callable[[Any], int]
     flops_per_token: Callable[..., int]
     state_bytes: Callable[[Any], int]
+    streaming_problem: Callable[[Any], str | None]
     tensor_parallel: Callable[..., nn.Module]
     check_divides: Callable[[Any, int], None]
     float32_blocks: Callable[[nn.Module], list[nn.Module]]
@@ -90,6 +96,7 @@ FAMILIES = {
         num_parameters=TNLConfig.num_parameters,
         flops_per_token=TNLConfig.flops_per_token,
         state_bytes=_tnl_state_bytes,
+        streaming_problem=TNLConfig.streaming_problem,
         tensor_parallel=tensor_parallel,
         check_divides=check_divides,
         float32_blocks=float32_blocks,
@@ -199,30 +206,48 @@ class LossModel(nn.Module):
     def forward(
         self,
         inputs: Tensor,
-        labels: Tensor,
+        labels: Tensor | None,
         shard: SequenceShard,
         cu_seqlens: tuple[int, ...] | None,
-    ) -> Tensor:
+        states: Any = None,
+    ) -> Tensor | tuple[Tensor | None, list[Tensor]]:
         """Sum of the loss over this rank's tokens, a float32 scalar.
 
         Args:
             inputs, labels: [B, T] int64, T tokens of this rank's shard.
             cu_seqlens: document boundaries in the full sequence, (0, ..., tokens); None without.
+            states: the sequence is a segment, and these are the model's states before it. Then the
+                result is (loss, tensors of the states after it); with labels None, the loss is
+                None, and what no state needs is not computed.
         """
+        options: dict[str, Any] = {}
         if cu_seqlens is not None:
             # Passed as a tuple because FSDP moves tensor arguments to the GPU, and the operator
             # reads these on the host.
-            cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32)
+            options["cu_seqlens"] = torch.tensor(cu_seqlens, dtype=torch.int32)
+        if states is not None:
+            options |= dict(states=states, cut_documents=cu_seqlens is not None)
         with torch.autocast(inputs.device.type, self._dtype, enabled=self._dtype is not None):
-            hidden = self.model(inputs, shard=shard, return_hidden=True, cu_seqlens=cu_seqlens)
-            return chunked_cross_entropy(
-                hidden,
-                self.model.head_weight,
-                labels,
-                ignore_index=IGNORE,
-                chunk_size=self._chunk_size,
-                compiled=self.compiled,
+            if labels is None:
+                after = self.model(inputs, shard=shard, states_only=True, **options)
+                return None, after.layers
+            if states is None:
+                hidden = self.model(inputs, shard=shard, return_hidden=True, **options)
+                return self._loss(hidden, labels)
+            hidden, after = self.model(
+                inputs, shard=shard, return_hidden=True, return_states=True, **options
             )
+            return self._loss(hidden, labels), after.layers
+
+    def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        return chunked_cross_entropy(
+            hidden,
+            self.model.head_weight,
+            labels,
+            ignore_index=IGNORE,
+            chunk_size=self._chunk_size,
+            compiled=self.compiled,
+        )
 
 
 def build_model(config: Config, ctx: DistContext, shape: Any) -> LossModel:

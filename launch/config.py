@@ -82,6 +82,17 @@ class Data:
 class Training:
     seq_len: int = 2048
     """Tokens of one GLOBAL sequence, before it is sharded over context_parallel_degree ranks."""
+    segment_len: int = 0
+    """Process each sequence in segments of this many tokens, so that memory does not grow with
+    seq_len. 0: whole sequences."""
+    segment_gradient: Literal["exact", "truncated"] = "exact"
+    """exact: gradients are those of the whole sequence, for a second forward. truncated: no
+    gradient crosses from a segment to the one before."""
+    segment_states: Literal["host", "device"] = "host"
+    """Where the states between segments are kept until the backward."""
+    carry_state: bool = False
+    """Start each step from the states at the end of the step before, and read on where it stopped;
+    for segment_gradient truncated."""
     varlen: bool = False
     """Keep documents apart: the state resets at the start of each document."""
     local_batch_size: Annotated[int, tyro.conf.arg(aliases=["--micro-batch-size"])] = 1
@@ -340,8 +351,8 @@ _AT_LEAST = {
         "comm.train_timeout_seconds"
     ),
     0: (
-        "job.dry_run_gpus job.dry_run_gpu_memory training.max_norm training.seed optimizer.lr "
-        "optimizer.weight_decay optimizer.eps lr_scheduler.warmup_steps "
+        "job.dry_run_gpus job.dry_run_gpu_memory training.segment_len training.max_norm "
+        "training.seed optimizer.lr optimizer.weight_decay optimizer.eps lr_scheduler.warmup_steps "
         "lr_scheduler.min_lr_factor checkpoint.keep_latest_k"
     ),
 }
@@ -380,6 +391,18 @@ def _check(config: Config) -> None:
         "training.seq_len",
         "it must be even for parallelism.context_parallel_layout zigzag, where a rank holds two "
         "chunks of equal length",
+    )
+    require(
+        not training.carry_state
+        or (training.segment_len > 0 and training.segment_gradient == "truncated"),
+        "training.carry_state",
+        "it needs training.segment_gradient truncated and a training.segment_len (that of a whole "
+        "sequence is training.seq_len)",
+    )
+    require(
+        config.parallelism.context_parallel_layout != "zigzag" or training.segment_len % 2 == 0,
+        "training.segment_len",
+        "it must be even for parallelism.context_parallel_layout zigzag",
     )
     for name, value in _leaves(dataclasses.asdict(config), ""):
         if isinstance(value, str):

@@ -6,8 +6,10 @@ The order of samples depends on the seed alone. To resume, the number of samples
 whatever the number of ranks before and after.
 """
 
+import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +26,8 @@ from launch.tokenizer import Tokenizer, tokenizer_from_spec
 IGNORE = -100
 # Larger files are checked against the vocabulary as batches are read, not at the start.
 SCAN_AT_OPEN = 1 << 28
+# Random tokens are drawn in blocks, so that a segment of a long sample can be drawn by itself.
+_RANDOM_BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -33,18 +37,88 @@ class Batch:
     Attributes:
         inputs: [B, T] int64, T tokens of this rank's shard.
         labels: [B, T] int64, the token after each input, or IGNORE.
-        cu_seqlens: document boundaries in the full sequence, (0, ..., seq_len); None without
+        shard: which tokens of the sequence (or of a segment of it) these are.
+        cu_seqlens: document boundaries in the sequence (segment), (0, ..., tokens); None without
             varlen.
+        continues: the first token does not start a document; True without varlen.
     """
 
     inputs: Tensor
     labels: Tensor
+    shard: SequenceShard
     cu_seqlens: tuple[int, ...] | None = None
+    continues: bool = True
 
     @property
     def num_labels(self) -> int:
         """Labels that are not IGNORE."""
         return int((self.labels != IGNORE).sum())
+
+    def without_labels(self) -> "Batch":
+        """The batch with every label ignored."""
+        return dataclasses.replace(self, labels=torch.full_like(self.labels, IGNORE))
+
+    def arguments(self, device: torch.device) -> tuple[Any, ...]:
+        """The arguments of `LossModel.forward`, the tokens on `device`."""
+        inputs, labels = (x.to(device, non_blocking=True) for x in (self.inputs, self.labels))
+        return inputs, labels, self.shard, self.cu_seqlens
+
+
+class Segments:
+    """Consecutive parts of a sequence, each sharded over the ranks by itself.
+
+    Args:
+        seq_len: tokens of the sequence.
+        segment_len: tokens of a segment; the last one may be shorter.
+        split: tokens -> this rank's shard of them.
+    """
+
+    def __init__(
+        self, seq_len: int, segment_len: int, split: Callable[[int], SequenceShard]
+    ) -> None:
+        self.seq_len = seq_len
+        self.segment_len = min(segment_len, seq_len)
+        self.count = -(-seq_len // self.segment_len)
+        last = seq_len - (self.count - 1) * self.segment_len
+        self._split = split
+        self._shard, self._last_shard = split(self.segment_len), split(last)
+
+    def first(self, count: int) -> "Segments":
+        """The first `count` segments only."""
+        length = min(count * self.segment_len, self.seq_len)
+        return Segments(length, self.segment_len, self._split)
+
+    def start(self, index: int) -> int:
+        """The first token of a segment."""
+        return index * self.segment_len
+
+    def shard(self, index: int) -> SequenceShard:
+        """This rank's tokens of a segment, counted from its first one."""
+        return self._last_shard if index == self.count - 1 else self._shard
+
+
+@dataclass(frozen=True)
+class SegmentedBatch:
+    """One micro-batch of one rank, read segment by segment: never held in memory as a whole.
+
+    Attributes:
+        read: segment -> its `Batch`.
+        num_segments: of the sequence.
+        num_labels: labels that are not IGNORE; None until they are counted.
+    """
+
+    read: Callable[[int], Batch]
+    num_segments: int
+    num_labels: int | None = None
+
+    def with_labels_counted(self) -> "SegmentedBatch":
+        """Read all segments once, to count their labels and to find bad data before a step."""
+        count = sum(self.read(index).num_labels for index in range(self.num_segments))
+        return dataclasses.replace(self, num_labels=count)
+
+    def without_labels(self) -> "SegmentedBatch":
+        """The batch with every label ignored."""
+        return SegmentedBatch(lambda i: self.read(i).without_labels(), self.num_segments, 0)
 
 
 class TokenSource(Protocol):
@@ -56,9 +130,8 @@ class TokenSource(Protocol):
     def sample(self, index: int, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop + 1) of sample `index`: a shard's inputs and one more token."""
 
-    def document_starts(self, index: int) -> tuple[int, ...]:
-        """Offsets in 1..seq_len of sample `index` at which a document starts. (seq_len itself is a
-        label only.)"""
+    def document_starts(self, index: int, start: int, stop: int) -> np.ndarray:
+        """Offsets in start..stop (both included) of sample `index` at which a document starts."""
 
 
 class IndexedSource:
@@ -89,31 +162,35 @@ class IndexedSource:
             self._file.check_vocabulary(self._vocab_size, first, last)
         return self._file.tokens[first:last].astype(np.int64)
 
-    def document_starts(self, index: int) -> tuple[int, ...]:
+    def document_starts(self, index: int, start: int, stop: int) -> np.ndarray:
         origin = index * self._seq_len
         starts = self._file.document_starts
-        low, high = np.searchsorted(starts, [origin + 1, origin + self._seq_len + 1])
-        return tuple(np.unique(starts[low:high] - origin).tolist())
+        low, high = np.searchsorted(starts, [origin + start, origin + stop + 1])
+        return np.unique(starts[low:high] - origin)
 
 
 class RandomSource:
-    """Uniformly random tokens, a function of seed and index alone, to measure speed."""
+    """Uniformly random tokens, a function of seed, index and position, to measure speed."""
 
     num_samples = 1 << 40
     bytes_per_token = None
 
-    def __init__(self, seq_len: int, vocab_size: int, seed: int) -> None:
-        self._seq_len = seq_len
+    def __init__(self, vocab_size: int, seed: int) -> None:
         self._vocab_size = vocab_size
         self._seed = seed
 
     def sample(self, index: int, start: int, stop: int) -> np.ndarray:
-        generator = np.random.default_rng([self._seed, index])
-        tokens = generator.integers(0, self._vocab_size, self._seq_len + 1, dtype=np.int64)
-        return tokens[start : stop + 1]
+        first, last = start // _RANDOM_BLOCK, stop // _RANDOM_BLOCK
+        blocks = [self._block(index, block) for block in range(first, last + 1)]
+        origin = first * _RANDOM_BLOCK
+        return np.concatenate(blocks)[start - origin : stop + 1 - origin]
 
-    def document_starts(self, index: int) -> tuple[int, ...]:
-        return ()
+    def _block(self, index: int, block: int) -> np.ndarray:
+        generator = np.random.default_rng([self._seed, index, block])
+        return generator.integers(0, self._vocab_size, _RANDOM_BLOCK, dtype=np.int64)
+
+    def document_starts(self, index: int, start: int, stop: int) -> np.ndarray:
+        return np.empty(0, np.int64)
 
 
 class DataFolder:
@@ -170,6 +247,31 @@ def sample_order(consumed: int, count: int, num_samples: int, seed: int) -> list
     return indices
 
 
+def stream_order(consumed: int, count: int, num_samples: int) -> list[int]:
+    """Sample indices of a step that reads on where the step before stopped.
+
+    The samples are divided into `count` streams of consecutive ones, one per sequence of a step.
+    After the last sample of the streams they start again, and up to count - 1 samples are left out.
+    """
+    length = stream_length(count, num_samples)
+    position = consumed // count % length
+    return [stream * length + position for stream in range(count)]
+
+
+def stream_length(count: int, num_samples: int) -> int:
+    """Samples of each of `count` streams.
+
+    Raises:
+        DataError: there are fewer samples than streams.
+    """
+    if num_samples < count:
+        raise DataError(
+            f"training.carry_state reads {count} streams (training.global_batch_size), and the "
+            f"data has {num_samples} samples: use a smaller batch or a shorter training.seq_len."
+        )
+    return num_samples // count
+
+
 # Cached, because a permutation is as long as the data.
 @functools.lru_cache(maxsize=1)
 def _order_of_pass(seed: int, epoch: int, num_samples: int) -> np.ndarray:
@@ -199,25 +301,33 @@ def read_batch(
     indices: list[int],
     shard: SequenceShard,
     *,
+    first: int = 0,
     pad_id: int | None = None,
     varlen: bool = False,
 ) -> Batch:
-    """A shard of some samples. Labels equal to `pad_id` become IGNORE."""
+    """A shard of some samples, or of a segment of each. Labels equal to `pad_id` become IGNORE.
+
+    Args:
+        shard: of the `shard.total` tokens from token `first` of a sample on.
+    """
+    ranges = [(first + start, first + stop) for start, stop in shard.ranges]
     chunks = [
-        np.stack([source.sample(index, start, stop) for index in indices])
-        for start, stop in shard.ranges
+        np.stack([source.sample(index, start, stop) for index in indices]) for start, stop in ranges
     ]
     # Shifted chunk by chunk: in zigzag, the token after a chunk is not the next one in this shard.
     inputs = torch.from_numpy(np.concatenate([chunk[:, :-1] for chunk in chunks], axis=1))
     labels = torch.from_numpy(np.concatenate([chunk[:, 1:] for chunk in chunks], axis=1))
     if pad_id is not None:
         labels[labels == pad_id] = IGNORE
-    cu_seqlens = None
+    cu_seqlens, continues = None, True
     if varlen:
         assert len(indices) == 1
-        starts = source.document_starts(indices[0])
+        end = first + shard.total
+        starts = source.document_starts(indices[0], first, end)
         # The first token of the next document cannot be predicted.
-        positions = np.concatenate([np.arange(*each) for each in shard.ranges])
+        positions = np.concatenate([np.arange(*each) for each in ranges])
         labels[0, np.isin(positions + 1, starts)] = IGNORE
-        cu_seqlens = (0, *(start for start in starts if start < shard.total), shard.total)
-    return Batch(inputs, labels, cu_seqlens)
+        inside = starts[(starts > first) & (starts < end)] - first
+        cu_seqlens = (0, *inside.tolist(), shard.total)
+        continues = first not in starts
+    return Batch(inputs, labels, shard, cu_seqlens, continues)

@@ -67,9 +67,11 @@ class Estimate:
         activations: the most that the forward and backward of a micro-batch hold besides; `logits`
             and `states` are parts of it.
         logits: of a chunk of tokens, in float32 and in the dtype of the products.
-        states: the recurrent states received from other ranks.
+        states: the recurrent states received from other ranks, or from the segment before.
+        kept_states: those of all segments, in the memory of the host or of the device.
         start: before the first step, when every rank draws all weights and then keeps its own.
         reserve: for what is not counted.
+        kept_on_host: `kept_states` need no memory of the device.
     """
 
     shards: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
@@ -80,12 +82,17 @@ class Estimate:
     activations: int
     logits: int
     states: int
+    kept_states: int
     start: int
     reserve: int
+
+    kept_on_host: bool
 
     @property
     def total(self) -> int:
         step = self.weights + self.gradients + self.moments + self.gathered + self.activations
+        if not self.kept_on_host:
+            step += self.kept_states
         return max(step, self.start)
 
     def fits(self, memory: float) -> bool:
@@ -120,9 +127,10 @@ def estimate(config: Config, info: RankInfo, shape: Any) -> Estimate:
         # Gradients are sharded only at the last micro-batch.
         gathered += full_gradients
     sequences = config.training.local_batch_size
-    tokens = sequences * -(-config.training.seq_len // dims.cp)
+    tokens = sequences * -(-_forward_length(config) // dims.cp)
     chunk = min(config.training.loss_chunk_size, tokens)
     is_full = config.activation_checkpoint.mode == "full"
+    states = sequences * family.state_bytes(shape) // dims.tp
     return Estimate(
         shards=shards,
         weights=weights,
@@ -131,8 +139,10 @@ def estimate(config: Config, info: RankInfo, shape: Any) -> Estimate:
         gathered=gathered,
         activations=activations,
         logits=chunk * (shape.vocab_size // dims.tp) * (4 + dtype.itemsize),
-        states=sequences * family.state_bytes(shape) // dims.tp if dims.cp > 1 else 0,
+        states=states if dims.cp > 1 or config.training.segment_len else 0,
+        kept_states=_num_segments(config) * states,
         start=4 * family.num_parameters(shape),
+        kept_on_host=config.training.segment_states == "host",
         reserve=int(_BESIDES_IN_FULL + _LOST_IN_FULL * activations if is_full else _RESERVE),
     )
 
@@ -160,6 +170,12 @@ def format_estimate(
         f"  (activation_checkpoint.mode {modes}; of these {own.logits / _GIB:.2f} for a chunk of "
         f"logits, {own.states / _GIB:.2f} for states)"
     )
+    if own.kept_states:
+        where = " of host memory, not in the total" if own.kept_on_host else ""
+        lines.append(
+            f"  {'states':<12}{own.kept_states / _GIB:9.2f}  (of {_num_segments(config):,} "
+            f"segments{where})"
+        )
     lines.append(f"  {'total':<12}{own.total / _GIB:9.2f}")
     if own.total == own.start:
         lines[-1] += "  (before the first step, when every rank draws all weights)"
@@ -224,7 +240,7 @@ def _peak(
             if isinstance(module, nn.Linear):
                 module.weight = nn.Parameter(module.weight.detach().to(gathered_dtype))
     shard = SequenceShard.split(
-        config.training.seq_len,
+        _forward_length(config),
         ctx.cp_group,
         parallelism.context_parallel_method,
         parallelism.context_parallel_layout,
@@ -236,8 +252,30 @@ def _peak(
             live.add(parameter)
             parameter.grad = torch.zeros_like(parameter)
         before = live.bytes
-        loss_model(tokens, tokens, shard, None).backward()
+        if not config.training.segment_len:
+            loss_model(tokens, tokens, shard, None).backward()
+        else:
+            states = model.initial_states(len(tokens))
+            states.layers = [state.requires_grad_() for state in states.layers]
+            loss, after = loss_model(tokens, tokens, shard, None, states)
+            # A later segment has sent the gradients of the states.
+            gradients = [None, *(torch.zeros_like(state) for state in after)]
+            torch.autograd.backward([loss, *after], gradients)
     return live.peak - before
+
+
+def _forward_length(config: Config) -> int:
+    """Tokens of a forward, over the ranks that share a sequence."""
+    training = config.training
+    return min(training.segment_len or training.seq_len, training.seq_len)
+
+
+def _num_segments(config: Config) -> int:
+    """Segments whose states are kept until the backward."""
+    training = config.training
+    if not training.segment_len or training.segment_gradient == "truncated":
+        return 0
+    return -(-training.seq_len // _forward_length(config)) - 1
 
 
 def _gathered(loss_model: LossModel, config: Config, dtype: torch.dtype, float8: Float8) -> int:

@@ -123,7 +123,7 @@ def format_line(metrics: dict[str, Any], steps: int) -> str:
     if "mfu" in metrics:
         parts.append(f"mfu: {metrics['mfu']:.1%}")
     parts.append(f"memory: {metrics['memory']:.2f}GiB")
-    parts.append(f"[{_clock(metrics['elapsed'])}<{_clock(metrics['eta'])}]")
+    parts.append(f"[{clock(metrics['elapsed'])}<{clock(metrics['eta'])}]")
     return "  ".join(parts)
 
 
@@ -264,7 +264,8 @@ def _move_aside(path: Path) -> None:
     print(f"metrics of an earlier run: {aside}", flush=True)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """h:mm:ss."""
     minutes, second = divmod(round(seconds), 60)
     hour, minute = divmod(minutes, 60)
     return f"{hour}:{minute:02d}:{second:02d}"

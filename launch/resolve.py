@@ -70,45 +70,66 @@ def check_parallelism(config: Config, info: RankInfo) -> None:
     data_parallel_engine(config, info.dims)
     if config.float8.recipe_name is not None:
         check_float8_tokens(config, cp)
-    if tp == 1:
-        return
     shape = model_config(config, None)
-    check_tensor_parallel(config, dataclasses.replace(shape, vocab_size=tp * shape.vocab_size), tp)
-    length, layout = config.training.seq_len, config.parallelism.context_parallel_layout
-    # In zigzag some ranks have two tokens more than others.
-    lengths = split_lengths(length, cp, layout)
-    if config.parallelism.tensor_parallel_shard_sequence and any(each % tp for each in lengths):
-        twice = layout == "zigzag" and tp % 2
-        step = cp * tp * (2 if twice else 1)
-        raise ConfigError(
-            f"training.seq_len {length} is not a multiple of cp {cp} x tp {tp}"
-            f"{' x 2 (zigzag)' if twice else ''} = {step}, as "
-            "parallelism.tensor_parallel_shard_sequence needs: use "
-            f"{-(-length // step) * step}, or switch it off."
-        )
+    check_shape(config, dataclasses.replace(shape, vocab_size=tp * shape.vocab_size), tp)
+    if tp > 1 and config.parallelism.tensor_parallel_shard_sequence:
+        check_sequence_shards(config, tp, cp)
+
+
+def check_sequence_shards(config: Config, tp: int, cp: int) -> None:
+    """Raise ConfigError if a rank's tokens do not divide over tp ranks."""
+    layout = config.parallelism.context_parallel_layout
+    for name, length in forward_lengths(config).items():
+        # In zigzag some ranks have two tokens more than others.
+        if any(each % tp for each in split_lengths(length, cp, layout)):
+            twice = layout == "zigzag" and tp % 2
+            step = cp * tp * (2 if twice else 1)
+            raise ConfigError(
+                f"{name} {length} is not a multiple of cp {cp} x tp {tp}"
+                f"{' x 2 (zigzag)' if twice else ''} = {step}, as "
+                "parallelism.tensor_parallel_shard_sequence needs: use "
+                f"{-(-length // step) * step}, or switch it off."
+            )
+
+
+def forward_lengths(config: Config) -> dict[str, int]:
+    """The tokens of a forward over all ranks, by what determines them: a sequence, or a segment and
+    the last one if it is shorter."""
+    seq_len, segment_len = config.training.seq_len, config.training.segment_len
+    if not segment_len or segment_len >= seq_len:
+        return {"training.seq_len": seq_len}
+    lengths = {"training.segment_len": segment_len}
+    if rest := seq_len % segment_len:
+        lengths["the last segment (training.seq_len % training.segment_len)"] = rest
+    return lengths
 
 
 def check_float8_tokens(config: Config, cp: int) -> None:
     """Raise ConfigError if a rank's tokens are not a multiple of what FP8 products need."""
-    training, layout = config.training, config.parallelism.context_parallel_layout
-    local = training.local_batch_size
-    lengths = [local * each for each in split_lengths(training.seq_len, cp, layout)]
-    # In zigzag some ranks have two tokens more than others.
-    if any(each % MULTIPLE for each in lengths):
-        step = cp * MULTIPLE
-        raise ConfigError(
-            f"quantize.linear.float8: a rank has {max(lengths)} tokens (local_batch_size {local} x "
-            f"seq_len {training.seq_len} / cp {cp}), FP8 needs a multiple of {MULTIPLE}: use "
-            f"training.seq_len {-(-training.seq_len // step) * step}."
-        )
+    local, layout = config.training.local_batch_size, config.parallelism.context_parallel_layout
+    for name, length in forward_lengths(config).items():
+        # In zigzag some ranks have two tokens more than others.
+        lengths = [local * each for each in split_lengths(length, cp, layout)]
+        if any(each % MULTIPLE for each in lengths):
+            step = cp * MULTIPLE
+            raise ConfigError(
+                f"quantize.linear.float8: a rank has {max(lengths)} tokens (local_batch_size "
+                f"{local} x {name} {length} / cp {cp}), FP8 needs a multiple of {MULTIPLE}: use "
+                f"{-(-length // step) * step}."
+            )
 
 
-def check_tensor_parallel(config: Config, shape: Any, tp: int) -> None:
-    """Raise ConfigError, with the numbers, if tp ranks cannot shard a model of config `shape`."""
+def check_shape(config: Config, shape: Any, tp: int) -> None:
+    """Raise ConfigError if the run cannot train a model of config `shape`: tp ranks cannot shard
+    it, or it has no states that could leave a segment."""
+    family = get_family(config.model.family)
     try:
-        get_family(config.model.family).check_divides(shape, tp)
+        family.check_divides(shape, tp)
     except ValueError as error:
         raise ConfigError(f"parallelism.tensor_parallel_degree is {tp}: {error}") from None
+    problem = family.streaming_problem(shape) if config.training.segment_len else None
+    if problem is not None:
+        raise ConfigError(f"training.segment_len is {config.training.segment_len}: {problem}")
 
 
 def without_effect(config: Config, dims: ParallelDims) -> list[str]:
@@ -133,7 +154,27 @@ def without_effect(config: Config, dims: ParallelDims) -> list[str]:
         found.append(f"{name} (enable_fsdp_float8_all_gather is off)")
     if parallelism.tensor_parallel_shard_sequence and dims.tp == 1:
         found.append("parallelism.tensor_parallel_shard_sequence (tp is 1)")
+    training = config.training
+    if not training.segment_len:
+        changed = {
+            "segment_gradient": training.segment_gradient != "exact",
+            "segment_states": training.segment_states != "host",
+        }
+        found += [
+            f"training.{name} (training.segment_len is 0)"
+            for name, is_changed in changed.items()
+            if is_changed
+        ]
     return found
+
+
+def _in_segments(config: Config) -> str:
+    training = config.training
+    if not training.segment_len:
+        return ""
+    length = min(training.segment_len, training.seq_len)
+    count = -(-training.seq_len // length)
+    return f", in {count:,} segments of {length:,} (gradient {training.segment_gradient})"
 
 
 def describe(config: Config, info: RankInfo, shape: Any, batch: Batching) -> str:
@@ -154,7 +195,7 @@ def describe(config: Config, info: RankInfo, shape: Any, batch: Batching) -> str
     lines = {
         "model": f"{config.model.preset}: {parameters:,} parameters ({family.describe(shape)})",
         "mesh": f"{dims.equation} ({info.backend}, {info.device.type}, {dtype})",
-        "sequence": f"{training.seq_len:,} tokens {ranks}",
+        "sequence": f"{training.seq_len:,} tokens {ranks}{_in_segments(config)}",
         "batch": (
             f"{batch.tokens_per_step:,} tokens per step = {sequences} = "
             f"accumulation {batch.accumulation} x local batch {training.local_batch_size} x "

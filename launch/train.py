@@ -29,7 +29,7 @@ from launch.build import apply_data_parallel, build_model, get_family, model_con
 from launch.checkpoint.save_resume import find_checkpoint, finish_save, resume, start_save
 from launch.checkpoint.store import CheckpointStore
 from launch.config import Config, load_config
-from launch.data import DataFolder, RandomSource
+from launch.data import DataFolder, RandomSource, Segments, stream_length
 from launch.distributed import DistContext, RankInfo, get_rank_info, open_dist_context
 from launch.exit_codes import (
     DISK_FAILED,
@@ -58,7 +58,7 @@ from launch.resolve import (
     Batching,
     batching,
     check_parallelism,
-    check_tensor_parallel,
+    check_shape,
     describe,
 )
 from launch.tokenizer import ByteTokenizer, Tokenizer
@@ -115,7 +115,7 @@ def dry_run(config: Config, info: RankInfo, batch: Batching) -> tuple[str, bool]
     elif config.data.source == "stdlib":
         tokenizer = ByteTokenizer()
     shape = model_config(config, tokenizer)
-    check_tensor_parallel(config, shape, info.dims.tp)
+    check_shape(config, shape, info.dims.tp)
     memory = None
     if config.job.dry_run_gpus:
         memory = config.job.dry_run_gpu_memory
@@ -141,9 +141,9 @@ def train(config: Config, ctx: DistContext, batch: Batching) -> int:
             print(f"refused:     {reason}")
         print(f"resume:      {found.path if found else 'from scratch'}", flush=True)
     log = ctx.all_or_raise(lambda: open_log(state) if ctx.is_rank0 else None)
-    stop_signals = catch_sigterm()
+    state.stop_signals = catch_sigterm()
     try:
-        code = run_steps(state, log, stop_signals)
+        code = run_steps(state, log)
     except UserError:
         # All ranks raise it together, so they can still commit the checkpoint being written.
         finish_save(state)
@@ -165,12 +165,22 @@ def set_up(config: Config, ctx: DistContext, batch: Batching) -> TrainState:
     if config.data.source == "stdlib":
         ctx.on_rank0(lambda: prepare_library(config))
     tokenizer, shape, train_source, val_source = ctx.all_or_raise(lambda: open_data(config))
-    ctx.all_or_raise(lambda: check_tensor_parallel(config, shape, ctx.dims.tp))
+    ctx.all_or_raise(lambda: check_shape(config, shape, ctx.dims.tp))
+    if training.carry_state:
+        ctx.all_or_raise(lambda: stream_length(batch.global_batch_size, train_source.num_samples))
     ctx.on_rank0(lambda: make_folder(config))
 
     torch.manual_seed(training.seed)
     loss_model = ctx.all_or_raise(lambda: build_model(config, ctx, shape))
     wrapped_model = apply_data_parallel(loss_model, config, ctx)
+
+    def split(tokens: int) -> SequenceShard:
+        method, layout = parallelism.context_parallel_method, parallelism.context_parallel_layout
+        return SequenceShard.split(tokens, ctx.cp_group, method, layout)
+
+    segments = None
+    if training.segment_len:
+        segments = Segments(training.seq_len, training.segment_len, split)
     return TrainState(
         config=config,
         ctx=ctx,
@@ -178,17 +188,13 @@ def set_up(config: Config, ctx: DistContext, batch: Batching) -> TrainState:
         tokenizer=tokenizer,
         train_source=train_source,
         val_source=val_source,
-        shard=SequenceShard.split(
-            training.seq_len,
-            ctx.cp_group,
-            parallelism.context_parallel_method,
-            parallelism.context_parallel_layout,
-        ),
+        shard=split(training.seq_len),
         model=loss_model.model,
         loss_model=loss_model,
         wrapped_model=wrapped_model,
         optimizer=build_optimizer(loss_model.model, config),
         store=CheckpointStore(config.checkpoint_folder, config.checkpoint.keep_latest_k),
+        segments=segments,
     )
 
 
@@ -229,8 +235,8 @@ def open_data(config: Config):
     seq_len, seed = config.training.seq_len, config.training.seed
     if config.data.source == "random":
         shape = model_config(config, None)
-        source = RandomSource(seq_len, shape.vocab_size, seed)
-        held_out = RandomSource(seq_len, shape.vocab_size, seed + 1)
+        source = RandomSource(shape.vocab_size, seed)
+        held_out = RandomSource(shape.vocab_size, seed + 1)
         return None, shape, source, held_out if config.validation.enable else None
     folder = DataFolder(config.data_folder)
     shape = model_config(config, folder.tokenizer)
@@ -241,7 +247,7 @@ def open_data(config: Config):
     return folder.tokenizer, shape, source, held_out
 
 
-def run_steps(state: TrainState, log: MetricsLog | None, stop_signals: list[int]) -> int:
+def run_steps(state: TrainState, log: MetricsLog | None) -> int:
     """Train to the last step, or until a rank is asked to stop; return the exit code."""
     config, ctx, training = state.config, state.ctx, state.config.training
     flops = get_family(config.model.family).flops_per_token(
@@ -257,8 +263,10 @@ def run_steps(state: TrainState, log: MetricsLog | None, stop_signals: list[int]
     with profiled(config, ctx) as after_step:
         while state.step < training.steps:
             began = time.perf_counter()
-            result = train_step(state, bool(stop_signals))
-            if result.loss is None:
+            result = train_step(state)
+            if result.interrupted:
+                pass
+            elif result.loss is None:
                 failures += 1
                 report_nonfinite(state, failures, result)
             else:

@@ -10,7 +10,7 @@ from launch.build import LossModel
 from launch.checkpoint.pending import PendingSave
 from launch.checkpoint.store import CheckpointStore
 from launch.config import Config
-from launch.data import TokenSource
+from launch.data import Segments, TokenSource
 from launch.distributed import DistContext
 from launch.resolve import Batching
 from launch.tokenizer import Tokenizer
@@ -21,12 +21,18 @@ class TrainState:
     """Everything a step needs; `step` and `consumed` are the whole of its position.
 
     Attributes:
+        shard: this rank's tokens of a sequence.
+        segments: how a sequence divides, if it is processed in segments.
         loss_model: holds `model`.
         wrapped_model: `loss_model` as data parallelism runs it; itself if there are no other ranks.
         step: steps taken.
         consumed: samples consumed, over all ranks.
         saved_step: the step of the newest checkpoint on disk; None if there is none.
         pending: a checkpoint that is being written.
+        carried: with training.carry_state, the states after the last step of each micro-batch, on
+            the rank that holds a sequence's first tokens; None if the next step starts without.
+        leaving: those of the step that is being taken.
+        stop_signals: signals that asked this process to stop.
         host_copies: host memory that its tensors are copied to, by name.
     """
 
@@ -42,11 +48,15 @@ class TrainState:
     wrapped_model: nn.Module
     optimizer: torch.optim.Optimizer
     store: CheckpointStore
+    segments: Segments | None = None
     step: int = 0
     consumed: int = 0
     saved_step: int | None = None
     failed_saves: int = 0
     pending: PendingSave | None = None
+    carried: list[list[Tensor]] | None = None
+    leaving: list[list[Tensor]] | None = None
+    stop_signals: list[int] = field(default_factory=list)
     host_copies: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -59,9 +69,11 @@ class StepResult:
         grad_norm: of the whole job, before clipping.
         stop_requested: on any rank.
         save_written: every rank has written its part of the pending checkpoint.
+        interrupted: the step was given up between two segments, because a rank was asked to stop.
     """
 
     loss: float | None
     grad_norm: float
     stop_requested: bool
     save_written: bool = False
+    interrupted: bool = False

@@ -1,12 +1,21 @@
 """One step of training, and validation: from sample indices to a loss that all ranks share."""
 
-import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from launch.data import IGNORE, Batch, TokenSource, read_batch, sample_order, step_samples
+from launch import segments
+from launch.data import (
+    Batch,
+    SegmentedBatch,
+    TokenSource,
+    read_batch,
+    sample_order,
+    step_samples,
+    stream_order,
+)
 from launch.exit_codes import DataError
 from launch.optimizer import clipped_step, learning_rate
 from launch.progress import progress
@@ -29,6 +38,8 @@ def forward_backward(state: TrainState, *, batches: Sequence[Batch], num_labels:
     Returns:
         Sum of the loss over this rank's tokens, a float64 scalar on the device.
     """
+    if state.segments is not None:
+        return segments.forward_backward(state, batches=batches, num_labels=num_labels)
     loss_sum = torch.zeros((), dtype=torch.float64, device=state.ctx.device)
     parallelism = state.config.parallelism
     for number, batch in enumerate(batches, 1):
@@ -38,22 +49,20 @@ def forward_backward(state: TrainState, *, batches: Sequence[Batch], num_labels:
             every=parallelism.fsdp_reduce_every_micro_batch,
             keep_gathered=parallelism.fsdp_reshard_after_forward == "never",
         ):
-            loss = state.wrapped_model(*loss_inputs(state, batch))
+            loss = state.wrapped_model(*batch.arguments(state.ctx.device))
             (loss / num_labels).backward()
         loss_sum += loss.detach()
     return loss_sum
 
 
 def train_step(
-    state: TrainState,
-    stop_requested: bool = False,
-    *,
-    forward_backward: Callable[..., Tensor] = forward_backward,
+    state: TrainState, *, forward_backward: Callable[..., Tensor] = forward_backward
 ) -> StepResult:
     """One optimizer step. If loss or gradients are NaN or Inf on any rank, nothing changes.
 
     Args:
-        stop_requested: this rank was asked to stop; the result says so on all ranks.
+        state: once its `stop_signals` are not empty on a rank, the result says so on all ranks.
+            With segments, the step is then given up.
         forward_backward: called as the function of that name; another one replaces it.
 
     Raises:
@@ -62,15 +71,20 @@ def train_step(
     batches = read_step(state)
     num_labels = count_labels(state, batches)
     state.optimizer.zero_grad()
-    loss_sum = forward_backward(state, batches=batches, num_labels=num_labels)
+    try:
+        loss_sum = forward_backward(state, batches=batches, num_labels=num_labels)
+    except segments.Interrupted:
+        state.optimizer.zero_grad()
+        reshard(state.loss_model)
+        return StepResult(None, math.nan, stop_requested=True, interrupted=True)
     gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
     # If gradients are sharded over ranks, this is the norm of all shards together.
     norm = full_tensor(torch.nn.utils.get_total_norm(gradients))
-    sums = reduce_step(state, loss_sum, norm, stop_requested)
+    sums = reduce_step(state, loss_sum, norm, bool(state.stop_signals))
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(state.step, state.config)
     # Queued before the host waits for the sums: the device goes on meanwhile.
-    wait = start_copy(sums)
+    wait = segments.start_copy(sums)
     clipped_step(state.optimizer, norm, state.config.training.max_norm, skip=sums[1] > 0)
     loss, nonfinite, stop, writing, grad_norm = wait()
     save_written = state.pending is not None and not writing
@@ -80,6 +94,7 @@ def train_step(
     if result.loss is not None:
         state.step += 1
         state.consumed += state.batching.global_batch_size
+        state.carried = state.leaving
     return result
 
 
@@ -95,22 +110,7 @@ def reduce_step(state: TrainState, loss_sum: Tensor, norm: Tensor, stop_requeste
     return torch.cat([sums, norm.double().view(1)])
 
 
-def start_copy(vector: Tensor) -> Callable[[], list[float]]:
-    """Start to copy a vector to the host; what is returned waits for that, not for later work."""
-    if not vector.is_cuda:
-        return vector.tolist
-    copy = vector.to("cpu", non_blocking=True)
-    done = torch.cuda.Event()
-    done.record()
-
-    def wait() -> list[float]:
-        done.synchronize()
-        return copy.tolist()
-
-    return wait
-
-
-def read_step(state: TrainState) -> list[Batch] | DataError:
+def read_step(state: TrainState) -> list[Batch] | list[SegmentedBatch] | DataError:
     """This rank's micro-batches of the next step, or what is wrong with its data."""
     parts = step_samples(
         step_indices(state),
@@ -126,22 +126,32 @@ def read_step(state: TrainState) -> list[Batch] | DataError:
 
 def step_indices(state: TrainState) -> list[int]:
     """The samples of the next step, over all ranks."""
+    count = state.batching.global_batch_size
+    if state.config.training.carry_state:
+        return stream_order(state.consumed, count, state.train_source.num_samples)
     return sample_order(
         state.consumed,
-        state.batching.global_batch_size,
+        count,
         state.train_source.num_samples,
         state.config.training.seed,
     )
 
 
-def read(state: TrainState, source: TokenSource, indices: list[int]) -> Batch:
-    """This rank's shard of some samples."""
+def read(state: TrainState, source: TokenSource, indices: list[int]) -> Batch | SegmentedBatch:
+    """This rank's shard of some samples; in segments if the run has them, their labels counted."""
     pad_id = None if state.tokenizer is None else state.tokenizer.pad_id
-    varlen = state.config.training.varlen
-    return read_batch(source, indices, state.shard, pad_id=pad_id, varlen=varlen)
+    options = dict(pad_id=pad_id, varlen=state.config.training.varlen)
+    parts = state.segments
+    if parts is None:
+        return read_batch(source, indices, state.shard, **options)
+
+    def read_segment(index: int) -> Batch:
+        return read_batch(source, indices, parts.shard(index), first=parts.start(index), **options)
+
+    return SegmentedBatch(read_segment, parts.count).with_labels_counted()
 
 
-def count_labels(state: TrainState, batches: list[Batch] | DataError) -> int:
+def count_labels(state: TrainState, batches: list[Batch] | list[SegmentedBatch] | DataError) -> int:
     """Labels of the step that are not ignored, over all ranks.
 
     Raises:
@@ -163,17 +173,6 @@ def _raise(error: DataError | None) -> None:
         raise error
 
 
-def loss_inputs(state: TrainState, batch: Batch) -> tuple:
-    """The arguments of `LossModel.forward` for a batch."""
-    device = state.ctx.device
-    return (
-        batch.inputs.to(device, non_blocking=True),
-        batch.labels.to(device, non_blocking=True),
-        state.shard,
-        batch.cu_seqlens,
-    )
-
-
 @torch.no_grad()
 def validate(state: TrainState) -> float:
     """Loss in nats per token over the first samples of the validation split."""
@@ -182,7 +181,7 @@ def validate(state: TrainState) -> float:
     batches = ctx.all_or_raise(lambda: list(_validation_batches(state)))
     with eagerly(state.model.blocks):
         loss_sum = sum(
-            state.loss_model(*loss_inputs(state, batch)).item()
+            batch_loss(state, batch).item()
             for batch in progress(batches, "validation", enabled=ctx.is_rank0)
         )
     reshard(state.loss_model)
@@ -194,7 +193,14 @@ def validate(state: TrainState) -> float:
     return loss_sum / labels
 
 
-def _validation_batches(state: TrainState) -> Iterator[Batch]:
+def batch_loss(state: TrainState, batch: Batch | SegmentedBatch) -> Tensor:
+    """Sum of the loss over this rank's tokens."""
+    if isinstance(batch, SegmentedBatch):
+        return segments.evaluate(state, batch)
+    return state.loss_model(*batch.arguments(state.ctx.device))
+
+
+def _validation_batches(state: TrainState) -> Iterator[Batch | SegmentedBatch]:
     config, source, dp = state.config, state.val_source, state.ctx.dims.dp
     assert source is not None
     local = config.training.local_batch_size
@@ -206,5 +212,4 @@ def _validation_batches(state: TrainState) -> Iterator[Batch]:
         yield read(state, source, list(own[first : first + local]))
     # If weights are gathered for a forward, every rank must take part in every forward.
     for _ in range(-(-len(own) // local), -(-count // (local * dp))):
-        batch = read(state, source, [0])
-        yield dataclasses.replace(batch, labels=torch.full_like(batch.labels, IGNORE))
+        yield read(state, source, [0]).without_labels()

@@ -55,6 +55,10 @@ def compile_blocks(
         precision_casts: see `compiler_options`.
     """
     options = compiler_options(precision_casts=precision_casts) if backend == "inductor" else None
+    # Blocks share one compiled function. Where sequences run in segments it has a variant for each
+    # of: with and without LRPE, with gradients and without, the last block, a shorter last segment,
+    # the first position. Beyond the limit (8 in torch), blocks run uncompiled.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
     for block in blocks:
         block.compile(fullgraph=fullgraph, backend=backend, options=options)
 

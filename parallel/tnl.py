@@ -132,4 +132,5 @@ def _full_output(model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     """Logits or hidden states as plain tensors, complete on every rank."""
     if isinstance(output, tuple):
         return (output[0].full_tensor(), *output[1:])
-    return output.full_tensor()
+    # States are this rank's own.
+    return output.full_tensor() if isinstance(output, DTensor) else output

@@ -146,6 +146,16 @@ class TNLConfig:
     def num_softmax_layers(self) -> int:
         return sum(self.is_softmax(layer) for layer in range(self.num_layers))
 
+    def streaming_problem(self) -> str | None:
+        """Why states of constant size cannot carry the past; None if they can."""
+        if not self.num_softmax_layers:
+            return None
+        return (
+            f"{self.num_softmax_layers} of {self.num_layers} layers are softmax attention "
+            f"(layer_types {self.layer_types}), which needs the keys and values of all earlier "
+            "tokens: no state of constant size holds the past."
+        )
+
     def uses_lrpe(self, layer: int) -> bool:
         """True if a layer is linear and its queries and keys get LRPE positions."""
         return layer in self.lrpe_layers and not self.is_softmax(layer)

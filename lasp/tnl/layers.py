@@ -87,7 +87,9 @@ class GatedLinearAttention(nn.Module):
         return_state: bool = False,
         padding_mask: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        cut_documents: bool = False,
+        state_only: bool = False,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """x [B, T, d] -> (y [B, T, d], state after the last token [N, H, K, D] float32, or None).
 
         Args:
@@ -99,6 +101,9 @@ class GatedLinearAttention(nn.Module):
                 state (its v is zeroed); it decays the state like any token, as in the released
                 code.
             cu_seqlens: packed documents, as in `lasp.lightning_attention`.
+            cut_documents: `state` is that of the first document only, and so is the state returned
+                of the last document; both [1, H, K, D].
+            state_only: y is not computed, None takes its place.
         """
         qkvu = self.qkvu_proj(x).unflatten(-1, (-1, 4, self.head_dim))
         q, k, v, u = split_heads(qkvu, self.config.activation)
@@ -109,7 +114,15 @@ class GatedLinearAttention(nn.Module):
         log_decay = self.log_decay
         if self.decay_proj is not None:
             log_decay = learned_decay(self.decay_proj(x), log_decay, self.decay_sharpness)
+        if cut_documents and state is not None:
+            # The other documents begin here.
+            others = cu_seqlens.numel() - 2
+            state = F.pad(state, (0, 0) * 3 + (0, others))
         o, state = self._attend(q, k, v, log_decay, shard, state, return_state, cu_seqlens)
+        if cut_documents and return_state:
+            state = state[-1:]
+        if state_only:
+            return None, state
         o = self.norm(o.flatten(-2)).unflatten(-1, (-1, self.head_dim))
         return self.out_proj((u * o).flatten(-2)), state
 
@@ -136,6 +149,12 @@ class GatedLinearAttention(nn.Module):
             shard_lengths=None if cu_seqlens is None else shard.lengths,
         )
         return result if return_state else (result, None)
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """[H, K, D] of the heads held here."""
+        heads = self.heads.stop - self.heads.start
+        return heads, self.config.key_dim(self.layer), self.head_dim
 
     def keep_heads(self, heads: slice) -> None:
         """Drop the decays and LRPE rates of all but the given heads (tensor parallelism).
@@ -259,8 +278,10 @@ class TNLBlock(nn.Module):
 
     def forward(
         self, x: torch.Tensor, shard: SequenceShard, position: int = 0, **options: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """x [B, T, d] -> (y [B, T, d], state or None); arguments are those of the token mixer."""
         mixed, state = self.token_mixer(self.token_norm(x), shard, position, **options)
+        if mixed is None:
+            return None, state
         x = x + mixed
         return x + self.channel_mixer(self.channel_norm(x)), state

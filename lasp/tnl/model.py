@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import nn
 
 from lasp.shard import SequenceShard
 from lasp.tnl.config import TNLConfig
-from lasp.tnl.layers import SRMSNorm, TNLBlock
+from lasp.tnl.layers import GatedLinearAttention, SRMSNorm, TNLBlock
 from lasp.tnl.learned_decay import DecayProjection
 from lasp.tnl.positions import LRPE
 
@@ -84,9 +84,11 @@ class TNL(nn.Module):
         states: TNLState | None = None,
         return_states: bool = False,
         return_hidden: bool = False,
+        states_only: bool = False,
         padding_mask: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, TNLState]:
+        cut_documents: bool = False,
+    ) -> torch.Tensor | TNLState | tuple[torch.Tensor, TNLState]:
         """Logits [B, T, V] for the tokens of this shard.
 
         Args:
@@ -103,8 +105,13 @@ class TNL(nn.Module):
                 there.
             return_hidden: return the normed hidden states [B, T, d] instead of the logits, for a
                 loss that never forms all logits: logits = hidden @ model.head_weight.T.
+            states_only: return only the `TNLState`. What no state needs is not computed: the head,
+                and most of the last block.
             padding_mask: bool [B, T], False where a token is padding: it adds nothing to the state.
             cu_seqlens: packed documents, as in `lasp.lightning_attention` (B must be 1).
+            cut_documents: with cu_seqlens, the global sequence is a segment of a longer one, which
+                may begin and end within a document. `states`, used on the first rank only, have one
+                entry, that of the first document; so have the states returned, of the last one.
 
         Raises:
             ValueError: shapes that do not fit each other, the shard or the config.
@@ -116,6 +123,7 @@ class TNL(nn.Module):
                 "of equal length (generate from prompts of different lengths one by one), or pack "
                 "them with cu_seqlens."
             )
+        return_states = return_states or states_only
         with_states = states is not None or return_states
         if self.config.num_softmax_layers and cu_seqlens is not None and with_states:
             raise ValueError(
@@ -125,11 +133,15 @@ class TNL(nn.Module):
         position = shard.start + (0 if states is None else states.position)
         states_in = [None] * len(self.blocks)
         # Documents may begin on any rank; the operator uses the states of those that begin here.
-        if states is not None and (shard.is_first or cu_seqlens is not None):
+        if states is not None and (
+            shard.is_first or (cu_seqlens is not None and not cut_documents)
+        ):
             states_in = states.layers
         if padding_mask is not None:
             padding_mask = padding_mask.bool()
         options = dict(return_state=return_states, padding_mask=padding_mask, cu_seqlens=cu_seqlens)
+        if cut_documents:
+            options["cut_documents"] = True
 
         x = self.embedding(tokens)
         if self.config.scale_embedding:
@@ -140,13 +152,35 @@ class TNL(nn.Module):
             # norm and every saved block input moves half the bytes.
             x = x.to(torch.get_autocast_dtype(x.device.type))
         states_out = []
-        for block, state in zip(self.blocks, states_in, strict=True):
+        for number, (block, state) in enumerate(zip(self.blocks, states_in, strict=True), 1):
+            if states_only and number == len(self.blocks):
+                options["state_only"] = True
             x, state = block(x, shard, position, state=state, **options)
             states_out.append(state)
+        end = position - shard.start + shard.ranges[-1][1]
+        if states_only:
+            return TNLState(states_out, end)
         x = self.final_norm(x)
         out = x if return_hidden else F.linear(x, self.head_weight)
-        end = position - shard.start + shard.ranges[-1][1]
         return (out, TNLState(states_out, end)) if return_states else out
+
+    def initial_states(self, batch_size: int = 1) -> TNLState:
+        """The state before any token: zeros on the model's device, of the heads held here.
+
+        Raises:
+            ValueError: there are softmax layers, whose past has no constant size.
+        """
+        problem = self.config.streaming_problem()
+        if problem is not None:
+            raise ValueError(problem)
+        dtype = torch.promote_types(self.embedding.weight.dtype, torch.float32)
+        device = self.embedding.weight.device
+        mixers = [cast(GatedLinearAttention, block.token_mixer) for block in self.blocks]
+        layers = [
+            torch.zeros(batch_size, *mixer.state_shape, dtype=dtype, device=device)
+            for mixer in mixers
+        ]
+        return TNLState(layers, 0)
 
     def _check(self, tokens, shard, states, padding_mask) -> SequenceShard:
         if tokens.ndim != 2 or tokens.is_floating_point():

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from launch import random_state
 from launch.checkpoint.pending import PendingSave
-from launch.checkpoint.shards import TensorShard, shard_of, write_shards
+from launch.checkpoint.shards import TensorFiles, TensorShard, shard_of, write_shards
 from launch.checkpoint.store import Checkpoint, seal_file, tensor_file
 from launch.exit_codes import CheckpointError
 from launch.optimizer import load_model_tensors, load_optimizer_tensors, optimizer_tensors
@@ -121,7 +122,59 @@ def local_shards(state: TrainState) -> dict[str, dict[str, TensorShard]]:
             name: shard_of(value, is_rank0=state.ctx.is_rank0) for name, value in tensors.items()
         }
         shards[group] = {name: shard for name, shard in held.items() if shard.is_writer}
+    if state.config.training.carry_state:
+        shards["states"] = carried_shards(state)
     return shards
+
+
+def carried_shards(state: TrainState) -> dict[str, TensorShard]:
+    """The carried states that this rank writes, by sequence of the step and layer."""
+    shards: dict[str, TensorShard] = {}
+    if state.carried is None or not state.shard.is_first:
+        return shards
+    for micro_batch, layers in enumerate(state.carried):
+        for row, sequence in enumerate(own_sequences(state, micro_batch)):
+            for layer, states in enumerate(layers):
+                shard = _own_heads(state, states[row])
+                shards[f"{sequence}.{layer}"] = shard
+    return shards
+
+
+def own_sequences(state: TrainState, micro_batch: int) -> range:
+    """The sequences of a step that this rank reads in a micro-batch; see `step_samples`."""
+    size = state.config.training.local_batch_size
+    first = (micro_batch * state.ctx.dims.dp + state.ctx.info.dp_rank) * size
+    return range(first, first + size)
+
+
+def _own_heads(state: TrainState, local: Tensor) -> TensorShard:
+    """This rank's heads [H / tp, K, D] of a state."""
+    heads, *others = local.shape
+    tp = state.ctx.dims.tp
+    offset = (state.ctx.rank % tp * heads, 0, 0)
+    return TensorShard(local, (heads * tp, *others), offset, is_writer=True)
+
+
+def load_carried(state: TrainState, tensors: TensorFiles) -> bool:
+    """Read the states that this rank's next step starts from; False if they are of other
+    sequences, or there are none."""
+    template = state.model.initial_states(state.config.training.local_batch_size).layers
+    count, layers = state.batching.global_batch_size, len(template)
+    if set(tensors) != {f"{sequence}.{n}" for sequence in range(count) for n in range(layers)}:
+        return False
+    carried: list[list[Tensor]] = []
+    for micro_batch in range(state.batching.accumulation):
+        own = [layer.clone() for layer in template]
+        for row, sequence in enumerate(own_sequences(state, micro_batch)):
+            for layer, states in enumerate(own):
+                stored = tensors[f"{sequence}.{layer}"]
+                shard = _own_heads(state, states[row])
+                if tuple(stored.shape) != shard.shape:
+                    raise ValueError(f"states {sequence}.{layer} are {tuple(stored.shape)}")
+                shard.local.copy_(stored[shard.region])
+        carried.append(own)
+    state.carried = carried
+    return True
 
 
 def _copy_to_host(state: TrainState, shards: dict[str, dict[str, TensorShard]]) -> None:
@@ -178,6 +231,9 @@ def resume(state: TrainState, found: Checkpoint) -> None:
         saved = found.state()
         load_model_tensors(state.model, found.open("model"))
         load_optimizer_tensors(state.model, state.optimizer, found.open("optimizer"))
+        has_states = False
+        if state.config.training.carry_state:
+            has_states = load_carried(state, found.open("states"))
     except CheckpointError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
@@ -187,6 +243,8 @@ def resume(state: TrainState, found: Checkpoint) -> None:
     state.saved_step = state.step if is_own else None
     ctx = state.ctx
     random_state.restore(saved["random"], ctx.rank, ctx.dims.world_size, ctx.device)
+    if state.config.training.carry_state and not has_states and ctx.is_rank0:
+        print("warning: the checkpoint has no states of these sequences: they start from zero.")
     identity = sample_identity(state)
     if identity != saved["sample_identity"] and ctx.is_rank0:
         print(
@@ -199,4 +257,6 @@ def resume(state: TrainState, found: Checkpoint) -> None:
 def sample_identity(state: TrainState) -> list[int]:
     """What the order of samples depends on besides the position."""
     training = state.config.training
-    return [training.seed, training.seq_len, state.train_source.num_samples]
+    identity = [training.seed, training.seq_len, state.train_source.num_samples]
+    # Streams are read in order, one per sequence of a step.
+    return identity + [state.batching.global_batch_size] * training.carry_state

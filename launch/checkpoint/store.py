@@ -9,6 +9,7 @@ model-00001-of-00002.safetensors and so on; see launch/checkpoint/shards.py.
     step-00000100/
         model.safetensors       weights by name
         optimizer.safetensors   moments by name
+        states.safetensors      with training.carry_state: recurrent states by sequence and layer
         state.json              step, samples consumed, random states, config, tokenizer
         manifest.json           {"format": 1, "step": 100, "files": [{name, size, sha256}, ...]}
 """
@@ -30,7 +31,7 @@ from launch.checkpoint.shards import TensorFiles
 from launch.exit_codes import CheckpointError
 
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
-_TENSOR_FILE = re.compile(r"(model|optimizer)(?:-\d{5}-of-(\d{5}))?\.safetensors")
+_TENSOR_FILE = re.compile(r"(model|optimizer|states)(?:-\d{5}-of-(\d{5}))?\.safetensors")
 # Leftovers of a process that was killed while saving or removing; the number is its process id.
 _LEFTOVER = re.compile(r"\.(?:staging|removed)-step-\d{8}-(\d+)")
 _FORMAT = 1
@@ -46,13 +47,14 @@ class Checkpoint:
     step: int
 
     def open(self, group: str) -> TensorFiles:
-        """The tensors of "model" or "optimizer", read region by region. Raises ValueError."""
+        """The tensors of a group, "model", "optimizer" or "states", read region by region. Raises
+        ValueError."""
         manifest = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
         names = [each["name"] for each in manifest["files"]]
         return TensorFiles(self.path / name for name in names if _group(name) == group)
 
     def tensors(self, group: str) -> dict[str, Tensor]:
-        """All tensors of "model" or "optimizer", in full, on the CPU. Raises ValueError."""
+        """All tensors of a group, in full, on the CPU. Raises ValueError."""
         return {name: stored[()] for name, stored in self.open(group).items()}
 
     def state(self) -> dict[str, Any]:
@@ -288,7 +290,7 @@ def _is_complete(names: list[str]) -> bool:
     counts = {match[1]: int(match[2] or 1) for match in map(_TENSOR_FILE.fullmatch, names) if match}
     needed = {
         tensor_file(group, number, counts.get(group, 1))
-        for group in ("model", "optimizer")
+        for group in {"model", "optimizer", *counts}
         for number in range(1, counts.get(group, 1) + 1)
     }
     return not (needed | {"state.json"}) - set(names)

@@ -56,7 +56,7 @@ def make_run(folder, *more, alone=False):
 
 
 def losses(run, steps=STEPS):
-    return [train_step(run, False).loss for _ in range(steps)]
+    return [train_step(run).loss for _ in range(steps)]
 
 
 def saved_and_resumed(folder):

@@ -43,9 +43,13 @@ MICRO = {
 
 
 def flags(**changes) -> list[str]:
-    """Command-line flags of the micro run; `__` stands for the dot."""
+    """Command-line flags of the micro run; `__` stands for the dot. None: a switch that is on."""
     values = MICRO | {name.replace("__", "."): value for name, value in changes.items()}
-    return [item for name, value in values.items() for item in (f"--{name}", str(value))]
+    return [
+        item
+        for name, value in values.items()
+        for item in ((f"--{name}",) if value is None else (f"--{name}", str(value)))
+    ]
 
 
 def make_data(folder: Path, documents: int = 40) -> Path:
@@ -88,11 +92,11 @@ def at_step(monkeypatch, number: int, action: Callable) -> list:
     """Run `action(state)` once, when `number` steps are done."""
     done, step = [], train.train_step
 
-    def wrapped(state, stop_requested):
+    def wrapped(state):
         if state.step == number and not done:
             done.append(1)
             action(state)
-        return step(state, stop_requested)
+        return step(state)
 
     monkeypatch.setattr(train, "train_step", wrapped)
     return done

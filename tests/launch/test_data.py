@@ -12,6 +12,8 @@ from launch.data import (
     DataFolder,
     IndexedSource,
     RandomSource,
+    SegmentedBatch,
+    Segments,
     read_batch,
     sample_order,
     step_samples,
@@ -167,7 +169,45 @@ def test_documents_of_a_packed_sequence(prefix):
     assert batch.cu_seqlens == (0, 10, 13, 15)
     # The last token of a document does not predict the next document.
     assert [i for i, label in enumerate(batch.labels[0].tolist()) if label == IGNORE] == [9, 12]
-    assert source.document_starts(1) == ()
+    assert source.document_starts(0, 10, 13).tolist() == [10, 13]
+    assert source.document_starts(1, 0, 15).size == 0
+
+
+def test_segments_of_a_packed_sequence(prefix):
+    source = IndexedSource(prefix, 15, vocab_size=40)
+    whole = read_batch(source, [0], SequenceShard.whole(15), varlen=True)
+    parts = [
+        read_batch(source, [0], SequenceShard.whole(length), first=first, varlen=True)
+        for first, length in ((0, 4), (4, 6), (10, 5))
+    ]
+    assert [part.cu_seqlens for part in parts] == [(0, 4), (0, 6), (0, 3, 5)]
+    # The third segment begins with a document.
+    assert [part.continues for part in parts[1:]] == [True, False]
+    for name in ("inputs", "labels"):
+        joined = torch.cat([getattr(part, name) for part in parts], 1)
+        assert torch.equal(joined, getattr(whole, name))
+
+
+def test_a_segmented_batch_is_read_segment_by_segment(prefix):
+    source, reads = IndexedSource(prefix, 13, vocab_size=40), []
+    segments = Segments(13, 5, SequenceShard.whole)
+    assert segments.count == 3 and segments.shard(0).total == 5 and segments.shard(2).total == 3
+    assert segments.first(2).seq_len == 10 and segments.first(7).seq_len == 13
+
+    def read(index):
+        reads.append(index)
+        shard = segments.shard(index)
+        return read_batch(source, [1], shard, first=segments.start(index), pad_id=20)
+
+    batch = SegmentedBatch(read, segments.count).with_labels_counted()
+    assert reads == [0, 1, 2] and batch.num_labels == 12
+    assert [batch.read(i).inputs.tolist()[0] for i in range(3)] == [
+        list(range(13, 18)),
+        list(range(18, 23)),
+        list(range(23, 26)),
+    ]
+    assert batch.without_labels().num_labels == 0
+    assert batch.without_labels().read(1).num_labels == 0
 
 
 def test_documents_of_a_packed_sequence_over_ranks(prefix):
@@ -224,10 +264,14 @@ def test_a_step_has_the_same_samples_on_any_number_of_ranks(dp, local):
 
 
 def test_random_tokens_are_a_function_of_seed_and_index():
-    source = RandomSource(50, 7, seed=1)
+    source = RandomSource(7, seed=1)
     whole = source.sample(3, 0, 50)
     assert whole.shape == (51,) and whole.min() >= 0 and whole.max() < 7
     assert source.sample(3, 20, 30).tolist() == whole[20:31].tolist()
     assert source.sample(4, 0, 50).tolist() != whole.tolist()
-    assert RandomSource(50, 7, seed=2).sample(3, 0, 50).tolist() != whole.tolist()
+    assert RandomSource(7, seed=2).sample(3, 0, 50).tolist() != whole.tolist()
     assert sample_order(5, 3, source.num_samples, seed=0) == [5, 6, 7]
+    # Over the borders of the blocks in which tokens are drawn.
+    long = source.sample(3, 0, 200_000)
+    assert long[:51].tolist() == whole.tolist()
+    assert source.sample(3, 65_530, 131_080).tolist() == long[65_530:131_081].tolist()

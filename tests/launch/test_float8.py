@@ -122,18 +122,18 @@ def train_and_resume(group, folder, *more):
     with pytest.MonkeyPatch.context() as patch:
         bytes_over_gloo(patch)
         state = make_run(folder, *SIZE_FLAGS, *more)
-        series = [train_step(state, False).loss for _ in range(2)]
+        series = [train_step(state).loss for _ in range(2)]
         start_save(state, background=False)
         assert finish_save(state)
         saved = plain_state(state)
-        series += [train_step(state, False).loss for _ in range(3)]
+        series += [train_step(state).loss for _ in range(3)]
         held_out = validate(state)
         state = make_run(folder, *SIZE_FLAGS, *more)
         resume(state, find_checkpoint(state)[0])
         update_scales(state.model, state.config)
         resumed = plain_state(state)
         assert all(torch.equal(resumed[name], saved[name]) for name in saved)
-        again = [train_step(state, False).loss for _ in range(3)]
+        again = [train_step(state).loss for _ in range(3)]
     return series, again, held_out, saved
 
 
@@ -142,7 +142,7 @@ def go_on_alone(folder, *more):
     state = make_run(folder, *SIZE_FLAGS, *more)
     resume(state, find_checkpoint(state)[0])
     found = plain_state(state)
-    return found, [train_step(state, False).loss for _ in range(3)]
+    return found, [train_step(state).loss for _ in range(3)]
 
 
 @needs_torchao
@@ -178,9 +178,9 @@ def scale_reductions(group, folder, *more):
     with pytest.MonkeyPatch.context() as patch:
         bytes_over_gloo(patch)
         state = make_run(folder, *SIZE_FLAGS, *more)
-        train_step(state, False)
+        train_step(state)
         with torch.profiler.profile() as seen:
-            train_step(state, False)
+            train_step(state)
     names = [event.name for event in seen.events()]
     return sum(name == "_c10d_functional::all_reduce" for name in names)
 

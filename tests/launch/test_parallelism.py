@@ -76,10 +76,10 @@ def full(tensors):
 def train_here(folder, *more):
     """Gradients of the first step, losses of five, and the fraction of the weights on this rank."""
     state = make_run(folder, *more)
-    series = [train_step(state, False).loss]
+    series = [train_step(state).loss]
     parameters = dict(state.model.named_parameters())
     gradients = full({name: p.grad for name, p in parameters.items()})
-    series += [train_step(state, False).loss for _ in range(STEPS - 1)]
+    series += [train_step(state).loss for _ in range(STEPS - 1)]
     held = sum(shard_of(p, is_rank0=True).local.numel() for p in parameters.values())
     return gradients, series, held / state.model.config.num_parameters()
 
@@ -122,7 +122,7 @@ def full_models(group, folder):
     """On two ranks with half of the weights each: the weights, the model for the sample, the number
     of moments left, and the model if there is no room for it."""
     state = make_run(folder, *FSDP)
-    train_step(state, False)
+    train_step(state)
     expected, asked = full(state.model.state_dict()), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "has_room", lambda state: asked.append(1))
@@ -162,7 +162,7 @@ def save_here(folder, *more, steps=2):
     """The weights and moments that a run saves after some steps."""
     state = make_run(folder, *more)
     for _ in range(steps):
-        train_step(state, False)
+        train_step(state)
     start_save(state, background=False)
     assert finish_save(state)
     return state_of(state)
@@ -179,7 +179,7 @@ def go_on_here(folder, *more):
     found, _ = find_checkpoint(state)
     resume(state, found)
     tensors, samples = state_of(state), step_indices(state)
-    return tensors, samples, [train_step(state, False).loss for _ in range(3)]
+    return tensors, samples, [train_step(state).loss for _ in range(3)]
 
 
 def save(group, *arguments):
@@ -197,7 +197,7 @@ def undisturbed(tmp_path_factory):
     losses, samples = [], []
     for _ in range(STEPS):
         samples.append(step_indices(state))
-        losses.append(train_step(state, False).loss)
+        losses.append(train_step(state).loss)
     return samples[2], losses[2:]
 
 
@@ -264,17 +264,17 @@ def test_a_damaged_shard_is_refused_by_name(pair, tmp_path, change):
 def saved_in_the_background(group, folder):
     """Take two steps while one rank is still writing a checkpoint."""
     state = make_run(folder, *FSDP)
-    train_step(state, False)
+    train_step(state)
     expected, gate, write = state_of(state), threading.Event(), save_resume.write_shards
     with pytest.MonkeyPatch.context() as patch:
         if state.ctx.rank == 1:
             patch.setattr(save_resume, "write_shards", lambda *a: gate.wait(PATIENCE) and write(*a))
         start_save(state, background=True)
-        through = [train_step(state, False).save_written for _ in range(2)]
+        through = [train_step(state).save_written for _ in range(2)]
         before = state.store.steps()
         gate.set()
         state.pending.wait()
-        through.append(train_step(state, False).save_written)
+        through.append(train_step(state).save_written)
         committed = finish_save(state)
     return through, before, committed, state.saved_step, expected
 
@@ -293,7 +293,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(pair, tmp_path):
 
 def save_on_a_full_disk(group, folder, background):
     state = make_run(folder, *FSDP)
-    train_step(state, False)
+    train_step(state)
 
     def full(*args):
         raise OSError(28, "No space left on device")
@@ -303,7 +303,7 @@ def save_on_a_full_disk(group, folder, background):
             patch.setattr(save_resume, "write_shards", full)
         start_save(state, background=background)
         if background:
-            train_step(state, False)
+            train_step(state)
         saved = finish_save(state)
     left = sorted(path.name for path in state.store.folder.iterdir())
     dist.barrier()

@@ -88,7 +88,7 @@ def test_max_norm_bounds_the_change_of_weights(tmp_path, data, max_norm):
     rate = dict(lr_scheduler__warmup_steps=0, **adam)
     run = make_run(tmp_path, data, training__max_norm=max_norm, **rate)
     before = [p.detach().clone() for p in run.model.parameters()]
-    outcome = train_step(run, False)
+    outcome = train_step(run)
     pairs = zip(run.model.parameters(), before, strict=True)
     change = math.sqrt(sum((p - b).square().sum().item() for p, b in pairs))
     # The norm that is reported is that before clipping.
@@ -102,7 +102,7 @@ def test_mixed_precision_is_what_the_model_sees(tmp_path, data, wanted):
     seen = []
     linear = run.model.blocks[0].channel_mixer.w1
     linear.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
-    train_step(run, False)
+    train_step(run)
     assert seen == [getattr(torch, wanted)] * run.batching.accumulation
     assert {p.dtype for p in run.model.parameters()} == {torch.float32}
 
@@ -120,7 +120,7 @@ def test_a_norm_below_the_limit_changes_no_bit(tmp_path, data):
         limit: make_run(tmp_path / str(limit), data, training__max_norm=limit)
         for limit in (0, 1e6, 1e-3)
     }
-    norms = {limit: train_step(run, False).grad_norm for limit, run in runs.items()}
+    norms = {limit: train_step(run).grad_norm for limit, run in runs.items()}
     assert norms[0] == norms[1e6] == norms[1e-3] > 1e-2
     free, below, clipped = ([p.grad for p in run.model.parameters()] for run in runs.values())
     assert all(map(torch.equal, free, below))
@@ -129,7 +129,7 @@ def test_a_norm_below_the_limit_changes_no_bit(tmp_path, data):
 
 def test_the_loss_gets_its_chunk_size_and_what_to_ignore(tmp_path, data, monkeypatch):
     calls = record_calls(monkeypatch, build, "chunked_cross_entropy")
-    train_step(make_run(tmp_path, data, training__loss_chunk_size=17), False)
+    train_step(make_run(tmp_path, data, training__loss_chunk_size=17))
     assert calls == [{"ignore_index": IGNORE, "chunk_size": 17, "compiled": False}] * 4
 
 
@@ -188,7 +188,7 @@ def test_varlen_keeps_documents_apart(tmp_path, monkeypatch):
     with torch.no_grad():
         expected = documents_by_hand(run, documents, samples)
     calls = record_calls(monkeypatch, lasp, "lightning_attention")
-    assert train_step(run, False).loss == pytest.approx(expected, rel=1e-5)
+    assert train_step(run).loss == pytest.approx(expected, rel=1e-5)
     starts = np.cumsum([0, *lengths])
     for sample, call in zip(np.repeat(samples, 2), calls, strict=True):
         inside = starts - sample * SEQ_LEN
@@ -241,7 +241,7 @@ def on_four_ranks(group, folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_reduce", all_reduce)
         calls = record_calls(patch, lasp, "lightning_attention")
-        train_step(run, False)
+        train_step(run)
     return dtypes, {call["exchange"] for call in calls}, held_out
 
 

@@ -51,10 +51,10 @@ from launch.checkpoint.shards import write_shards
 
 second = os.environ["RANK"] == "1"
 
-def strikes(state, stop_requested):
+def strikes(state):
     if second and state.step == {step}:
         os.kill(os.getpid(), {number})
-    return train_step(state, stop_requested)
+    return train_step(state)
 
 def write(path, pieces):
     if second and "step-{unwritten:08d}" in str(path):
@@ -85,13 +85,13 @@ def test_a_terminated_and_killed_run_ends_with_the_same_weights(undisturbed, dat
     store = CheckpointStore(folder / "checkpoint")
 
     output = interrupt(folder, data, 4, signal.SIGTERM)
-    # The signal came before step 5; all ranks learn of it in step 6.
-    assert "stopped by SIGTERM after step 6" in output, output
+    # The signal came in step 5, at the end of which all ranks learn of it.
+    assert "stopped by SIGTERM after step 5" in output, output
     assert "exitcode  : 75" in output, output
-    assert store.steps()[-1] == 6
+    assert store.steps()[-1] == 5
 
     output = interrupt(folder, data, 12, signal.SIGKILL)
-    assert f"resume:      {folder}/checkpoint/step-00000006" in output, output
+    assert f"resume:      {folder}/checkpoint/step-00000005" in output, output
     assert "SIGKILL" in output or "-9" in output, output
     assert store.find("must")[0].step == 10
 
@@ -172,10 +172,10 @@ import torch.distributed
 from launch import train
 from launch.trainer import train_step
 
-def breaks(state, stop_requested):
+def breaks(state):
     if state.step == 1 and state.ctx.rank == 1:
         raise RuntimeError("rank 1 broke")
-    return train_step(state, stop_requested)
+    return train_step(state)
 
 torch.distributed.destroy_process_group = lambda: time.sleep(3600)
 train.train_step = breaks
