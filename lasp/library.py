@@ -147,7 +147,7 @@ def _state_fwd_fake(
     if num_chunks == 2 and cu_seqlens is None:
         partition = BatchPartition((k.shape[1] // 2,) * 2)
         k, v = partition.fold(k), partition.fold(v)
-    shape = ops.segment_states_shape(k, v, cu_seqlens)
+    shape = ops.segment_states_shape(k, v, log_decay, cu_seqlens)
     return state_in, state_in.new_empty(shape), final_state
 
 

@@ -69,14 +69,19 @@ def remembered_call(name, tensors, options, group=None):
     return replay.Call(name, tensors, options, stream=stream, group=group)
 
 
-def segment_states_shape(k, v, cu_seqlens) -> tuple[int, ...]:
-    """The shape of the segment states that `chunk_states` returns, (0,) for none, for tracing."""
+def segment_states_shape(k, v, log_decay, cu_seqlens) -> tuple[int, ...]:
+    """The shape of the segment states that `chunk_states` returns, (0,) for none, for tracing.
+
+    `log_decay`: [H] or [B, T, H], or None.
+    """
     if not k.is_cuda:
         return (0,)
     # How a sequence is divided depends on its length: a traced graph is of one length.
     sizes = tuple(map(int, k.shape))
     packed = cu_seqlens is not None
-    return _triton().segment_states_shape(sizes, int(v.shape[-1]), packed, k.device)
+    by_token = log_decay is not None and log_decay.dim() > 1
+    value_dim = int(v.shape[-1])
+    return _triton().segment_states_shape(sizes, value_dim, packed, k.device, by_token=by_token)
 
 
 def send_recv_state(*args, **options):

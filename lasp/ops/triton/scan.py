@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lasp.ops.triton.cumulative import chunk_of_decay, remaining, row_of_decay
+from lasp.ops.triton.cumulative import remaining, row_of_decay
 from lasp.ops.triton.hopper import scan as hopper_scan
 from lasp.ops.triton.launch_config import (
     COPY_STEP,
@@ -149,15 +149,21 @@ def scan_kernel(
         b_b = tl.load(p_b + i_t * stride_bt + o_bt, mask=m_ca, other=0.0)  # [BC, BA]
         b_x = tl.load(p_x + i_t * stride_xt + o_xt, mask=m_cx, other=0.0)  # [BC, BX]
         if BY_TOKEN:
-            b_sums, before, last = chunk_of_decay(p_log_decay, t, count, o_c, BC)
+            b_sums = tl.load(p_log_decay + i_t + 1 + o_c, mask=m_c, other=0.0)  # [BC]
+            before = tl.load(p_log_decay + tl.maximum(t, 0))
+            last = tl.load(p_log_decay + tl.minimum(t + BC, count))
+            b_sums -= before
+            last -= before
             if p_a.dtype.element_ty != tl.float32:
                 # Products in 16 bits lose more than differences of these sums do.
-                b_sums = (b_sums - before).to(tl.float32)
-                last = (last - before).to(tl.float32)
-                before = 0.0
-            b_from_start = tl.exp((b_sums - before).to(tl.float32))
-            b_to_end = tl.exp((last - b_sums).to(tl.float32))
-            b_chunk_decay = tl.exp((last - before).to(tl.float32))
+                b_sums = b_sums.to(tl.float32)
+                last = last.to(tl.float32)
+            # Base-2 logarithms, which the exponentials take.
+            b_sums *= 1.4426950408889634
+            last *= 1.4426950408889634
+            b_from_start = tl.exp2(b_sums.to(tl.float32))
+            b_to_end = tl.exp2((last - b_sums).to(tl.float32))
+            b_chunk_decay = tl.exp2(last.to(tl.float32))
             if REVERSE:
                 b_row = b_to_end
                 b_column = scale * b_from_start
@@ -166,14 +172,15 @@ def scan_kernel(
                 b_row = scale * b_from_start
                 b_column = b_to_end
                 b_between = b_sums[:, None] - b_sums[None, :]
-            b_decay = scale * tl.exp(tl.minimum(b_between.to(tl.float32), 0.0))
-            b_decay = tl.where(b_distance >= 0, b_decay, 0.0)
+            b_between = tl.where(b_distance >= 0, b_between.to(tl.float32), -float("inf"))
+            b_decay = scale * tl.exp2(b_between)
+        if WITH_DOTS:
+            b_c = tl.load(p_c + i_t * stride_ct + o_ct, mask=m_cx, other=0.0)  # [BC, BX]
         b_s = tl.dot(b_a, tl.trans(b_b), input_precision=PRECISION) * b_decay  # [BC, BC]
         b_y = tl.dot(b_a, b_state.to(b_a.dtype), input_precision=PRECISION)  # [BC, BX]
         b_y = tl.dot(b_s.to(b_x.dtype), b_x, acc=b_y * b_row[:, None], input_precision=PRECISION)
         tl.store(p_y + i_t * H * X + o_yt, b_y.to(p_y.dtype.element_ty), mask=m_cx)
         if WITH_DOTS:
-            b_c = tl.load(p_c + i_t * stride_ct + o_ct, mask=m_cx, other=0.0)  # [BC, BX]
             b_dots = tl.sum(b_y * b_c.to(tl.float32), axis=1)  # [BC]
             tl.store(p_dots + i_t + o_c, b_dots, mask=m_c)
         b_weighted = (b_x * b_column[:, None]).to(b_x.dtype)  # [BC, BX]

@@ -231,11 +231,16 @@ def combine_kernel(
 
 
 def segment_states_shape(
-    k_shape: tuple[int, int, int, int], value_dim: int, packed: bool, device: torch.device
+    k_shape: tuple[int, int, int, int],
+    value_dim: int,
+    packed: bool,
+    device: torch.device,
+    *,
+    by_token: bool = False,
 ) -> tuple[int, ...]:
     """The shape of the segment states that `chunk_states` returns, (0,) for none."""
     shape = ScanShape(*k_shape, value_dim, packed)
-    rows = choose_segments(shape, device).num_boundaries
+    rows = choose_segments(shape, device, by_token=by_token).num_boundaries
     return (rows, shape.num_heads, shape.key_dim, value_dim) if rows else (0,)
 
 

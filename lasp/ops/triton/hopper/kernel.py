@@ -92,10 +92,11 @@ def hopper_scan_kernel(
     NP: gl.constexpr = 2 if PAIR else 1
     p_tiles = gl.allocate_shared_memory(dtype, [STAGES * NP, BC, BC], p_layout)
     y_tiles = gl.allocate_shared_memory(dtype, [2, 1, BC, 1, BX], y_descriptor.layout)
-    # The decays of the rows of every buffer; or, if constant, of each warpgroup.
-    NR: gl.constexpr = STAGES if BY_TOKEN else 2
+    # The decays of the rows of a chunk; or, if constant, of each warpgroup. The score warps store
+    # those of a chunk before it lands, while others still read of as many chunks as are buffered.
+    NR: gl.constexpr = 2 * STAGES if BY_TOKEN else 2
     row_decays = gl.allocate_shared_memory(gl.float32, [NR, BC], row_layout)
-    chunk_decays = gl.allocate_shared_memory(gl.float32, [STAGES, 1], row_layout)
+    chunk_decays = gl.allocate_shared_memory(gl.float32, [NR, 1], row_layout)
     positions = gl.allocate_shared_memory(gl.float32, [3 if BY_TOKEN else 1, BC], row_layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_layout)
     w_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar_layout)

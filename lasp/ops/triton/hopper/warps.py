@@ -152,7 +152,7 @@ def _load_decays(decay, i_c, count, o_c, BC: gl.constexpr, REVERSE: gl.constexpr
 
 
 @gluon.jit
-def _store_decays(decays, positions, decay_tiles, stage, scale, REVERSE: gl.constexpr):
+def _store_decays(decays, positions, decay_tiles, slot, scale, REVERSE: gl.constexpr):
     """Store the decays of a chunk's rows and of a state across it, and for the score warps the sums
     of log2 decays and the decays of x."""
     row_decays, chunk_decays = decay_tiles
@@ -162,13 +162,13 @@ def _store_decays(decays, positions, decay_tiles, stage, scale, REVERSE: gl.cons
     b_leaves = gl.exp((last - b_sums).to(gl.float32))
     one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     b_chunk_decay = gl.full([1], gl.exp((last - before).to(gl.float32)), gl.float32, one)
-    chunk_decays.index(stage).store(b_chunk_decay)
+    chunk_decays.index(slot).store(b_chunk_decay)
     positions.index(1).store(b_from_start * 1.4426950408889634)
     if REVERSE:
-        row_decays.index(stage).store(b_leaves)
+        row_decays.index(slot).store(b_leaves)
         positions.index(2).store(b_enters * scale)
     else:
-        row_decays.index(stage).store(b_enters * scale)
+        row_decays.index(slot).store(b_enters * scale)
         positions.index(2).store(b_leaves)
 
 
@@ -214,11 +214,14 @@ def score_warps(
         b = _matrix(tiles[1].index(stage), BC, BA)
         x = _matrix(tiles[2].index(stage), BC, NW * BX)
         w = _matrix(w_tiles.index(stage), BC, NW * BX)
-        mbarrier.wait(full.index(stage), phase)
         if BY_TOKEN:
-            # Before the product, which takes the registers.
-            _store_decays(decays, positions, decay_tiles, stage, scale, REVERSE)
+            # Before the chunk has landed: what is read of the decays was loaded a chunk ago.
+            slot = stage + STAGES * phase
+            _store_decays(decays, positions, decay_tiles, slot, scale, REVERSE)
             barrier()
+            i_next = gl.minimum(i_c + 1, gl.cdiv(count, BC) - 1)
+            decays = _load_decays(decay, i_next, count, o_t, BC, REVERSE)
+        mbarrier.wait(full.index(stage), phase)
         b_score = _begin_score(a, b, mma)
         if BY_TOKEN:
             b_column = positions.index(2).load(of_column)[:, None]
@@ -251,9 +254,6 @@ def score_warps(
             barrier()
             mbarrier.arrive(p_ready.index(NP * stage + 1), count=1)
         mbarrier.arrive(empty.index(stage), count=1)
-        if BY_TOKEN:
-            i_next = gl.minimum(i_c + 1, gl.cdiv(count, BC) - 1)
-            decays = _load_decays(decay, i_next, count, o_t, BC, REVERSE)
         stage, phase = _next(stage, phase, STAGES)
 
 
@@ -307,26 +307,33 @@ def _store_part(b_y, tile, p_dots, row, count, T):
     BX: gl.constexpr = b_y.shape[0]
     BC: gl.constexpr = b_y.shape[1]
     b_products = b_y * tile.permute((1, 0)).load(b_y.type.layout).to(gl.float32)
-    b_dots = gl.sum(b_products.reshape([BX // 16, 16, BC]), axis=1)
-    layout: gl.constexpr = b_dots.type.layout
-    o_w = gl.arange(0, BX // 16, gl.SliceLayout(1, layout))[:, None]
-    o_t = row + gl.arange(0, BC, gl.SliceLayout(0, layout))[None, :]
+    # Rows 8 apart are in one thread. Lanes exchange the others, so that each sums those of a token.
+    b_halves = gl.sum(b_products.reshape([BX // 16, 2, 8, BC]), axis=1)
+    by_token: gl.constexpr = gl.BlockedLayout([1, 8, BC // 32], [1, 1, 32], [4, 1, 1], [2, 1, 0])
+    b_dots = gl.sum(gl.convert_layout(b_halves, by_token), axis=1)
+    of_token: gl.constexpr = gl.SliceLayout(1, by_token)
+    o_w = gl.arange(0, BX // 16, gl.SliceLayout(1, of_token))[:, None]
+    o_t = row + gl.arange(0, BC, gl.SliceLayout(0, of_token))[None, :]
     gl.store(p_dots + o_w * T + o_t, b_dots, mask=(o_t >= 0) & (o_t < count))
 
 
 @gluon.jit
-def _store_dots(b_y, tile, p_dots, i_y, row, count, T):
+def _store_dots(b_y, tile, p_dots, i_y, row, count, T, PARTS: gl.constexpr):
     """Store the dot products of the columns of b_y [BX, BC] with the rows of a tile [BC, BX].
 
-    Those of each warp's 16 rows of b_y are apart: no warp waits for another. A part of the columns
-    at a time, to need fewer registers.
+    Those of each warp's 16 rows of b_y are apart: no warp waits for another. PARTS is 1, or 2 for a
+    half of the columns at a time, which needs fewer registers.
     """
     BX: gl.constexpr = b_y.shape[0]
-    HALF: gl.constexpr = b_y.shape[1] // 2
-    parts = b_y.reshape([BX, 2, HALF]).permute((0, 2, 1)).split()
+    WIDTH: gl.constexpr = b_y.shape[1] // PARTS
+    if PARTS == 2:
+        parts = b_y.reshape([BX, 2, WIDTH]).permute((0, 2, 1)).split()
+    else:
+        parts = (b_y,)
     p_dots += i_y // 16 * T
-    for i in gl.static_range(2):
-        _store_part(parts[i], tile.slice(i * HALF, HALF, 0), p_dots, row + i * HALF, count, T)
+    for i in gl.static_range(PARTS):
+        part = tile.slice(i * WIDTH, WIDTH, 0)
+        _store_part(parts[i], part, p_dots, row + i * WIDTH, count, T)
 
 
 @gluon.jit
@@ -389,6 +396,7 @@ def state_warps(
         x = _matrix(x_tiles.index(stage), BC, x_tiles.shape[4])
         w = _matrix(w_tiles.index(stage), BC, w_tiles.shape[4])
         p = p_tiles.index(NP * stage + i_p).permute((1, 0))
+        slot = stage + STAGES * phase
         mbarrier.wait(full.index(stage), phase)
         new_states = ()
         for i in gl.static_range(BLOCKS):
@@ -401,11 +409,11 @@ def state_warps(
             products = ()
             for i_a in gl.static_range(NA):
                 if BY_TOKEN:
-                    chunk_decay = chunk_decays.index(stage).load(gl.SliceLayout(1, mma))[:, None]
+                    chunk_decay = chunk_decays.index(slot).load(gl.SliceLayout(1, mma))[:, None]
                 b_state = states[i * NA + i_a] * chunk_decay
                 b_part = b.slice(i_a * KEYS, KEYS, 1)
                 products += (warpgroup_mma(w_part, b_part, b_state, is_async=True),)
-            i_r = stage if BY_TOKEN else i_w
+            i_r = slot if BY_TOKEN else i_w
             b_y = b_y * row_decays.index(i_r).load(of_row)[None, :]
             if i == 0:
                 mbarrier.wait(p_ready.index(NP * stage + i_p), phase)
@@ -417,9 +425,8 @@ def state_warps(
                 new_states += (products[i_a],)
             if len(dots) > 0:
                 tile = _matrix(dots[0].index(stage), BC, dots[0].shape[4])
-                _store_dots(
-                    b_y, tile.slice(i_t + i * BX, BX, 1), dots[1], i_x + i * BX, row, count, dots[2]
-                )
+                tile = tile.slice(i_t + i * BX, BX, 1)
+                _store_dots(b_y, tile, dots[1], i_x + i * BX, row, count, dots[2], BLOCKS)
             barrier()
             if i == BLOCKS - 1:
                 mbarrier.arrive(empty.index(stage), count=1)

@@ -147,7 +147,11 @@ def test_a_fake_gpu_tensor_gets_the_segments_of_its_device(gpu_of):
     gpu_of("A10", 8, 6, 72)
     with FakeTensorMode(allow_non_fake_inputs=True):
         k = torch.empty(1, 131072, 4, 128, dtype=BF16, device=GPU)
-        shape = ops.segment_states_shape(k, k, None)
+        shape = ops.segment_states_shape(k, k, None, None)
+        decay = torch.empty(1, 131072, 4, device=GPU)
+        of_token = ops.segment_states_shape(k, k, decay, None)
     choice = choose_segments(ScanShape(1, 131072, 4, 128, 128, packed=False), GPU)
     assert shape == (choice.num_boundaries, 4, 128, 128)
+    by_token = choose_segments(ScanShape(1, 131072, 4, 128, 128, packed=False), GPU, by_token=True)
+    assert of_token == (by_token.num_boundaries, 4, 128, 128) != shape
     assert choice != choose_segments(ScanShape(1, 131072, 4, 128, 128, packed=False), CPU)

@@ -17,9 +17,10 @@ pytestmark = compiler.needs_compiled_triton
 # Loads and stores of spilled registers in every chunk beside products, of all warps together. Up to
 # 3 were seen with triton 3.8 and 3.9, none with 3.6 and 3.7.
 SPILL_LIMIT = 6
-# The warps that also compute dot products for two blocks of columns: 74 with triton 3.6, 55 with
-# 3.7 and 3.8, 43 with 3.9.
-PAIR_WITH_DOTS_SPILL_LIMIT = 76
+# With a decay per token and triton 3.9: 20 for 256 values, 9 for 256 keys. The warps that also
+# compute dot products for two blocks of columns: 99.
+WIDE_BY_TOKEN_SPILL_LIMIT = 22
+PAIR_WITH_DOTS_SPILL_LIMIT = 102
 NARROW, WIDE_VALUES, WIDE_KEYS, PAIR = (
     (128, 128, False),
     (128, 256, False),
@@ -114,7 +115,8 @@ def test_scan_compiles(case, dtype, reverse, packed, compiled, tmp_path):
 def test_scan_with_a_decay_per_token_compiles(case, packed, compiled, tmp_path):
     launch(case, torch.bfloat16, case == PAIR, packed, True, True, by_token=True)
     (kernel,) = compiled
-    limit = PAIR_WITH_DOTS_SPILL_LIMIT if case == PAIR else SPILL_LIMIT
+    limits = {PAIR: PAIR_WITH_DOTS_SPILL_LIMIT, NARROW: SPILL_LIMIT}
+    limit = limits.get(case, WIDE_BY_TOKEN_SPILL_LIMIT)
     check(kernel, case, tmp_path, limit)
 
 

@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from lasp.ops.triton.launch_config import ScanShape, choose_scan, choose_segments
+from lasp.ops.triton.launch_config import (
+    MAX_SEGMENT_BY_TOKEN,
+    ScanShape,
+    choose_scan,
+    choose_segments,
+)
 from tests.lasp.ops.triton.launch_constants import launch_constants
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -55,3 +60,36 @@ def test_segments_follow_from_shapes_in_both_directions(shape, boundaries, folde
     swapped = shape._replace(key_dim=shape.value_dim + 72, value_dim=shape.key_dim)
     mirrored = swapped._replace(key_dim=swapped.value_dim, value_dim=swapped.key_dim)
     assert choose_segments(swapped, CPU) == choose_segments(mirrored, CPU)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        ScanShape(1, 131072, 16, 128, 128, False),
+        ScanShape(1, 131072, 16, 128, 128, True),
+        ScanShape(8, 131072, 32, 128, 128, False),
+        ScanShape(1, 100_001, 3, 64, 128, False),
+        ScanShape(1, 131072, 16, 256, 256, False),
+    ],
+)
+def test_a_decay_per_token_has_segments_that_are_short_enough(shape):
+    for device in (CPU, GPU):
+        choice = choose_segments(shape, device, by_token=True)
+        assert choice.length <= MAX_SEGMENT_BY_TOKEN and choice.length % 64 == 0
+        assert choice.num_boundaries == shape.batch * ((shape.seq_len - 1) // choice.length)
+        assert not choice.folded
+        assert choice.length <= choose_segments(shape, device).length
+        with launch_constants(has_gluon=lambda device: True):
+            for num_results, with_dots in ((1, False), (1, True), (2, True)):
+                options = dict(by_token=True, with_dots=with_dots)
+                scan = choose_scan(shape, BF16, device, num_results, **options)
+                assert scan.segments == choice
+
+
+def test_short_sequences_are_divided_alike_with_any_decay():
+    for shape in (
+        ScanShape(8, 2048, 32, 128, 128, False),
+        ScanShape(8, 8192, 32, 128, 128, False),
+        ScanShape(1, 32768, 32, 64, 64, False),
+    ):
+        assert choose_segments(shape, GPU, by_token=True) == choose_segments(shape, GPU)
