@@ -68,6 +68,7 @@ def docs_tables(
         (docs, "eager", eager_report.table(eager)),
         (docs, "ranks", sequence_parallel_report.docs_table(over_ranks)),
         (docs, "training", training_report.docs_table(training)),
+        (docs.with_name("training.md"), "segments", training_report.segments_table(training)),
         (docs.with_name("training.md"), "fp8", fp8_report.docs_table(fp8)),
         (docs.with_name("training.md"), "decay", learned_decay_report.docs_table(decay)),
     ]

@@ -18,6 +18,7 @@ Suites:
     segments   one sequence of growing length, in segments (--segment_len)
 
 A row in segments warms up on three segments, and above 2,097,152 tokens takes one measured step.
+FP8: --launcher_flags --quantize.linear.float8.recipe_name tensorwise (last on the command line).
 
 Writes a JSON file, a Markdown table and a chart after every row.
 """
@@ -193,7 +194,7 @@ def run_case(case: Case, arguments: argparse.Namespace, folder: Path) -> dict[st
     memory = max(context.gather(peak_memory(info.device)))
     return {
         "suite": case.suite,
-        "name": case.name,
+        "name": f"FP8, {case.name}" if config.float8.recipe_name else case.name,
         "model": f"{case.model} {arguments.preset}",
         "parameters": shape.num_parameters(),
         "gpus": case.processes,

@@ -8,7 +8,7 @@ from pathlib import Path
 import chart
 import versions
 
-__all__ = ["docs_table", "readme_table", "table", "write"]
+__all__ = ["docs_table", "readme_table", "segments_table", "table", "write"]
 
 
 # Measured once and removed since: kept in the JSON, left out of the docs.
@@ -47,9 +47,21 @@ def docs_table(report: dict) -> str:
         [
             row
             for row in report["rows"]
-            if id(row) not in shown and row["name"] not in REMOVED and not row.get("note")
+            if id(row) not in shown
+            and row["suite"] != "segments"
+            and row["name"] not in REMOVED
+            and not row.get("note")
         ]
     )
+
+
+def segments_table(report: dict) -> str:
+    """The table of docs/training.md, as Markdown: sequences in segments."""
+    return _rows_table(_in_segments(report))
+
+
+def _in_segments(report: dict) -> list[dict]:
+    return [row for row in report["rows"] if row["suite"] == "segments" and not row.get("note")]
 
 
 def by_gpus(report: dict) -> dict[int, list[dict]]:
@@ -119,9 +131,37 @@ def plot(report: dict, path: Path) -> None:
     chart.draw(panels, caption, path)
 
 
+def plot_segments(report: dict, path: Path) -> None:
+    """Tokens/s and memory of one GPU over the sequence length, beside whole sequences."""
+    rows = [row for row in _in_segments(report) if row["gpus"] == 1]
+    models = [row["model"] for row in rows]
+    if not rows:
+        return
+    model = max(models, key=models.count)
+    series = {"whole, all blocks recomputed": by_gpus(report).get(1, [])}
+    for row in rows:
+        if row["model"] == model:
+            series.setdefault(row["name"], []).append(row)
+
+    def lines(key):
+        return {
+            name: ([row["seq_len"] for row in each], [row[key] for row in each])
+            for name, each in series.items()
+            if each
+        }
+
+    x = "tokens of one sequence"
+    panels = [
+        chart.Panel("Tokens per second", x, lines("tokens_per_second")),
+        chart.Panel("Peak memory, GiB", x, lines("memory_gib")),
+    ]
+    chart.draw(panels, f"{report['device']}, {model}, one GPU, one sequence per step", path)
+
+
 def write(report: dict, folder: Path) -> None:
     """The report as JSON, as a table and as a chart."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "training.json").write_text(json.dumps(report, indent=1) + "\n")
     (folder / "training.md").write_text(table(report))
     plot(report, folder / "training.png")
+    plot_segments(report, folder / "segments.png")

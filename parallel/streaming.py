@@ -98,10 +98,12 @@ def backward_in_segments(
     _check(num_segments, gradient, keep_on)
     accumulate = accumulate or (lambda last: contextlib.nullcontext())
     after_segment = after_segment or (lambda done, total: None)
-    relay = _Relay(shard)
-    states = relay.entering(initial_states)
+    handover = _Handover(shard)
+    states = handover.entering(initial_states)
     if gradient == "truncated":
-        return _truncated(run, num_segments, states, relay, loss_scale, accumulate, after_segment)
+        return _truncated(
+            run, num_segments, states, handover, loss_scale, accumulate, after_segment
+        )
 
     total = 2 * num_segments - 1
     kept = _StatesStore(keep_on)
@@ -109,7 +111,7 @@ def backward_in_segments(
         for index in range(num_segments - 1):
             kept.append(states)
             _, leaving = run(index, states, states_only=True)
-            states = relay.forward(leaving)
+            states = handover.forward(leaving)
             after_segment(index + 1, total)
         kept.append(states)
     loss_sum: torch.Tensor | float = 0.0
@@ -132,7 +134,7 @@ def backward_in_segments(
             last_states = [state.detach() for state in leaving]
         loss_sum = loss_sum + loss.detach().double()
         if index:
-            gradients = relay.backward(entering, like=leaving)
+            gradients = handover.backward(entering, like=leaving)
         # Memory of this segment that the next one needs.
         del loss, leaving, roots, seeds, entering
         after_segment(total - index, total)
@@ -150,8 +152,8 @@ def loss_in_segments(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The loss of a sequence without gradients; arguments and result of `backward_in_segments`."""
     _check(num_segments, "exact", "device")
-    relay = _Relay(shard)
-    states = relay.entering(initial_states)
+    handover = _Handover(shard)
+    states = handover.entering(initial_states)
     loss_sum: torch.Tensor | float = 0.0
     with torch.no_grad():
         for index in range(num_segments):
@@ -159,7 +161,7 @@ def loss_in_segments(
             assert loss is not None, "run returned no loss"
             loss_sum = loss_sum + loss.double()
             if index < num_segments - 1:
-                states = relay.forward(leaving)
+                states = handover.forward(leaving)
             if after_segment is not None:
                 after_segment(index + 1, num_segments)
     assert isinstance(loss_sum, torch.Tensor)
@@ -169,7 +171,7 @@ def loss_in_segments(
 def move_states(states: States, shard: SequenceShard | None) -> list[torch.Tensor]:
     """The states after a sequence, on the rank that holds the first tokens of the next one; on
     other ranks, tensors of the same shapes. Every rank of the shard's group makes this call."""
-    moved = _Relay(shard).forward(states)
+    moved = _Handover(shard).forward(states)
     return list(states) if moved is None else moved
 
 
@@ -182,7 +184,7 @@ def _check(num_segments: int, gradient: str, keep_on: str) -> None:
         raise ValueError(f"keep_on is {keep_on!r}: it must be device or host.")
 
 
-def _truncated(run, num_segments, states, relay, loss_scale, accumulate, after_segment):
+def _truncated(run, num_segments, states, handover, loss_scale, accumulate, after_segment):
     loss_sum: torch.Tensor | float = 0.0
     for index in range(num_segments):
         with accumulate(index == num_segments - 1):
@@ -193,7 +195,7 @@ def _truncated(run, num_segments, states, relay, loss_scale, accumulate, after_s
         leaving = [state.detach() for state in leaving]
         del loss
         if index < num_segments - 1:
-            states = relay.forward(leaving)
+            states = handover.forward(leaving)
         after_segment(index + 1, num_segments)
     return loss_sum, leaving
 
@@ -232,7 +234,7 @@ class _StatesStore:
         return kept, state.device
 
 
-class _Relay:
+class _Handover:
     """Moves states from the rank with a segment's last tokens to the one with its first tokens, and
     their gradients back."""
 
