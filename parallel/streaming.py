@@ -10,7 +10,7 @@ needs the activations of only one segment at a time:
 
 The loss and every gradient are those of one pass over the sequence. The cost is that of
 recomputing every block (forward, forward, backward), and no block needs to be recomputed within a
-segment. (Sequence accumulation; the states of pass 1 are what it keeps.)
+segment. (The method is known as sequence accumulation.)
 
 With context parallelism, every segment is cut over the ranks. The rank with the last tokens of a
 segment sends the states to the rank with the first tokens of the next one, and gets their gradients
@@ -135,7 +135,7 @@ def backward_in_segments(
         loss_sum = loss_sum + loss.detach().double()
         if index:
             gradients = handover.backward(entering, like=leaving)
-        # Memory of this segment that the next one needs.
+        # The next segment needs their memory.
         del loss, leaving, roots, seeds, entering
         after_segment(total - index, total)
     assert isinstance(loss_sum, torch.Tensor)
