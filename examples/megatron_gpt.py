@@ -173,7 +173,7 @@ def open_data(args):
     """(samples of seq_length + 1 tokens, vocabulary padded to what tensor parallelism divides)."""
     if args.data_path == "random":
         vocab_size = TNLConfig.preset(args.preset).vocab_size
-        return RandomSource(args.seq_length, vocab_size, args.seed), vocab_size
+        return RandomSource(vocab_size, args.seed), vocab_size
     folder = DataFolder(Path(args.data_path))
     multiple = 128 * args.tensor_model_parallel_size
     vocab_size = -(-folder.tokenizer.vocab_size // multiple) * multiple
