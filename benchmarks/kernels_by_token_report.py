@@ -19,6 +19,7 @@ def table(report: dict) -> str:
         f"{report['device']}, {versions.line(report['versions'])}, {report['date']}. bfloat16, "
         "medians, caches cold.",
         _times(report["rows"]),
+        _notes(report["rows"]),
         _errors(report["errors"]),
         report.get("note", ""),
     ]
@@ -41,7 +42,7 @@ def _times(rows: list[dict]) -> str:
         found = {
             (row["name"], row["decay"]): row
             for row in rows
-            if tuple(row["shape"]) == shape and not row["note"]
+            if tuple(row["shape"]) == shape and (row["name"] == BASELINE or not row["note"])
         }
         constant, by_token = (found.get((LASP, decay)) for decay in ("middle", "token"))
         if constant is None or by_token is None:
@@ -51,10 +52,19 @@ def _times(rows: list[dict]) -> str:
         cells += [f"{by_token[way]:.3f} ms ({by_token[way] / constant[way]:.2f}x)" for way in WAYS]
         units = (constant["extra_units"], by_token["extra_units"])
         cells += ["" if unit is None else f"{unit:.1f}" for unit in units]
-        fla = found.get((BASELINE, "token"))
-        cells.append("/".join(f" {fla[way] / by_token[way]:.1f}x " for way in WAYS) if fla else "")
+        fla = found.get((BASELINE, "token"), {})
+        ratios = [f"{fla[way] / by_token[way]:.1f}x" if fla.get(way) else "-" for way in WAYS]
+        cells.append(" / ".join(ratios) if fla.get(WAYS[0]) else "")
         lines.append(f"| {' | '.join(cell.strip() for cell in cells)} |")
     return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _notes(rows: list[dict]) -> str:
+    """Why times are missing."""
+    noted = [row for row in rows if row["note"]]
+    return "\n\n".join(
+        f"{row['name']} at {', '.join(map(str, row['shape']))}: {row['note']}" for row in noted
+    )
 
 
 def _errors(rows: list[dict]) -> str:
@@ -68,7 +78,8 @@ def _errors(rows: list[dict]) -> str:
         "|---|" + "---|" * len(names),
     ]
     for row in rows:
-        lines.append(f"| {row['mean']:g} | {' | '.join(f'{row[n]:.1e}' for n in names)} |")
+        cells = ["-" if row[name] is None else f"{row[name]:.1e}" for name in names]
+        lines.append(f"| {row['mean']:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

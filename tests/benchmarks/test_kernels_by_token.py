@@ -1,5 +1,6 @@
 """benchmarks/kernels_by_token.py with small sizes: what it writes, and its plain gradient."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -70,3 +71,50 @@ def test_the_table_has_the_ratio_of_times(benchmark):
     table = benchmark.kernels_by_token_report.docs_table(report)
     times = "1.000 ms | 2.000 ms | 1.200 ms (1.20x) | 3.000 ms (1.50x)"
     assert f"| 1, 2, 3, 4, 5 | {times} | 4.0 | 4.0 | 2.0x / 3.0x |" in table
+
+
+class WithoutBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, log_decay):
+        return lasp.lightning_attention(q, k, v, log_decay)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("no backward here")
+
+
+def test_a_baseline_that_refuses_its_backward_keeps_its_forward(benchmark, monkeypatch, tmp_path):
+    functions = {"lasp": lasp.lightning_attention, "fla chunk_simple_gla": WithoutBackward.apply}
+    monkeypatch.setattr(benchmark.kernels, "implementations", lambda shape, only: functions)
+    monkeypatch.setattr(benchmark.baselines, "compile_ahead", lambda *_, **__: None)
+    monkeypatch.setattr(benchmark.baselines, "untuned", contextlib.nullcontext)
+    monkeypatch.setattr(benchmark, "MEANS", (-0.1,))
+    flags = ("--shapes", "1,70,2,16", "--error-tokens", "100", "--out", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["kernels_by_token.py", *flags])
+    benchmark.main()
+    report = json.loads((tmp_path / "kernels_by_token.json").read_text())
+    *_, row = report["rows"]
+    assert row["forward_ms"] > 0 and row["backward_ms"] is None and 0 < row["error"] < 1e-2
+    (errors,) = report["errors"]
+    assert errors["fla chunk_simple_gla, 2 heads"] is None and errors["lasp, 2 heads"] > 0
+    table = (tmp_path / "kernels_by_token.md").read_text()
+    assert "x / - |" in table and "70, 2, 16, 16: RuntimeError: no backward here" in table
+
+
+def test_an_error_of_lasp_ends_the_run(benchmark, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        benchmark.kernels, "implementations", lambda shape, only: {"lasp": WithoutBackward.apply}
+    )
+    with pytest.raises(RuntimeError, match="no backward here"):
+        run(benchmark, monkeypatch, tmp_path, "--shapes", "1,70,2,16", "--no-errors")
+    with pytest.raises(RuntimeError, match="no backward here"):
+        run(
+            benchmark,
+            monkeypatch,
+            tmp_path,
+            "--shapes",
+            "1,70,2,16",
+            "--no-times",
+            "--error-tokens",
+            "100",
+        )
