@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -93,53 +93,19 @@ def backward_in_segments(
         after the last segment, detached: on the last rank those of the sequence).
 
     Raises:
-        ValueError: num_segments below 1, or an unknown option.
+        ValueError: num_segments below 1, an unknown option, or no loss where one is needed.
     """
     _check(num_segments, gradient, keep_on)
-    accumulate = accumulate or (lambda last: contextlib.nullcontext())
-    after_segment = after_segment or (lambda done, total: None)
-    handover = _Handover(shard)
-    states = handover.entering(initial_states)
-    if gradient == "truncated":
-        return _truncated(
-            run, num_segments, states, handover, loss_scale, accumulate, after_segment
-        )
-
-    total = 2 * num_segments - 1
-    kept = _StatesStore(keep_on)
-    with torch.no_grad():
-        for index in range(num_segments - 1):
-            kept.append(states)
-            _, leaving = run(index, states, states_only=True)
-            states = handover.forward(leaving)
-            after_segment(index + 1, total)
-        kept.append(states)
-    loss_sum: torch.Tensor | float = 0.0
-    last_states: list[torch.Tensor] = []
-    gradients: list[torch.Tensor] | None = None
-    for index in reversed(range(num_segments)):
-        entering = _leaves(kept.pop())
-        with accumulate(index == 0):
-            loss, leaving = run(index, entering, states_only=False)
-            assert loss is not None, "run returned no loss"
-            roots, seeds = [loss], [torch.full_like(loss, loss_scale)]
-            if gradients is not None:
-                for state, each in zip(leaving, gradients, strict=True):
-                    # False: the model is frozen, or a document ended here.
-                    if state.requires_grad:
-                        roots.append(state)
-                        seeds.append(each)
-            torch.autograd.backward(roots, seeds)
-        if index == num_segments - 1:
-            last_states = [state.detach() for state in leaving]
-        loss_sum = loss_sum + loss.detach().double()
-        if index:
-            gradients = handover.backward(entering, like=leaving)
-        # The next segment needs their memory.
-        del loss, leaving, roots, seeds, entering
-        after_segment(total - index, total)
-    assert isinstance(loss_sum, torch.Tensor)
-    return loss_sum, last_states
+    call = _Call(
+        run,
+        num_segments,
+        loss_scale,
+        _Handover(shard),
+        accumulate or (lambda last: contextlib.nullcontext()),
+        after_segment or (lambda done, total: None),
+    )
+    states = call.handover.entering(initial_states)
+    return _exact(call, states, keep_on) if gradient == "exact" else _truncated(call, states)
 
 
 def loss_in_segments(
@@ -153,19 +119,16 @@ def loss_in_segments(
     """The loss of a sequence without gradients; arguments and result of `backward_in_segments`."""
     _check(num_segments, "exact", "device")
     handover = _Handover(shard)
-    states = handover.entering(initial_states)
-    loss_sum: torch.Tensor | float = 0.0
+    states, losses = handover.entering(initial_states), []
     with torch.no_grad():
         for index in range(num_segments):
             loss, leaving = run(index, states, states_only=False)
-            assert loss is not None, "run returned no loss"
-            loss_sum = loss_sum + loss.double()
+            losses.append(_summand(loss))
             if index < num_segments - 1:
                 states = handover.forward(leaving)
             if after_segment is not None:
                 after_segment(index + 1, num_segments)
-    assert isinstance(loss_sum, torch.Tensor)
-    return loss_sum, list(leaving)
+    return torch.stack(losses).sum(), list(leaving)
 
 
 def move_states(states: States, shard: SequenceShard | None) -> list[torch.Tensor]:
@@ -184,20 +147,73 @@ def _check(num_segments: int, gradient: str, keep_on: str) -> None:
         raise ValueError(f"keep_on is {keep_on!r}: it must be device or host.")
 
 
-def _truncated(run, num_segments, states, handover, loss_scale, accumulate, after_segment):
-    loss_sum: torch.Tensor | float = 0.0
-    for index in range(num_segments):
-        with accumulate(index == num_segments - 1):
+class _Call(NamedTuple):
+    """The arguments of `backward_in_segments` that both gradients need."""
+
+    run: RunSegment
+    num_segments: int
+    loss_scale: float
+    handover: _Handover
+    accumulate: Callable[[bool], AbstractContextManager[Any]]
+    after_segment: Callable[[int, int], None]
+
+
+def _exact(call: _Call, states: States | None, keep_on: str):
+    last, total = call.num_segments - 1, 2 * call.num_segments - 1
+    kept = _StatesStore(keep_on)
+    with torch.no_grad():
+        for index in range(last):
+            kept.append(states)
+            _, leaving = call.run(index, states, states_only=True)
+            states = call.handover.forward(leaving)
+            call.after_segment(index + 1, total)
+        kept.append(states)
+    losses, last_states = [], []
+    gradients: list[torch.Tensor] | None = None
+    for index in reversed(range(call.num_segments)):
+        entering = _leaves(kept.pop())
+        with call.accumulate(index == 0):
+            loss, leaving = call.run(index, entering, states_only=False)
+            losses.append(_summand(loss))
+            roots, seeds = [loss], [torch.full_like(loss, call.loss_scale)]
+            if gradients is not None:
+                for state, each in zip(leaving, gradients, strict=True):
+                    # False: the model is frozen, or a document ended here.
+                    if state.requires_grad:
+                        roots.append(state)
+                        seeds.append(each)
+            torch.autograd.backward(roots, seeds)
+        if index == last:
+            last_states = [state.detach() for state in leaving]
+        if index:
+            gradients = call.handover.backward(entering, like=leaving)
+        # The next segment needs their memory.
+        del loss, leaving, roots, seeds, entering
+        call.after_segment(total - index, total)
+    return torch.stack(losses).sum(), last_states
+
+
+def _truncated(call: _Call, states: States | None):
+    losses = []
+    for index in range(call.num_segments):
+        with call.accumulate(index == call.num_segments - 1):
             # Leaves as in the exact gradient, so that compiled code serves both.
-            loss, leaving = run(index, _leaves(states), states_only=False)
-            loss.backward(torch.full_like(loss, loss_scale))
-        loss_sum = loss_sum + loss.detach().double()
+            loss, leaving = call.run(index, _leaves(states), states_only=False)
+            losses.append(_summand(loss))
+            loss.backward(torch.full_like(loss, call.loss_scale))
         leaving = [state.detach() for state in leaving]
         del loss
-        if index < num_segments - 1:
-            states = handover.forward(leaving)
-        after_segment(index + 1, num_segments)
-    return loss_sum, leaving
+        if index < call.num_segments - 1:
+            states = call.handover.forward(leaving)
+        call.after_segment(index + 1, call.num_segments)
+    return torch.stack(losses).sum(), leaving
+
+
+def _summand(loss: torch.Tensor | None) -> torch.Tensor:
+    """A segment's loss for the sum over all: float64, without gradient."""
+    if loss is None:
+        raise ValueError("run returned no loss: only with states_only=True it may be None.")
+    return loss.detach().double()
 
 
 def _leaves(states: States | None) -> list[torch.Tensor] | None:

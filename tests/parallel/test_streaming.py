@@ -313,6 +313,13 @@ def test_bad_arguments_are_refused(count, options, message):
         backward_in_segments(lambda *_, **__: pytest.fail("called"), count, **options)
 
 
+def test_a_missing_loss_is_refused():
+    with pytest.raises(ValueError, match="run returned no loss"):
+        backward_in_segments(lambda *_, **__: (None, []), 1)
+    with pytest.raises(ValueError, match="run returned no loss"):
+        loss_in_segments(lambda *_, **__: (None, []), 1)
+
+
 def test_a_hybrid_has_no_initial_states():
     with pytest.raises(ValueError, match="1 of 3 layers are softmax attention"):
         make(layer_types="LSL", num_key_value_heads=2).initial_states()
