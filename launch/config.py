@@ -114,6 +114,16 @@ class Training:
     max_nonfinite_steps: int = 3
     """Stop after this many tries in a row with NaN or infinite loss or gradients."""
 
+    @property
+    def forward_len(self) -> int:
+        """Tokens of a forward over all ranks that share a sequence: a segment, or the sequence."""
+        return min(self.segment_len or self.seq_len, self.seq_len)
+
+    @property
+    def num_segments(self) -> int:
+        """Segments of a sequence, of which the last may be shorter; 1 without segments."""
+        return -(-self.seq_len // self.forward_len)
+
 
 @dataclass(kw_only=True)
 class Parallelism:
@@ -386,23 +396,19 @@ def _check(config: Config) -> None:
     require(0 <= config.optimizer.beta1 < 1, "optimizer.beta1", "it must be in 0 <= beta1 < 1")
     require(0 <= config.optimizer.beta2 < 1, "optimizer.beta2", "it must be in 0 <= beta2 < 1")
     require(ratio is None or 0 <= ratio <= 1, "lr_scheduler.decay_ratio", "it must be in 0..1")
-    require(
-        config.parallelism.context_parallel_layout != "zigzag" or training.seq_len % 2 == 0,
-        "training.seq_len",
-        "it must be even for parallelism.context_parallel_layout zigzag, where a rank holds two "
-        "chunks of equal length",
-    )
+    for name, length in (("seq_len", training.seq_len), ("segment_len", training.segment_len)):
+        require(
+            config.parallelism.context_parallel_layout != "zigzag" or length % 2 == 0,
+            f"training.{name}",
+            "it must be even for parallelism.context_parallel_layout zigzag, where a rank holds "
+            "two chunks of equal length",
+        )
     require(
         not training.carry_state
         or (training.segment_len > 0 and training.segment_gradient == "truncated"),
         "training.carry_state",
         "it needs training.segment_gradient truncated and a training.segment_len (that of a whole "
         "sequence is training.seq_len)",
-    )
-    require(
-        config.parallelism.context_parallel_layout != "zigzag" or training.segment_len % 2 == 0,
-        "training.segment_len",
-        "it must be even for parallelism.context_parallel_layout zigzag",
     )
     for name, value in _leaves(dataclasses.asdict(config), ""):
         if isinstance(value, str):

@@ -254,8 +254,13 @@ def stream_order(consumed: int, count: int, num_samples: int) -> list[int]:
     After the last sample of the streams they start again, and up to count - 1 samples are left out.
     """
     length = stream_length(count, num_samples)
-    position = consumed // count % length
-    return [stream * length + position for stream in range(count)]
+    offset = stream_offset(consumed, count, num_samples)
+    return [stream * length + offset for stream in range(count)]
+
+
+def stream_offset(consumed: int, count: int, num_samples: int) -> int:
+    """The samples of each of `count` streams that were read since their beginning."""
+    return consumed // count % stream_length(count, num_samples)
 
 
 def stream_length(count: int, num_samples: int) -> int:

@@ -204,6 +204,21 @@ class DistContext:
             self.set_timeout(config.comm.train_timeout_seconds)
 
 
+def start_copy(vector: Tensor) -> Callable[[], list[float]]:
+    """Start to copy a vector to the host; what is returned waits for that, not for later work."""
+    if not vector.is_cuda:
+        return vector.tolist
+    copy = vector.to("cpu", non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def wait() -> list[float]:
+        done.synchronize()
+        return copy.tolist()
+
+    return wait
+
+
 @contextlib.contextmanager
 def open_dist_context(info: RankInfo, config: Config) -> Iterator[DistContext]:
     """Open the process group and mesh of the job.

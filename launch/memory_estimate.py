@@ -127,7 +127,7 @@ def estimate(config: Config, info: RankInfo, shape: Any) -> Estimate:
         # Gradients are sharded only at the last micro-batch.
         gathered += full_gradients
     sequences = config.training.local_batch_size
-    tokens = sequences * -(-_forward_length(config) // dims.cp)
+    tokens = sequences * -(-config.training.forward_len // dims.cp)
     chunk = min(config.training.loss_chunk_size, tokens)
     is_full = config.activation_checkpoint.mode == "full"
     states = sequences * family.state_bytes(shape) // dims.tp
@@ -140,7 +140,7 @@ def estimate(config: Config, info: RankInfo, shape: Any) -> Estimate:
         activations=activations,
         logits=chunk * (shape.vocab_size // dims.tp) * (4 + dtype.itemsize),
         states=states if dims.cp > 1 or config.training.segment_len else 0,
-        kept_states=_num_segments(config) * states,
+        kept_states=_num_kept(config) * states,
         start=4 * family.num_parameters(shape),
         kept_on_host=config.training.segment_states == "host",
         reserve=int(_BESIDES_IN_FULL + _LOST_IN_FULL * activations if is_full else _RESERVE),
@@ -173,7 +173,7 @@ def format_estimate(
     if own.kept_states:
         where = " of host memory, not in the total" if own.kept_on_host else ""
         lines.append(
-            f"  {'states':<12}{own.kept_states / _GIB:9.2f}  (of {_num_segments(config):,} "
+            f"  {'states':<12}{own.kept_states / _GIB:9.2f}  (of {_num_kept(config):,} "
             f"segments{where})"
         )
     lines.append(f"  {'total':<12}{own.total / _GIB:9.2f}")
@@ -240,7 +240,7 @@ def _peak(
             if isinstance(module, nn.Linear):
                 module.weight = nn.Parameter(module.weight.detach().to(gathered_dtype))
     shard = SequenceShard.split(
-        _forward_length(config),
+        config.training.forward_len,
         ctx.cp_group,
         parallelism.context_parallel_method,
         parallelism.context_parallel_layout,
@@ -264,18 +264,10 @@ def _peak(
     return live.peak - before
 
 
-def _forward_length(config: Config) -> int:
-    """Tokens of a forward, over the ranks that share a sequence."""
-    training = config.training
-    return min(training.segment_len or training.seq_len, training.seq_len)
-
-
-def _num_segments(config: Config) -> int:
+def _num_kept(config: Config) -> int:
     """Segments whose states are kept until the backward."""
     training = config.training
-    if not training.segment_len or training.segment_gradient == "truncated":
-        return 0
-    return -(-training.seq_len // _forward_length(config)) - 1
+    return training.num_segments - 1 if training.segment_gradient == "exact" else 0
 
 
 def _gathered(loss_model: LossModel, config: Config, dtype: torch.dtype, float8: Float8) -> int:

@@ -95,11 +95,11 @@ def check_sequence_shards(config: Config, tp: int, cp: int) -> None:
 def forward_lengths(config: Config) -> dict[str, int]:
     """The tokens of a forward over all ranks, by what determines them: a sequence, or a segment and
     the last one if it is shorter."""
-    seq_len, segment_len = config.training.seq_len, config.training.segment_len
-    if not segment_len or segment_len >= seq_len:
-        return {"training.seq_len": seq_len}
-    lengths = {"training.segment_len": segment_len}
-    if rest := seq_len % segment_len:
+    training = config.training
+    if training.num_segments == 1:
+        return {"training.seq_len": training.seq_len}
+    lengths = {"training.segment_len": training.segment_len}
+    if rest := training.seq_len % training.segment_len:
         lengths["the last segment (training.seq_len % training.segment_len)"] = rest
     return lengths
 
@@ -172,9 +172,8 @@ def _in_segments(config: Config) -> str:
     training = config.training
     if not training.segment_len:
         return ""
-    length = min(training.segment_len, training.seq_len)
-    count = -(-training.seq_len // length)
-    return f", in {count:,} segments of {length:,} (gradient {training.segment_gradient})"
+    segments = f"{training.num_segments:,} segments of {training.forward_len:,}"
+    return f", in {segments} (gradient {training.segment_gradient})"
 
 
 def describe(config: Config, info: RankInfo, shape: Any, batch: Batching) -> str:

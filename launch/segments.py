@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from launch.data import SegmentedBatch, stream_length
+from launch.data import SegmentedBatch, stream_offset
+from launch.distributed import start_copy
 from launch.metrics import clock
 from launch.train_state import TrainState
-from parallel.data import accumulate
 from parallel.streaming import (
     RunSegment,
     backward_in_segments,
@@ -39,7 +39,7 @@ def forward_backward(
         Interrupted: a rank was asked to stop; on all ranks. Gradients are incomplete.
     """
     loss_sum = torch.zeros((), dtype=torch.float64, device=state.ctx.device)
-    training, parallelism = state.config.training, state.config.parallelism
+    training = state.config.training
     watch = _Watch(state, len(batches))
     position, carried = stream_position(state), state.carried
     if position == 0:
@@ -48,12 +48,7 @@ def forward_backward(
     for number, batch in enumerate(batches, 1):
 
         def accumulating(last: bool, is_last_batch: bool = number == len(batches)):
-            return accumulate(
-                state.wrapped_model,
-                last=last and is_last_batch,
-                every=parallelism.fsdp_reduce_every_micro_batch,
-                keep_gathered=parallelism.fsdp_reshard_after_forward == "never",
-            )
+            return state.accumulating(last=last and is_last_batch)
 
         loss, last_states = backward_in_segments(
             segment_runner(state, batch, position),
@@ -78,9 +73,8 @@ def stream_position(state: TrainState) -> int:
     """The position of the step's first tokens in their stream; 0 without training.carry_state."""
     if not state.config.training.carry_state:
         return 0
-    count = state.batching.global_batch_size
-    length = stream_length(count, state.train_source.num_samples)
-    return state.consumed // count % length * state.config.training.seq_len
+    count, num_samples = state.batching.global_batch_size, state.train_source.num_samples
+    return stream_offset(state.consumed, count, num_samples) * state.config.training.seq_len
 
 
 def evaluate(state: TrainState, batch: SegmentedBatch) -> Tensor:
@@ -141,9 +135,9 @@ class _Watch:
         share = self._share(done, total)
         seconds = time.monotonic() - self._began
         rate = share * state.batching.tokens_per_step / seconds
-        text = f"step {state.step + 1}: segment {done:,}/{total:,} of both passes"
-        if training.segment_gradient == "truncated":
-            text = f"step {state.step + 1}: segment {done:,}/{total:,}"
+        text = f"step {state.step + 1}: segment {done:,}/{total:,}"
+        if training.segment_gradient == "exact":
+            text += " of both passes"
         if self._num_batches > 1:
             text += f", micro-batch {self.batches_done + 1}/{self._num_batches}"
         return f"{text}  tok/s: {rate:,.0f}  [{clock(seconds)}<{clock(seconds / share - seconds)}]"
@@ -156,18 +150,3 @@ class _Watch:
         work = min(done, forwards) * _FORWARD + max(0, done - forwards) * _BOTH
         full = forwards * _FORWARD + (total - forwards) * _BOTH
         return (self.batches_done + work / full) / self._num_batches
-
-
-def start_copy(vector: Tensor) -> Callable[[], list[float]]:
-    """Start to copy a vector to the host; what is returned waits for that, not for later work."""
-    if not vector.is_cuda:
-        return vector.tolist
-    copy = vector.to("cpu", non_blocking=True)
-    done = torch.cuda.Event()
-    done.record()
-
-    def wait() -> list[float]:
-        done.synchronize()
-        return copy.tolist()
-
-    return wait

@@ -264,12 +264,7 @@ def run_steps(state: TrainState, log: MetricsLog | None) -> int:
         while state.step < training.steps:
             began = time.perf_counter()
             result = train_step(state)
-            if result.interrupted:
-                pass
-            elif result.loss is None:
-                failures += 1
-                report_nonfinite(state, failures, result)
-            else:
+            if result.loss is not None:
                 failures = 0
                 speed.add_step(time.perf_counter() - began)
                 after_step()
@@ -277,6 +272,9 @@ def run_steps(state: TrainState, log: MetricsLog | None) -> int:
                     ctx.set_timeout(config.comm.train_timeout_seconds)
                     is_first = False
                 report_step(state, log, result, speed)
+            elif not result.interrupted:
+                failures += 1
+                report_nonfinite(state, failures, result)
             if not save_if_due(state, result):
                 return DISK_FAILED
             if result.stop_requested and state.step < training.steps:

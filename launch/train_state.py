@@ -1,5 +1,6 @@
 """What a training run consists of, and the outcome of a step."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -10,10 +11,11 @@ from launch.build import LossModel
 from launch.checkpoint.pending import PendingSave
 from launch.checkpoint.store import CheckpointStore
 from launch.config import Config
-from launch.data import Segments, TokenSource
+from launch.data import Segments, TokenSource, step_samples
 from launch.distributed import DistContext
 from launch.resolve import Batching
 from launch.tokenizer import Tokenizer
+from parallel.data import accumulate
 
 
 @dataclass
@@ -58,6 +60,25 @@ class TrainState:
     leaving: list[list[Tensor]] | None = None
     stop_signals: list[int] = field(default_factory=list)
     host_copies: dict[str, Tensor] = field(default_factory=dict)
+
+    def accumulating(self, *, last: bool) -> AbstractContextManager[None]:
+        """`parallel.data.accumulate`, as configured; `last`: of the step's backwards."""
+        parallelism = self.config.parallelism
+        return accumulate(
+            self.wrapped_model,
+            last=last,
+            every=parallelism.fsdp_reduce_every_micro_batch,
+            keep_gathered=parallelism.fsdp_reshard_after_forward == "never",
+        )
+
+    def own_samples(self, indices: list[int]) -> list[list[int]]:
+        """Of the samples of a step, those of this rank's micro-batches."""
+        return step_samples(
+            indices,
+            local_batch_size=self.config.training.local_batch_size,
+            dp_rank=self.ctx.info.dp_rank,
+            dp=self.ctx.dims.dp,
+        )
 
 
 @dataclass(frozen=True)

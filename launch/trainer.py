@@ -13,19 +13,21 @@ from launch.data import (
     TokenSource,
     read_batch,
     sample_order,
-    step_samples,
     stream_order,
 )
+from launch.distributed import start_copy
 from launch.exit_codes import DataError
 from launch.optimizer import clipped_step, learning_rate
 from launch.progress import progress
 from launch.train_state import StepResult, TrainState
 from parallel.compile import eagerly
-from parallel.data import accumulate, reshard
+from parallel.data import reshard
 from parallel.mesh import full_tensor
 
 
-def forward_backward(state: TrainState, *, batches: Sequence[Batch], num_labels: int) -> Tensor:
+def forward_backward(
+    state: TrainState, *, batches: Sequence[Batch] | Sequence[SegmentedBatch], num_labels: int
+) -> Tensor:
     """Turn the micro-batches of a step into gradients: each forward and backward in turn, summed
     over micro-batches and ranks.
 
@@ -41,14 +43,8 @@ def forward_backward(state: TrainState, *, batches: Sequence[Batch], num_labels:
     if state.segments is not None:
         return segments.forward_backward(state, batches=batches, num_labels=num_labels)
     loss_sum = torch.zeros((), dtype=torch.float64, device=state.ctx.device)
-    parallelism = state.config.parallelism
     for number, batch in enumerate(batches, 1):
-        with accumulate(
-            state.wrapped_model,
-            last=number == len(batches),
-            every=parallelism.fsdp_reduce_every_micro_batch,
-            keep_gathered=parallelism.fsdp_reshard_after_forward == "never",
-        ):
+        with state.accumulating(last=number == len(batches)):
             loss = state.wrapped_model(*batch.arguments(state.ctx.device))
             (loss / num_labels).backward()
         loss_sum += loss.detach()
@@ -84,7 +80,7 @@ def train_step(
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(state.step, state.config)
     # Queued before the host waits for the sums: the device goes on meanwhile.
-    wait = segments.start_copy(sums)
+    wait = start_copy(sums)
     clipped_step(state.optimizer, norm, state.config.training.max_norm, skip=sums[1] > 0)
     loss, nonfinite, stop, writing, grad_norm = wait()
     save_written = state.pending is not None and not writing
@@ -112,12 +108,7 @@ def reduce_step(state: TrainState, loss_sum: Tensor, norm: Tensor, stop_requeste
 
 def read_step(state: TrainState) -> list[Batch] | list[SegmentedBatch] | DataError:
     """This rank's micro-batches of the next step, or what is wrong with its data."""
-    parts = step_samples(
-        step_indices(state),
-        local_batch_size=state.config.training.local_batch_size,
-        dp_rank=state.ctx.info.dp_rank,
-        dp=state.ctx.dims.dp,
-    )
+    parts = state.own_samples(step_indices(state))
     try:
         return [read(state, state.train_source, part) for part in parts]
     except DataError as error:

@@ -132,19 +132,16 @@ def carried_shards(state: TrainState) -> dict[str, TensorShard]:
     shards: dict[str, TensorShard] = {}
     if state.carried is None or not state.shard.is_first:
         return shards
-    for micro_batch, layers in enumerate(state.carried):
-        for row, sequence in enumerate(own_sequences(state, micro_batch)):
+    for sequences, layers in zip(own_sequences(state), state.carried, strict=True):
+        for row, sequence in enumerate(sequences):
             for layer, states in enumerate(layers):
-                shard = _own_heads(state, states[row])
-                shards[f"{sequence}.{layer}"] = shard
+                shards[f"{sequence}.{layer}"] = _own_heads(state, states[row])
     return shards
 
 
-def own_sequences(state: TrainState, micro_batch: int) -> range:
-    """The sequences of a step that this rank reads in a micro-batch; see `step_samples`."""
-    size = state.config.training.local_batch_size
-    first = (micro_batch * state.ctx.dims.dp + state.ctx.info.dp_rank) * size
-    return range(first, first + size)
+def own_sequences(state: TrainState) -> list[list[int]]:
+    """Which sequences of a step each of this rank's micro-batches has, counted from 0."""
+    return state.own_samples(list(range(state.batching.global_batch_size)))
 
 
 def _own_heads(state: TrainState, local: Tensor) -> TensorShard:
@@ -163,9 +160,9 @@ def load_carried(state: TrainState, tensors: TensorFiles) -> bool:
     if set(tensors) != {f"{sequence}.{n}" for sequence in range(count) for n in range(layers)}:
         return False
     carried: list[list[Tensor]] = []
-    for micro_batch in range(state.batching.accumulation):
+    for sequences in own_sequences(state):
         own = [layer.clone() for layer in template]
-        for row, sequence in enumerate(own_sequences(state, micro_batch)):
+        for row, sequence in enumerate(sequences):
             for layer, states in enumerate(own):
                 stored = tensors[f"{sequence}.{layer}"]
                 shard = _own_heads(state, states[row])

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from lasp.ops.host_values import decay_rates
 from lasp.tnl.heads import split_heads
+from launch.distributed import start_copy
 from launch.optimizer import clipped_step
-from launch.segments import start_copy
 from parallel.loss import chunked_cross_entropy
 
 
