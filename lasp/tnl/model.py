@@ -143,15 +143,7 @@ class TNL(nn.Module):
         if cut_documents:
             options["cut_documents"] = True
 
-        x = self.embedding(tokens)
-        if self.config.scale_embedding:
-            x = x * math.sqrt(self.config.dim)
-        # ("meta" has no autocast.)
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-            # The residual stream in the dtype of the matmuls, as in a model of that dtype: every
-            # norm and every saved block input moves half the bytes.
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        states_out = []
+        x, states_out = self._embed(tokens), []
         for number, (block, state) in enumerate(zip(self.blocks, states_in, strict=True), 1):
             if states_only and number == len(self.blocks):
                 options["state_only"] = True
@@ -163,6 +155,18 @@ class TNL(nn.Module):
         x = self.final_norm(x)
         out = x if return_hidden else F.linear(x, self.head_weight)
         return (out, TNLState(states_out, end)) if return_states else out
+
+    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The first block's input [B, T, d]."""
+        x = self.embedding(tokens)
+        if self.config.scale_embedding:
+            x = x * math.sqrt(self.config.dim)
+        # ("meta" has no autocast.)
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+            # The residual stream in the dtype of the matmuls, as in a model of that dtype: every
+            # norm and every saved block input moves half the bytes.
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return x
 
     def initial_states(self, batch_size: int = 1) -> TNLState:
         """The state before any token: zeros on the model's device, of the heads held here.

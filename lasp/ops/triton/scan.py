@@ -149,6 +149,8 @@ def scan_kernel(
         b_b = tl.load(p_b + i_t * stride_bt + o_bt, mask=m_ca, other=0.0)  # [BC, BA]
         b_x = tl.load(p_x + i_t * stride_xt + o_xt, mask=m_cx, other=0.0)  # [BC, BX]
         if BY_TOKEN:
+            # `chunk_of_decay` without its clamps: what tokens outside get reaches only their own
+            # rows, which are not stored, and the state after the last chunk.
             b_sums = tl.load(p_log_decay + i_t + 1 + o_c, mask=m_c, other=0.0)  # [BC]
             before = tl.load(p_log_decay + tl.maximum(t, 0))
             last = tl.load(p_log_decay + tl.minimum(t + BC, count))
