@@ -115,6 +115,7 @@ def lightning_attention_step(
     log_decay: torch.Tensor | None = None,
     *,
     scale: float = 1.0,
+    inplace: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`lightning_attention` for one more token: decoding with a state of constant size.
 
@@ -124,18 +125,23 @@ def lightning_attention_step(
         log_decay: [H] as in `lightning_attention`, or [B, H], that of this token (on a GPU, values
             above 0 in it give NaN).
         scale: as in `lightning_attention`.
+        inplace: write the new state over `state`, without gradients.
 
     Returns:
-        (o [B, H, E] in the dtype of q, the new state); `state` itself is not changed.
+        (o [B, H, E] in the dtype of q, the new state); `state` itself is changed with `inplace`
+        only.
 
     Raises:
-        ValueError: on shapes, dtypes, devices or decays that do not fit.
+        ValueError: on shapes, dtypes, devices or decays that do not fit, or a gradient that is
+            needed of a call in place.
     """
     problem = step_problem(q, k, v, state, log_decay, scale=scale)
+    if problem is None and inplace and ops.needs_grad(q, k, v, state, log_decay):
+        problem = "inplace=True overwrites what a gradient needs: call it under torch.no_grad()."
     if problem is not None:
         raise ValueError(problem)
     _ = Decay(log_decay).rates
-    return ops.step(q, k, v, state, log_decay, scale=float(scale))
+    return ops.step(q, k, v, state, log_decay, scale=float(scale), inplace=inplace)
 
 
 def _needs_exchange(k, v, log_decay):

@@ -4,7 +4,7 @@ any of them: FP8, tensor parallelism, activation checkpointing, compilation, dat
 import dataclasses
 import json
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lasp import SequenceShard
 from lasp.tnl import TNL, TNLConfig
 from lasp.tnl.convert import from_released, to_released
+from lasp.tnl.generation import stream
 from launch.config import Config, Float8, Model
 from launch.data import IGNORE
 from launch.distributed import DistContext
@@ -56,7 +57,7 @@ class ModelFamily:
         tensor_parallel: (model, mesh, shard_sequence=) shards the model in place.
         check_divides: (config, ranks) raises ValueError where tensor parallelism cannot shard it.
         float32_blocks: model -> the blocks whose weights must stay float32 under bfloat16.
-        generate: (model, tokens, max_new_tokens, ...) -> tokens.
+        stream: (model, prompts, max_new_tokens, ...) -> the next tokens of all prompts, in steps.
         from_released, to_released: convert published weights, in both directions.
     """
 
@@ -70,7 +71,7 @@ class ModelFamily:
     tensor_parallel: Callable[..., nn.Module]
     check_divides: Callable[[Any, int], None]
     float32_blocks: Callable[[nn.Module], list[nn.Module]]
-    generate: Callable[..., Tensor]
+    stream: Callable[..., Iterator[Tensor]]
     from_released: Callable[..., Any]
     to_released: Callable[..., Any]
 
@@ -100,7 +101,7 @@ FAMILIES = {
         tensor_parallel=tensor_parallel,
         check_divides=check_divides,
         float32_blocks=float32_blocks,
-        generate=TNL.generate,
+        stream=stream,
         from_released=from_released,
         to_released=to_released,
     )

@@ -1,41 +1,73 @@
-"""Continue a prompt with a trained model.
+"""Continue prompts with a trained model.
 
     python launch/generate.py --checkpoint outputs/quickstart/checkpoint --prompt "def "
+    python launch/generate.py --checkpoint ... --prompts questions.jsonl --stats
+    torchrun --nproc_per_node 2 launch/generate.py --checkpoint ... --prompts book.txt
 
-A checkpoint has all that is needed: weights, model config and tokenizer.
+A checkpoint has all that is needed: weights, model config and tokenizer. The text of one prompt is
+printed as it grows; of several, each as a line of JSON once it is complete. Several processes read
+a long prompt together, each a part of it, or share each layer (--tensor_parallel_degree).
 """
 
+import contextlib
+import functools
+import json
+import os
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import tyro
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from launch.build import ModelFamily, get_family
 from launch.checkpoint.store import Checkpoint, CheckpointStore, verify
 from launch.config import check_sampling, check_text
-from launch.exit_codes import CheckpointError, ConfigError, UserError
+from launch.exit_codes import CheckpointError, ConfigError, DataError, UserError
 from launch.optimizer import load_model_tensors
 from launch.tokenizer import Tokenizer, tokenizer_from_spec
+from parallel.compile import compile_blocks
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(kw_only=True)
 class Arguments:
-    """Continue a prompt with a trained model."""
+    """Continue prompts with a trained model."""
 
     checkpoint: Path
     """A step folder, or the folder of a run's checkpoints (its newest valid one is taken)."""
     prompt: str = "def "
+    prompts: Path | None = None
+    """A file instead: of .jsonl, the "prompt" of each line; else its whole text is one prompt."""
     max_new_tokens: int = 200
     temperature: float = 0.8
     """0: always the most likely token."""
     top_k: int = 40
     """Sample among this many most likely tokens; 0: all."""
+    top_p: float = 1.0
+    """Sample among the most likely tokens whose probabilities sum to this; 1: all."""
     seed: int = 0
     device: str = "auto"
     """cpu, cuda, cuda:N. auto: a GPU if there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the weights. auto: bfloat16 on a GPU, float32 on a CPU."""
+    batch_size: int = 16
+    """Prompts that are continued together."""
+    prefill_chunk: int = 0
+    """Tokens of a prompt read at a time (by each rank). 0: 32,768 on a GPU, 2,048 on a CPU."""
+    compile: bool = False
+    """Compile the reading of prompts: worth its seconds from some million tokens on."""
+    tensor_parallel_degree: int = 1
+    """Processes that share each layer. The others read a prompt together."""
+    stats: bool = False
+    """Print times, tokens per second and memory to stderr at the end."""
 
 
 def load_model(path: Path, device: torch.device) -> tuple[nn.Module, ModelFamily, Tokenizer]:
@@ -65,47 +97,96 @@ def load_model(path: Path, device: torch.device) -> tuple[nn.Module, ModelFamily
     return model.eval(), family, tokenizer_from_spec(state["tokenizer"])
 
 
-def sample_text(
+class TextStream:
+    """The text of tokens that come one by one, without characters that are not complete."""
+
+    def __init__(self, tokenizer: Tokenizer, tokens: list[int]) -> None:
+        self._tokenizer = tokenizer
+        self._tokens = tokens
+        # Decoded again with every token, because a character may lie across tokens.
+        self._start = max(0, len(tokens) - 8)
+        self._done = self._tokenizer.decode(tokens[self._start :])
+
+    def add(self, token: int) -> str:
+        """The text that `token` completes."""
+        self._tokens.append(token)
+        text = self._tokenizer.decode(self._tokens[self._start :])
+        if text.endswith("\ufffd"):
+            return ""
+        new = text[len(self._done) :]
+        self._start = max(0, len(self._tokens) - 8)
+        self._done = self._tokenizer.decode(self._tokens[self._start :])
+        return new
+
+    def finish(self) -> str:
+        """What is left, complete or not."""
+        return self._tokenizer.decode(self._tokens[self._start :])[len(self._done) :]
+
+
+def continuations(
     model: nn.Module,
     family: ModelFamily,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompts: list[list[int]],
     *,
     max_new_tokens: int,
     temperature: float,
     top_k: int,
+    top_p: float = 1.0,
     seed: int,
-) -> str:
-    """The prompt and its continuation, up to an end of document.
+    **options: Any,
+) -> Iterator[list[int | None]]:
+    """The next token of every prompt, again and again; None after an end of document.
 
     Raises:
-        ConfigError: an option that the family's `generate` refuses.
+        ConfigError: an option that the family's `stream` refuses.
     """
     device = model.head_weight.device
-    # An empty prompt is the start of a document, which follows the end of another.
-    tokens = tokenizer.encode(prompt).tolist() or [tokenizer.eod_id]
+    finished = [False] * len(prompts)
     try:
-        out = family.generate(
+        steps = family.stream(
             model,
-            torch.tensor([tokens], device=device),
+            [torch.tensor(each, device=device) for each in prompts],
             max_new_tokens,
             temperature=temperature,
             top_k=top_k or None,
+            top_p=None if top_p == 1 else top_p,
             eos_token_id=tokenizer.eod_id,
             generator=torch.Generator(device).manual_seed(seed),
+            **options,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    new = out[0, len(tokens) :].tolist()
-    if tokenizer.eod_id in new:
-        new = new[: new.index(tokenizer.eod_id)]
+    for step in steps:
+        tokens = step.tolist()
+        finished = [
+            old or token == tokenizer.eod_id for old, token in zip(finished, tokens, strict=True)
+        ]
+        yield [None if end else token for end, token in zip(finished, tokens, strict=True)]
+
+
+def sample_text(
+    model: nn.Module, family: ModelFamily, tokenizer: Tokenizer, prompt: str, **options: Any
+) -> str:
+    """The prompt and its continuation, up to an end of document; options as of `continuations`.
+
+    Raises:
+        ConfigError: an option that the family's `stream` refuses.
+    """
+    tokens = encode(tokenizer, prompt)
+    new = continuations(model, family, tokenizer, [tokens], **options)
     # Decoded together: a character may lie across the end of the prompt.
-    return tokenizer.decode(tokens + new)
+    return tokenizer.decode(tokens + [token for (token,) in new if token is not None])
+
+
+def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    # An empty prompt is the start of a document, which follows the end of another.
+    return tokenizer.encode(prompt).tolist() or [tokenizer.eod_id]
 
 
 def find_device(name: str) -> torch.device:
     """The device called `name`. Raises ConfigError if there is none."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = _gpus()
     if name == "auto":
         name = "cuda" if gpus else "cpu"
     try:
@@ -119,30 +200,184 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def _gpus() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; return the exit code."""
     arguments = tyro.cli(Arguments, args=argv, prog="launch/generate.py")
     try:
-        check_text("prompt", arguments.prompt)
-        check_sampling("", arguments.max_new_tokens, arguments.temperature, arguments.top_k)
-        if not 0 <= arguments.seed < 1 << 63:
-            raise ConfigError(f"seed is {arguments.seed}: it must be at least 0 and below 2^63.")
-        model, family, tokenizer = load_model(arguments.checkpoint, find_device(arguments.device))
-        text = sample_text(
-            model,
-            family,
-            tokenizer,
-            arguments.prompt,
-            max_new_tokens=arguments.max_new_tokens,
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            seed=arguments.seed,
-        )
+        _check(arguments)
+        with _ranks(arguments) as (device, group, tensor_mesh):
+            _run(arguments, device, group, tensor_mesh)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(text)
     return 0
+
+
+def _check(arguments: Arguments) -> None:
+    check_text("prompt", arguments.prompt)
+    check_sampling("", arguments.max_new_tokens, arguments.temperature, arguments.top_k)
+    if not 0 < arguments.top_p <= 1:
+        raise ConfigError(f"top_p is {arguments.top_p}: it must be in 0 < top_p <= 1.")
+    if not 0 <= arguments.seed < 1 << 63:
+        raise ConfigError(f"seed is {arguments.seed}: it must be at least 0 and below 2^63.")
+    for name, least in (("batch_size", 1), ("prefill_chunk", 0), ("tensor_parallel_degree", 1)):
+        value = getattr(arguments, name)
+        if value < least:
+            raise ConfigError(f"{name} is {value}: it must be at least {least}.")
+
+
+@contextlib.contextmanager
+def _ranks(arguments: Arguments) -> Iterator[tuple[torch.device, Any, Any]]:
+    """This process's device, the group that reads a prompt together, and the mesh of those that
+    share layers; None where there is one process."""
+    ranks, tensor = int(os.environ.get("WORLD_SIZE", 1)), arguments.tensor_parallel_degree
+    if ranks % tensor:
+        raise ConfigError(
+            f"tensor_parallel_degree is {tensor}, which does not divide {ranks} processes: start "
+            f"a multiple of it with torchrun --nproc_per_node."
+        )
+    if ranks == 1:
+        yield find_device(arguments.device), None, None
+        return
+    name, local = arguments.device, os.environ.get("LOCAL_RANK", "0")
+    device = find_device(name if name == "cpu" else f"cuda:{local}" if _gpus() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        mesh = init_device_mesh(device.type, (ranks // tensor, tensor), mesh_dim_names=("cp", "tp"))
+        group = mesh["cp"].get_group() if ranks > tensor else None
+        yield device, group, mesh["tp"] if tensor > 1 else None
+    finally:
+        dist.destroy_process_group()
+
+
+def _run(arguments: Arguments, device: torch.device, group: Any, tensor_mesh: Any) -> None:
+    began = time.perf_counter()
+    texts = _prompts(arguments)
+    model, family, tokenizer = load_model(arguments.checkpoint, device)
+    name = arguments.dtype
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    model = model.to(_DTYPES[name])
+    if tensor_mesh is not None:
+        try:
+            family.tensor_parallel(model, tensor_mesh)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    if arguments.compile:
+        compile_blocks(model.blocks)
+    is_shown = not dist.is_initialized() or dist.get_rank() == 0
+    show = functools.partial(print, end="", flush=True) if is_shown else lambda text: None
+    stats = Stats(device, time.perf_counter() - began)
+    options = dict(
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        prefill_chunk=arguments.prefill_chunk or None,
+        group=group,
+    )
+    prompts = [encode(tokenizer, text) for text in texts]
+    size = arguments.batch_size if group is None else 1
+    for first in range(0, len(prompts), size):
+        batch = prompts[first : first + size]
+        streams = [TextStream(tokenizer, tokens.copy()) for tokens in batch]
+        written = texts[first : first + size]
+        if len(prompts) == 1:
+            show(written[0])
+        steps = continuations(model, family, tokenizer, batch, **options)
+        for step in stats.watch(steps, sum(map(len, batch))):
+            for row, token in enumerate(step):
+                new = "" if token is None else streams[row].add(token)
+                written[row] += new
+                if len(prompts) == 1:
+                    show(new)
+        for row, each in enumerate(streams):
+            rest = each.finish()
+            if len(prompts) == 1:
+                show(f"{rest}\n")
+            else:
+                line = {"prompt": texts[first + row], "text": written[row] + rest}
+                show(json.dumps(line, ensure_ascii=False) + "\n")
+    if arguments.stats and is_shown:
+        print(stats.summary(), file=sys.stderr)
+
+
+def _prompts(arguments: Arguments) -> list[str]:
+    """The texts to continue. Raises DataError for a file that holds none."""
+    path = arguments.prompts
+    if path is None:
+        return [arguments.prompt]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"prompts {path} cannot be read as UTF-8 text: {error}.") from None
+    if path.suffix != ".jsonl":
+        return [text]
+    prompts = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            prompt = json.loads(line)["prompt"]
+        except (ValueError, KeyError, TypeError):
+            prompt = None
+        if not isinstance(prompt, str):
+            raise DataError(f'{path}, line {number}: not a JSON object with a string "prompt".')
+        check_text(f"{path}, line {number}: prompt", prompt)
+        prompts.append(prompt)
+    if not prompts:
+        raise DataError(f"prompts {path} has no line.")
+    return prompts
+
+
+class Stats:
+    """Times and counts of all batches, of this process."""
+
+    def __init__(self, device: torch.device, loading: float) -> None:
+        self._device = device
+        self._loading = loading
+        self._firsts: list[float] = []
+        self._read = self._new = self._steps = 0
+        self._seconds = 0.0
+
+    def watch(self, steps: Iterator[list[int | None]], read: int) -> Iterator[list[int | None]]:
+        """The steps of a batch, whose prompts have `read` tokens together."""
+        self._read += read
+        began, first = time.perf_counter(), None
+        for step in steps:
+            if first is None:
+                first = time.perf_counter()
+                self._firsts.append(first - began)
+            else:
+                self._steps += 1
+                self._new += sum(token is not None for token in step)
+            yield step
+        if first is not None:
+            self._seconds += time.perf_counter() - first
+
+    def summary(self) -> str:
+        """One line. The first token of a batch counts for reading its prompts, with all set-up."""
+        parts = [f"model loaded in {self._loading:.1f} s"]
+        if self._firsts:
+            parts.append(
+                f"{self._read:,} tokens of prompts, first token after {self._firsts[0]:.2f} s"
+            )
+        if self._steps:
+            parts.append(
+                f"then {self._new:,} tokens at {self._new / self._seconds:,.0f} tokens/s "
+                f"({1000 * self._seconds / self._steps:.2f} ms per step)"
+            )
+        if self._device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self._device)
+            parts.append(f"{peak / 2**30:.1f} GiB of GPU memory")
+        return "; ".join(parts)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from lasp.ops import chunked, reference
 __all__ = [
     "PLAIN_CALL",
     "backend",
+    "needs_grad",
     "reference",
     "remembered_call",
     "segment_states_shape",
@@ -29,14 +30,16 @@ def backend(x: torch.Tensor) -> ModuleType:
     return _triton() if x.is_cuda else chunked
 
 
-def step(q, k, v, state, log_decay, *, scale):
+def step(q, k, v, state, log_decay, *, scale, inplace):
     """One token of decoding; see `lasp.ops.chunked.step`."""
     # The kernel has no gradient; plain torch does.
-    needs_grad = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (q, k, v, state, log_decay)
-    )
-    module = chunked if needs_grad else backend(q)
-    return module.step(q, k, v, state, log_decay, scale=scale)
+    module = chunked if needs_grad(q, k, v, state, log_decay) else backend(q)
+    return module.step(q, k, v, state, log_decay, scale=scale, inplace=inplace)
+
+
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """True if a gradient will be asked of what is computed from these."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 class _PlainCall:

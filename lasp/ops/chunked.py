@@ -208,15 +208,19 @@ def step(
     log_decay: torch.Tensor | None,
     *,
     scale: float,
+    inplace: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One token: S <- lambda S + k v^T, o = scale * q . S. Returns (o, S).
 
-    log_decay: [H] or [B, H].
+    log_decay: [H] or [B, H]. inplace: write over the state.
     """
     compute = state_BHDE.dtype
     decay = 1.0 if log_decay is None else log_decay.to(compute).exp()[..., None, None]
     update = k_BHD.to(compute)[..., :, None] * v_BHE.to(compute)[..., None, :]
-    state_BHDE = decay * state_BHDE + update
+    if inplace:
+        state_BHDE.mul_(decay).add_(update)
+    else:
+        state_BHDE = decay * state_BHDE + update
     o_BHE = scale * (q_BHD.to(compute)[..., None, :] @ state_BHDE).squeeze(-2)
     return o_BHE.to(q_BHD.dtype), state_BHDE
 

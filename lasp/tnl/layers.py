@@ -208,11 +208,12 @@ class SoftmaxAttention(nn.Module):
         return_state: bool = False,
         padding_mask: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        state_only: bool = False,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """x [B, T, d] -> (y [B, T, d], keys and values for the next token or None).
 
         Args:
-            shard, position, cu_seqlens: as in `GatedLinearAttention`.
+            shard, position, cu_seqlens, state_only: as in `GatedLinearAttention`.
             state: keys and values [2, B, S, G, D] of the tokens before the global sequence, in the
                 dtype of the projections, on the first rank; None: there are none. With a group,
                 every rank gets those of all tokens up to its last, and no gradient flows through
@@ -220,10 +221,9 @@ class SoftmaxAttention(nn.Module):
             padding_mask: None (`TNL` refuses padding in softmax layers).
         """
         assert padding_mask is None
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
         k, v = self.kv_proj(x).unflatten(-1, (-1, 2, self.head_dim)).unbind(dim=-2)
         ranges = _positions(shard, position)
-        q, k = (apply_rope(each, ranges, self.config.rope_base) for each in (q, k))
+        k = apply_rope(k, ranges, self.config.rope_base)
         if state is not None:
             k, v = torch.cat((state[0], k), dim=1), torch.cat((state[1], v), dim=1)
         sharding = dict(group=shard.group, layout=shard.layout)
@@ -231,14 +231,25 @@ class SoftmaxAttention(nn.Module):
             # The first rank also holds the past.
             past = position - shard.start
             sharding["shard_lengths"] = (past + shard.lengths[0], *shard.lengths[1:])
-        o = lasp.softmax_attention(q, k, v, cu_seqlens=cu_seqlens, **sharding)
         if not return_state:
             state = None
         elif shard.group is None:
             state = torch.stack((k, v))
         else:
             state = gather_past(k, v, **sharding)
+        if state_only:
+            return None, state
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
+        q = apply_rope(q, ranges, self.config.rope_base)
+        o = lasp.softmax_attention(q, k, v, cu_seqlens=cu_seqlens, **sharding)
         return self.out_proj(o.flatten(-2)), state
+
+    @property
+    def num_key_heads(self) -> int:
+        """G, key heads held here."""
+        weight = self.kv_proj.weight
+        local = weight.to_local() if hasattr(weight, "to_local") else weight
+        return local.shape[0] // (2 * self.head_dim)
 
 
 def _positions(shard: SequenceShard, position: int) -> tuple[tuple[int, int], ...]:

@@ -97,6 +97,18 @@ class LRPE(nn.Module):
         outs = [_ApplyLRPE.apply(q_c, k_c, theta, start) for q_c, k_c, start in chunks]
         return tuple(torch.cat(out, dim=1) for out in zip(*outs, strict=True))
 
+    def at(
+        self, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward` of one token per sequence, at positions that differ: q, k [B, 1, H, D],
+        positions int64 [B]; without gradients."""
+        theta = self._local_theta(q.shape[2]).detach().double().squeeze(1)
+        angle = (theta * positions[:, None, None])[:, None]
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        cos, sin = angle.cos().to(wide), angle.sin().to(wide)
+        q, k = (torch.cat((x * cos, x * sin), dim=-1).to(x.dtype) for x in (q, k))
+        return q, k
+
     def _local_theta(self, num_heads: int) -> torch.Tensor:
         theta = self.theta
         # Sharded by heads as q and k are (torch.compile does not see the parameter's attribute).
@@ -226,6 +238,18 @@ def apply_rope(x: torch.Tensor, ranges: tuple[tuple[int, int], ...], base: float
         base: of the angles; D is even.
     """
     return _ApplyRoPE.apply(x, ranges, base)
+
+
+def rotate_at(x: torch.Tensor, positions: torch.Tensor, base: float) -> torch.Tensor:
+    """`apply_rope` of one token per sequence, at positions that differ: x [B, 1, H, D], positions
+    int64 [B]; without gradients."""
+    D = x.shape[-1]
+    exponent = torch.arange(0, D, 2, device=x.device, dtype=torch.float64) / D
+    angle = (positions[:, None] * base**-exponent)[:, None, None]
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    cos, sin = angle.cos().to(wide), angle.sin().to(wide)
+    a, b = x.to(wide).chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 class _ApplyRoPE(torch.autograd.Function):

@@ -32,13 +32,13 @@ def test_a_row_is_all_that_another_family_needs(tmp_path, data, monkeypatch, cap
     calls = set()
     monkeypatch.setitem(FAMILIES, "other", recording_family(calls))
     assert run_here(tmp_path, data, model__family="other", training__steps=1) == 0
-    used = {"build", "check_divides", "describe", "num_parameters", "flops_per_token", "generate"}
+    used = {"build", "check_divides", "describe", "num_parameters", "flops_per_token", "stream"}
     assert calls == used
     found, _ = CheckpointStore(tmp_path / "checkpoint").find("must")
     assert found.state()["family"] == "other"
     calls.clear()
     assert generate.main(["--checkpoint", str(found.path), "--max_new_tokens", "3"]) == 0
-    assert calls == {"build", "generate"}
+    assert calls == {"build", "stream"}
 
 
 def test_only_build_imports_a_family():

@@ -49,6 +49,17 @@ PACKED_SPLIT = 4
 MAX_FOLD = 15
 
 
+class LinearTiles(NamedTuple):
+    """Tiles of `decode.linear`: rows, outputs, inputs per step; splits of the inputs."""
+
+    rows: int
+    outputs: int
+    inputs: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
 class Tiles(NamedTuple):
     """Tile sizes of a kernel: `key` and `value` block of the state, `chunk` tokens per step."""
 
@@ -118,9 +129,18 @@ STATE_TILES_OF = {
 # 16 heads of 128 x 128 still make 512 programs with several segments' loads in flight each.
 COMBINE_BLOCK = 512
 COMBINE_WARPS, COMBINE_STAGES = 4, 4
-# Columns of the state per program of a decoding step: a whole 128-byte line of float32.
-STEP_VALUE_BLOCK = 32
+# Columns of the state per program of a decoding step. 64 sequences, 32 heads of 128, on an H200:
+# 68 us, 91% of the bandwidth of a copy (32 columns: 70 us, 128: 71 us).
+STEP_VALUE_BLOCK = 64
 STEP_WARPS = 4
+# One program per sequence reads all of its logits.
+ARGMAX_BLOCK, ARGMAX_WARPS = 8192, 16
+# Above as many rows a product is no longer bound by its weights: cuBLAS takes over.
+MAX_DECODE_ROWS = 64
+# Blocks of rows and outputs of a product that is split.
+MAX_DECODE_PROGRAMS = 4096
+# Bytes of shared memory for the stages of a product: "mma" includes GPUs with 99 KiB per program.
+DECODE_SHARED = {"wgmma": 220 * 1024, "tcgen05": 220 * 1024, "mma": 96 * 1024}
 # A decay per token: heads and tokens of a tile of its cumulative sums, 32 float64 per thread.
 DECAY_HEADS, DECAY_TOKENS = 16, 256
 DECAY_WARPS = 4
@@ -321,3 +341,56 @@ def send_programs(device: torch.device, overlapped: bool) -> int:
 def _dim_class(dim: int) -> int:
     assert 1 <= dim <= MAX_HEAD_DIM, dim
     return 64 if dim <= 64 else 128 if dim <= 128 else 256
+
+
+@lru_cache(maxsize=256)
+def choose_linear(
+    rows: int, outputs: int, inputs: int, gated: bool, device: torch.device
+) -> LinearTiles:
+    """The tiles of a product of few rows with a weight matrix (`decode.linear`).
+
+    Measured in TNL-1b and TNL-385m. Matrices with fewer outputs than inputs have too few blocks of
+    outputs to fill a GPU: their inputs are split among programs.
+    """
+    narrow = outputs <= inputs
+    if rows == 1:
+        if narrow:
+            return LinearTiles(1, 2, 1024, 1, 4, 1)
+        return LinearTiles(1, 8, 512 if outputs < 8192 and not gated else 256, 1, 4, 1)
+    if rows <= 16:
+        if narrow:
+            tiles = LinearTiles(16, 64, 256 if inputs > outputs else 128, 4, 4, 4)
+        elif gated:
+            tiles = LinearTiles(16, 32, 128, 1, 4, 4)
+        else:
+            tiles = LinearTiles(16, 64, 256, 1, 4, 4 if outputs < 32768 else 3)
+    else:
+        block = 32 if rows <= 32 else MAX_DECODE_ROWS
+        if narrow and inputs > outputs:
+            tiles = LinearTiles(block, 64, 128, 4, 8, 4)
+        elif narrow:
+            tiles = LinearTiles(block, 32, 128, 2, 4, 4)
+        elif gated:
+            tiles = LinearTiles(block, 32, 64, 1, 4, 6)
+        elif outputs < 32768:
+            tiles = LinearTiles(block, 64, 128, 1, 4, 5)
+        else:
+            tiles = LinearTiles(block, 128, 64, 1, 8, 4)
+    stage = 2 * tiles.inputs * (tiles.rows + tiles.outputs * (2 if gated else 1))
+    stages = min(tiles.num_stages, DECODE_SHARED[chip_of(device).products] // stage)
+    return tiles._replace(num_stages=max(2, stages))
+
+
+def choose_mixer(rows: int, num_heads: int) -> tuple[int, int, bool]:
+    """Of a token step's mixer: value columns per program, warps, and whether it starts before the
+    product in front of it has ended, which many programs delay."""
+    states = rows * num_heads
+    if states >= 1024:
+        return 64, 4, False
+    return 32, 8, states < 128
+
+
+def has_dependent_launch(device: torch.device) -> bool:
+    """True if a kernel can start before the one in front of it has ended (compute capability 9.0
+    and 10.x; 12.0 was not tried)."""
+    return chip_of(device).products in ("wgmma", "tcgen05")

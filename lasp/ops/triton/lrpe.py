@@ -20,12 +20,9 @@ from lasp.replay import on_device_of, spec
 
 
 @triton.jit
-def _cos_sin(o_n, p_turns, m_d, position, T, BD: tl.constexpr):
-    """(position of each token [BT] float64, cos [BT, BD], sin [BT, BD])."""
-    b_turns = tl.load(p_turns + tl.arange(0, BD), mask=m_d, other=0.0)  # [BD] float64
-    b_position = ((o_n % T).to(tl.int64) + position).to(tl.float64)
+def cos_sin(b_quarters):
+    """Cosine and sine, float32, of angles given as quarter turns, float64."""
     # The nearest whole number of quarter turns, and the rest of the angle, at most pi / 4.
-    b_quarters = b_position[:, None] * (4.0 * b_turns)[None, :]
     b_whole = tl.floor(b_quarters + 0.5)
     b_x = ((b_quarters - b_whole) * 1.5707963267948966).to(tl.float32)
     # Taylor series, to 3e-8. The library's functions take any argument, with four times the
@@ -38,6 +35,15 @@ def _cos_sin(o_n, p_turns, m_d, position, T, BD: tl.constexpr):
     b_cos, b_sin = tl.where(b_odd, b_sin, b_cos), tl.where(b_odd, b_cos, b_sin)
     b_cos = tl.where(((b_quadrant + 1) & 2) != 0, -b_cos, b_cos)
     b_sin = tl.where((b_quadrant & 2) != 0, -b_sin, b_sin)
+    return b_cos, b_sin
+
+
+@triton.jit
+def _cos_sin(o_n, p_turns, m_d, position, T, BD: tl.constexpr):
+    """(position of each token [BT] float64, cos [BT, BD], sin [BT, BD])."""
+    b_turns = tl.load(p_turns + tl.arange(0, BD), mask=m_d, other=0.0)  # [BD] float64
+    b_position = ((o_n % T).to(tl.int64) + position).to(tl.float64)
+    b_cos, b_sin = cos_sin(b_position[:, None] * (4.0 * b_turns)[None, :])
     return b_position, b_cos, b_sin
 
 
@@ -126,7 +132,7 @@ def lrpe(
         return out_q, out_k
     with on_device_of(q):
         lrpe_kernel[(triton.cdiv(batch * length, LRPE_TOKENS) * num_heads,)](
-            q, k, _turns(theta), out_q, out_k, *_arguments(q, k, position), **_constants(dim)
+            q, k, turns(theta), out_q, out_k, *_arguments(q, k, position), **_constants(dim)
         )
     return out_q, out_k
 
@@ -153,7 +159,7 @@ def lrpe_backward(
             grad_k.contiguous(),
             q,
             k,
-            _turns(theta),
+            turns(theta),
             into_q,
             into_k,
             rates,
@@ -163,7 +169,8 @@ def lrpe_backward(
     return into_q, into_k, rates.sum(0)
 
 
-def _turns(theta: torch.Tensor) -> torch.Tensor:
+def turns(theta: torch.Tensor) -> torch.Tensor:
+    """Rates [H, D] as turns per token, float64."""
     return (theta.double() / (2 * math.pi)).contiguous()
 
 

@@ -68,12 +68,13 @@ def step(
     log_decay: torch.Tensor | None = None,
     *,
     scale: float = 1.0,
+    inplace: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One token: S' = exp(log_decay) S + k v^T, o = scale * q . S'; log_decay [H] or [B, H].
 
     q, k [B, H, D], v [B, H, E], state [B, H, D, E] float32 (any strides). Returns o [B, H, E] in
-    q's dtype and S', a new tensor. Raises ValueError for dtypes or head dims that the kernels do
-    not support.
+    q's dtype and S', a new tensor or, in place, `state`. Raises ValueError for dtypes or head dims
+    that the kernels do not support.
     """
     check_operands(dict(q=spec(q), k=spec(k), v=spec(v)))
     batch, num_heads, key_dim = q.shape
@@ -81,7 +82,9 @@ def step(
     assert state.shape == (batch, num_heads, key_dim, value_dim), state.shape
     assert state.dtype == torch.float32, state.dtype
     o = torch.empty(batch, num_heads, value_dim, dtype=q.dtype, device=q.device)
-    new_state = torch.empty(state.shape, dtype=torch.float32, device=q.device)
+    new_state = state
+    if not inplace or not state.is_contiguous():
+        new_state = torch.empty(state.shape, dtype=torch.float32, device=q.device)
     if o.numel() == 0:
         return o, new_state
     q, k, v = (with_unit_stride(t) for t in (q, k, v))
@@ -92,6 +95,8 @@ def step(
     launch = _step_launch(*specs, float(scale))
     with on_device_of(q):
         launch(programs, q, k, v, state, o, new_state, log_decay)
+    if inplace and new_state is not state:
+        new_state = state.copy_(new_state)
     return o, new_state
 
 

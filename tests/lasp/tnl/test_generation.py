@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from lasp.tnl import TNL, TNLConfig, generate
-from lasp.tnl.generation import prefill, sample
+from lasp.tnl.decoding import Decoder, Sampling
+from lasp.tnl.generation import prefill, stream
 
 CONFIG = TNLConfig(vocab_size=50, dim=32, num_layers=3, num_heads=4, glu_dim=48, init_std=0.2)
-
-
+LEARNED = dataclasses.replace(CONFIG, decay="learned")
 HYBRID = dataclasses.replace(CONFIG, layer_types="LSL", num_key_value_heads=2)
 
 
@@ -26,18 +26,32 @@ def prompt_of(batch, length):
 
 @pytest.mark.parametrize("length", [1, 63, 100])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("config", [CONFIG, HYBRID, LEARNED], ids=["linear", "hybrid", "learned"])
 @torch.no_grad()
-def test_decoding_gives_the_logits_of_one_pass(length, dtype, tolerance):
-    model, tokens = make(dtype), prompt_of(2, length + 20)
+def test_decoding_gives_the_logits_of_one_pass(length, dtype, tolerance, config):
+    model, tokens = make(dtype, config), prompt_of(2, length + 20)
     expected = model(tokens)
-    logits, states = prefill(model, tokens[:, :length], chunk=32)
-    steps = [logits]
-    for t in range(length, length + 20):
-        logits, states = model(tokens[:, t : t + 1], states=states, return_states=True)
-        steps.append(logits[:, 0])
-    error = (torch.stack(steps, 1) - expected[:, length - 1 :]).abs().max()
+    decoder, logits = Decoder(model, 2, context=length + 20), []
+    for rows, states in prefill(model, list(tokens[:, :length]), chunk=32):
+        decoder.load(states, rows)
+    for t in range(length - 1, length + 20):
+        decoder.tokens.copy_(tokens[:, t])
+        decoder.step()
+        logits.append(decoder.logits)
+    error = (torch.stack(logits, 1) - expected[:, length - 1 :]).abs().max()
     assert error < tolerance * expected.abs().max()
-    assert states.position == length + 20
+    assert decoder.positions.tolist() == [length + 20] * 2
+
+
+@pytest.mark.parametrize("config", [CONFIG, HYBRID, LEARNED], ids=["linear", "hybrid", "learned"])
+@pytest.mark.parametrize("chunk", [7, 16, 1000])
+def test_prompts_of_any_lengths_continue_as_alone(config, chunk):
+    model = make(torch.float64, config)
+    prompts = [prompt_of(1, length)[0] for length in (9, 1, 3, 3, 20, 1, 40)]
+    together = torch.stack(list(stream(model, prompts, 10, prefill_chunk=chunk)), 1)
+    for prompt, new in zip(prompts, together, strict=True):
+        alone = model.generate(prompt[None], 10)
+        assert torch.equal(alone[0, len(prompt) :], new)
 
 
 @pytest.mark.parametrize("config", [CONFIG, HYBRID], ids=["linear", "hybrid"])
@@ -63,13 +77,33 @@ def test_samples_follow_the_generator_and_top_k():
     assert torch.equal(draw(1, top_k=1), model.generate(tokens, 15))
 
 
-def test_sampling_frequencies_follow_temperature_and_top_k():
+def frequencies(**options):
     logits = torch.tensor([1.0, 2.0, 0.5, -1.0]).expand(20000, -1)
-    generator = torch.Generator().manual_seed(0)
-    counts = sample(logits, 0.7, 3, generator).bincount(minlength=4) / 20000
-    expected = (torch.tensor([1.0, 2.0, 0.5, -torch.inf]) / 0.7).softmax(0)
-    torch.testing.assert_close(counts, expected, rtol=0, atol=0.015)
-    assert counts[3] == 0
+    drawn = Sampling(temperature=0.7, **options)(logits, torch.Generator().manual_seed(0))
+    return drawn.bincount(minlength=4) / 20000
+
+
+# At temperature 0.7 the probabilities are 0.17, 0.74, 0.09 and 0.01, all four together 1.
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, [0, 1, 2, 3]),
+        ({"top_k": 3}, [0, 1, 2]),
+        ({"top_k": 9}, [0, 1, 2, 3]),
+        ({"top_p": 0.5}, [1]),
+        ({"top_p": 0.8}, [0, 1]),
+        ({"top_p": 0.95}, [0, 1, 2]),
+        ({"top_p": 1.0}, [0, 1, 2, 3]),
+        ({"top_k": 2, "top_p": 0.8}, [1]),
+        ({"top_k": 2, "top_p": 0.85}, [0, 1]),
+    ],
+)
+def test_sampling_frequencies_follow_temperature_top_k_and_top_p(options, kept):
+    logits = torch.full((4,), -torch.inf)
+    logits[kept] = torch.tensor([1.0, 2.0, 0.5, -1.0])[kept] / 0.7
+    counts = frequencies(**options)
+    torch.testing.assert_close(counts, logits.softmax(0), rtol=0, atol=0.015)
+    assert not counts[[i for i in range(4) if i not in kept]].any()
 
 
 def test_end_of_sequence_stops_each_row():
@@ -108,7 +142,11 @@ def test_no_new_tokens():
         (2, {"max_new_tokens": -1}, "max_new_tokens is -1"),
         (2, {"temperature": -1.0}, "temperature is -1.0"),
         (2, {"top_k": 0}, "top_k is 0"),
+        (2, {"top_p": 0.0}, "top_p is 0.0"),
+        (2, {"top_p": 1.5}, "top_p is 1.5"),
         (2, {"prefill_chunk": 0}, "prefill_chunk is 0"),
+        (2, {"padding_mask": torch.tensor([[True, False]])}, "pad on the left"),
+        (2, {"padding_mask": torch.ones(1, 3)}, r"padding_mask is \(1, 3\)"),
     ],
 )
 def test_bad_options_are_refused(length, options, message):

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 
 from lasp.ops import triton as kernels
-from lasp.ops.triton.launch_config import SEND_CHUNK
+from lasp.ops.triton import decode
+from lasp.ops.triton.launch_config import MAX_DECODE_ROWS, SEND_CHUNK
 from lasp.ops.triton.lrpe import lrpe, lrpe_backward
 
 T, H = 1024, 16
@@ -42,7 +43,7 @@ class Launch(NamedTuple):
 
 def all_launches() -> list[Launch]:
     """Every dtype, class of head dims and kind of every kernel."""
-    found = [*_send_launches(), *_cumulate_launches()]
+    found = [*_send_launches(), *_cumulate_launches(), *_decode_launches()]
     for dtype, dims in itertools.product(DTYPES, DIMS):
         for launches in (
             _scan_launches,
@@ -79,6 +80,11 @@ QUICK = {
     ("lrpe", "bf16", "256", "forward"),
     ("lrpe", "bf16", "256", "backward"),
     ("send_recv_state", "", "", "receives sends factor uneven"),
+    ("linear", "bf16", "", "qkvu rows=1"),
+    ("linear", "bf16", "", "gated rows=64"),
+    ("linear", "bf16", "", "down rows=64"),
+    ("mixer", "bf16", "128", "lrpe rows=64"),
+    ("next_tokens", "", "", "rows=64"),
 }
 
 
@@ -240,3 +246,40 @@ def _send_launches() -> Iterator[Launch]:
 
 def _variant(**flags: bool) -> str:
     return " ".join(name for name, given in flags.items() if given) or "plain"
+
+
+def _decode_launches() -> Iterator[Launch]:
+    """The token step of TNL-1b."""
+    width, inner, vocabulary = 2048, 5632, 64000
+    counters = torch.empty(4096, dtype=torch.int32)
+
+    def weight(*shape):
+        return torch.empty(*shape, dtype=torch.bfloat16)
+
+    for rows in (1, 16, 32, MAX_DECODE_ROWS):
+        x, wide, squares = weight(rows, width), weight(rows, inner), torch.empty(rows, 64)
+        linear = partial(decode.linear, x, counters=counters, squares=squares)
+        gate, residual = weight(inner, width), dict(residual=x, with_squares=True)
+        head = dict(weight=weight(vocabulary, width), dtype=torch.float32)
+        calls = {
+            "qkvu": partial(linear, weight=weight(4 * width, width), silu=128),
+            "out": partial(linear, weight=weight(width, width), **residual),
+            "gated": partial(linear, weight=gate, gate=gate),
+            "down": partial(decode.linear, wide, weight(width, inner), counters, **residual),
+            "head": partial(linear, **head),
+        }
+        for name, call in calls.items():
+            yield Launch("linear", "bf16", "", f"{name} rows={rows}", call)
+        qkvu, positions = weight(rows, 16, 4, 128), torch.empty(rows, dtype=torch.int64)
+        for has_lrpe, by_token in itertools.product((False, True), repeat=2):
+            state = torch.empty(rows, 16, 256 if has_lrpe else 128, 128)
+            turns = torch.empty(16, 128, dtype=torch.float64) if has_lrpe else None
+            decay = torch.empty(*([rows] if by_token else []), 16)
+            call = partial(decode.mixer, qkvu, state, decay, turns, positions)
+            names = _variant(lrpe=has_lrpe, by_token=by_token)
+            yield Launch("mixer", "bf16", "128", f"{names} rows={rows}".strip(), call)
+        tokens = positions
+        yield Launch("embed", "bf16", "", f"rows={rows}", partial(decode.embed, tokens, x[:1], 1.0))
+        logits = torch.empty(rows, vocabulary)
+        call = partial(decode.next_tokens, logits, tokens, positions)
+        yield Launch("next_tokens", "", "", f"rows={rows}", call)
