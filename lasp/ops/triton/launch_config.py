@@ -343,7 +343,6 @@ def _dim_class(dim: int) -> int:
     return 64 if dim <= 64 else 128 if dim <= 128 else 256
 
 
-@lru_cache(maxsize=256)
 def choose_linear(
     rows: int, outputs: int, inputs: int, gated: bool, device: torch.device
 ) -> LinearTiles:
