@@ -4,11 +4,11 @@ in those of the released TransNormerLLM checkpoints.
 A folder of its own has the names of `TNL.state_dict()` after "model.", in the same order, and its
 config.json holds the fields of TNLConfig under "tnl"; `lasp.tnl.hf` is the class that reads it.
 
-The released ones: according to the published PyTorch class (TransnormerForCausalLM, code of the 385M/1B/7B
-checkpoints), `qkvu_proj` is split by chunk(4), so its rows are all q, then all k, v, u, where ours
-are ordered by head; `l1 * l2 -> l3` is our `w1 * w2 -> w3`; `lrpe.theta` is [H, 1, D]; norms have
-no weights; `lm_head` is tied to the embedding. No checkpoint file was read: the tests reimplement
-that class's forward and compare logits.
+The released ones: according to the published PyTorch class (TransnormerForCausalLM, code of the
+385M/1B/7B checkpoints), `qkvu_proj` is split by chunk(4), so its rows are all q, then all k, v, u,
+where ours are ordered by head; `l1 * l2 -> l3` is our `w1 * w2 -> w3`; `lrpe.theta` is [H, 1, D];
+norms have no weights; `lm_head` is tied to the embedding. No checkpoint file was read: the tests
+reimplement that class's forward and compare logits.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _EMBEDDING = "model.embed_tokens.weight"
 
 # Lets transformers find the classes with trust_remote_code=True, without an import of lasp.
 _MODELING_FILE = "modeling_lasp_tnl.py"
-_MODELING_TEXT = """# pip install lasp; the model itself is in that package.
+_MODELING_TEXT = """# The model is in the package lasp, which must be installed.
 from lasp.tnl.hf import TNLForCausalLM, TNLPretrainedConfig
 
 __all__ = ["TNLForCausalLM", "TNLPretrainedConfig"]
@@ -85,7 +85,9 @@ class WeightLayout:
             "unexpected": sorted(tensors.keys() - shapes.keys()),
             "wrong shape": wrong,
         }
-        return "; ".join(f"{what}: {_listed(names)}" for what, names in found.items() if names) or None
+        return (
+            "; ".join(f"{what}: {_listed(names)}" for what, names in found.items() if names) or None
+        )
 
     def to_ours(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor of the files as the parameter `name` of a TNL has it; dtypes are kept, except
@@ -214,9 +216,7 @@ def from_released(
     for copy, name in layout.copies.items():
         if copy in state_dict and not torch.equal(state_dict[copy], state_dict[name]):
             raise ValueError(f"{copy} differs from {name}: this model has one tied matrix.")
-    return {
-        ours: layout.to_ours(ours, state_dict[theirs]) for ours, theirs in layout.names.items()
-    }
+    return {ours: layout.to_ours(ours, state_dict[theirs]) for ours, theirs in layout.names.items()}
 
 
 def to_released(
@@ -238,9 +238,7 @@ def to_released(
             f"not the state dict of a TNL of {config}: missing {sorted(missing)}, "
             f"unexpected {sorted(extra)}."
         )
-    converted = {
-        theirs: layout.to_theirs(ours, state_dict[ours]) for ours, theirs in names.items()
-    }
+    converted = {theirs: layout.to_theirs(ours, state_dict[ours]) for ours, theirs in names.items()}
     converted[_HEAD] = converted[_EMBEDDING]
     return converted
 

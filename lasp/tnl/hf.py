@@ -31,8 +31,8 @@ try:
         AutoModelForCausalLM,
         Cache,
         GenerationMixin,
-        PreTrainedModel,
         PretrainedConfig,
+        PreTrainedModel,
         initialization,
     )
     from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -116,7 +116,9 @@ class TNLCache(Cache):
         return False
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise ValueError("a TNL's state cannot forget its last tokens: read the shorter text again.")
+        raise ValueError(
+            "a TNL's state cannot forget its last tokens: read the shorter text again."
+        )
 
     def reset(self) -> None:
         self.state = None
@@ -226,7 +228,9 @@ class TNLForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **options)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache if use_cache else None)
+        output = CausalLMOutputWithPast(
+            loss=loss, logits=logits, cache=cache if use_cache else None
+        )
         if return_dict is None:
             return_dict = self.config.return_dict
         return output if return_dict else output.to_tuple()
@@ -234,7 +238,7 @@ class TNLForCausalLM(PreTrainedModel, GenerationMixin):
     def _check(self, cache: Any, options: dict[str, Any]) -> None:
         if cache is not None and not isinstance(cache, TNLCache):
             raise ValueError(
-                f"cache is a {type(cache).__name__}: pass the TNLCache of an earlier output, or none."
+                f"cache is a {type(cache).__name__}: pass that of an earlier output, or none."
             )
         refused = (
             "inputs_embeds",
@@ -266,8 +270,13 @@ class TNLForCausalLM(PreTrainedModel, GenerationMixin):
         return mask
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *others: Any
-    ) -> None:
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
         """The state takes the place of the caches that `generate` knows."""
         if generation_config.cache_implementation is not None:
             raise ValueError(
