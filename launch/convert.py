@@ -34,6 +34,8 @@ from launch.optimizer import check_model_tensors
 from launch.tokenizer import tokenizer_from_spec
 
 _SIZE = re.compile(r"([1-9]\d*)(KB|MB|GB)")
+# Of a file of weights in a checkpoint that is imported; so much is in memory at a time.
+_FILE_BYTES = 5 * 10**9
 _INDEX = "model.safetensors.index.json"
 
 
@@ -143,7 +145,7 @@ def import_folder(folder: Path, output: Path) -> Path:
     with _staged(output) as staging:
         store = CheckpointStore(staging)
         step = store.begin(0)
-        _write_tensors(step, wanted, source.read, _bytes("5GB"), None)
+        _write_tensors(step, wanted, source.read, _FILE_BYTES, None)
         save_file({}, step / tensor_file("optimizer"))
         (step / "state.json").write_text(json.dumps(state), encoding="utf-8")
         path = store.commit(0, step, [seal_file(each) for each in sorted(step.iterdir())])
@@ -246,6 +248,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     print(f"checkpoint: {path}")
+    if not (arguments.input / "tokenizer.json").exists():
+        print(f"{arguments.input} has no tokenizer.json: the checkpoint has no tokenizer either")
     model_file = arguments.output / "model.json"
     print(f"to train from it: --checkpoint.resume {path} --model.config {model_file}")
     return 0

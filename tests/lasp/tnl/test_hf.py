@@ -126,6 +126,19 @@ def test_greedy_generation_is_that_of_the_model(config):
 
 
 @every_config
+def test_each_row_stops_at_its_end_of_text(config):
+    model, inner = wrapped(config)
+    tokens = prompt_of(3, 9)
+    end = inner.generate(tokens, 20)[0, 14].item()
+    expected = inner.generate(tokens, 20, eos_token_id=end)
+    out = model.generate(
+        tokens, max_new_tokens=20, do_sample=False, eos_token_id=end, pad_token_id=end
+    )
+    assert torch.equal(out, expected)
+    assert (expected[0, 15:] == end).all()
+
+
+@every_config
 def test_beam_search_and_samples_follow_the_right_states(config):
     model, _ = wrapped(config)
     tokens = prompt_of(2, 9)
