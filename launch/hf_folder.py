@@ -4,6 +4,7 @@ All of a folder is checked before a tensor is read, and tensors are read one at 
 no code from it: .bin files are pickles, of which torch.load(weights_only=True) takes tensors only.
 """
 
+import contextlib
 import functools
 import json
 from collections.abc import Mapping
@@ -194,13 +195,15 @@ def tokenizer_files(spec: dict[str, Any]) -> dict[str, str]:
 
     Args:
         spec: of a tokenizer of launch/tokenizer.py. One that has a "tokenizer", the content of a
-            tokenizer.json, is written as it is.
+            tokenizer.json, is written as it is, but for tokens that it would add to each text:
+            training adds none.
 
     Raises:
         DataError: an unknown or damaged spec.
     """
     tokenizer = tokenizer_from_spec(spec)
     description = spec["tokenizer"] if "tokenizer" in spec else byte_description()
+    description = _without_added_tokens(description)
     name_of = _Tokenizer.from_str(json.dumps(description)).id_to_token
     end = name_of(tokenizer.eod_id)
     config: dict[str, Any] = {
@@ -251,37 +254,41 @@ def _read_tokenizer(folder: Path, vocab_size: int) -> dict[str, Any] | None:
     path = folder / "tokenizer.json"
     if not path.exists():
         return None
-    spec, tokenizer = _tokenizer_of(folder, path)
+    tokenizer = _tokenizer_of(folder, path)
     if tokenizer.vocab_size > vocab_size:
         raise CheckpointError(
             f"{path} has {tokenizer.vocab_size} tokens, the model in {folder} only {vocab_size}."
         )
-    return spec
+    return tokenizer.spec()
 
 
-def _tokenizer_of(folder: Path, path: Path) -> tuple[dict[str, Any], Tokenizer]:
-    description = _read_json(path)
+def _tokenizer_of(folder: Path, path: Path) -> Tokenizer:
+    description = _without_added_tokens(_read_json(path))
     if description == byte_description():
-        return ByteTokenizer().spec(), ByteTokenizer()
-    spec: dict[str, Any] = {"kind": "bpe", "tokenizer": description}
-    try:
-        return spec, tokenizer_from_spec(spec)
-    except DataError:
-        # Not one of prepare_data.py, or damaged.
-        pass
+        return ByteTokenizer()
+    # Not one of prepare_data.py, or damaged: then the second says what is wrong.
+    with contextlib.suppress(DataError):
+        return tokenizer_from_spec({"kind": "bpe", "tokenizer": description})
     config: dict[str, Any] = {}
     if (folder / "tokenizer_config.json").exists():
         config = _read_json(folder / "tokenizer_config.json")
+    end, pad = (_token_name(config.get(name)) for name in ("eos_token", "pad_token"))
     spec = {
         "kind": "file",
         "tokenizer": description,
-        "eod_token": _token_name(config.get("eos_token")),
-        "pad_token": _token_name(config.get("pad_token")),
+        "eod_token": end,
+        # What pads is no label, and the end of a text has to be one.
+        "pad_token": None if pad == end else pad,
     }
     try:
-        return spec, tokenizer_from_spec(spec)
+        return tokenizer_from_spec(spec)
     except DataError as error:
         raise CheckpointError(f"{path} cannot be used: {error}") from None
+
+
+def _without_added_tokens(description: dict[str, Any]) -> dict[str, Any]:
+    # Post-processors add tokens around a text. (transformers saves one that adds none.)
+    return {**description, "post_processor": None}
 
 
 def _token_name(value: Any) -> str | None:

@@ -179,15 +179,16 @@ def test_a_checkpoint_without_a_tokenizer_goes_through(tmp_path):
     assert contents(export(back, tmp_path / "second")) == contents(first)
 
 
-def test_what_transformers_saves_comes_back(tmp_path, transformers):
-    checkpoint = checkpoint_of(tmp_path / "checkpoint")
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_what_transformers_saves_comes_back(kind, tmp_path, transformers):
+    checkpoint = checkpoint_of(tmp_path / "checkpoint", tokenizer=kind)
     folder = export(checkpoint, tmp_path / "hf")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     model.save_pretrained(tmp_path / "saved", max_shard_size="30KB")
     transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "saved")
     found = open_checkpoint(bring_in(tmp_path / "saved", tmp_path / "back"))
     original = open_checkpoint(checkpoint)
-    assert found.state()["model"] == original.state()["model"]
+    assert all(found.state()[key] == original.state()[key] for key in ("model", "tokenizer"))
     stored = found.tensors("model")
     assert all(torch.equal(stored[name], each) for name, each in original.tensors("model").items())
 
