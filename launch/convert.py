@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
                 dtype=arguments.dtype,
                 max_shard_size=arguments.max_shard_size,
             )
-            print(f"{arguments.output}: read it with transformers after `import lasp.tnl.hf`")
+            print(f"{arguments.output}: docs/weights.md says how transformers reads it")
             return 0
         path = import_folder(arguments.input, arguments.output)
     except UserError as error:

@@ -1,7 +1,7 @@
 """Hugging Face folders: config.json, weights in safetensors or .bin files, a tokenizer.
 
 All of a folder is checked before a tensor is read, and tensors are read one at a time. Reading runs
-no code from it: .bin files are pickles, of which torch.load(weights_only=True) takes tensors only.
+no code from it: .bin files are pickles, of which tensors alone are taken.
 """
 
 import contextlib
