@@ -247,7 +247,8 @@ class TNLForCausalLM(PreTrainedModel, GenerationMixin):
             "past_key_values",
             "position_ids",
         )
-        given = [name for name in refused if options.pop(name, None) not in (None, False)]
+        values = {name: options.pop(name, None) for name in refused}
+        given = [name for name, value in values.items() if value is not None and value is not False]
         if given:
             raise ValueError(
                 f"{', '.join(given)}: a TNL takes input_ids, counts positions itself, returns no "

@@ -158,13 +158,19 @@ def test_beam_search_and_samples_follow_the_right_states(config):
 @pytest.mark.parametrize("config", WITHOUT_PADDING, ids=["linear", "learned"])
 @pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 3}], ids=["at once", "in chunks"])
 def test_left_padding_changes_nothing(config, options):
-    model, inner = wrapped(config)
+    model, _ = wrapped(config)
     tokens = prompt_of(2, 12)
     mask = torch.ones(2, 12, dtype=torch.int64)
     mask[1, :7] = 0
-    out = model.generate(tokens, attention_mask=mask, max_new_tokens=10, do_sample=False, **options)
-    assert torch.equal(out[:1], inner.generate(tokens[:1], 10))
-    assert torch.equal(out[1:, 7:], inner.generate(tokens[1:, 7:], 10))
+    options |= dict(
+        max_new_tokens=10, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    together = model.generate(tokens, attention_mask=mask, **options)
+    for row, start in ((0, 0), (1, 7)):
+        alone = model.generate(tokens[row : row + 1, start:], **options)
+        assert torch.equal(together.sequences[row, start:], alone.sequences[0])
+        logits, expected = (torch.stack(each.logits) for each in (together, alone))
+        torch.testing.assert_close(logits[:, row], expected[:, 0])
 
 
 @every_config
@@ -241,6 +247,11 @@ BAD = {
         "linear",
         lambda model: model(prompt_of(2, 5), output_hidden_states=True),
         "output_hidden_states: a TNL takes",
+    ),
+    "embeddings": (
+        "linear",
+        lambda model: generate(model, inputs_embeds=torch.zeros(2, 3, 32)),
+        "inputs_embeds: a TNL takes input_ids",
     ),
     "the past under an old name": (
         "linear",
