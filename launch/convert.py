@@ -117,6 +117,9 @@ def export_checkpoint(
             limit,
             {"format": "pt"},
         )
+        for path in staging.glob("*.safetensors"):
+            # safetensors lets no other user read its files, which are made to be shared here.
+            shutil.copymode(staging / "config.json", path)
         if index is not None:
             (staging / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 

@@ -94,9 +94,13 @@ def _find_layout(path: Path, values: dict[str, Any]) -> tuple[str, Any]:
     for name, family in FAMILIES.items():
         try:
             layout = family.hf_layout(values)
-        # TypeError and others: a field of another type than expected.
-        except (ValueError, TypeError, AttributeError) as error:
+        except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from None
+        except (TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path} has a field of another type than a model's config has ({error}): copy or "
+                "download it again."
+            ) from None
         if layout is not None:
             return name, layout
     raise CheckpointError(

@@ -173,6 +173,14 @@ def test_left_padding_changes_nothing(config, options):
         torch.testing.assert_close(logits[:, row], expected[:, 0])
 
 
+def test_right_padding_changes_no_logits_before_it():
+    model, inner = wrapped(LINEAR)
+    tokens = prompt_of(1, 12)
+    mask = (torch.arange(12) < 8)[None]
+    padded = model(tokens, attention_mask=mask).logits
+    torch.testing.assert_close(padded[:, :8], inner(tokens[:, :8]))
+
+
 @every_config
 def test_a_cache_continues_where_it_stopped(config):
     model, inner = wrapped(config)
