@@ -81,12 +81,18 @@ def open_folder(path: Path) -> HFFolder:
                 f"{path}: {name} is {tensor.dtype}; weights must be float32, bfloat16 or float16."
             )
     for copy, name in layout.copies.items():
-        if copy in tensors and not torch.equal(tensors[copy][()], tensors[name][()]):
+        if copy in tensors and not _same_bits(tensors[copy][()], tensors[name][()]):
             raise CheckpointError(
                 f"{path}: {copy} differs from {name}, but this model has one tied matrix."
             )
     tokenizer = _read_tokenizer(path, layout.config.vocab_size)
     return HFFolder(path, family_name, FAMILIES[family_name], layout, tensors, tokenizer)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    # NaN is not equal to itself.
+    a, b = (each.contiguous().view(torch.uint8) for each in (a, b))
+    return torch.equal(a, b)
 
 
 def _find_layout(path: Path, values: dict[str, Any]) -> tuple[str, Any]:

@@ -49,9 +49,13 @@ def test_transformers_continues_as_the_launcher_does(
     checkpoint = checkpoint_of(tmp_path / "checkpoint", config, tokenizer)
     folder = export(checkpoint, tmp_path / "hf", "--max-shard-size", "30KB")
     capsys.readouterr()
-    arguments = ["--checkpoint", str(checkpoint), "--prompt", "def main", "--temperature", "0"]
-    assert generate.main([*arguments, "--max_new_tokens", "40"]) == 0
+    arguments = ["--prompt", "def main", "--temperature", "0", "--max_new_tokens", "40"]
+    assert generate.main(["--checkpoint", str(checkpoint), *arguments]) == 0
     expected = capsys.readouterr().out.removesuffix("\n")
+    imported = bring_in(folder, tmp_path / "imported")
+    capsys.readouterr()
+    assert generate.main(["--checkpoint", str(imported), *arguments]) == 0
+    assert capsys.readouterr().out.removesuffix("\n") == expected
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     coder = transformers.AutoTokenizer.from_pretrained(folder)
@@ -121,10 +125,12 @@ def test_export_import_export_gives_equal_bytes(config, dtype, size, tmp_path):
     assert all(found.state()[key] == original[key] for key in ("family", "model", "tokenizer"))
 
 
-def test_a_checkpoint_without_a_tokenizer_goes_through(tmp_path):
+def test_a_checkpoint_without_a_tokenizer_goes_through(tmp_path, transformers):
     checkpoint = checkpoint_of(tmp_path / "checkpoint", tokenizer=None)
     first = export(checkpoint, tmp_path / "first")
     assert not (first / "tokenizer.json").exists()
+    model = transformers.AutoModelForCausalLM.from_pretrained(first)
+    assert model.generate(torch.tensor([[1]]), max_new_tokens=3, do_sample=False).shape == (1, 4)
     back = bring_in(first, tmp_path / "back")
     assert contents(export(back, tmp_path / "second")) == contents(first)
 

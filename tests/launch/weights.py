@@ -101,7 +101,9 @@ RELEASED = {
 def write_released(folder, dtype=torch.bfloat16, kind="safetensors", files=1):
     """A folder in the released layout; its tensors."""
     folder.mkdir()
-    tensors = to_released(weights_of(LINEAR), LINEAR)
+    weights = weights_of(LINEAR)
+    weights["embedding.weight"][7, 0] = torch.nan
+    tensors = to_released(weights, LINEAR)
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
     if kind == "safetensors":
         del tensors["lm_head.weight"]
