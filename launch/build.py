@@ -4,7 +4,7 @@ any of them: FP8, tensor parallelism, activation checkpointing, compilation, dat
 import dataclasses
 import json
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lasp import SequenceShard
 from lasp.tnl import TNL, TNLConfig
-from lasp.tnl.convert import from_released, to_released
+from lasp.tnl.convert import hf_files, hf_layout
 from lasp.tnl.generation import stream
 from launch.config import Config, Float8, Model
 from launch.data import IGNORE
@@ -58,7 +58,11 @@ class ModelFamily:
         check_divides: (config, ranks) raises ValueError where tensor parallelism cannot shard it.
         float32_blocks: model -> the blocks whose weights must stay float32 under bfloat16.
         stream: (model, prompts, max_new_tokens, ...) -> the next tokens of all prompts, in steps.
-        from_released, to_released: convert published weights, in both directions.
+        hf_files: (config, dtype) -> {name: text} of the files that describe the model in a Hugging
+            Face folder, config.json among them.
+        hf_layout: values of a config.json -> where such a folder has the weights (`config`,
+            `names`, `shapes`, `copies`, `problem` and `to_ours`, as `lasp.tnl.convert.WeightLayout`
+            has); None for a folder of another family. Raises ValueError for one it cannot read.
     """
 
     config_class: type
@@ -72,8 +76,8 @@ class ModelFamily:
     check_divides: Callable[[Any, int], None]
     float32_blocks: Callable[[nn.Module], list[nn.Module]]
     stream: Callable[..., Iterator[Tensor]]
-    from_released: Callable[..., Any]
-    to_released: Callable[..., Any]
+    hf_files: Callable[[Any, str], dict[str, str]]
+    hf_layout: Callable[[Mapping[str, Any]], Any]
 
 
 def _describe_tnl(config: TNLConfig) -> str:
@@ -102,8 +106,8 @@ FAMILIES = {
         check_divides=check_divides,
         float32_blocks=float32_blocks,
         stream=stream,
-        from_released=from_released,
-        to_released=to_released,
+        hf_files=hf_files,
+        hf_layout=hf_layout,
     )
 }
 

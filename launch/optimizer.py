@@ -139,6 +139,16 @@ def load_model_tensors(
         CheckpointError: names, shapes or dtypes that are not this model's; the message lists them.
     """
     own = model.state_dict()
+    check_model_tensors(own, tensors)
+    for name, value in own.items():
+        _fill(value, tensors[name])
+
+
+def check_model_tensors(
+    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor] | Mapping[str, StoredTensor]
+) -> None:
+    """Raise CheckpointError, which lists what differs, if `tensors` are not those of a model whose
+    state dict is `own`."""
     problems = [f"missing {name}" for name in own if name not in tensors]
     problems += [f"unknown {name}" for name in tensors if name not in own]
     problems += [
@@ -153,8 +163,6 @@ def load_model_tensors(
             f"the checkpoint is of another model: {shown}. Use its config, or another "
             "job.dump_folder."
         )
-    for name, value in own.items():
-        _fill(value, tensors[name])
 
 
 @torch.no_grad()

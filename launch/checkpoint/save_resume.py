@@ -219,7 +219,8 @@ def find_checkpoint(state: TrainState) -> tuple[Checkpoint | None, list[str]]:
 
 
 def resume(state: TrainState, found: Checkpoint) -> None:
-    """Continue from a verified checkpoint, on any number of ranks and any mesh.
+    """Continue from a verified checkpoint, on any number of ranks and any mesh. One of step 0 has
+    weights only.
 
     Raises:
         CheckpointError: it is of another model, or this rank cannot read it.
@@ -227,6 +228,9 @@ def resume(state: TrainState, found: Checkpoint) -> None:
     try:
         saved = found.state()
         load_model_tensors(state.model, found.open("model"))
+        if saved["step"] == 0:
+            # Imported weights (launch/convert.py): all else is that of a new run.
+            return
         load_optimizer_tensors(state.model, state.optimizer, found.open("optimizer"))
         has_states = False
         if state.config.training.carry_state:

@@ -106,6 +106,24 @@ def verify(path: Path) -> Checkpoint:
     return Checkpoint(path, step)
 
 
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in a step folder, or the newest valid one in a folder of a run's checkpoints.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    if (path / "manifest.json").exists():
+        return verify(path)
+    found, refused = CheckpointStore(path).find("auto")
+    if found is None:
+        why = f" ({'; '.join(refused)})" if refused else ""
+        raise CheckpointError(
+            f"checkpoint {path} holds no valid checkpoint{why}: give a step folder, or the folder "
+            "of a run's checkpoints, such as outputs/quickstart/checkpoint."
+        )
+    return found
+
+
 class CheckpointStore:
     """The checkpoints of one run.
 
