@@ -186,7 +186,7 @@ def complete(config: Config, arguments: Arguments, saved: SavedRun) -> None:
     if training.varlen and training.local_batch_size > 1:
         raise ConfigError(
             f"--batch-size is {arguments.batch_size}: it must be 1 where documents are kept apart; "
-            "use --no-varlen to pack them without regard to their boundaries."
+            "use --varlen False to pack them without regard to their boundaries."
         )
     if arguments.batch_size is None and not training.varlen:
         training.local_batch_size = max(1, min(_SEQUENCES, _TOKENS // training.forward_len))

@@ -31,6 +31,7 @@ class PositionLosses:
     """
 
     def __init__(self, length: int, device: torch.device) -> None:
+        self._length = length
         self.num_buckets = (length - 1).bit_length() + 1
         self.sums = torch.zeros(self.num_buckets, dtype=torch.float64, device=device)
         self.counts = torch.zeros(self.num_buckets, dtype=torch.int64, device=device)
@@ -71,8 +72,8 @@ class PositionLosses:
         for bucket, (total, count) in enumerate(pairs):
             first = 1 << bucket - 1 if bucket else 0
             if count:
-                rows.append({"from": first, "to": 1 << bucket, "tokens": count})
-                rows[-1]["loss"] = total / count
+                last = min(1 << bucket, self._length)
+                rows.append({"from": first, "to": last, "tokens": count, "loss": total / count})
         return rows
 
 
