@@ -54,7 +54,8 @@ class CheckpointLM(TemplateLM):
         if dtype not in ("auto", "bfloat16", "float32"):
             raise ConfigError(f"dtype is {dtype!r}: it must be auto, bfloat16 or float32.")
         config.training.mixed_precision_param = dtype
-        self._device = find_device(device)
+        # cuda:0 is the harness's default, whatever the machine has.
+        self._device = find_device("auto" if device == "cuda:0" else device)
         self._checkpoint = checkpoint
         model, family, self._coder = load_model(Path(checkpoint), self._device)
         autocast = autocast_dtype(config, self._device)

@@ -70,23 +70,28 @@ class RecallTask:
         return self.fillers[torch.randint(len(self.fillers), size, generator=generator)]
 
     def sequences(
-        self, batch_size: int, gap: int, generator: torch.Generator
+        self, batch_size: int, gap: int, generator: torch.Generator, *, rounds: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """(inputs, labels), each [B, 4 P + gap]: pairs, filler, then every pair again in another
-        order. Only the values of the second time are labels, the others are IGNORE."""
+        """Sequences to train on: pairs, filler, then `rounds` times all pairs in a random order.
+
+        Returns:
+            (inputs, labels), each [B, 2 P (1 + rounds) + gap]. Only the values after the filler are
+            labels, the others are IGNORE.
+        """
         keys, values = self.pairs(batch_size, generator)
-        order = torch.rand(keys.shape, generator=generator).argsort(1)
-        again, answers = keys.gather(1, order), values.gather(1, order)
+        order = torch.rand(rounds, *keys.shape, generator=generator).argsort(-1).unbind()
+        asked = torch.cat([keys.gather(1, each) for each in order], dim=1)
+        answers = torch.cat([values.gather(1, each) for each in order], dim=1)
         inputs = torch.cat(
             [
                 torch.stack([keys, values], 2).flatten(1),
                 self.filler(batch_size, gap, generator),
-                torch.stack([again, answers], 2).flatten(1),
+                torch.stack([asked, answers], 2).flatten(1),
             ],
             dim=1,
         )
         labels = torch.full_like(inputs, IGNORE)
-        labels[:, -2 * self.num_pairs :: 2] = answers
+        labels[:, 2 * self.num_pairs + gap :: 2] = answers
         return inputs, labels
 
 

@@ -112,10 +112,11 @@ class TextScorer:
         for start in range(0, tokens.shape[1], self._chunk):
             part = slice(start, start + self._chunk)
             with self._autocast():
-                states = self._model(
+                _, states = self._model(
                     tokens[:, part],
                     states=states,
-                    states_only=True,
+                    return_states=True,
+                    return_hidden=True,
                     padding_mask=None if mask is None else mask[:, part],
                 )
         return states
