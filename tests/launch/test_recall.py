@@ -104,14 +104,14 @@ def test_queries_from_states_are_those_of_whole_sequences(layer_types, monkeypat
 
 
 def test_the_example_learns_to_recall_well_above_chance():
-    """Two pairs, asked after a few tokens: chance is one half among them."""
+    """Three pairs of four keys and values: chance is a third among them."""
     torch.manual_seed(0)
-    task = RecallTask.from_tokens(range(24), 2)
+    task = RecallTask.from_tokens(range(12), 3)
     shape = dict(dim=64, num_layers=2, num_heads=4, glu_dim=128, init_std=0.05)
-    model = TNL(TNLConfig(vocab_size=24, **shape))
-    example.train(model, task, 120, 3)
+    model = TNL(TNLConfig(vocab_size=12, **shape))
+    example.train(model, task, 130, 1)
     counts = recall_by_gap(model.eval(), task, [0, 2], 64, generator(1))
-    assert all(each.means()["accuracy_among_pairs"] > 0.9 for each in counts)
+    assert all(each.means()["accuracy"] > 0.8 for each in counts)
 
 
 def test_the_example_prints_accuracy_by_gap(monkeypatch, capsys):
