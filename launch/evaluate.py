@@ -128,10 +128,11 @@ def parse(argv: list[str]) -> Arguments:
     if arguments.task == "recall":
         if arguments.data is not None:
             raise ConfigError("--task recall makes its own sequences: leave --data out.")
-        if arguments.context_parallel_degree != 1:
+        if (arguments.context_parallel_degree, arguments.tensor_parallel_degree) != (1, 1):
             raise ConfigError(
-                "--task recall does not shard sequences: leave --context-parallel-degree out, and "
-                "each rank takes sequences of its own."
+                "--task recall shards neither sequences nor layers: leave "
+                "--context-parallel-degree and --tensor-parallel-degree out, and each rank takes "
+                "sequences of its own."
             )
     return arguments
 
@@ -147,6 +148,8 @@ def parallel_config(arguments: Arguments) -> Config:
     parallelism.tensor_parallel_degree = arguments.tensor_parallel_degree
     # Lengths vary: compiling would take longer than it saves.
     config.compile.enable = False
+    # A rank may wait for another's hashing of a large checkpoint, or for its last long sample.
+    config.comm.init_timeout_seconds = 3600
     return config
 
 
@@ -279,8 +282,8 @@ def evaluate_recall(
         with torch.autocast(ctx.device.type, dtype, enabled=dtype is not None):
             counts = recall_by_gap(evaluated.model, task, gaps, size, generator, progress.advance)
         totals = [a + b for a, b in zip(totals, counts, strict=True)]
-    numbers = [x * ctx.is_loss_rank for each in totals for x in each.numbers]
-    numbers = ctx.sum_numbers(*numbers, dtype=torch.float64)
+    own = [number for each in totals for number in each.numbers]
+    numbers = ctx.sum_numbers(*own, dtype=torch.float64)
     width = len(RecallCounts().numbers)
     rows = [
         {"gap": gap, **RecallCounts(*numbers[n * width : (n + 1) * width]).means()}

@@ -54,8 +54,8 @@ def chunked_cross_entropy(
         ignore_index: label of tokens that are left out of the loss.
         chunk_size: tokens whose logits are held at a time.
         compiled: read the logits with kernels from torch.compile: two passes, no float32 copy.
-        per_token: return the loss of each token, float32 [B, T], 0 where the label is ignored.
-            Without gradients.
+        per_token: return the loss of each token, [B, T] in float32 (float64 for float64 hidden
+            states), 0 where the label is ignored. Without gradients.
 
     Raises:
         ValueError: shapes that do not fit together, a head that is sharded in another way,

@@ -9,6 +9,7 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from launch.build import autocast_dtype
 from launch.config import Config
@@ -17,7 +18,6 @@ from launch.exit_codes import ConfigError
 from launch.generate import find_device, load_model
 
 _MAX_NEW_TOKENS = 256
-_GENERATE_OPTIONS = "until, max_gen_toks, do_sample, temperature and top_k"
 
 
 @register_model("lasp_tnl")
@@ -113,24 +113,24 @@ class CheckpointLM(TemplateLM):
         return results
 
 
-def _generate_options(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _generate_options(generation_kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Options of `TextScorer.generate`, and the stop texts, of a task's generation_kwargs. Raises
-    ConfigError for those that are not known."""
-    until = given.pop("until", None) or []
-    options: dict[str, Any] = {"max_new_tokens": int(given.pop("max_gen_toks", _MAX_NEW_TOKENS))}
-    temperature, top_k = given.pop("temperature", None), given.pop("top_k", None)
-    # As in transformers, whose names these are: without do_sample the rest has no effect.
-    if given.pop("do_sample", bool(temperature)):
-        options["temperature"] = 1.0 if temperature is None else float(temperature)
-        options["top_k"] = int(top_k) if top_k else None
-    if given:
-        raise ConfigError(
-            f"generation_kwargs {', '.join(map(repr, given))}: known are {_GENERATE_OPTIONS}."
-        )
-    return options, [until] if isinstance(until, str) else list(until)
+    ConfigError for a kind of sampling that is not known."""
+    given: dict[str, Any] = dict(normalize_gen_kwargs(generation_kwargs, _MAX_NEW_TOKENS))
+    options, until = {"max_new_tokens": given.pop("max_gen_toks")}, given.pop("until")
+    # Without it the rest has no effect.
+    if given.pop("do_sample", False):
+        options["temperature"] = float(given.pop("temperature", 0.0))
+        options["top_k"] = int(given.pop("top_k", 0)) or None
+        if given:
+            raise ConfigError(
+                f"generation_kwargs {', '.join(map(repr, given))}: sampling knows temperature and "
+                "top_k."
+            )
+    return options, [text for text in until if text]
 
 
 def _cut(text: str, until: list[str]) -> str:
-    for stop in filter(None, until):
+    for stop in until:
         text = text.split(stop, 1)[0]
     return text

@@ -98,7 +98,6 @@ def test_the_loss_is_the_trainers_validation_loss(runs, data, tmp_path, kind, mo
 
 
 ON_TWO_RANKS = {
-    "cp": ("linear", ["--context-parallel-degree", "2"]),
     "cp, segments": ("linear", ["--context-parallel-degree", "-1", "--segment-len", "9"]),
     "cp, varlen": ("varlen", ["--context-parallel-degree", "2", "--segment-len", "50"]),
     "cp, hybrid": (
@@ -157,6 +156,7 @@ def test_two_ranks_find_what_one_finds(runs, data, tmp_path, pair):
     assert first[1:] == second[1:] and "holds no valid checkpoint" in first[1] and first[2] == 70
 
 
+@pytest.mark.slow
 def test_torchrun_prints_one_table(runs, data):
     checkpoint, expected = runs["linear"]
     line = ["--checkpoint", str(checkpoint), "--data", str(data), "--context-parallel-degree", "2"]

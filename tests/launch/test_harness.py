@@ -12,10 +12,12 @@ from lasp.tnl import TNL, TNLConfig
 from launch.build import get_family
 from launch.evaluation import harness
 from launch.evaluation.scoring import TextScorer
+from launch.exit_codes import ConfigError
 from launch.generate import load_model
 from tests.launch.runs import run_here
 
 VOCABULARY, END = 50, 49
+NO_HARNESS = "needs lm-evaluation-harness: pip install -e '.[eval]'"
 
 
 def make_model(layer_types="L"):
@@ -135,8 +137,33 @@ metric_list: [{metric: exact_match}]
 }
 
 
+@pytest.mark.parametrize(
+    ("given", "options", "until"),
+    [
+        ({"until": "Q:"}, {"max_new_tokens": 256}, ["Q:"]),
+        # Greedy, so that what concerns sampling has no effect.
+        ({"temperature": 0.0, "top_p": 0.9, "max_tokens": 7}, {"max_new_tokens": 7}, []),
+        (
+            {"do_sample": True, "temperature": 0.5, "top_k": 3, "until": ["", "\n"]},
+            {"max_new_tokens": 256, "temperature": 0.5, "top_k": 3},
+            ["\n"],
+        ),
+        ({"do_sample": True, "temperature": 0.5, "top_p": 0.9}, "'top_p': sampling knows", None),
+    ],
+)
+def test_generation_options_of_tasks(given, options, until):
+    pytest.importorskip("lm_eval", reason=NO_HARNESS)
+    from launch.evaluation.harness_model import _generate_options
+
+    if until is None:
+        with pytest.raises(ConfigError, match=options):
+            _generate_options(given)
+    else:
+        assert _generate_options(given) == (options, until)
+
+
 def test_the_harness_runs_local_tasks(checkpoint, tmp_path, monkeypatch):
-    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install -e '.[eval]'")
+    pytest.importorskip("lm_eval", reason=NO_HARNESS)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -109,7 +109,7 @@ def test_the_example_learns_to_recall_well_above_chance():
     task = RecallTask.from_tokens(range(12), 3)
     shape = dict(dim=64, num_layers=2, num_heads=4, glu_dim=128, init_std=0.05)
     model = TNL(TNLConfig(vocab_size=12, **shape))
-    example.train(model, task, 130, 1)
+    example.train(model, task, 100, 1)
     counts = recall_by_gap(model.eval(), task, [0, 2], 64, generator(1))
     assert all(each.means()["accuracy"] > 0.8 for each in counts)
 
@@ -155,7 +155,8 @@ def test_a_checkpoint_is_asked_at_every_gap(checkpoint, tmp_path, capsys):
         (["--recall.pairs", "86"], "--recall.pairs: 86 pairs: there must be"),
         (["--recall.pairs", "0"], "--recall.pairs is 0: it must be at least 1"),
         (["--recall.max-gap", "-1"], "--recall.max-gap is -1"),
-        (["--context-parallel-degree", "2"], "--task recall does not shard sequences"),
+        (["--context-parallel-degree", "2"], "--task recall shards neither"),
+        (["--tensor-parallel-degree", "2"], "--task recall shards neither"),
     ],
 )
 @pytest.mark.usefixtures("one_process")
