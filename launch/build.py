@@ -43,7 +43,8 @@ class ModelFamily:
 
     For training in segments a model also has `initial_states(batch_size)`, whose result has
     `layers` (tensors) and `position`, and its forward takes `states`, `return_states`,
-    `states_only` and `cut_documents`, as `lasp.tnl.TNL` does.
+    `states_only` and `cut_documents`, as `lasp.tnl.TNL` does. Recall (launch/evaluation/recall.py)
+    needs `states` and `return_states` of it, lm-evaluation-harness also `padding_mask`.
 
     Attributes:
         config_class: of the model's config.

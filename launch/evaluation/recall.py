@@ -150,7 +150,7 @@ def recall_by_gap(
     """How well a model recalls the pairs of some sequences, one entry per gap.
 
     Args:
-        model: in evaluation mode; `model(tokens, states=, return_states=True)` as `lasp.tnl.TNL`.
+        model: in evaluation mode; it takes and returns states, see `launch.build.ModelFamily`.
         gaps: tokens between the last pair and the query, ascending.
         batch_size: sequences.
         generator: of the sequences, on the CPU.
