@@ -14,8 +14,8 @@ import io
 import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -195,9 +195,7 @@ def complete(config: Config, arguments: Arguments, saved: SavedRun) -> None:
         training.local_batch_size = max(1, min(_SEQUENCES, _TOKENS // training.forward_len))
 
 
-def open_source(
-    arguments: Arguments, config: Config, saved: SavedRun
-) -> tuple[DataFolder, IndexedSource]:
+def open_source(arguments: Arguments, config: Config, saved: SavedRun) -> IndexedSource:
     """The samples to evaluate. Raises DataError if they are not of the checkpoint's tokenizer."""
     assert arguments.data is not None
     if not arguments.data.is_dir():
@@ -216,8 +214,7 @@ def open_source(
                 "tokens): prepare the text with the checkpoint's tokenizer."
             )
     seq_len = config.training.seq_len
-    source = folder.source(arguments.split, seq_len, saved.shape.vocab_size, flag="--seq-len")
-    return folder, source
+    return folder.source(arguments.split, seq_len, saved.shape.vocab_size, flag="--seq-len")
 
 
 def evaluate_loss(
@@ -309,13 +306,13 @@ def evaluate(arguments: Arguments, config: Config, ctx: DistContext) -> int:
     path, step = ctx.on_rank0(find)
     saved = ctx.all_or_raise(lambda: SavedRun.read(Checkpoint(Path(path), step)))
     ctx.all_or_raise(lambda: complete(config, arguments, saved))
-    run: Callable[[Evaluated], dict[str, Any]]
+    # What the task reads is checked before the weights are.
     if arguments.task == "loss":
-        _, source = ctx.all_or_raise(lambda: open_source(arguments, config, saved))
-        run = lambda evaluated: evaluate_loss(evaluated, config, arguments, source)  # noqa: E731
+        source = ctx.all_or_raise(lambda: open_source(arguments, config, saved))
+        run = partial(evaluate_loss, config=config, arguments=arguments, source=source)
     else:
         task = ctx.all_or_raise(lambda: recall_task(arguments, saved))
-        run = lambda evaluated: evaluate_recall(evaluated, config, arguments, task)  # noqa: E731
+        run = partial(evaluate_recall, config=config, arguments=arguments, task=task)
     evaluated = load(saved, config, ctx)
     began = time.perf_counter()
     results = run(evaluated)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +99,16 @@ class CheckpointLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations, cut before the first of their stop texts."""
         results = [""] * len(requests)
-        numbered = [(n, *request.args) for n, request in enumerate(requests)]
-        key = lambda each: repr(sorted(each[2].items()))  # noqa: E731
-        for _, group in itertools.groupby(sorted(numbered, key=key), key):
-            members = list(group)
-            options, until = _generate_options(dict(members[0][2]))
-            contexts = [self.tok_encode(text) or [self.eot_token_id] for _, text, _ in members]
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(repr(sorted(request.args[1].items())), []).append(number)
+        for group in groups.values():
+            texts = [requests[number].args[0] for number in group]
+            given = requests[group[0]].args[1]
+            options, until = _generate_options(given)
+            contexts = [self.tok_encode(text) or [self.eot_token_id] for text in texts]
             new = self._scorer.generate(contexts, eos_token_id=self.eot_token_id, **options)
-            for (number, text, given), tokens in zip(members, new, strict=True):
+            for number, text, tokens in zip(group, texts, new, strict=True):
                 results[number] = _cut(self._coder.decode(tokens), until)
                 self.cache_hook.add_partial("generate_until", (text, given), results[number])
         return results

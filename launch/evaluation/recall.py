@@ -130,7 +130,7 @@ class RecallCounts:
         """What a result file holds."""
         count = max(self.queries, 1)
         return {
-            "queries": self.queries,
+            "queries": int(self.queries),
             "accuracy": self.correct / count,
             "accuracy_among_pairs": self.correct_among_pairs / count,
             "rank": self.rank / count,

@@ -174,9 +174,10 @@ class Report:
                 axes.plot(gaps, [row[key] for row in rows], "o-", label=label)
             chance = self.results["chance_among_pairs"]
             axes.axhline(chance, color="gray", linestyle=":", label="chance among these")
-            axes.set(xlabel="tokens between pairs and query", ylabel="accuracy", ylim=(0, 1.02))
+            axes.set(xlabel="tokens between pairs and query", ylabel="accuracy", ylim=(-0.02, 1.02))
             # Linear from 0 to 1: the first gap is 0.
             axes.set_xscale("symlog", base=2, linthresh=1)
+            axes.set_xlim(-0.2, 1.2 * max(gaps[-1], 1))
         axes.set_title(f"{self.saved.checkpoint.path.name}", fontsize=10)
         axes.grid(alpha=0.3)
         axes.legend()
