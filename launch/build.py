@@ -44,7 +44,8 @@ class ModelFamily:
 
     For training in segments a model also has `initial_states(batch_size)`, whose result has
     `layers` (tensors) and `position`, and its forward takes `states`, `return_states`,
-    `states_only` and `cut_documents`, as `lasp.tnl.TNL` does.
+    `states_only` and `cut_documents`, as `lasp.tnl.TNL` does. Recall (launch/evaluation/recall.py)
+    needs `states` and `return_states` of it, lm-evaluation-harness also `padding_mask`.
 
     Attributes:
         config_class: of the model's config.
@@ -215,6 +216,7 @@ class LossModel(nn.Module):
         shard: SequenceShard,
         cu_seqlens: tuple[int, ...] | None,
         states: Any = None,
+        per_token: bool = False,
     ) -> Tensor | tuple[Tensor | None, list[Tensor]]:
         """Sum of the loss over this rank's tokens, a float32 scalar.
 
@@ -224,6 +226,8 @@ class LossModel(nn.Module):
             states: the sequence is a segment, and these are the model's states before it. Then the
                 result is (loss, tensors of the states after it); with labels None, the loss is
                 None, and what no state needs is not computed.
+            per_token: the loss is that of each token, float32 [B, T], 0 where a label is ignored;
+                under torch.no_grad.
         """
         options: dict[str, Any] = {}
         if cu_seqlens is not None:
@@ -238,13 +242,13 @@ class LossModel(nn.Module):
                 return None, after.layers
             if states is None:
                 hidden = self.model(inputs, shard=shard, return_hidden=True, **options)
-                return self._loss(hidden, labels)
+                return self._loss(hidden, labels, per_token)
             hidden, after = self.model(
                 inputs, shard=shard, return_hidden=True, return_states=True, **options
             )
-            return self._loss(hidden, labels), after.layers
+            return self._loss(hidden, labels, per_token), after.layers
 
-    def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, hidden: Tensor, labels: Tensor, per_token: bool) -> Tensor:
         return chunked_cross_entropy(
             hidden,
             self.model.head_weight,
@@ -252,6 +256,7 @@ class LossModel(nn.Module):
             ignore_index=IGNORE,
             chunk_size=self._chunk_size,
             compiled=self.compiled,
+            per_token=per_token,
         )
 
 

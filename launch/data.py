@@ -135,10 +135,19 @@ class TokenSource(Protocol):
 
 
 class IndexedSource:
-    """Samples from a pair of `.bin`/`.idx` files."""
+    """Samples from a pair of `.bin`/`.idx` files.
+
+    Args:
+        flag: what the program calls seq_len, for its error message.
+    """
 
     def __init__(
-        self, prefix: Path, seq_len: int, vocab_size: int, bytes_per_token: float | None = None
+        self,
+        prefix: Path,
+        seq_len: int,
+        vocab_size: int,
+        bytes_per_token: float | None = None,
+        flag: str = "training.seq_len",
     ) -> None:
         self._file = IndexedTokens(prefix)
         self._seq_len = seq_len
@@ -147,10 +156,11 @@ class IndexedSource:
         self.num_samples = (len(self._file) - 1) // seq_len
         if self.num_samples < 1:
             # The validation split is small: a seq_len that is too long fails here first.
-            spare = ", or --validation.no_enable" if prefix.name == "val" else ""
+            trains = flag == "training.seq_len"
+            spare = ", or --validation.no_enable" if trains and prefix.name == "val" else ""
             raise DataError(
                 f"{self._file.path} has {len(self._file)} tokens: one sequence needs "
-                f"training.seq_len + 1 = {seq_len + 1}; add data or lower training.seq_len{spare}."
+                f"{flag} + 1 = {seq_len + 1}; add data or lower {flag}{spare}."
             )
         if len(self._file) <= SCAN_AT_OPEN:
             self._file.check_vocabulary(vocab_size)
@@ -216,8 +226,10 @@ class DataFolder:
         else:
             self.tokenizer = None
 
-    def source(self, split: str, seq_len: int, vocab_size: int) -> IndexedSource:
-        """The samples of "train" or "val"."""
+    def source(
+        self, split: str, seq_len: int, vocab_size: int, *, flag: str = "training.seq_len"
+    ) -> IndexedSource:
+        """The samples of "train" or "val"; see `IndexedSource`."""
         about = self.meta.get(split, {})
         try:
             # Without these numbers, bits per byte are left out.
@@ -228,7 +240,7 @@ class DataFolder:
                 f"{self.folder / 'meta.json'} is damaged ({split!r} is {about!r}): prepare the "
                 "data again."
             ) from None
-        return IndexedSource(self.folder / split, seq_len, vocab_size, ratio)
+        return IndexedSource(self.folder / split, seq_len, vocab_size, ratio, flag)
 
 
 def sample_order(consumed: int, count: int, num_samples: int, seed: int) -> list[int]:

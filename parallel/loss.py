@@ -37,6 +37,7 @@ def chunked_cross_entropy(
     ignore_index: int = -100,
     chunk_size: int = 2048,
     compiled: bool = False,
+    per_token: bool = False,
 ) -> Tensor:
     """Sum over tokens of -log softmax(hidden @ weight^T)[label], a float32 scalar.
 
@@ -53,10 +54,12 @@ def chunked_cross_entropy(
         ignore_index: label of tokens that are left out of the loss.
         chunk_size: tokens whose logits are held at a time.
         compiled: read the logits with kernels from torch.compile: two passes, no float32 copy.
+        per_token: return the loss of each token, [B, T] in float32 (float64 for float64 hidden
+            states), 0 where the label is ignored. Without gradients.
 
     Raises:
-        ValueError: shapes that do not fit together, a head that is sharded in another way, or
-            chunk_size below 1.
+        ValueError: shapes that do not fit together, a head that is sharded in another way,
+            chunk_size below 1, or per_token where gradients are recorded.
     """
     if hidden_BTD.shape[:-1] != labels_BT.shape or hidden_BTD.shape[-1] != weight_VD.shape[-1]:
         raise ValueError(
@@ -73,12 +76,15 @@ def chunked_cross_entropy(
     with_gradients = torch.is_grad_enabled() and (
         hidden_BTD.requires_grad or weight_VD.requires_grad
     )
+    if per_token and with_gradients:
+        raise ValueError("per_token losses have no gradients: call under torch.no_grad().")
     group = None
     if isinstance(weight_VD, DTensor):
         weight_VD, group = _local_rows(weight_VD)
-    options = _Options(ignore_index, chunk_size, dtype, with_gradients, group, compiled)
+    options = _Options(ignore_index, chunk_size, dtype, with_gradients, group, compiled, per_token)
     hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-    return _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, labels_BT.reshape(-1), options)
+    loss = _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, labels_BT.reshape(-1), options)
+    return loss.view(labels_BT.shape) if per_token else loss
 
 
 def _local_rows(weight: DTensor) -> tuple[Tensor, ProcessGroup]:
@@ -101,18 +107,20 @@ class _Options(NamedTuple):
     with_gradients: bool
     group: ProcessGroup | None
     compiled: bool
+    per_token: bool
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, labels_N, options):
-        ignore_index, chunk_size, dtype, with_gradients, group, compiled = options
+        ignore_index, chunk_size, dtype, with_gradients, group, compiled, per_token = options
         first_row = 0 if group is None else group.rank() * weight_VD.shape[0]
         log_norm_and_label, softmax_minus_one_hot = _passes(compiled)
         with _no_autocast(hidden_ND):
             weight = weight_VD.to(dtype)
             wide = torch.promote_types(dtype, torch.float32)
-            total = hidden_ND.new_zeros((), dtype=wide)
+            # The sum, or the loss of each token.
+            total = hidden_ND.new_zeros(labels_N.shape if per_token else (), dtype=wide)
             grad_hidden = torch.zeros_like(hidden_ND) if with_gradients else None
             grad_weight = torch.zeros_like(weight_VD, dtype=wide) if with_gradients else None
             sums = []
@@ -132,7 +140,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     # A label that no rank holds stays at -inf, so its loss is infinite, not wrong.
                     label_C1 = label_C1.masked_fill(~local_C1, -torch.inf)
                     log_norm_C1, label_C1 = _over_ranks(log_norm_C1, label_C1, group)
-                total += (log_norm_C1 - label_C1).masked_fill(~valid_C1, 0).sum()
+                loss_C1 = (log_norm_C1 - label_C1).masked_fill(~valid_C1, 0)
+                if per_token:
+                    total[chunk] = loss_C1.squeeze(1)
+                else:
+                    total += loss_C1.sum()
                 if not with_gradients:
                     continue
                 grad_CV = softmax_minus_one_hot(logits_CV, log_norm_C1, labels_C1, valid_C1)

@@ -54,6 +54,22 @@ def test_loss_and_gradients_are_those_of_full_logits(chunk_size, dtype, bound):
     assert worst(got, with_gradients(plain(hidden, weight, labels), hidden, weight)) < bound
 
 
+@pytest.mark.parametrize("chunk_size", [1, 5, 2 * T])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+def test_losses_per_token_are_those_of_full_logits(chunk_size, dtype, bound):
+    hidden, weight, labels = make(dtype)
+    with torch.no_grad(), Largest() as largest:
+        losses = chunked_cross_entropy(
+            hidden, weight, labels, chunk_size=chunk_size, per_token=True
+        )
+    assert losses.shape == (B, T) and losses.dtype == dtype
+    assert largest.elements <= max(chunk_size * V, V * D, B * T * D)
+    logits = (hidden @ weight.T).flatten(0, 1)
+    expected = F.cross_entropy(logits, labels.flatten(), reduction="none").view(B, T)
+    assert worst([losses], [expected]) < bound
+    assert (losses[labels == -100] == 0).all()
+
+
 @needs_compiler
 @pytest.mark.parametrize("chunk_size", [1000, 5])
 def test_compiled_passes_give_the_same(chunk_size):
@@ -166,6 +182,8 @@ def over_ranks(group, dtype, chunk_size):
     with torch.no_grad():
         no_grad = chunked_cross_entropy(hidden, weight, labels, chunk_size=chunk_size)
         wrong = chunked_cross_entropy(hidden, weight, torch.full_like(labels, SHARDED_V))
+        per_token = chunked_cross_entropy(hidden, weight, labels, per_token=True)
+    assert per_token.sum().item() == pytest.approx(no_grad.item(), rel=1e-5)
     assert grad_weight.placements == (Shard(0),)
     return (loss, grad_hidden, grad_weight.full_tensor()), no_grad, wrong, largest.elements
 
@@ -206,6 +224,7 @@ def sharded_by_columns(group):
         (dict(labels_BT=torch.zeros(B, T - 1, dtype=torch.long)), "do not fit"),
         (dict(weight_VD=torch.zeros(V, D + 1)), "do not fit"),
         (dict(chunk_size=0), "chunk_size is 0"),
+        (dict(per_token=True), "call under torch.no_grad"),
     ],
 )
 def test_bad_calls_are_refused(change, message):

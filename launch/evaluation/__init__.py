@@ -1,0 +1,1 @@
+"""What launch/evaluate.py measures, and the adapter for lm-evaluation-harness."""
