@@ -24,14 +24,14 @@ import tyro
 
 from lasp import SequenceShard
 from launch.build import autocast_dtype
-from launch.checkpoint.store import Checkpoint
+from launch.checkpoint.store import Checkpoint, open_checkpoint
 from launch.config import Config, check_text
 from launch.data import DataFolder, IndexedSource, Segments
 from launch.distributed import DistContext, get_rank_info, open_dist_context
 from launch.evaluation.loss import LossTask, check_samples, loss_by_position
 from launch.evaluation.recall import RecallCounts, RecallTask, gaps_up_to, recall_by_gap
 from launch.evaluation.report import Progress, Report, check_output
-from launch.evaluation.setup import Evaluated, SavedRun, find_checkpoint, load
+from launch.evaluation.setup import Evaluated, SavedRun, load
 from launch.exit_codes import (
     DISK_FAILED,
     ConfigError,
@@ -299,7 +299,7 @@ def evaluate(arguments: Arguments, config: Config, ctx: DistContext) -> int:
     """Load, evaluate and report; return the exit code."""
 
     def find() -> list[Any]:
-        found = find_checkpoint(arguments.checkpoint)
+        found = open_checkpoint(arguments.checkpoint)
         check_output(arguments.output)
         return [str(found.path), found.step]
 

@@ -27,7 +27,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from launch.build import ModelFamily, get_family
-from launch.checkpoint.store import Checkpoint, CheckpointStore, verify
+from launch.checkpoint.store import open_checkpoint
 from launch.config import check_sampling, check_text
 from launch.exit_codes import CheckpointError, ConfigError, DataError, UserError
 from launch.optimizer import load_model_tensors
@@ -72,17 +72,7 @@ class Arguments:
 
 def load_model(path: Path, device: torch.device) -> tuple[nn.Module, ModelFamily, Tokenizer]:
     """The model of a checkpoint, its family, and its tokenizer. Raises CheckpointError."""
-    found: Checkpoint | None
-    if (path / "manifest.json").exists():
-        found = verify(path)
-    else:
-        found, refused = CheckpointStore(path).find("auto")
-        if found is None:
-            why = f" ({'; '.join(refused)})" if refused else ""
-            raise CheckpointError(
-                f"checkpoint {path} holds no valid checkpoint{why}: give a step folder, or the "
-                "folder of a run's checkpoints, such as outputs/quickstart/checkpoint."
-            )
+    found = open_checkpoint(path)
     state = found.state()
     if state["tokenizer"] is None:
         raise CheckpointError(

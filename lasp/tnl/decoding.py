@@ -158,7 +158,12 @@ class Decoder:
         """Record one step; the states are zero before and after."""
         device = self.tokens.device
         graph = torch.cuda.CUDAGraph()
-        with _unchanged(self.generator, device), torch.cuda.device(device), torch.no_grad():
+        with (
+            _unchanged(self.generator, device),
+            _without_autocast_cache(),
+            torch.cuda.device(device),
+            torch.no_grad(),
+        ):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -312,3 +317,15 @@ def _unchanged(generator: torch.Generator | None, device: torch.device) -> Itera
     state = generator.get_state()
     yield
     generator.set_state(state)
+
+
+@contextlib.contextmanager
+def _without_autocast_cache() -> Iterator[None]:
+    """Casts of weights inside are made anew: a graph would read the memory of cached ones."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)

@@ -88,21 +88,21 @@ class TextScorer:
         generator = torch.Generator(self._device).manual_seed(seed)
         results: list[list[int]] = [[] for _ in contexts]
         for batch in progress(list(_batches(order, self._batch_size)), "generating"):
-            tokens, mask = self._pad([contexts[n] for n in batch])
+            prompts = [torch.tensor(contexts[n], device=self._device) for n in batch]
             with self._autocast():
-                out = self._family.generate(
+                steps = self._family.stream(
                     self._model,
-                    tokens,
+                    prompts,
                     max_new_tokens,
                     temperature=temperature,
                     top_k=top_k,
                     eos_token_id=eos_token_id,
-                    padding_mask=mask,
                     generator=generator,
                 )
-            for number, row in zip(batch, out[:, tokens.shape[1] :].tolist(), strict=True):
+                columns = [step.tolist() for step in steps]
+            for number, row in zip(batch, zip(*columns, strict=True), strict=True):
                 end = row.index(eos_token_id) if eos_token_id in row else len(row)
-                results[number] = row[:end]
+                results[number] = list(row[:end])
         return results
 
     def _read(self, prefixes: Sequence[Sequence[int]]) -> Any:

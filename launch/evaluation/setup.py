@@ -5,38 +5,18 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
 
 from launch.build import LossModel, ModelFamily, build_model, get_family
-from launch.checkpoint.store import Checkpoint, CheckpointStore, verify
+from launch.checkpoint.store import Checkpoint
 from launch.config import Config
 from launch.distributed import DistContext
 from launch.exit_codes import CheckpointError
 from launch.optimizer import load_model_tensors
 from launch.tokenizer import Tokenizer, tokenizer_from_spec
-
-
-def find_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint of a step folder, or the newest valid one of a folder of checkpoints. All its
-    files are hashed.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if (path / "manifest.json").exists():
-        return verify(path)
-    found, refused = CheckpointStore(path).find("auto")
-    if found is None:
-        why = f" ({'; '.join(refused)})" if refused else ""
-        raise CheckpointError(
-            f"checkpoint {path} holds no valid checkpoint{why}: give a step folder, or the folder "
-            "of a run's checkpoints, such as outputs/quickstart/checkpoint."
-        )
-    return found
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from launch import evaluate
-from launch.checkpoint.store import CheckpointStore
+from launch.checkpoint.store import CheckpointStore, open_checkpoint
 from launch.distributed import DistContext, get_rank_info
 from launch.evaluation import report
 from launch.evaluation.loss import PositionLosses
-from launch.evaluation.setup import find_checkpoint
 from launch.exit_codes import CheckpointError, RemoteRankError, UserError
 from launch.generate import load_model
 from launch.tokenizer import train_bpe
@@ -286,7 +285,7 @@ def test_data_of_another_tokenizer_is_refused(runs, tmp_path, capsys):
     ],
 )
 def test_bad_checkpoints_are_sentences(runs, data, tmp_path, capsys, change, code, message):
-    found = find_checkpoint(runs["linear"][0])
+    found = open_checkpoint(runs["linear"][0])
     state, tensors = found.state(), found.tensors("model")
     change(state, tensors)
     saved = {"model": tensors, "optimizer": {}}

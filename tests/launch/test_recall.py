@@ -168,7 +168,7 @@ def test_bad_options_are_sentences(checkpoint, capsys, more, message):
 
 def test_special_tokens_are_neither_keys_nor_values(checkpoint):
     arguments = evaluate.parse(["--checkpoint", str(checkpoint), "--task", "recall"])
-    saved = evaluate.SavedRun.read(evaluate.find_checkpoint(checkpoint))
+    saved = evaluate.SavedRun.read(evaluate.open_checkpoint(checkpoint))
     task = evaluate.recall_task(arguments, saved)
     used = set(torch.cat([task.keys, task.values, task.fillers]).tolist())
     assert used == set(range(256)), "bytes, without the end of a document and padding"
