@@ -82,7 +82,7 @@ class Decoder:
         tokens: [B] int64, of the next step's input, which are its output afterwards.
         positions: [B] int64, tokens that the states have seen.
         logits: [B, V], from which the newest tokens were chosen.
-        states: one per layer: [B, H, K, D] float32, or keys and values [2, B, S, G, D].
+        states: one per layer: [B, H, K, D] float32, or keys and values [2, B, G, S, D].
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Decoder:
             if own.dim() == 4:
                 own[rows] = new
             else:
-                own[:, rows, : new.shape[2]] = new
+                own[:, rows, :, : new.shape[2]] = new.transpose(2, 3)
         self.positions[rows] = states.position
 
     @torch.no_grad()
@@ -213,7 +213,7 @@ class Decoder:
         k, v = mixer.kv_proj(x).unflatten(-1, (-1, 2, mixer.head_dim)).unbind(dim=-2)
         q, k = (rotate_at(each, self.positions, mixer.config.rope_base) for each in (q, k))
         rows = torch.arange(len(q), device=q.device)
-        cache[0, rows, self.positions], cache[1, rows, self.positions] = k[:, 0], v[:, 0]
+        cache[0, rows, :, self.positions], cache[1, rows, :, self.positions] = k[:, 0], v[:, 0]
         return _attend_to_cache(q[:, 0], cache, self.positions)[:, None]
 
     def _fused_logits(self) -> torch.Tensor:
@@ -264,7 +264,7 @@ def _empty_states(model: TNL, batch_size: int, context: int) -> list[torch.Tenso
         if isinstance(mixer, GatedLinearAttention):
             shape, dtype = (batch_size, *mixer.state_shape), wide
         else:
-            shape = (2, batch_size, tokens, mixer.num_key_heads, mixer.head_dim)
+            shape = (2, batch_size, mixer.num_key_heads, tokens, mixer.head_dim)
             dtype = weight.dtype
         states.append(torch.zeros(shape, dtype=dtype, device=weight.device))
     return states
@@ -286,23 +286,20 @@ def _fits_kernels(model: TNL, batch_size: int) -> bool:
 def _attend_to_cache(q: torch.Tensor, cache: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Softmax attention of one token per sequence: q [B, H, D] -> o [B, H, D].
 
-    It sees the keys at positions 0..positions[b] of cache [2, B, S, G, D]. The cache is read in
+    It sees the keys at positions 0..positions[b] of cache [2, B, G, S, D]. The cache is read in
     splits, all at once; the sums of a split are combined at the end.
     """
     B, H, D = q.shape
-    S, G = cache.shape[2:4]
+    G, S = cache.shape[2:4]
     wide = torch.promote_types(q.dtype, torch.float32)
-    # [B, splits, G, keys, D], queries that share a key head are rows of one product.
-    k, v = cache.unflatten(2, (-1, _SPLIT)).transpose(3, 4)
-    q = q.view(B, 1, G, H // G, D).expand(-1, S // _SPLIT, -1, -1, -1)
+    # [B, G, splits, keys, D]; queries that share a key head are rows of one product.
+    k, v = cache.unflatten(3, (-1, _SPLIT))
+    q = q.view(B, G, 1, H // G, D).expand(-1, -1, S // _SPLIT, -1, -1)
     scores = (q @ k.mT).to(wide) / math.sqrt(D)
-    later = (
-        torch.arange(S, device=q.device).view(-1, 1, 1, _SPLIT)
-        > positions[:, None, None, None, None]
-    )
-    scores = scores.masked_fill(later, -torch.inf)
-    weights = (scores - scores.amax((1, 4), keepdim=True)).exp()
-    o = (weights.to(v.dtype) @ v).to(wide).sum(1) / weights.sum((1, 4))[..., None]
+    keys = torch.arange(S, device=q.device).view(-1, 1, _SPLIT)
+    scores = scores.masked_fill(keys > positions.view(-1, 1, 1, 1, 1), -torch.inf)
+    weights = (scores - scores.amax((2, 4), keepdim=True)).exp()
+    o = (weights.to(v.dtype) @ v).to(wide).sum(2) / weights.sum((2, 4))[..., None]
     return o.reshape(B, H, D).to(cache.dtype)
 
 
