@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from launch.data import DataFolder
 
 # With less text for each, starting more workers takes longer than what they save.
-_BYTES_PER_WORKER = 8 << 20
+_BYTES_PER_WORKER = 16 << 20
 # Of the names that are printed.
 _MOST_SKIPPED = 20
 

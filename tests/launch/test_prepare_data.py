@@ -8,10 +8,10 @@ import pytest
 
 from launch import prepare_data
 from launch.data import DataFolder
+from launch.documents import standard_library
 from launch.exit_codes import DataError
-from launch.indexed_dataset import IndexedTokens
-from launch.prepare_data import prepare, standard_library
-from launch.tokenizer import ByteTokenizer
+from launch.indexed_dataset import IndexedTokens, IndexedWriter
+from launch.prepare_data import prepare
 
 
 def documents(folder, split):
@@ -123,10 +123,10 @@ def test_bad_input_leaves_nothing(tmp_path, make, sentence):
 
 
 def test_failure_while_writing_leaves_nothing(texts, tmp_path, monkeypatch):
-    def fail(self, text):
+    def fail(self, tokens, lengths):
         raise OSError("disk full")
 
-    monkeypatch.setattr(ByteTokenizer, "encode", fail)
+    monkeypatch.setattr(IndexedWriter, "add_all", fail)
     with pytest.raises(DataError, match="out cannot be written: disk full"):
         prepare(tmp_path / "out", [texts])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["texts"]
