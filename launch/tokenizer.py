@@ -98,7 +98,9 @@ class _LibraryTokenizer:
         if getattr(tokenizer.model, "dropout", None) is not None:
             tokenizer.model.dropout = None
         self._tokenizer = tokenizer
-        self._can_cut = _cuts_are_exact(json.loads(tokenizer.to_str()))
+        description = json.loads(tokenizer.to_str())
+        self._can_cut = _cuts_are_exact(description)
+        self._as_text = _special_tokens_as_text(tokenizer, description["model"])
         # Ids may have gaps.
         self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
         self.eod_id = tokenizer.token_to_id(eod_token)
@@ -121,7 +123,19 @@ class _LibraryTokenizer:
         # The library raises nothing more specific.
         except Exception as error:
             raise DataError(f"the tokenizer cannot encode this text: {error}.") from None
-        return [np.array(each.ids, dtype) for each in encoded]
+        return [self._without_special(np.array(each.ids, dtype)) for each in encoded]
+
+    def _without_special(self, ids: np.ndarray) -> np.ndarray:
+        """`ids` with special tokens that the model itself made of text as other tokens."""
+        for token, others in self._as_text.items():
+            places = np.flatnonzero(ids == token)
+            if len(places):
+                parts = np.split(ids, places)
+                new = np.array(others, ids.dtype)
+                ids = np.concatenate(
+                    [parts[0], *(x for part in parts[1:] for x in (new, part[1:]))]
+                )
+        return ids
 
     def decode(self, tokens: Iterable[int]) -> str:
         return self._tokenizer.decode(list(tokens))
@@ -199,6 +213,32 @@ def list_tokens(tokens: list[str]) -> str:
         return "none"
     more = f" and {len(tokens) - 20} more" if len(tokens) > 20 else ""
     return ", ".join(tokens[:20]) + more
+
+
+def _special_tokens_as_text(tokenizer: _Tokenizer, model: dict[str, Any]) -> dict[int, list[int]]:
+    """{special token that the model makes of the text that it looks like: ids of its characters}.
+
+    `encode_special_tokens` does not prevent that where the model's own vocabulary has the token, as
+    a Unigram has "</s>". A character without a token becomes the unknown one, if there is one.
+    """
+    vocabulary = model["vocab"]
+    unknown = model.get("unk_token")
+    if model.get("unk_id") is not None:
+        unknown = vocabulary[model["unk_id"]][0]
+    found: dict[int, list[int]] = {}
+    for content in special_tokens(tokenizer):
+        token = tokenizer.token_to_id(content)
+        if content != unknown and token in _model_ids(tokenizer, content):
+            found[token] = [id for character in content for id in _model_ids(tokenizer, character)]
+    return found
+
+
+def _model_ids(tokenizer: _Tokenizer, text: str) -> list[int]:
+    try:
+        return [each.id for each in tokenizer.model.tokenize(text)]
+    # A model without an unknown token has none for this text.
+    except Exception:
+        return []
 
 
 def _cuts_are_exact(description: dict[str, Any]) -> bool:
