@@ -4,6 +4,8 @@ import collections
 import itertools
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -66,9 +68,19 @@ _function: Callable[[Any], Any]
 
 def _start(start: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:
     global _function
+    # Ctrl-C stops the parent, which stops its workers. If it is killed, they end by themselves.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # One thread each: there is a process per core.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _function = start(*arguments)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _apply(item: Any) -> Any:
