@@ -24,13 +24,11 @@ _BOM = "\ufeff"
 
 
 class Chunk(Protocol):
-    """Consecutive documents of the input.
+    """Consecutive documents of the input."""
 
-    Attributes:
-        size: bytes of the files that were read for it.
-    """
-
-    size: int
+    @property
+    def size(self) -> int:
+        """Bytes of the files that were read for it."""
 
     def documents(self, skipped: list[str]) -> Iterator[tuple[str, str]]:
         """Name and text of each document that is not empty. Names of those that are not UTF-8 are
@@ -141,8 +139,7 @@ def read_chunks(files: Iterable[tuple[str, Path]], field: str = "text") -> Itera
     waiting: list[tuple[str, Path]] = []
     size = 0
     for name, path in files:
-        suffix = plain_suffix(path)
-        if suffix not in (".jsonl", ".parquet"):
+        if not has_rows(path):
             waiting.append((name, path))
             size += file_size(path)
             if size < _CHUNK:
@@ -150,9 +147,9 @@ def read_chunks(files: Iterable[tuple[str, Path]], field: str = "text") -> Itera
         if waiting:
             yield TextFiles(waiting, size)
             waiting, size = [], 0
-        if suffix == ".jsonl":
+        if plain_suffix(path) == ".jsonl":
             yield from _read_lines(name, path, field)
-        elif suffix == ".parquet":
+        elif has_rows(path):
             yield from _read_rows(name, path, field)
     if waiting:
         yield TextFiles(waiting, size)
@@ -231,6 +228,11 @@ def _rows_per_chunk(file, field: str) -> int:
     sizes = [each.total_uncompressed_size for each in columns if each.path_in_schema == field]
     average = sum(sizes) / max(1, file.metadata.num_rows)
     return int(min(4096, max(1, _CHUNK // max(1, average))))
+
+
+def has_rows(path: Path) -> bool:
+    """Whether a file may hold several documents."""
+    return plain_suffix(path) in (".jsonl", ".parquet")
 
 
 def file_size(path: Path) -> int:

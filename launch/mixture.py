@@ -74,10 +74,9 @@ class Shares:
         while node.folder is None:
             assert node.left is not None and node.right is not None
             left = node.left_visits(position)
-            if node.left_visits(position + 1) > left:
-                node, position = node.left, left
-            else:
-                node, position = node.right, position - left
+            goes_left = node.left_visits(position + 1) > left
+            node = node.left if goes_left else node.right
+            position = left if goes_left else position - left
         return node.folder, position
 
 
@@ -95,9 +94,9 @@ class MixedSource:
         self.num_samples = int(self._starts[-1])
         # One permutation of each source is kept: it is as long as the source.
         self._passes = [functools.lru_cache(maxsize=1)(order_of_pass) for _ in sources]
-        ratios = [source.bytes_per_token for source in sources]
+        ratios = [each.bytes_per_token for each in sources if each.bytes_per_token is not None]
         self.bytes_per_token: float | None = None
-        if None not in ratios:
+        if len(ratios) == len(sources):
             pairs = zip(self._shares.weights, ratios, strict=True)
             self.bytes_per_token = sum(weight * ratio for weight, ratio in pairs)
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from launch.config import STANDARD_LIBRARY_FOLDER
-from launch.documents import file_size, find_files, read_chunks, standard_library
+from launch.documents import file_size, find_files, has_rows, read_chunks, standard_library
 from launch.encode import Encoder, HeldOut, hash_of
 from launch.exit_codes import DataError, UserError
 from launch.indexed_dataset import IndexedWriter, token_dtype
@@ -136,9 +136,10 @@ def prepare(
 class _Preparation:
     """The passes over the input.
 
-    Every pass takes val_fraction for the threshold of hashes that are held out. That is wrong only
-    where all hashes lie on one side of it, as those of a handful of documents may, so no pass is
-    spent on finding out: one that has seen all names and finds another threshold starts again.
+    The threshold of hashes that are held out is val_fraction, unless all hashes lie on one side of
+    it, as those of a handful of documents may. No pass is spent on finding out. The first one takes
+    what the names of text files give, or val_fraction; one that has seen the names of all documents
+    and finds another threshold starts again.
     """
 
     files: list[tuple[str, Path]]
@@ -149,6 +150,10 @@ class _Preparation:
 
     def __post_init__(self) -> None:
         self.threshold = self.val_fraction
+        if self.files and not any(has_rows(path) for _, path in self.files):
+            seen = HeldOut(self.val_fraction)
+            seen.see([hash_of(name) for name, _ in self.files])
+            self.threshold = seen.threshold
         self._num_bytes = sum(file_size(path) for _, path in self.files)
 
     def train_bpe(self, vocab_size: int) -> Tokenizer:

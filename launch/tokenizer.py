@@ -103,7 +103,9 @@ class _LibraryTokenizer:
         self._as_text = _special_tokens_as_text(tokenizer, description["model"])
         # Ids may have gaps.
         self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
-        self.eod_id = tokenizer.token_to_id(eod_token)
+        eod_id = tokenizer.token_to_id(eod_token)
+        assert eod_id is not None
+        self.eod_id = eod_id
         self.pad_id = None if pad_token is None else tokenizer.token_to_id(pad_token)
 
     def encode(self, text: str) -> np.ndarray:
@@ -296,7 +298,9 @@ def tokenizer_from_spec(spec: dict[str, Any]) -> Tokenizer:
     if kind == "byte":
         return ByteTokenizer()
     if kind == "file":
-        return FileTokenizer(spec.get("tokenizer"), spec.get("eod_token"), spec.get("pad_token"))
+        if not {"tokenizer", "eod_token"} <= set(spec):
+            raise DataError("the tokenizer's description has no tokenizer, or no eod_token.")
+        return FileTokenizer(spec["tokenizer"], spec["eod_token"], spec.get("pad_token"))
     if kind != "bpe":
         raise DataError(f"tokenizer kind {kind!r}: known are 'byte', 'bpe' and 'file'.")
     tokenizer = library_tokenizer(json.dumps(spec.get("tokenizer")))

@@ -208,6 +208,16 @@ def test_some_documents_are_held_out_and_not_all(count, fraction):
     assert chosen == expected
 
 
+@pytest.mark.parametrize(("name", "passes"), [("a.txt", 1), ("a.jsonl", 2)])
+def test_a_pass_is_repeated_only_for_another_threshold(tmp_path, monkeypatch, name, passes):
+    (tmp_path / name).write_text('{"text": "the only document"}')
+    made, real = [], prepare_data.Encoder
+    monkeypatch.setattr(prepare_data, "Encoder", lambda *args: made.append(args[1]) or real(*args))
+    folder = prepare(tmp_path / "out", [tmp_path / name]).folder
+    assert documents(folder, "train") and documents(folder, "val")
+    assert len(made) == passes and made[-1] == 0
+
+
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
 def test_a_long_document_is_one_document(tmp_path, monkeypatch, tokenizer):
     """Encoded in parts, read in many blocks; as a file and as a line of a .jsonl."""
