@@ -90,7 +90,8 @@ class JsonLines:
             document = None
         if not isinstance(document, str):
             raise DataError(
-                f'{self.path}, line {row}: not a JSON object with a string "{self.field}".'
+                f'{self.path}, line {row}: not a JSON object with a string "{self.field}" '
+                "(--text-field names another field)."
             )
         try:
             document.encode("utf-8")

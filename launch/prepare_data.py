@@ -243,11 +243,12 @@ def main(argv: list[str] | None = None) -> int:
     for split in ("train", "val"):
         print(f"{folder.folder / split}.bin: {describe(folder, split)}")
     if skipped := folder.meta["skipped"]:
-        more = f" and {len(skipped) - _MOST_SKIPPED:,} more (all are in meta.json)"
-        print(
-            f"skipped, not UTF-8: {', '.join(skipped[:_MOST_SKIPPED])}"
-            f"{more if len(skipped) > _MOST_SKIPPED else ''}"
-        )
+        names = ", ".join(skipped[:_MOST_SKIPPED])
+        # The name itself may not be UTF-8.
+        names = names.encode("utf-8", "backslashreplace").decode("utf-8")
+        more = len(skipped) - _MOST_SKIPPED
+        rest = f" and {more:,} more (all are in meta.json)" if more > 0 else ""
+        print(f"skipped, not UTF-8: {names}{rest}")
     return 0
 
 

@@ -149,13 +149,16 @@ def test_an_output_that_cannot_be_made_is_named(texts, tmp_path):
         prepare(texts / "latin.txt" / "out", [texts])
 
 
-def test_names_that_are_not_utf8_are_names(tmp_path):
+def test_names_that_are_not_utf8_are_names(tmp_path, capsys):
     texts = tmp_path / "texts"
     texts.mkdir()
     for number in range(4):
         (texts / os.fsdecode(b"caf\xe9%d" % number)).write_text(f"{number}")
     folder = prepare(tmp_path / "out", [texts]).folder
     assert len(documents(folder, "train")) + len(documents(folder, "val")) == 4
+    (texts / os.fsdecode(b"\xe9")).write_bytes(b"\xe9")
+    assert prepare_data.main(["--output", str(tmp_path / "more"), "--input", str(texts)]) == 0
+    assert "skipped, not UTF-8: texts/\\udce9" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
