@@ -92,7 +92,7 @@ def prepare(
         raise DataError(f"val_fraction is {val_fraction}: it must lie between 0 and 1.")
     if workers < 1:
         raise DataError(f"workers is {workers}: it must be at least 1.")
-    if tokenizer in ("byte", "bpe") and not eod_token is pad_token is None:
+    if tokenizer in ("byte", "bpe") and (eod_token, pad_token) != (None, None):
         raise DataError(
             f"eod_token and pad_token are for a tokenizer.json: tokenizer {tokenizer} has its own."
         )
