@@ -194,13 +194,13 @@ class FileTokenizer(_LibraryTokenizer):
         }
 
 
-def library_tokenizer(text: str) -> _Tokenizer:
-    """The tokenizer of a tokenizer.json's text. Raises DataError if it is damaged."""
+def library_tokenizer(text: str, name: str = "tokenizer") -> _Tokenizer:
+    """The tokenizer of a tokenizer.json's text. Raises DataError, with `name`, if it is damaged."""
     try:
         return _Tokenizer.from_str(text)
     # The library raises nothing more specific.
     except Exception as error:
-        raise DataError(f"the tokenizer's description is damaged: {error}.") from None
+        raise DataError(f"the {name}'s description is damaged: {error}.") from None
 
 
 def special_tokens(tokenizer: _Tokenizer) -> list[str]:
@@ -303,7 +303,7 @@ def tokenizer_from_spec(spec: dict[str, Any]) -> Tokenizer:
         return FileTokenizer(spec["tokenizer"], spec["eod_token"], spec.get("pad_token"))
     if kind != "bpe":
         raise DataError(f"tokenizer kind {kind!r}: known are 'byte', 'bpe' and 'file'.")
-    tokenizer = library_tokenizer(json.dumps(spec.get("tokenizer")))
+    tokenizer = library_tokenizer(json.dumps(spec.get("tokenizer")), "BPE tokenizer")
     for special in (_END_OF_DOCUMENT, _PADDING):
         if tokenizer.token_to_id(special) is None:
             raise DataError(f"the BPE tokenizer has no token {special}: train it with this code.")
