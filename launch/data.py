@@ -133,8 +133,34 @@ class TokenSource(Protocol):
     def document_starts(self, index: int, start: int, stop: int) -> np.ndarray:
         """Offsets in start..stop (both included) of sample `index` at which a document starts."""
 
+    def order(self, consumed: int, count: int, seed: int) -> list[int]:
+        """Sample indices at positions consumed..consumed + count - 1 of training."""
 
-class IndexedSource:
+    def first(self, count: int) -> list[int]:
+        """At most `count` sample indices to validate on."""
+
+    @property
+    def identity(self) -> list[Any]:
+        """What `order` depends on besides its arguments, as JSON."""
+
+
+class _SingleSource:
+    """The order of samples that are all alike."""
+
+    num_samples: int
+
+    def order(self, consumed: int, count: int, seed: int) -> list[int]:
+        return sample_order(consumed, count, self.num_samples, seed)
+
+    def first(self, count: int) -> list[int]:
+        return list(range(min(count, self.num_samples)))
+
+    @property
+    def identity(self) -> list[Any]:
+        return [self.num_samples]
+
+
+class IndexedSource(_SingleSource):
     """Samples from a pair of `.bin`/`.idx` files.
 
     Args:
@@ -179,7 +205,7 @@ class IndexedSource:
         return np.unique(starts[low:high] - origin)
 
 
-class RandomSource:
+class RandomSource(_SingleSource):
     """Uniformly random tokens, a function of seed, index and position, to measure speed."""
 
     num_samples = 1 << 40
@@ -289,11 +315,15 @@ def stream_length(count: int, num_samples: int) -> int:
     return num_samples // count
 
 
-# Cached, because a permutation is as long as the data.
-@functools.lru_cache(maxsize=1)
-def _order_of_pass(seed: int, epoch: int, num_samples: int) -> np.ndarray:
+def order_of_pass(seed: int, epoch: int, num_samples: int, source: int = 0) -> np.ndarray:
+    """The permutation of the samples in one pass over source number `source`."""
+    entropy = [seed, epoch, source] if source else [seed, epoch]
     # uint32 halves the memory; sample_order keeps larger numbers away.
-    return np.random.default_rng([seed, epoch]).permutation(num_samples).astype(np.uint32)
+    return np.random.default_rng(entropy).permutation(num_samples).astype(np.uint32)
+
+
+# Cached, because a permutation is as long as the data.
+_order_of_pass = functools.lru_cache(maxsize=1)(order_of_pass)
 
 
 def step_samples(

@@ -13,6 +13,8 @@
 """
 
 import struct
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,13 +39,18 @@ class IndexedWriter:
         self._prefix = prefix
         self._dtype = np.dtype(dtype)
         self._bin = prefix.with_suffix(".bin").open("xb")
-        self._lengths: list[int] = []
+        # Four bytes for each, where a list has 36: there may be hundreds of millions.
+        self._lengths = array("i")
 
     def add(self, tokens: np.ndarray) -> None:
         """Append one document, [n] integers that fit the dtype."""
-        assert tokens.ndim == 1
-        self._bin.write(tokens.astype(self._dtype).tobytes())
-        self._lengths.append(len(tokens))
+        self.add_all(tokens, [len(tokens)])
+
+    def add_all(self, tokens: np.ndarray, lengths: Sequence[int]) -> None:
+        """Append documents of these lengths, whose tokens follow each other."""
+        assert tokens.ndim == 1 and sum(lengths) == len(tokens)
+        self._bin.write(np.ascontiguousarray(tokens, self._dtype).data)
+        self._lengths.extend(lengths)
 
     def close(self) -> None:
         """Flush the tokens and write the index."""

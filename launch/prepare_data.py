@@ -1,34 +1,40 @@
 """Turn text into tokens on disk: `python launch/prepare_data.py --output data --input texts/`.
 
 Without --input, the text is the sources of the Python standard library, which every machine that
-can run this has. Each file (of a .jsonl, the "text" of each line) is a document, followed by an
-end-of-document token. A hash of the document's name decides whether it is held out for validation.
+can run this has. Each text file, line of a .jsonl file and row of a .parquet file is a document,
+followed by an end-of-document token. A hash of the document's name decides whether it is held out
+for validation. The output does not depend on the number of workers.
 """
 
-import hashlib
+from __future__ import annotations
+
 import json
 import os
 import shutil
 import sys
-import sysconfig
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import tyro
 
 from launch.config import STANDARD_LIBRARY_FOLDER
-from launch.data import DataFolder
+from launch.documents import file_size, find_files, has_rows, read_chunks, standard_library
+from launch.encode import Encoder, HeldOut, hash_of
 from launch.exit_codes import DataError, UserError
 from launch.indexed_dataset import IndexedWriter, token_dtype
 from launch.progress import progress
 from launch.tokenizer import ByteTokenizer, Tokenizer, train_bpe
+from launch.tokenizer_file import read_tokenizer
+from launch.workers import available_cores, map_in_order
 
-_SKIPPED_FOLDERS = frozenset(
-    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-)
+if TYPE_CHECKING:
+    from launch.data import DataFolder
+
+# With less text for each, starting more workers takes longer than what they save.
+_BYTES_PER_WORKER = 16 << 20
+# Of the names that are printed.
+_MOST_SKIPPED = 20
 
 
 @dataclass(kw_only=True)
@@ -38,13 +44,24 @@ class Arguments:
     output: Path = Path(STANDARD_LIBRARY_FOLDER)
     """Folder to create; it must not exist."""
     input: tuple[Path, ...] = ()
-    """Text files, .jsonl files with a "text" field, or folders of them. None: the standard library
-    of this Python."""
-    tokenizer: Literal["byte", "bpe"] = "byte"
+    """Text files, .jsonl and .parquet files with a field of text, or folders of them. Text and
+    .jsonl may be compressed (.gz, .zst). None: the standard library of this Python."""
+    text_field: str = "text"
+    """The field of .jsonl and column of .parquet files that holds the text."""
+    tokenizer: str = "byte"
+    """byte; bpe; a tokenizer.json of the tokenizers package, or a folder with one; or a folder of
+    prepared data, for the same tokenizer."""
     vocab_size: int = 8192
-    """Size of the BPE, which is trained on the training documents."""
+    """Size of the bpe, which is trained on the training documents."""
+    eod_token: str | None = None
+    """Special token of a tokenizer.json that ends documents. None: found by tokenizer_config.json
+    or by its name."""
+    pad_token: str | None = None
+    """Likewise for padding, which a tokenizer need not have."""
     val_fraction: float = 0.05
     """Fraction of the documents held out for validation."""
+    workers: int | None = None
+    """Processes that tokenize. None: one per core, for enough text."""
 
 
 def prepare(
@@ -54,43 +71,52 @@ def prepare(
     tokenizer: str = "byte",
     vocab_size: int = 8192,
     val_fraction: float = 0.05,
+    text_field: str = "text",
+    eod_token: str | None = None,
+    pad_token: str | None = None,
+    workers: int = 1,
 ) -> DataFolder:
     """Write `output`/{train,val}.{bin,idx} and meta.json; nothing is left if it fails.
 
+    Arguments are those of the command line. With several workers, the calling script needs the
+    usual `if __name__ == "__main__":`.
+
     Raises:
-        DataError: `output` exists or cannot be written, an input is missing or cannot be read, or
-            there is no text for one of the splits.
+        DataError: `output` exists or cannot be written, an input is missing or cannot be read,
+            there is no text for one of the splits, or the tokenizer cannot be used.
     """
     # True for a dangling link too: nothing could be renamed onto it.
     if os.path.lexists(output):
         raise DataError(f"{output} exists already: choose another output folder or remove it.")
     if not 0 < val_fraction < 1:
         raise DataError(f"val_fraction is {val_fraction}: it must lie between 0 and 1.")
-    files = standard_library() if not inputs else _find(inputs)
-    skipped: list[str] = []
-    names = [name for name, _ in read_documents(progress(files, "reading files"), skipped)]
-    if not names:
-        raise DataError("the input holds no text: no file of it is UTF-8 and not empty.")
-    threshold = _threshold(names, val_fraction)
+    if workers < 1:
+        raise DataError(f"workers is {workers}: it must be at least 1.")
+    if tokenizer in ("byte", "bpe") and (eod_token, pad_token) != (None, None):
+        raise DataError(
+            f"eod_token and pad_token are for a tokenizer.json: tokenizer {tokenizer} has its own."
+        )
+    work = _Preparation(
+        files=standard_library() if not inputs else find_files(inputs),
+        text_field=text_field,
+        val_fraction=val_fraction,
+        workers=workers,
+    )
     if tokenizer == "byte":
         coder: Tokenizer = ByteTokenizer()
+    elif tokenizer == "bpe":
+        coder = work.train_bpe(vocab_size)
     else:
-        documents = progress(read_documents(files), "training the tokenizer", total=len(names))
-        coder = train_bpe(
-            (text for name, text in documents if _hash(name) >= threshold), vocab_size
-        )
+        coder = read_tokenizer(Path(tokenizer), eod_token, pad_token)
     staging = output.parent / f".{output.name}-{os.getpid()}"
     try:
-        staging.mkdir(parents=True)
-        documents = progress(read_documents(files), "writing tokens", total=len(names))
-        about = _write(staging, documents, threshold, coder, val_fraction)
+        about = work.write(staging, coder)
         meta: dict[str, Any] = {
             "format": 1,
             "tokenizer": coder.spec(),
             "vocab_size": coder.vocab_size,
             "eod_id": coder.eod_id,
             "pad_id": coder.pad_id,
-            "skipped": skipped,
             **about,
         }
         (staging / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
@@ -100,141 +126,97 @@ def prepare(
     finally:
         # Does nothing after the rename.
         shutil.rmtree(staging, ignore_errors=True)
+    # Imported here: worker processes import this module too, and torch takes seconds.
+    from launch.data import DataFolder
+
     return DataFolder(output)
 
 
-def standard_library() -> list[tuple[str, Path]]:
-    """Name and path of the standard library's sources, without its tests."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = _walk(root, (".py",))
-    if not files:
-        raise DataError(f"{root} holds no .py files: pass --input with text of your own.")
-    return [(path.relative_to(root).as_posix(), path) for path in files]
+@dataclass
+class _Preparation:
+    """The passes over the input.
 
+    The threshold of hashes that are held out is val_fraction, unless all hashes lie on one side of
+    it, as those of a handful of documents may. No pass is spent on finding out. The first one takes
+    what the names of text files give, or val_fraction; one that has seen the names of all documents
+    and finds another threshold starts again.
+    """
 
-def read_documents(
-    files: Iterable[tuple[str, Path]], skipped: list[str] | None = None
-) -> Iterator[tuple[str, str]]:
-    """Name and text of each document; names of files that are not UTF-8 are added to `skipped`."""
-    for name, path in files:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            if skipped is not None:
-                skipped.append(name)
-            continue
-        except OSError as error:
-            raise DataError(f"input {path} cannot be read: {error.strerror}.") from None
-        if path.suffix != ".jsonl":
-            if text:
-                yield name, text
-            continue
-        # Not splitlines(): it also splits at characters that a JSON string may contain.
-        for number, line in enumerate(text.split("\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                document = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
-                document = None
-            if not isinstance(document, str):
-                raise DataError(f'{path}, line {number}: not a JSON object with a string "text".')
-            try:
-                document.encode("utf-8")
-            except UnicodeEncodeError:
-                raise DataError(
-                    f'{path}, line {number}: "text" holds half of a surrogate pair (\\ud800 to '
-                    "\\udfff alone), which is not a character: repair or remove it."
-                ) from None
-            if document:
-                yield f"{name}:{number}", document
+    files: list[tuple[str, Path]]
+    text_field: str
+    val_fraction: float
+    workers: int
+    threshold: float = 0.0
 
+    def __post_init__(self) -> None:
+        self.threshold = self.val_fraction
+        if self.files and not any(has_rows(path) for _, path in self.files):
+            seen = HeldOut(self.val_fraction)
+            seen.see([hash_of(name) for name, _ in self.files])
+            self.threshold = seen.threshold
+        self._num_bytes = sum(file_size(path) for _, path in self.files)
 
-def _find(inputs: list[Path]) -> list[tuple[str, Path]]:
-    files: list[tuple[str, Path]] = []
-    for path in inputs:
-        if path.is_dir():
-            inside = _walk(path, None)
-            files += [(f"{path.name}/{each.relative_to(path).as_posix()}", each) for each in inside]
-        elif path.is_file():
-            files.append((path.name, path))
-        else:
-            raise DataError(f"input {path} is neither a file nor a folder.")
-    return _unique(files)
+    def train_bpe(self, vocab_size: int) -> Tokenizer:
+        """A BPE of the training documents."""
+        while True:
+            seen = HeldOut(self.val_fraction)
+            coder = train_bpe(self._training_texts(seen), vocab_size)
+            if self._is_right(seen):
+                return coder
 
+    def _training_texts(self, seen: HeldOut):
+        chunks = read_chunks(self.files, self.text_field)
+        for chunk in self._progress(chunks, "training the tokenizer"):
+            for name, text in chunk.documents([]):
+                hashed = hash_of(name)
+                seen.see([hashed])
+                if hashed >= self.threshold:
+                    yield text
 
-def _unique(files: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
-    """Number files of the same name, because the name decides a document's split."""
-    seen: dict[str, int] = {}
-    unique = []
-    for name, path in files:
-        seen[name] = seen.get(name, 0) + 1
-        unique.append((name if seen[name] == 1 else f"{name}#{seen[name]}", path))
-    return unique
+    def write(self, folder: Path, coder: Tokenizer) -> dict[str, Any]:
+        """Write both splits into a new folder; return what meta.json says about them."""
+        while True:
+            seen = HeldOut(self.val_fraction)
+            folder.mkdir(parents=True)
+            about = self._write(folder, coder, seen)
+            if self._is_right(seen):
+                break
+            shutil.rmtree(folder)
+        for split in ("train", "val"):
+            if not about[split]["bytes"]:
+                raise DataError(f"{split} would hold no text: give more documents, or longer ones.")
+        return about
 
+    def _write(self, folder: Path, coder: Tokenizer, seen: HeldOut) -> dict[str, Any]:
+        dtype = token_dtype(coder.vocab_size)
+        writers = {split: IndexedWriter(folder / split, dtype) for split in ("train", "val")}
+        skipped: list[str] = []
+        about: dict[str, Any] = {split: dict(documents=0, tokens=0, bytes=0) for split in writers}
+        arguments = (coder.spec(), self.threshold, self.val_fraction)
+        workers = min(self.workers, 1 + self._num_bytes // _BYTES_PER_WORKER)
+        chunks = read_chunks(self.files, self.text_field)
+        encoded = map_in_order(Encoder, arguments, chunks, workers)
+        for chunk in self._progress(encoded, "writing tokens"):
+            seen.see(chunk.hashes)
+            skipped += chunk.skipped
+            for split, part in chunk.splits.items():
+                writers[split].add_all(part.tokens, part.lengths)
+                about[split]["documents"] += len(part.lengths)
+                about[split]["tokens"] += len(part.tokens)
+                about[split]["bytes"] += part.num_bytes
+        for writer in writers.values():
+            writer.close()
+        return {"skipped": skipped, **about}
 
-def _walk(root: Path, suffixes: tuple[str, ...] | None) -> list[Path]:
-    found: list[Path] = []
-    for folder, folders, names in os.walk(root):
-        # Folders given by the user are read in full; the library is read without its tests.
-        if suffixes is not None:
-            folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
-        found += [
-            Path(folder, name) for name in names if suffixes is None or name.endswith(suffixes)
-        ]
-    return sorted(found)
+    def _is_right(self, seen: HeldOut) -> bool:
+        """Whether the pass that has `seen` all names had the right threshold; sets it."""
+        if not seen.count:
+            raise DataError("the input holds no text: no file of it is UTF-8 and not empty.")
+        used, self.threshold = self.threshold, seen.threshold
+        return used == self.threshold
 
-
-def _threshold(names: list[str], val_fraction: float) -> float:
-    """Documents whose hash is below this are held out: val_fraction of them, but at least one."""
-    hashes = sorted(map(_hash, names))
-    if len(hashes) == 1:
-        return 0.0
-    held_out = sum(each < val_fraction for each in hashes)
-    if 0 < held_out < len(hashes):
-        return val_fraction
-    return hashes[1] if held_out == 0 else hashes[-1]
-
-
-def _hash(name: str) -> float:
-    """A number in [0, 1) that depends on `name` alone."""
-    # File names may not be UTF-8.
-    encoded = name.encode("utf-8", "surrogateescape")
-    return int.from_bytes(hashlib.sha256(encoded).digest()[:7], "big") / 2**56
-
-
-def _write(
-    folder: Path,
-    documents: Iterator[tuple[str, str]],
-    threshold: float,
-    coder: Tokenizer,
-    val_fraction: float,
-) -> dict[str, dict[str, int]]:
-    """Write both splits document by document; return their entries of meta.json."""
-    dtype = token_dtype(coder.vocab_size)
-    writers = {split: IndexedWriter(folder / split, dtype) for split in ("train", "val")}
-    about = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in writers}
-
-    def add(split: str, text: str) -> None:
-        ids = coder.encode(text)
-        writers[split].add(np.append(ids, coder.eod_id))
-        about[split]["documents"] += 1
-        about[split]["tokens"] += len(ids) + 1
-        about[split]["bytes"] += len(text.encode("utf-8"))
-
-    for name, text in documents:
-        if threshold > 0:
-            add("val" if _hash(name) < threshold else "train", text)
-        else:
-            # A single document: its end is held out.
-            cut = max(1, round(len(text) * (1 - val_fraction)))
-            add("train", text[:cut])
-            add("val", text[cut:])
-    for split, writer in writers.items():
-        if not about[split]["bytes"]:
-            raise DataError(f"{split} would hold no text: give more documents, or longer ones.")
-        writer.close()
-    return about
+    def _progress(self, chunks, name: str):
+        return progress(chunks, name, total=self._num_bytes, size=lambda chunk: chunk.size)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -250,14 +232,23 @@ def main(argv: list[str] | None = None) -> int:
             tokenizer=arguments.tokenizer,
             vocab_size=arguments.vocab_size,
             val_fraction=arguments.val_fraction,
+            text_field=arguments.text_field,
+            eod_token=arguments.eod_token,
+            pad_token=arguments.pad_token,
+            workers=available_cores() if arguments.workers is None else arguments.workers,
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     for split in ("train", "val"):
         print(f"{folder.folder / split}.bin: {describe(folder, split)}")
-    if folder.meta["skipped"]:
-        print(f"skipped, not UTF-8: {', '.join(folder.meta['skipped'])}")
+    if skipped := folder.meta["skipped"]:
+        names = ", ".join(skipped[:_MOST_SKIPPED])
+        # The name itself may not be UTF-8.
+        names = names.encode("utf-8", "backslashreplace").decode("utf-8")
+        more = len(skipped) - _MOST_SKIPPED
+        rest = f" and {more:,} more (all are in meta.json)" if more > 0 else ""
+        print(f"skipped, not UTF-8: {names}{rest}")
     return 0
 
 

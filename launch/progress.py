@@ -2,10 +2,18 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from rich.progress import track
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 T = TypeVar("T")
 
@@ -13,13 +21,19 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 
 def progress(
-    items: Iterable[T], name: str, *, total: int | None = None, enabled: bool = True
+    items: Iterable[T],
+    name: str,
+    *,
+    total: int | None = None,
+    size: Callable[[T], int] | None = None,
+    enabled: bool = True,
 ) -> Iterator[T]:
     """Yield `items` and show how many are done.
 
     Args:
         name: what is being done.
-        total: number of items, if `items` has no length.
+        total: number of items, if `items` has no length; with `size`, of bytes.
+        size: the bytes of an item, which are then shown instead of items.
         enabled: False shows nothing, as on all ranks but the first.
     """
     if not enabled:
@@ -28,11 +42,29 @@ def progress(
     if total is None:
         total = len(items)
     if sys.stdout.isatty():
-        yield from track(items, name, total=total, transient=True)
+        yield from _with_bar(items, name, total, size)
         return
     last = time.monotonic()
-    for done, item in enumerate(items):
+    done = 0
+    for item in items:
         if time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
-            print(f"{name}: {done:,}/{total:,}", flush=True)
+            print(f"{name}: {_amount(done, total, size is not None)}", flush=True)
             last = time.monotonic()
         yield item
+        done += 1 if size is None else size(item)
+
+
+def _with_bar(
+    items: Iterable[T], name: str, total: int, size: Callable[[T], int] | None
+) -> Iterator[T]:
+    amount = [MofNCompleteColumn()] if size is None else [DownloadColumn(), TransferSpeedColumn()]
+    columns = [TextColumn("{task.description}"), BarColumn(), *amount, TimeRemainingColumn()]
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task(name, total=total)
+        for item in items:
+            yield item
+            bar.advance(task, 1 if size is None else size(item))
+
+
+def _amount(done: int, total: int, are_bytes: bool) -> str:
+    return f"{done / 1e6:,.0f}/{total / 1e6:,.0f} MB" if are_bytes else f"{done:,}/{total:,}"

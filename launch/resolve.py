@@ -206,7 +206,7 @@ def describe(config: Config, info: RankInfo, shape: Any, batch: Batching) -> str
             f"moments{f' sharded over {shards} ranks' if shards > 1 else ''}; "
             "activations come on top (see --job.dry_run)"
         ),
-        "data": "random tokens" if config.data.source == "random" else str(config.data_folder),
+        "data": _data(config),
         "checkpoints": str(config.checkpoint_folder) if config.checkpoint.enable else "none",
     }
     if config.job.dry_run:
@@ -214,3 +214,13 @@ def describe(config: Config, info: RankInfo, shape: Any, batch: Batching) -> str
     if idle := without_effect(config, dims):
         lines["no effect"] = "; ".join(idle)
     return "\n".join(f"{name + ':':<13}{text}" for name, text in lines.items())
+
+
+def _data(config: Config) -> str:
+    if config.data.source == "random":
+        return "random tokens"
+    if not config.data.folders:
+        return str(config.data_folder)
+    total = sum(weight for _, weight in config.data.folders)
+    shares = (f"{folder} {weight / total:.1%}" for folder, weight in config.data.folders)
+    return ", ".join(shares)

@@ -93,14 +93,19 @@ _TYPE_NAMES = {
     bool: "true or false",
     str: "a string",
 }
-_LIST_NAMES = {int: "a list of whole numbers", str: "a list of strings"}
+_PAIR = tuple[str, float]
+_LIST_NAMES = {
+    int: "a list of whole numbers",
+    str: "a list of strings",
+    _PAIR: "a list of pairs of a string and a number, such as [['a', 0.7], ['b', 0.3]]",
+}
 
 
 def typed(value: Any, annotation: Any, where: str) -> Any:
     """`value` if it fits `annotation` (an int fits a float), else ConfigError.
 
-    Annotations are int, float, bool, str, Literal, tuple[int, ...], tuple[str, ...], and unions of
-    them.
+    Annotations are int, float, bool, str, Literal, tuple[int, ...], tuple[str, ...],
+    tuple[tuple[str, float], ...], and unions of them.
     """
     # Literal[...] | None is a typing.Union.
     is_union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
@@ -116,11 +121,17 @@ def typed(value: Any, annotation: Any, where: str) -> Any:
             continue
         if origin is tuple:
             item = typing.get_args(option)[0]
-            if type(value) is list and {item} >= set(map(type, value)):
-                return tuple(value)
+            if type(value) is list and all(_is_item(each, item) for each in value):
+                return tuple((each[0], float(each[1])) if item == _PAIR else each for each in value)
             words.append(_LIST_NAMES[item])
             continue
         if type(value) is origin or (origin is float and type(value) is int):
             return origin(value)
         words.append(_TYPE_NAMES[origin])
     raise ConfigError(f"{where} is {value!r}, must be {' or '.join(words)}.")
+
+
+def _is_item(value: Any, annotation: Any) -> bool:
+    if annotation == _PAIR:
+        return type(value) is list and [type(each) for each in value] in ([str, int], [str, float])
+    return type(value) is annotation

@@ -29,7 +29,7 @@ from launch.build import apply_data_parallel, build_model, get_family, model_con
 from launch.checkpoint.save_resume import find_checkpoint, finish_save, resume, start_save
 from launch.checkpoint.store import CheckpointStore
 from launch.config import Config, load_config
-from launch.data import DataFolder, RandomSource, Segments, stream_length
+from launch.data import RandomSource, Segments, stream_length
 from launch.distributed import DistContext, RankInfo, get_rank_info, open_dist_context
 from launch.exit_codes import (
     DISK_FAILED,
@@ -51,6 +51,7 @@ from launch.metrics import (
     peak_memory,
     plot_loss,
 )
+from launch.mixture import open_mixture
 from launch.optimizer import build_optimizer, update_scales
 from launch.prepare_data import prepare
 from launch.profiling import profiled
@@ -111,7 +112,7 @@ def dry_run(config: Config, info: RankInfo, batch: Batching) -> tuple[str, bool]
     check_packages(config)
     tokenizer: Tokenizer | None = None
     if config.data.source == "folder":
-        tokenizer = DataFolder(config.data_folder).tokenizer
+        tokenizer = open_mixture(config.data_folders).tokenizer
     elif config.data.source == "stdlib":
         tokenizer = ByteTokenizer()
     shape = model_config(config, tokenizer)
@@ -238,13 +239,13 @@ def open_data(config: Config):
         source = RandomSource(shape.vocab_size, seed)
         held_out = RandomSource(shape.vocab_size, seed + 1)
         return None, shape, source, held_out if config.validation.enable else None
-    folder = DataFolder(config.data_folder)
-    shape = model_config(config, folder.tokenizer)
-    source = folder.source("train", seq_len, shape.vocab_size)
+    mixture = open_mixture(config.data_folders)
+    shape = model_config(config, mixture.tokenizer)
+    source = mixture.source("train", seq_len, shape.vocab_size)
     held_out = None
     if config.validation.enable:
-        held_out = folder.source("val", seq_len, shape.vocab_size)
-    return folder.tokenizer, shape, source, held_out
+        held_out = mixture.source("val", seq_len, shape.vocab_size)
+    return mixture.tokenizer, shape, source, held_out
 
 
 def run_steps(state: TrainState, log: MetricsLog | None) -> int:

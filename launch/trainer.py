@@ -12,7 +12,6 @@ from launch.data import (
     SegmentedBatch,
     TokenSource,
     read_batch,
-    sample_order,
     stream_order,
 )
 from launch.distributed import start_copy
@@ -120,12 +119,7 @@ def step_indices(state: TrainState) -> list[int]:
     count = state.batching.global_batch_size
     if state.config.training.carry_state:
         return stream_order(state.consumed, count, state.train_source.num_samples)
-    return sample_order(
-        state.consumed,
-        count,
-        state.train_source.num_samples,
-        state.config.training.seed,
-    )
+    return state.train_source.order(state.consumed, count, state.config.training.seed)
 
 
 def read(state: TrainState, source: TokenSource, indices: list[int]) -> Batch | SegmentedBatch:
@@ -196,11 +190,12 @@ def _validation_batches(state: TrainState) -> Iterator[Batch | SegmentedBatch]:
     assert source is not None
     local = config.training.local_batch_size
     # The same samples on any mesh with the same global batch.
-    count = min(config.validation.steps * state.batching.global_batch_size, source.num_samples)
+    indices = source.first(config.validation.steps * state.batching.global_batch_size)
+    count = len(indices)
     # Strided, so that a last incomplete batch is spread evenly; a rank may get none.
-    own = range(state.ctx.info.dp_rank, count, dp)
+    own = indices[state.ctx.info.dp_rank :: dp]
     for first in range(0, len(own), local):
-        yield read(state, source, list(own[first : first + local]))
+        yield read(state, source, own[first : first + local])
     # If weights are gathered for a forward, every rank must take part in every forward.
     for _ in range(-(-len(own) // local), -(-count // (local * dp))):
         yield read(state, source, [0]).without_labels()

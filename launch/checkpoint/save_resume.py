@@ -249,15 +249,16 @@ def resume(state: TrainState, found: Checkpoint) -> None:
     identity = sample_identity(state)
     if identity != saved["sample_identity"] and ctx.is_rank0:
         print(
-            "warning: training.seed, training.seq_len and the number of samples were "
+            "warning: training.seed, training.seq_len and the number of samples (with data.folders "
+            "also each folder's, and its weight) were "
             f"{saved['sample_identity']} and are {identity}: samples come in another order, and "
             f"the {state.consumed} already consumed are counted in the new one."
         )
 
 
-def sample_identity(state: TrainState) -> list[int]:
+def sample_identity(state: TrainState) -> list[Any]:
     """What the order of samples depends on besides the position."""
     training = state.config.training
-    identity = [training.seed, training.seq_len, state.train_source.num_samples]
+    identity = [training.seed, training.seq_len, *state.train_source.identity]
     # Streams are read in order, one per sequence of a step.
     return identity + [state.batching.global_batch_size] * training.carry_state

@@ -1,5 +1,6 @@
 """Text to tokens: what is read, how it is split, and that nothing is left incomplete."""
 
+import functools
 import json
 import os
 
@@ -8,10 +9,12 @@ import pytest
 
 from launch import prepare_data
 from launch.data import DataFolder
+from launch.documents import standard_library
+from launch.encode import HeldOut, hash_of
 from launch.exit_codes import DataError
-from launch.indexed_dataset import IndexedTokens
-from launch.prepare_data import prepare, standard_library
-from launch.tokenizer import ByteTokenizer
+from launch.indexed_dataset import IndexedTokens, IndexedWriter
+from launch.prepare_data import prepare
+from launch.workers import map_in_order
 
 
 def documents(folder, split):
@@ -123,10 +126,10 @@ def test_bad_input_leaves_nothing(tmp_path, make, sentence):
 
 
 def test_failure_while_writing_leaves_nothing(texts, tmp_path, monkeypatch):
-    def fail(self, text):
+    def fail(self, tokens, lengths):
         raise OSError("disk full")
 
-    monkeypatch.setattr(ByteTokenizer, "encode", fail)
+    monkeypatch.setattr(IndexedWriter, "add_all", fail)
     with pytest.raises(DataError, match="out cannot be written: disk full"):
         prepare(tmp_path / "out", [texts])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["texts"]
@@ -146,13 +149,120 @@ def test_an_output_that_cannot_be_made_is_named(texts, tmp_path):
         prepare(texts / "latin.txt" / "out", [texts])
 
 
-def test_names_that_are_not_utf8_are_names(tmp_path):
+def test_names_that_are_not_utf8_are_names(tmp_path, capsys):
     texts = tmp_path / "texts"
     texts.mkdir()
     for number in range(4):
         (texts / os.fsdecode(b"caf\xe9%d" % number)).write_text(f"{number}")
     folder = prepare(tmp_path / "out", [texts]).folder
     assert len(documents(folder, "train")) + len(documents(folder, "val")) == 4
+    (texts / os.fsdecode(b"\xe9")).write_bytes(b"\xe9")
+    assert prepare_data.main(["--output", str(tmp_path / "more"), "--input", str(texts)]) == 0
+    assert "skipped, not UTF-8: texts/\\udce9" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
+def test_the_output_does_not_depend_on_the_workers(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setattr(prepare_data, "_BYTES_PER_WORKER", 1)
+    monkeypatch.setattr("launch.documents._CHUNK", 500)
+    lines = [json.dumps({"text": f"document {n} " * (n % 40)}) for n in range(300)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "b.txt").write_bytes(b"\xff")
+    inputs = [tmp_path / "a.jsonl", tmp_path / "b.txt"]
+    outputs = []
+    for workers in (1, 3):
+        output = tmp_path / f"{workers}"
+        prepare(output, inputs, tokenizer=tokenizer, vocab_size=300, workers=workers)
+        outputs.append({path.name: path.read_bytes() for path in output.iterdir()})
+    assert len(outputs[0]) == 5 and outputs[0] == outputs[1]
+
+
+def test_results_of_workers_come_in_order_and_errors_reach_the_caller():
+    # The functions are the standard library's: a worker that imports this file imports torch.
+    start = functools.partial
+    assert list(map_in_order(start, (pow, 2), range(20), 2)) == [2**n for n in range(20)]
+    taken = []
+    items = (taken.append(n) or 7 - n for n in range(1000))
+    with pytest.raises(ZeroDivisionError):
+        for _ in map_in_order(start, (divmod, 1), items, 2):
+            pass
+    # Bounded: six are under way, of which the eighth fails.
+    assert len(taken) <= 8 + 6
+    with pytest.raises(DataError, match="a worker process was killed, .* fewer --workers"):
+        list(map_in_order(start, (os._exit,), range(9), 2))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 30])
+@pytest.mark.parametrize("fraction", [1e-9, 0.2, 1 - 1e-9])
+def test_some_documents_are_held_out_and_not_all(count, fraction):
+    hashes = [hash_of(f"{number}") for number in range(count)]
+    held_out = HeldOut(fraction)
+    for each in hashes:
+        held_out.see([each])
+    chosen = [each for each in hashes if each < held_out.threshold]
+    if count == 1:
+        assert held_out.threshold == 0
+        return
+    expected = [each for each in hashes if each < fraction]
+    # Where the fraction gives nothing: the lowest; where it gives all: all but the highest.
+    expected = expected or [min(hashes)]
+    if len(expected) == count:
+        expected.remove(max(hashes))
+    assert chosen == expected
+
+
+@pytest.mark.parametrize(("name", "passes"), [("a.txt", 1), ("a.jsonl", 2)])
+def test_a_pass_is_repeated_only_for_another_threshold(tmp_path, monkeypatch, name, passes):
+    (tmp_path / name).write_text('{"text": "the only document"}')
+    made, real = [], prepare_data.Encoder
+    monkeypatch.setattr(prepare_data, "Encoder", lambda *args: made.append(args[1]) or real(*args))
+    folder = prepare(tmp_path / "out", [tmp_path / name]).folder
+    assert documents(folder, "train") and documents(folder, "val")
+    assert len(made) == passes and made[-1] == 0
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
+def test_a_long_document_is_one_document(tmp_path, monkeypatch, tokenizer):
+    """Encoded in parts, read in many blocks; as a file and as a line of a .jsonl."""
+    monkeypatch.setattr("launch.tokenizer._PART", 1000)
+    monkeypatch.setattr("launch.compressed._BLOCK", 1000)
+    monkeypatch.setattr("launch.documents._CHUNK", 1000)
+    long = "".join(f"{number} and\n" for number in range(3000))
+    (tmp_path / "a.txt").write_text(long)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": long}))
+    inputs = [tmp_path / "a.txt", tmp_path / "b.jsonl"]
+    folder = prepare(tmp_path / "out", inputs, tokenizer=tokenizer, vocab_size=300).folder
+    assert documents(folder, "train") == documents(folder, "val") == [long]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            dict(tokenizer="bytes"),
+            "tokenizer bytes cannot be read .*give byte, bpe, a",
+        ),
+        (dict(eod_token="</s>"), "are for a tokenizer.json: tokenizer byte has its own"),
+        (dict(tokenizer="bpe", pad_token="</s>"), "tokenizer bpe has its own"),
+        (dict(workers=0), "workers is 0: it must be at least 1"),
+        (dict(val_fraction=1.0), "val_fraction is 1.0"),
+        (dict(tokenizer="bpe", vocab_size=10), "vocab_size is 10"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(texts, tmp_path, options, sentence):
+    with pytest.raises(DataError, match=sentence):
+        prepare(tmp_path / "out", [texts], **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["texts"]
+
+
+def test_skipped_documents_are_listed(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n' * 2 + b"\xff\n" * 30)
+    line = ["--output", str(tmp_path / "out"), "--input", str(tmp_path / "a.jsonl")]
+    assert prepare_data.main(line) == 0
+    printed = capsys.readouterr().out
+    assert "skipped, not UTF-8: a.jsonl:3, a.jsonl:4, " in printed
+    assert printed.endswith("a.jsonl:22 and 10 more (all are in meta.json)\n")
+    assert len(DataFolder(tmp_path / "out").meta["skipped"]) == 30
 
 
 def test_command_line(texts, tmp_path, capsys):

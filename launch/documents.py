@@ -1,0 +1,289 @@
+"""The documents of text, .jsonl and .parquet files, each of which may be compressed or large.
+
+`read_chunks` divides the files into chunks of about a megabyte, which is quick: a chunk of text
+files is their names, one of .jsonl a number of lines as bytes. `Chunk.documents` does the rest,
+in another process where there are several. Memory is bounded by chunks and the longest document.
+"""
+
+import json
+import os
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from launch.compressed import Damaged, is_compressed, plain_suffix, read_blocks
+from launch.exit_codes import DataError
+
+_CHUNK = 1 << 20
+_SKIPPED_FOLDERS = frozenset(
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+)
+_BOM = "\ufeff"
+
+
+class Chunk(Protocol):
+    """Consecutive documents of the input."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files that were read for it."""
+
+    def documents(self, skipped: list[str]) -> Iterator[tuple[str, str]]:
+        """Name and text of each document that is not empty. Names of those that are not UTF-8 are
+        added to `skipped`.
+
+        Raises:
+            DataError: a file or row cannot be read; the message names it.
+        """
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """Text files, each of which is a document."""
+
+    files: list[tuple[str, Path]]
+    size: int
+
+    def documents(self, skipped: list[str]) -> Iterator[tuple[str, str]]:
+        for name, path in self.files:
+            try:
+                text = b"".join(block for block, _ in read_blocks(path)).decode("utf-8")
+            except UnicodeDecodeError:
+                skipped.append(name)
+                continue
+            except Damaged as error:
+                raise DataError(f"input {path} cannot be read: {error}.") from None
+            # As Python reads text.
+            text = text.removeprefix(_BOM).replace("\r\n", "\n").replace("\r", "\n")
+            if text:
+                yield name, text
+
+
+@dataclass(frozen=True)
+class JsonLines:
+    """Lines of a .jsonl file; line `first_row` is the first, counted from 1."""
+
+    name: str
+    path: Path
+    field: str
+    first_row: int
+    lines: bytes
+    size: int
+
+    def documents(self, skipped: list[str]) -> Iterator[tuple[str, str]]:
+        for row, line in enumerate(self.lines.split(b"\n"), self.first_row):
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError:
+                skipped.append(f"{self.name}:{row}")
+                continue
+            text = text.removeprefix(_BOM) if row == 1 else text
+            if text.strip() and (document := self._document(text, row)):
+                yield f"{self.name}:{row}", document
+
+    def _document(self, line: str, row: int) -> str:
+        try:
+            document = json.loads(line)[self.field]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            document = None
+        if not isinstance(document, str):
+            raise DataError(
+                f'{self.path}, line {row}: not a JSON object with a string "{self.field}" '
+                "(--text-field names another field)."
+            )
+        try:
+            document.encode("utf-8")
+        except UnicodeEncodeError:
+            raise DataError(
+                f'{self.path}, line {row}: "{self.field}" holds half of a surrogate pair (\\ud800 '
+                "to \\udfff alone), which is not a character: repair or remove it."
+            ) from None
+        return document
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The text column of rows of a .parquet file, as bytes; None: a null."""
+
+    name: str
+    path: Path
+    field: str
+    first_row: int
+    texts: list[bytes | None]
+    size: int
+
+    def documents(self, skipped: list[str]) -> Iterator[tuple[str, str]]:
+        for row, text in enumerate(self.texts, self.first_row):
+            if text is None:
+                raise DataError(f'{self.path}, row {row}: "{self.field}" is null, not text.')
+            try:
+                document = text.decode("utf-8")
+            except UnicodeDecodeError:
+                skipped.append(f"{self.name}:{row}")
+                continue
+            if document:
+                yield f"{self.name}:{row}", document
+
+
+def read_chunks(files: Iterable[tuple[str, Path]], field: str = "text") -> Iterator[Chunk]:
+    """The documents of all files, in order.
+
+    Args:
+        files: name and path of each.
+        field: of .jsonl and .parquet files, that holds the text.
+
+    Raises:
+        DataError: a file is missing or damaged, or has no such field.
+    """
+    waiting: list[tuple[str, Path]] = []
+    size = 0
+    for name, path in files:
+        if not has_rows(path):
+            waiting.append((name, path))
+            size += file_size(path)
+            if size < _CHUNK:
+                continue
+        if waiting:
+            yield TextFiles(waiting, size)
+            waiting, size = [], 0
+        if plain_suffix(path) == ".jsonl":
+            yield from _read_lines(name, path, field)
+        elif has_rows(path):
+            yield from _read_rows(name, path, field)
+    if waiting:
+        yield TextFiles(waiting, size)
+
+
+def _read_lines(name: str, path: Path, field: str) -> Iterator[JsonLines]:
+    """Chunks of whole lines. Lines end at newlines only, not where str.splitlines ends them: a JSON
+    string may contain these characters."""
+    row, before, done, held = 1, 0, 0, 0
+    # Joined once per chunk: a line may be as long as the file.
+    parts: list[bytes] = []
+    try:
+        for block, done in read_blocks(path):
+            parts.append(block)
+            held += len(block)
+            end = block.rfind(b"\n") + 1
+            if held >= _CHUNK and end:
+                parts[-1] = block[:end]
+                lines = b"".join(parts)
+                yield JsonLines(name, path, field, row, lines[:-1], done - before)
+                row, before = row + lines.count(b"\n"), done
+                parts, held = [block[end:]], len(block) - end
+    except Damaged as error:
+        complete = row - 1 + sum(part.count(b"\n") for part in parts)
+        raise DataError(f"{path}, after line {complete}: {error}.") from None
+    if any(parts):
+        yield JsonLines(name, path, field, row, b"".join(parts), done - before)
+
+
+def _read_rows(name: str, path: Path, field: str) -> Iterator[Rows]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise DataError(
+            f"{path} needs the package pyarrow: pip install -e '.[parquet]' (or pip install "
+            "pyarrow)."
+        ) from None
+    if is_compressed(path):
+        raise DataError(
+            f"{path} is compressed as a whole: decompress it, a .parquet file has its "
+            "own compression."
+        )
+    size, row = file_size(path), 1
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow
+            if columns.names.count(field) != 1:
+                raise DataError(
+                    f"{path} has no column {field!r}: it has {', '.join(columns.names)}; name one "
+                    "with --text-field."
+                )
+            kind = columns.field(field).type
+            if pyarrow.types.is_dictionary(kind):
+                kind = kind.value_type
+            if str(kind) not in ("string", "large_string", "string_view"):
+                raise DataError(
+                    f"{path}: column {field!r} is {kind}, not text; name another one with "
+                    "--text-field."
+                )
+            total = file.metadata.num_rows
+            for batch in file.iter_batches(_rows_per_chunk(file, field), columns=[field]):
+                # As bytes: one that is not UTF-8 must not stop the others.
+                texts = batch.column(0).cast(pyarrow.large_string()).cast(pyarrow.large_binary())
+                yield Rows(name, path, field, row, texts.to_pylist(), size * len(texts) // total)
+                row += len(texts)
+    except (pyarrow.ArrowException, OSError) as error:
+        why = str(error).splitlines()[0].rstrip(".")
+        raise DataError(f"{path}, after row {row - 1}: damaged or not parquet ({why}).") from None
+
+
+def _rows_per_chunk(file, field: str) -> int:
+    """Rows with a megabyte of text, by the averages of the row groups."""
+    groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+    columns = [group.column(i) for group in groups for i in range(group.num_columns)]
+    sizes = [each.total_uncompressed_size for each in columns if each.path_in_schema == field]
+    average = sum(sizes) / max(1, file.metadata.num_rows)
+    return int(min(4096, max(1, _CHUNK // max(1, average))))
+
+
+def has_rows(path: Path) -> bool:
+    """Whether a file may hold several documents."""
+    return plain_suffix(path) in (".jsonl", ".parquet")
+
+
+def file_size(path: Path) -> int:
+    """Bytes of a file. Raises DataError if it is missing."""
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise DataError(f"input {path} cannot be read: {error.strerror}.") from None
+
+
+def standard_library() -> list[tuple[str, Path]]:
+    """Name and path of the standard library's sources, without its tests."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = _walk(root, (".py",))
+    if not files:
+        raise DataError(f"{root} holds no .py files: pass --input with text of your own.")
+    return [(path.relative_to(root).as_posix(), path) for path in files]
+
+
+def find_files(inputs: list[Path]) -> list[tuple[str, Path]]:
+    """Name and path of each file of the inputs, which are files and folders."""
+    files: list[tuple[str, Path]] = []
+    for path in inputs:
+        if path.is_dir():
+            inside = _walk(path, None)
+            files += [(f"{path.name}/{each.relative_to(path).as_posix()}", each) for each in inside]
+        elif path.is_file():
+            files.append((path.name, path))
+        else:
+            raise DataError(f"input {path} is neither a file nor a folder.")
+    return _unique(files)
+
+
+def _unique(files: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
+    """Number files of the same name, because the name decides a document's split."""
+    seen: dict[str, int] = {}
+    unique = []
+    for name, path in files:
+        seen[name] = seen.get(name, 0) + 1
+        unique.append((name if seen[name] == 1 else f"{name}#{seen[name]}", path))
+    return unique
+
+
+def _walk(root: Path, suffixes: tuple[str, ...] | None) -> list[Path]:
+    found: list[Path] = []
+    for folder, folders, names in os.walk(root):
+        # Folders given by the user are read in full; the library is read without its tests.
+        if suffixes is not None:
+            folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
+        found += [
+            Path(folder, name) for name in names if suffixes is None or name.endswith(suffixes)
+        ]
+    return sorted(found)
