@@ -10,7 +10,7 @@ from lasp.tnl import TNL, TNLConfig
 from lasp.tnl.convert import to_released
 from launch import convert
 from launch.checkpoint.store import CheckpointStore
-from launch.tokenizer import ByteTokenizer, train_bpe
+from launch.tokenizer import ByteTokenizer, FileTokenizer, train_bpe
 from tests.launch.runs import save_tensors
 
 LINEAR = TNLConfig(vocab_size=320, dim=32, num_layers=3, num_heads=4, glu_dim=48, init_std=0.2)
@@ -32,7 +32,27 @@ def bpe():
     return train_bpe([text * 3 for text in TEXTS] + ["line 1 of 2: a main return"], 300)
 
 
-TOKENIZERS = {"byte": ByteTokenizer, "bpe": bpe}
+def file_tokenizer():
+    """One of another origin, which puts a token before each text."""
+    description = bpe().spec()["tokenizer"]
+    for token, name in zip(description["added_tokens"], ("</s>", "<pad>"), strict=True):
+        del description["model"]["vocab"][token["content"]]
+        description["model"]["vocab"][name] = token["id"]
+        token["content"] = name
+    start = [
+        {"SpecialToken": {"id": "</s>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ]
+    description["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": start,
+        "pair": [*start, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"</s>": {"id": "</s>", "ids": [0], "tokens": ["</s>"]}},
+    }
+    return FileTokenizer(description, "</s>", "<pad>")
+
+
+TOKENIZERS = {"byte": ByteTokenizer, "bpe": bpe, "file": file_tokenizer}
 
 
 def weights_of(config, seed=0):
