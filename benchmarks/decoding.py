@@ -123,12 +123,11 @@ def by_context(arguments: argparse.Namespace, bandwidth: float) -> list[dict]:
     for name in ("TNL", "softmax"):
         model = build(preset, softmax=name == "softmax")
         for context in arguments.contexts:
-            gc.collect()
-            if DEVICE.type == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
+            free_memory()
             row = {"model": f"{name} {preset}", "batch": 1, "context": context}
             try:
+                # Compiles the kernels of this length.
+                decode(model, 1, min(context, 131072), 4)
                 row |= decode(model, 1, context, arguments.new)
             except torch.OutOfMemoryError:
                 row["out_of_memory"] = True
@@ -150,6 +149,7 @@ def by_prompt(arguments: argparse.Namespace, bandwidth: float) -> list[dict]:
             compile_blocks(model.blocks)
             compiling = seconds(lambda: read(model, max(COMPILED_PROMPTS)))
         for length in COMPILED_PROMPTS if compiled else PROMPTS:
+            read(model, length)
             took = statistics.median(seconds(lambda n=length: read(model, n)) for _ in range(4))
             row = {"model": f"TNL {preset}", "tokens": length, "compiled": compiled}
             row |= {"seconds": took, "tokens_per_second": length / took, "first_call": compiling}
@@ -170,6 +170,9 @@ def fresh_process(arguments: argparse.Namespace, bandwidth: float) -> list[dict]
     """Twice: the second time kernels are in Triton's cache."""
     preset = arguments.preset[0] if len(arguments.preset) == 1 else "1b"
     rows = []
+    # The other process needs it.
+    build.cache_clear()
+    free_memory()
     for cache in ("cold or warm", "warm"):
         command = [sys.executable, "-c", _START.format(preset=preset)]
         began = time.perf_counter()
@@ -205,6 +208,13 @@ def step_kernel(arguments: argparse.Namespace, bandwidth: float) -> list[dict]:
         rows.append(row | {"of_copy": moved / took / bandwidth})
         print(json.dumps(rows[-1]), flush=True)
     return rows
+
+
+def free_memory() -> None:
+    gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def seconds(function: Callable[[], object]) -> float:

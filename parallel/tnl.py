@@ -43,7 +43,7 @@ def tensor_parallel(model: TNL, mesh: DeviceMesh, *, shard_sequence: bool = Fals
     All ranks must hold equal weights; each keeps its shard. Every parameter becomes a DTensor on
     `mesh`: embedding, projections into the mixers, w1, w2 and theta with Shard(0), out_proj and w3
     with Shard(1). States that the model takes or returns are those of this rank's heads.
-    (`generate` needs an unsharded model.)
+    `generate` gives every rank the tokens of one device.
 
     Apply it before activation checkpointing, compilation and data parallelism.
 

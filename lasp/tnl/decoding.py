@@ -51,18 +51,19 @@ class Sampling(NamedTuple):
         """One token per row of logits [B, V], int64 [B]."""
         if self.temperature == 0:
             return logits.argmax(dim=-1)
-        logits = logits.float() / self.temperature
+        logits, tokens = logits.float() / self.temperature, None
         if self.top_k is not None and self.top_k < logits.shape[-1]:
-            smallest = logits.topk(self.top_k, dim=-1).values[:, -1:]
-            logits = logits.masked_fill(logits < smallest, float("-inf"))
+            # In falling order. All that follows looks at few tokens instead of all.
+            logits, tokens = logits.topk(self.top_k, dim=-1)
+        elif self.top_p is not None and self.top_p < 1:
+            logits, tokens = logits.sort(dim=-1, descending=True)
         probabilities = logits.softmax(dim=-1)
         if self.top_p is not None and self.top_p < 1:
-            ordered, order = probabilities.sort(dim=-1, descending=True)
             # The first token always stays.
-            outside = (ordered.cumsum(dim=-1) - ordered) >= self.top_p
-            ordered = ordered.masked_fill(outside, 0)
-            probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered)
-        return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+            before = probabilities.cumsum(dim=-1) - probabilities
+            probabilities = probabilities.masked_fill(before >= self.top_p, 0)
+        drawn = torch.multinomial(probabilities, 1, generator=generator)
+        return (drawn if tokens is None else tokens.gather(-1, drawn)).squeeze(-1)
 
 
 class Decoder:

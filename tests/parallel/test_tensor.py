@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from lasp.tnl import TNL, TNLConfig
+from lasp.tnl.generation import stream
 from lasp.tnl.layers import SRMSNorm
 from lasp.tnl.learned_decay import DecayProjection
 from parallel.activation_checkpoint import checkpoint_blocks
@@ -210,3 +211,19 @@ def test_sizes_that_do_not_divide_are_refused_with_their_numbers(pool):
         assert "glu_dim 65 does not divide" in glu and "vocab_size 55 does not" in vocabulary
         assert "num_key_value_heads 2 does not divide by 3" in kv_heads
         assert "64 tokens of this rank do not divide by 3" in tokens
+
+
+def generate_on_one_rank(group, changes):
+    model = sharded(group, make(**changes))
+    prompts = [batch_of(length)[0][0] for length in (9, 1, 30)]
+    return torch.stack(list(stream(model, prompts, 12, prefill_chunk=16)))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("changes", [{}, {"layer_types": "LSL"}, {"decay": "learned"}])
+def test_every_rank_generates_what_one_device_does(pool, size, changes):
+    model = make(**changes)
+    prompts = [batch_of(length)[0][0] for length in (9, 1, 30)]
+    expected = torch.stack(list(stream(model, prompts, 12)))
+    for found in pool.run(generate_on_one_rank, changes, size=size):
+        assert torch.equal(found, expected)

@@ -355,6 +355,8 @@ def choose_linear(
     if rows == 1:
         if narrow:
             return LinearTiles(1, 2, 1024, 1, 4, 1)
+        if gated and outputs < 4096:
+            return LinearTiles(1, 4, 256, 1, 2, 1)
         return LinearTiles(1, 8, 512 if outputs < 8192 and not gated else 256, 1, 4, 1)
     if rows <= 16:
         if narrow:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from lasp import SequenceShard
 from lasp.tnl import TNL, TNLConfig, TNLState
+from lasp.tnl.generation import stream
 
 CONFIG = TNLConfig(vocab_size=50, dim=32, num_layers=3, num_heads=4, glu_dim=48, init_std=0.2)
 
@@ -175,3 +176,35 @@ def check(
         for name, grad in grads.items():
             if grad.abs().max() > 0:
                 assert error(rank_grads[name], grad) < max(tolerance, 1e-5 * name.endswith("theta"))
+
+
+def generate_on_one_rank(group, length, chunk, decay):
+    model = make(dataclasses.replace(CONFIG, decay=decay), torch.float64)
+    prompt = batch_of(length)[0][0]
+    return torch.cat(list(stream(model, [prompt], 12, prefill_chunk=chunk, group=group)))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(("length", "chunk"), [(1, 16), (2, 16), (63, 16), (100, 1000)])
+@pytest.mark.parametrize("decay", ["fixed", "learned"])
+def test_ranks_that_read_a_prompt_together_generate_what_one_does(pool, size, length, chunk, decay):
+    model = make(dataclasses.replace(CONFIG, decay=decay), torch.float64)
+    expected = model.generate(batch_of(length)[0][:1], 12)[0, length:]
+    for found in pool.run(generate_on_one_rank, length, chunk, decay, size=size):
+        assert torch.equal(found, expected)
+
+
+def refusals_on_one_rank(group):
+    found = []
+    for config, count in ((HYBRID, 1), (CONFIG, 2)):
+        try:
+            stream(make(config, torch.float32), [torch.zeros(3).long()] * count, 5, group=group)
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def test_what_ranks_cannot_read_together_is_refused(pool):
+    for hybrid, several in pool.run(refusals_on_one_rank, size=2):
+        assert "1 of 3 layers are softmax attention" in hybrid
+        assert "there are 2 prompts" in several
