@@ -8,6 +8,7 @@ from launch import evaluate
 from tests.launch.runs import make_data, records, run_here
 
 # Long enough for the kernels to scan in several blocks.
+FLAGS = ("--compile.enable", "False", "--sample.no-enable")
 RUN = dict(model__dim=128, model__glu_dim=128, training__seq_len=1500, training__steps=3)
 
 
@@ -15,7 +16,7 @@ RUN = dict(model__dim=128, model__glu_dim=128, training__seq_len=1500, training_
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     data = make_data(folder / "data", documents=100)
-    assert run_here(folder / "out", data, "--compile.no-enable", "--sample.no-enable", **RUN) == 0
+    assert run_here(folder / "out", data, *FLAGS, **RUN) == 0
     return folder / "out", data
 
 
