@@ -10,6 +10,7 @@ import json
 import re
 from pathlib import Path
 
+import decoding_report
 import eager_report
 import fp8_report
 import kernels_by_token_report
@@ -24,7 +25,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def main() -> None:
-    reports = kernels, over_ranks, training, fp8, eager, decay, by_token = read_reports()
+    reports = read_reports()
+    kernels, over_ranks, training, fp8, eager, decay, decoding, by_token = reports
     kernels_report.write(kernels, RESULTS)
     if by_token is not None:
         kernels_by_token_report.write(by_token, RESULTS)
@@ -35,16 +37,18 @@ def main() -> None:
     fp8_report.write(fp8, RESULTS)
     eager_report.write(eager, RESULTS)
     learned_decay_report.write(decay, RESULTS)
+    decoding_report.write(decoding, RESULTS)
     for path, name, table in docs_tables(*reports):
         path.write_text(filled(path.read_text(), name, table))
         print(f"{path.relative_to(ROOT)}, table {name}:\n\n{table}")
 
 
-def read_reports() -> tuple[dict, list[dict], dict, dict, dict, dict, dict | None]:
+def read_reports() -> tuple[dict, list[dict], dict, dict, dict, dict, dict, dict | None]:
     """The reports of kernels, of sequence parallelism by number of ranks, of training, of FP8, of
-    eager calls, of learned decays; of kernels with a decay per token, None before its first run."""
+    eager calls, of learned decays, of decoding; of kernels with a decay per token, None before its
+    first run."""
     over_ranks = [_read(path) for path in sorted(RESULTS.glob("sequence_parallel_*.json"))]
-    names = ("kernels", "training", "fp8", "eager", "learned_decay")
+    names = ("kernels", "training", "fp8", "eager", "learned_decay", "decoding")
     kernels, *others = (_read(RESULTS / f"{name}.json") for name in names)
     by_token = RESULTS / "kernels_by_token.json"
     return kernels, over_ranks, *others, _read(by_token) if by_token.exists() else None
@@ -57,6 +61,7 @@ def docs_tables(
     fp8: dict,
     eager: dict,
     decay: dict,
+    decoding: dict,
     by_token: dict | None,
 ) -> list[tuple[Path, str, str]]:
     """The tables outside benchmarks/results: (file, name of the table, the table)."""
@@ -71,6 +76,7 @@ def docs_tables(
         (docs.with_name("training.md"), "segments", training_report.segments_table(training)),
         (docs.with_name("training.md"), "fp8", fp8_report.docs_table(fp8)),
         (docs.with_name("training.md"), "decay", learned_decay_report.docs_table(decay)),
+        (docs.with_name("decoding.md"), "decoding", decoding_report.table(decoding)),
     ]
 
 

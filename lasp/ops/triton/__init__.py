@@ -9,7 +9,7 @@
 
 `launch_config` has every launch constant and chooses the kernel for a call, `segments` divides
 documents among programs, `launcher` caches launches and `driver` runs them, `hopper` is the scan
-for Hopper GPUs, and `lrpe` the positional encoding of TransNormerLLM.
+for Hopper GPUs, `lrpe` the positional encoding of TransNormerLLM, and `decode` its token step.
 """
 
 from lasp.ops.triton.decay import decay_gradient, decay_sums, prepare_decay
