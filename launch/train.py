@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from lasp import SequenceShard
 from launch.build import apply_data_parallel, build_model, get_family, model_config
-from launch.checkpoint.save_resume import find_checkpoint, finish_save, resume, start_save
+from launch.checkpoint.save_resume import finish_save, resume_run, start_save
 from launch.checkpoint.store import CheckpointStore
 from launch.config import Config, load_config
 from launch.data import DataFolder, RandomSource, Segments, stream_length
@@ -130,9 +130,8 @@ def dry_run(config: Config, info: RankInfo, batch: Batching) -> tuple[str, bool]
 def train(config: Config, ctx: DistContext, batch: Batching) -> int:
     """Set up, resume, train and save; return the exit code."""
     state = set_up(config, ctx, batch)
-    found, refused = find_checkpoint(state)
+    found, refused = resume_run(state)
     if found is not None:
-        ctx.all_or_raise(lambda: resume(state, found))
         # As after the step that was saved.
         update_scales(state.model, config)
     if ctx.is_rank0:
