@@ -26,11 +26,18 @@ from torch.distributed.tensor import DTensor
 
 from lasp import SequenceShard
 from launch.build import apply_data_parallel, build_model, get_family, model_config
-from launch.checkpoint.save_resume import finish_save, resume_run, start_save
+from launch.checkpoint.save_resume import (
+    check_disk,
+    check_saves,
+    finish_save,
+    resume_run,
+    start_save,
+)
 from launch.checkpoint.store import CheckpointStore
 from launch.config import Config, load_config
 from launch.data import DataFolder, RandomSource, Segments, stream_length
 from launch.distributed import DistContext, RankInfo, get_rank_info, open_dist_context
+from launch.dump_folder import open_dump_folder
 from launch.exit_codes import (
     DISK_FAILED,
     REQUEUE,
@@ -139,6 +146,7 @@ def train(config: Config, ctx: DistContext, batch: Batching) -> int:
         for reason in refused:
             print(f"refused:     {reason}")
         print(f"resume:      {found.path if found else 'from scratch'}", flush=True)
+    check_disk(state)
     log = ctx.all_or_raise(lambda: open_log(state) if ctx.is_rank0 else None)
     state.stop_signals = catch_sigterm()
     try:
@@ -167,7 +175,8 @@ def set_up(config: Config, ctx: DistContext, batch: Batching) -> TrainState:
     ctx.all_or_raise(lambda: check_shape(config, shape, ctx.dims.tp))
     if training.carry_state:
         ctx.all_or_raise(lambda: stream_length(batch.global_batch_size, train_source.num_samples))
-    ctx.on_rank0(lambda: make_folder(config))
+    folder = Path(config.job.dump_folder)
+    lock = ctx.all_or_raise(lambda: open_dump_folder(folder) if ctx.is_rank0 else None)
 
     torch.manual_seed(training.seed)
     loss_model = ctx.all_or_raise(lambda: build_model(config, ctx, shape))
@@ -193,17 +202,9 @@ def set_up(config: Config, ctx: DistContext, batch: Batching) -> TrainState:
         wrapped_model=wrapped_model,
         optimizer=build_optimizer(loss_model.model, config),
         store=CheckpointStore(config.checkpoint_folder, config.checkpoint.keep_latest_k),
+        lock=lock,
         segments=segments,
     )
-
-
-def make_folder(config: Config) -> None:
-    """Create dump_folder. Raises ConfigError if that fails."""
-    folder = Path(config.job.dump_folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"job.dump_folder {folder} cannot be made: {error.strerror}.") from None
 
 
 def open_log(state: TrainState) -> MetricsLog:
@@ -290,11 +291,14 @@ def save_if_due(state: TrainState, result: StepResult) -> bool:
     if due or result.save_written:
         finish_save(state)
     # Before the first step there is no optimizer state to save, and nothing to lose.
-    if not due or not checkpoint.enable or state.step in (0, state.saved_step):
-        return True
-    background = checkpoint.async_mode == "async" and not is_last
-    start_save(state, background=background)
-    return background or finish_save(state) or not is_last
+    if due and checkpoint.enable and state.step not in (0, state.saved_step):
+        background = checkpoint.async_mode == "async" and not is_last
+        start_save(state, background=background)
+        is_written = background or finish_save(state)
+        if is_last:
+            return is_written
+    check_saves(state)
+    return True
 
 
 def report_stop(state: TrainState) -> int:

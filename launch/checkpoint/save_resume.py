@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from launch import random_state
+from launch.checkpoint.manifest import seal_file, tensor_file
 from launch.checkpoint.parts import DamagedError
 from launch.checkpoint.pending import PendingSave
 from launch.checkpoint.shards import TensorFiles, TensorShard, shard_of, write_shards
-from launch.checkpoint.store import Checkpoint, inspect, seal_file, tensor_file
+from launch.checkpoint.store import Checkpoint, DiskError, check_writable, inspect
 from launch.exit_codes import CheckpointError
 from launch.optimizer import load_model_tensors, load_optimizer_tensors, optimizer_tensors
 from launch.toml_config import to_toml
@@ -94,7 +95,7 @@ def finish_save(state: TrainState) -> bool:
         path = _path_from_rank0(state, commit)
     if path is None:
         return False
-    state.saved_step = pending.step
+    state.saved_step, state.failed_saves = pending.step, 0
     if ctx.is_rank0:
         print(f"checkpoint: {path}", flush=True)
     return True
@@ -116,6 +117,32 @@ def _path_from_rank0(state: TrainState, function: Callable[[], Path]) -> Path | 
     if state.ctx.is_rank0:
         print(f"warning: checkpoint {state.failed_saves} not written: {problem}", flush=True)
     return None
+
+
+def check_disk(state: TrainState) -> None:
+    """Check, before the first step, that checkpoints can be written. Raises DiskError."""
+    config = state.config
+    if not config.checkpoint.enable or state.step >= config.training.steps:
+        return
+    weights = state.model.state_dict().values()
+    # Weights and two moments of the same dtype.
+    nbytes = 3 * sum(each.numel() * each.element_size() for each in weights)
+    state.ctx.on_rank0(lambda: check_writable(state.store.folder, nbytes))
+
+
+def check_saves(state: TrainState) -> None:
+    """Raise DiskError, on all ranks, after checkpoint.max_failed_saves failures in a row."""
+    limit = state.config.checkpoint.max_failed_saves
+    if limit and state.failed_saves >= limit:
+        kept = "nothing is saved"
+        if state.saved_step is not None:
+            kept = f"the newest checkpoint is that of step {state.saved_step}"
+        text = (
+            f"{state.failed_saves} checkpoints in a row could not be written, {kept}, this is step "
+            f"{state.step}: free space on the disk of {state.store.folder} and run the command "
+            "again, or allow more failures with checkpoint.max_failed_saves."
+        )
+        state.ctx.fail(DiskError(text))
 
 
 def local_shards(state: TrainState) -> dict[str, dict[str, TensorShard]]:

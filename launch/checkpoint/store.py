@@ -11,18 +11,16 @@ model-00001-of-00002.safetensors and so on; see launch/checkpoint/shards.py.
         optimizer.safetensors   moments by name
         states.safetensors      with training.carry_state: recurrent states by sequence and layer
         state.json              step, samples consumed, random states, config, tokenizer
-        manifest.json           {"format": 2, "step": 100, "files": [{name, size, parts}, ...]}
-
-Files are hashed in parts (launch/checkpoint/parts.py). In format 1 each has one "sha256".
+        manifest.json           hashes of the others; see launch/checkpoint/manifest.py
 """
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,18 +30,14 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from launch.checkpoint.parts import DamagedError, PartedFile, Parts, seal, sync, thread_pool
-from launch.checkpoint.shards import TensorFiles, section_lengths
-from launch.exit_codes import CheckpointError
+from launch.checkpoint.manifest import folder_name, group_of, read_manifest, write_manifest
+from launch.checkpoint.parts import DamagedError, sync, thread_pool
+from launch.checkpoint.shards import TensorFiles
+from launch.exit_codes import DISK_FAILED, CheckpointError, UserError
 
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
-_TENSOR_FILE = re.compile(r"(model|optimizer|states)(?:-\d{5}-of-(\d{5}))?\.safetensors")
 # Leftovers of a process that was killed while saving or removing; the number is its process id.
 _LEFTOVER = re.compile(r"\.(?:staging|removed)-step-\d{8}-(\d+)")
-_FORMATS = (1, 2)
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-# About 100 bytes for each 16 MiB of tensors; a larger file is something else.
-_MANIFEST_LIMIT = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -57,9 +51,9 @@ class Checkpoint:
     def open(self, group: str) -> TensorFiles:
         """The tensors of a group, "model", "optimizer" or "states", read region by region. Raises
         DamagedError."""
-        files = _read_manifest(self.path).files
+        files = read_manifest(self.path).files
         try:
-            return TensorFiles(each.open() for each in files if _group(each.path.name) == group)
+            return TensorFiles(each.open() for each in files if group_of(each.path.name) == group)
         except CheckpointError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
@@ -73,7 +67,7 @@ class Checkpoint:
 
     def state(self) -> dict[str, Any]:
         """The content of state.json. Raises DamagedError."""
-        files = _read_manifest(self.path).files
+        files = read_manifest(self.path).files
         file = next(each for each in files if each.path.name == "state.json").open()
         try:
             state = json.loads(file.read(0, file.size))
@@ -84,100 +78,16 @@ class Checkpoint:
         return state
 
 
-@dataclass(frozen=True)
-class _File:
-    """A file as the manifest has it; `sha256` of all of it in format 1, else `parts`."""
+class DiskError(UserError):
+    """Checkpoints cannot be written."""
 
-    path: Path
-    size: int
-    sha256: str | None
-    parts: Parts | None
-
-    def open(self) -> PartedFile:
-        file = PartedFile(self.path, self.parts)
-        if file.size != self.size:
-            raise DamagedError(
-                f"{self.path} has {file.size} bytes, the manifest has {self.size}: truncated."
-            )
-        return file
-
-    def check_sha256(self) -> None:
-        """Raise DamagedError if the file is not that of a manifest of format 1."""
-        digest, file = hashlib.sha256(), self.open()
-        for begin in range(0, self.size, 1 << 20):
-            digest.update(file.read(begin, min(begin + (1 << 20), self.size)))
-        if digest.hexdigest() != self.sha256:
-            raise DamagedError(f"{self.path} does not match its hash: its content has changed.")
-
-
-@dataclass(frozen=True)
-class _Manifest:
-    step: int
-    version: int
-    files: list[_File]
-
-
-def _read_manifest(path: Path) -> _Manifest:
-    """The manifest of the checkpoint in a folder.
-
-    Raises:
-        DamagedError: it is missing, damaged, of another format or folder, names files outside the
-            folder, or leaves some out.
-    """
-    manifest_path = path / "manifest.json"
-    try:
-        file = PartedFile(manifest_path, None)
-    except DamagedError as error:
-        if os.path.lexists(manifest_path):
-            raise
-        raise DamagedError(f"{error} Not a finished checkpoint.") from None
-    if file.size > _MANIFEST_LIMIT:
-        raise DamagedError(f"{manifest_path} is larger than a manifest can be.")
-    try:
-        manifest = json.loads(file.read(0, file.size))
-        sealed = manifest["sha256"] == _seal(manifest)
-        step, version = manifest["step"], manifest["format"]
-        if sealed and version not in _FORMATS:
-            raise DamagedError(
-                f"{manifest_path} has format {version}, this code reads {_FORMATS}: use the "
-                "version of lasp that wrote it, or a newer one."
-            )
-        files = [_manifest_file(path, each, version) for each in manifest["files"]]
-        name = _folder_name(step)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        if isinstance(error, DamagedError):
-            raise
-        raise DamagedError(f"{manifest_path} is damaged ({error!r}).") from None
-    if not sealed:
-        raise DamagedError(f"{manifest_path} is damaged: its own hash does not match.")
-    if path.name != name:
-        raise DamagedError(f"{manifest_path} is of step {step}, its folder is {path.name}.")
-    if not _is_complete([each.path.name for each in files]):
-        raise DamagedError(f"{manifest_path} does not list all files of a checkpoint.")
-    return _Manifest(step, version, files)
-
-
-def _manifest_file(path: Path, entry: dict[str, Any], version: int) -> _File:
-    """A file of a manifest. Raises ValueError, KeyError or TypeError if the entry is damaged."""
-    name, size = entry["name"], entry["size"]
-    if Path(name).name != name or name.startswith("."):
-        raise DamagedError(
-            f"{path / 'manifest.json'} names {name!r}, which is not a file beside it."
-        )
-    if version == 1:
-        return _File(path / name, size, entry["sha256"], None)
-    parts = [(length, digest) for length, digest in entry["parts"]]
-    if not all(type(n) is int and n > 0 and _SHA256.fullmatch(digest) for n, digest in parts):
-        raise ValueError(f"invalid parts of {name}")
-    if sum(length for length, _ in parts) != size:
-        raise ValueError(f"the parts of {name} do not have {size} bytes")
-    return _File(path / name, size, None, parts)
+    exit_code = DISK_FAILED
 
 
 def inspect(path: Path) -> Checkpoint:
     """The checkpoint in a folder, whose files are checked when they are read; those of format 1
     now. Raises DamagedError for a manifest or a size that is wrong."""
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     if manifest.version == 1:
         return verify(path)
     for each in manifest.files:
@@ -192,7 +102,7 @@ def verify(path: Path) -> Checkpoint:
         DamagedError: a missing, unreadable, truncated or changed file, named; a manifest that is
             damaged or names files outside the folder.
     """
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     checks = []
     for each in manifest.files:
         if each.parts is None:
@@ -221,7 +131,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         steps, refused = [], [str(error)]
     for step in reversed(steps):
         try:
-            return verify(path / _folder_name(step))
+            return verify(path / folder_name(step))
         except DamagedError as error:
             refused.append(str(error))
     why = f" ({'; '.join(refused)})" if refused else ""
@@ -259,8 +169,7 @@ class CheckpointStore:
         if not self._cleaned:
             self._remove_leftovers()
             self._cleaned = True
-        check_room(self.folder, nbytes)
-        final = self.folder / _folder_name(step)
+        final = self.folder / folder_name(step)
         if final.exists():
             if self._is_valid(final):
                 raise CheckpointError(f"{final} exists already; checkpoints are never overwritten.")
@@ -268,6 +177,11 @@ class CheckpointStore:
         staging = self.folder / f".staging-{final.name}-{os.getpid()}"
         self.discard(staging)
         staging.mkdir(parents=True)
+        try:
+            check_room(staging, nbytes)
+        except OSError:
+            self.discard(staging)
+            raise
         return staging
 
     def commit(self, step: int, staging: Path, files: list[dict[str, Any]]) -> Path:
@@ -280,9 +194,9 @@ class CheckpointStore:
         Raises:
             OSError: the disk failed; nothing is committed, the staging folder is removed.
         """
-        final = self.folder / _folder_name(step)
+        final = self.folder / folder_name(step)
         try:
-            _write_manifest(staging, step, files)
+            write_manifest(staging, step, files)
             sync(staging)
             os.rename(staging, final)
         except BaseException:
@@ -341,7 +255,7 @@ class CheckpointStore:
             return self._find_named(Path(resume), steps, check), []
         refused: list[str] = []
         for step in reversed(steps):
-            path = self.folder / _folder_name(step)
+            path = self.folder / folder_name(step)
             try:
                 if failed and str(path) in failed:
                     raise DamagedError(failed[str(path)])
@@ -406,7 +320,7 @@ class CheckpointStore:
         whatever its step."""
         if not self._keep:
             return
-        paths = [self.folder / _folder_name(step) for step in self.steps()]
+        paths = [self.folder / folder_name(step) for step in self.steps()]
         others = [path for path in paths if path != saved and self._is_valid(path)]
         for path in others[: len(others) - (self._keep - 1)]:
             # Renamed first: half a deletion must not look like a damaged checkpoint.
@@ -417,22 +331,37 @@ class CheckpointStore:
                 self._verified.pop(path, None)
 
 
+def check_writable(folder: Path, nbytes: int) -> None:
+    """Check, without leaving anything behind, that checkpoints can be written to a folder, which
+    need not exist yet.
+
+    Raises:
+        DiskError: they cannot, or one of `nbytes` does not fit.
+    """
+    try:
+        while not os.path.lexists(folder):
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"1")
+            file.flush()
+        check_room(folder, nbytes)
+    except OSError as error:
+        raise DiskError(
+            f"checkpoints cannot be written to {folder}: {error.strerror}. Free space, choose "
+            "another job.dump_folder, or train with --checkpoint.no-enable."
+        ) from None
+
+
 def check_room(folder: Path, nbytes: int) -> None:
-    """Raise OSError if the disk of a folder, which need not exist yet, has less room than that."""
-    while not folder.exists():
-        folder = folder.parent
+    """Raise OSError if the disk of an existing folder has less room than that."""
     usage = shutil.disk_usage(folder)
     # Some network file systems know no sizes.
     if usage.total and usage.free < nbytes:
         raise OSError(
             errno.ENOSPC,
-            f"a checkpoint of {nbytes / 1e9:.2f} GB does not fit in the {usage.free / 1e9:.2f} GB "
-            f"that are free in {folder}",
+            f"a checkpoint takes {nbytes / 1e9:.3f} GB, {usage.free / 1e9:.3f} GB are free",
+            str(folder),
         )
-
-
-def _folder_name(step: int) -> str:
-    return f"step-{step:08d}"
 
 
 def _is_running(process: int) -> bool:
@@ -444,48 +373,6 @@ def _is_running(process: int) -> bool:
         return True
     # A restarted job in a container often gets the number of the previous one.
     return process != os.getpid()
-
-
-def tensor_file(group: str, number: int = 1, count: int = 1) -> str:
-    """The name of file `number`, from 1, of the `count` files of a group's tensors."""
-    return f"{group}{f'-{number:05}-of-{count:05}' if count > 1 else ''}.safetensors"
-
-
-def _group(name: str) -> str | None:
-    match = _TENSOR_FILE.fullmatch(name)
-    return match and match[1]
-
-
-def _is_complete(names: list[str]) -> bool:
-    """True if these are the names of all files that a checkpoint needs."""
-    counts = {match[1]: int(match[2] or 1) for match in map(_TENSOR_FILE.fullmatch, names) if match}
-    needed = {
-        tensor_file(group, number, counts.get(group, 1))
-        for group in {"model", "optimizer", *counts}
-        for number in range(1, counts.get(group, 1) + 1)
-    }
-    return not (needed | {"state.json"}) - set(names)
-
-
-def seal_file(path: Path) -> dict[str, Any]:
-    """Sync a file to the disk; return its manifest entry."""
-    return seal(path, section_lengths(path))
-
-
-def _write_manifest(folder: Path, step: int, files: list[dict[str, Any]]) -> None:
-    """Write and sync the manifest: the last file of a checkpoint."""
-    files = sorted(files, key=lambda each: each["name"])
-    manifest = {"format": _FORMATS[-1], "step": step, "files": files}
-    manifest["sha256"] = _seal(manifest)
-    path = folder / "manifest.json"
-    path.write_text(json.dumps(manifest), encoding="utf-8")
-    sync(path)
-
-
-def _seal(manifest: dict[str, Any]) -> str:
-    """Hash of the manifest's content, so that damage to the manifest itself is detected."""
-    content = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _signature(path: Path) -> tuple[tuple[str, int, int], ...]:

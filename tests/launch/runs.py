@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from launch import train
+from launch.checkpoint.manifest import seal_file, tensor_file
 from launch.checkpoint.shards import shard_of, write_shards
-from launch.checkpoint.store import CheckpointStore, seal_file, tensor_file
+from launch.checkpoint.store import CheckpointStore
 from launch.indexed_dataset import IndexedWriter
 from launch.prepare_data import prepare
 from launch.tokenizer import ByteTokenizer
