@@ -134,10 +134,13 @@ def section_lengths(path: Path) -> list[int]:
 
 def _read_header(file: PartedFile) -> tuple[int, dict[str, Any]]:
     """(byte at which the tensors begin, header). Raises ValueError, SafetensorError."""
-    # The library finds everything wrong with the header, so that what follows need not.
-    safe_open(file.path, framework="pt")
+    text = b""
     begin = 8 + int.from_bytes(file.read(0, 8), "little")
-    return begin, json.loads(file.read(8, begin))
+    if begin <= file.size:
+        text = file.read(8, begin)
+    # The library finds everything that is wrong with a header, a length beyond the file too.
+    safe_open(file.path, framework="pt")
+    return begin, json.loads(text)
 
 
 @dataclass(frozen=True)
@@ -303,7 +306,7 @@ class TensorFiles(Mapping[str, StoredTensor]):
         for each in files:
             file = PartedFile(each, None) if isinstance(each, Path) else each
             begin, header = _read_header(file)
-            places = json.loads(header.pop(_METADATA, {}).get("pieces", "{}"))
+            places = _read_places(header.pop(_METADATA, {}))
             for name, entry in header.items():
                 self._add(name, entry, places.get(name), begin, file)
         for name, stored in self._tensors.items():
@@ -329,6 +332,16 @@ class TensorFiles(Mapping[str, StoredTensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+
+def _read_places(metadata: dict[str, str]) -> dict[str, Any]:
+    try:
+        places = json.loads(metadata.get("pieces", "{}"))
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(places, dict):
+        raise ValueError("the places of its shards are no JSON object")
+    return places
 
 
 def _place(name: str, place: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -56,7 +56,7 @@ class Checkpoint:
             return TensorFiles(each.open() for each in files if group_of(each.path.name) == group)
         except CheckpointError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        except (ValueError, KeyError, SafetensorError) as error:
             raise DamagedError(
                 f"{self.path}: tensors of {group} cannot be read: {error}."
             ) from None
