@@ -78,7 +78,10 @@ def test_a_resume_reads_what_was_saved(store):
 def test_each_flipped_bit_is_found_or_without_effect(store, name, many):
     path = store.folder / STEP_FOLDER / name
     data = path.read_bytes()
-    every = 1 if many else max(1, len(data) * 8 // 150)
+    every = len(data) * 8 // 60
+    if many:
+        # All of them where a bit means most.
+        every = 1 if name in ("manifest.json", "state.json") else 31
     effects = 0
     for bit in range(0, len(data) * 8, every):
         changed = bytearray(data)
@@ -137,7 +140,7 @@ DAMAGES = [flip, zero, noise, cut_off, cut_out, put_in, move, repeat]
 @pytest.mark.parametrize("many", FEW_AND_MANY)
 def test_damaged_files_are_found_or_unchanged(store, damage, many):
     rng = random.Random(damage.__name__)
-    for _ in range(60 if many else 6):
+    for _ in range(60 if many else 5):
         name = rng.choice(FILES)
         path = store.folder / STEP_FOLDER / name
         before = path.read_bytes()
