@@ -4,9 +4,9 @@
 
 Every flag of `launch/config.py` overrides the file. Exit codes: 0 done; 75 stopped by SIGTERM with
 all steps saved (run the same command again, with checkpoint.resume auto or must); 143 stopped by
-SIGTERM with checkpoints switched off, nothing saved; 70 a damaged checkpoint or one of another
+SIGTERM with checkpoints switched off, nothing saved; 70 no valid checkpoint or one of another
 model; 72 NaN or infinite loss; 73 a config or data that cannot be trained on, or a dry run that
-does not fit; 74 the last checkpoint could not be written; 1 anything else, with a traceback.
+does not fit; 74 checkpoints cannot be written; 1 anything else, with a traceback.
 torchrun itself exits with 1 and shows the ranks' codes. With --max_restarts, set
 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: otherwise a restarted job may use the addresses of the one
 before it.

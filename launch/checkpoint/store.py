@@ -154,6 +154,8 @@ class CheckpointStore:
         self._keep = keep_latest_k
         # Checkpoints already hashed, by the files' sizes and times: retention asks at every save.
         self._verified: dict[Path, tuple[tuple[str, int, int], ...]] = {}
+        # Those that another rank could not read, whatever this one sees.
+        self._refused: set[Path] = set()
         self._cleaned = False
 
     def begin(self, step: int, nbytes: int = 0) -> Path:
@@ -202,6 +204,7 @@ class CheckpointStore:
         except BaseException:
             self.discard(staging)
             raise
+        self._refused.discard(final)
         sync(self.folder)
         # Neither an old checkpoint that cannot be read or removed, nor one that cannot be looked at
         # again, makes this a failed save.
@@ -258,6 +261,7 @@ class CheckpointStore:
             path = self.folder / folder_name(step)
             try:
                 if failed and str(path) in failed:
+                    self._refused.add(path)
                     raise DamagedError(failed[str(path)])
                 return check(path), refused
             except DamagedError as error:
@@ -300,6 +304,8 @@ class CheckpointStore:
     def _is_valid(self, path: Path) -> bool:
         """True if the files match their hashes. What this process has written, read or checked
         before is not read again unless sizes or times have changed."""
+        if path in self._refused:
+            return False
         try:
             if self._verified.get(path) != _signature(path):
                 verify(path)
