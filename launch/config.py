@@ -189,6 +189,8 @@ class Checkpoint:
     """Steps between checkpoints; the last step always saves one."""
     keep_latest_k: int = 3
     """Valid checkpoints to keep; 0: all."""
+    max_failed_saves: int = 3
+    """Stop after so many checkpoints in a row that could not be written; 0: never."""
     async_mode: Literal["disabled", "async"] = "disabled"
     """async: copy to host memory, and write the files while training goes on."""
     resume: str = "auto"
@@ -374,7 +376,7 @@ _AT_LEAST = {
     0: (
         "job.dry_run_gpus job.dry_run_gpu_memory training.segment_len training.max_norm "
         "training.seed optimizer.lr optimizer.weight_decay optimizer.eps lr_scheduler.warmup_steps "
-        "lr_scheduler.min_lr_factor checkpoint.keep_latest_k"
+        "lr_scheduler.min_lr_factor checkpoint.keep_latest_k checkpoint.max_failed_saves"
     ),
 }
 

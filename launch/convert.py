@@ -26,7 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from launch.build import get_family
-from launch.checkpoint.store import CheckpointStore, open_checkpoint, seal_file, tensor_file
+from launch.checkpoint.manifest import seal_file, tensor_file
+from launch.checkpoint.store import CheckpointStore, open_checkpoint
 from launch.config import check_text
 from launch.exit_codes import CheckpointError, ConfigError, UserError
 from launch.hf_folder import open_folder, tokenizer_files

@@ -5,6 +5,7 @@ that have a label, tokens are counted once on any mesh, and mfu counts the FLOPs
 the quadratic ones of softmax layers if it has any.
 """
 
+import contextlib
 import importlib
 import json
 import math
@@ -130,8 +131,9 @@ def format_line(metrics: dict[str, Any], steps: int) -> str:
 class MetricsLog:
     """metrics.jsonl, and TensorBoard or W&B if enabled.
 
-    A resumed run appends to the existing file. A run from scratch moves an earlier file aside, to
-    metrics-1.jsonl and so on.
+    A resumed run goes on in the existing file, which then has each step once: what an interrupted
+    run wrote after the checkpoint is dropped, and so is a line that it did not complete. A run from
+    scratch moves an earlier file aside, to metrics-1.jsonl and so on.
 
     Args:
         resumed_step: later lines are dropped, because those steps will be taken again.
@@ -162,10 +164,17 @@ class MetricsLog:
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Append one step."""
+        size = None
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(metrics) + "\n")
+            with self.path.open("ab") as file:
+                size = file.tell()
+                file.write(json.dumps(metrics).encode() + b"\n")
+            self._failed = False
         except OSError as error:
+            if size is not None:
+                # Half a line would spoil the next one.
+                with contextlib.suppress(OSError):
+                    os.truncate(self.path, size)
             # A full disk must not end the run.
             if not self._failed:
                 print(f"warning: {self.path} cannot be written: {error}", flush=True)
@@ -206,7 +215,11 @@ def plot_loss(metrics_path: Path) -> Path | None:
     axes.plot(steps, losses, color="C0", alpha=0.25)
     label = "train" if window == 1 else f"train, mean of {window} records"
     axes.plot(steps, moving_average(losses, window), color="C0", label=label)
-    validated = [(each["step"], each["val_loss"]) for each in records if "val_loss" in each]
+    validated = [
+        (each["step"], each["val_loss"])
+        for each in records
+        if isinstance(each.get("val_loss"), int | float)
+    ]
     if validated:
         axes.plot(*zip(*validated, strict=True), "o-", color="C1", label="validation")
     axes.set(xlabel="step", ylabel="loss (nats per token)")
@@ -233,16 +246,21 @@ def moving_average(values: list[float], window: int) -> list[float]:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, without an incomplete last line."""
-    records = []
+    """The records of a metrics.jsonl, one per step, ascending. Of a step that was taken again, the
+    last; lines that are not complete are left out."""
+    records: dict[int, dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and {"step", "loss"} <= record.keys():
-            records.append(record)
-    return records
+        if (
+            isinstance(record, dict)
+            and type(record.get("step")) is int
+            and isinstance(record.get("loss"), int | float)
+        ):
+            records[record["step"]] = record
+    return [records[step] for step in sorted(records)]
 
 
 def _drop_after(path: Path, step: int) -> None:
@@ -250,8 +268,11 @@ def _drop_after(path: Path, step: int) -> None:
         return
     kept = [each for each in _read(path) if each["step"] <= step]
     staging = path.with_name(f".{path.name}-{os.getpid()}")
-    staging.write_text("".join(json.dumps(each) + "\n" for each in kept), encoding="utf-8")
-    os.replace(staging, path)
+    try:
+        staging.write_text("".join(json.dumps(each) + "\n" for each in kept), encoding="utf-8")
+        os.replace(staging, path)
+    finally:
+        staging.unlink(missing_ok=True)
 
 
 def _move_aside(path: Path) -> None:

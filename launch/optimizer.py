@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from launch.checkpoint.shards import StoredTensor, shard_of
+from launch.checkpoint.shards import StoredTensor, load_shards, shard_of
 from launch.config import Config
 from launch.exit_codes import CheckpointError
 from parallel.float8 import scales_in_one_reduction
@@ -108,13 +108,15 @@ def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer,
     tensors: Mapping[str, Tensor] | Mapping[str, StoredTensor],
 ) -> None:
-    """Restore `optimizer_tensors`. Raises CheckpointError if a parameter has none."""
+    """Restore `optimizer_tensors`. Raises CheckpointError if a parameter has none, or a file is
+    damaged."""
     for name, parameter in model.named_parameters():
         for state in _STATES:
             key = f"{state}/{name}"
             shape = () if state == "step" else parameter.shape
             if key not in tensors or tensors[key].shape != shape:
                 raise CheckpointError(f"the checkpoint's optimizer has no {key} of that shape.")
+    pairs = []
     for name, parameter in model.named_parameters():
         states = {}
         for state in _STATES:
@@ -125,8 +127,9 @@ def load_optimizer_tensors(
             # Sharded like the weight, regardless of which rank saved it. (empty_like would keep
             # the wrapper of a weight that is gathered in FP8.)
             states[state] = torch.zeros_like(parameter, dtype=stored.dtype)
-            _fill(states[state], stored)
+            pairs.append((shard_of(states[state], is_rank0=True), stored))
         optimizer.state[parameter] = states
+    load_shards(pairs)
 
 
 @torch.no_grad()
@@ -140,8 +143,7 @@ def load_model_tensors(
     """
     own = model.state_dict()
     check_model_tensors(own, tensors)
-    for name, value in own.items():
-        _fill(value, tensors[name])
+    load_shards([(shard_of(value, is_rank0=True), tensors[name]) for name, value in own.items()])
 
 
 def check_model_tensors(
@@ -163,9 +165,3 @@ def check_model_tensors(
             f"the checkpoint is of another model: {shown}. Use its config, or another "
             "job.dump_folder."
         )
-
-
-@torch.no_grad()
-def _fill(tensor: Tensor, stored: Tensor | StoredTensor) -> None:
-    shard = shard_of(tensor, is_rank0=True)
-    shard.local.copy_(stored[shard.region])

@@ -4,9 +4,9 @@
 
 Every flag of `launch/config.py` overrides the file. Exit codes: 0 done; 75 stopped by SIGTERM with
 all steps saved (run the same command again, with checkpoint.resume auto or must); 143 stopped by
-SIGTERM with checkpoints switched off, nothing saved; 70 a damaged checkpoint or one of another
+SIGTERM with checkpoints switched off, nothing saved; 70 no valid checkpoint or one of another
 model; 72 NaN or infinite loss; 73 a config or data that cannot be trained on, or a dry run that
-does not fit; 74 the last checkpoint could not be written; 1 anything else, with a traceback.
+does not fit; 74 checkpoints cannot be written; 1 anything else, with a traceback.
 torchrun itself exits with 1 and shows the ranks' codes. With --max_restarts, set
 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: otherwise a restarted job may use the addresses of the one
 before it.
@@ -26,11 +26,18 @@ from torch.distributed.tensor import DTensor
 
 from lasp import SequenceShard
 from launch.build import apply_data_parallel, build_model, get_family, model_config
-from launch.checkpoint.save_resume import find_checkpoint, finish_save, resume, start_save
+from launch.checkpoint.save_resume import (
+    check_disk,
+    check_saves,
+    finish_save,
+    resume_run,
+    start_save,
+)
 from launch.checkpoint.store import CheckpointStore
 from launch.config import Config, load_config
 from launch.data import RandomSource, Segments, stream_length
 from launch.distributed import DistContext, RankInfo, get_rank_info, open_dist_context
+from launch.dump_folder import open_dump_folder
 from launch.exit_codes import (
     DISK_FAILED,
     REQUEUE,
@@ -131,9 +138,8 @@ def dry_run(config: Config, info: RankInfo, batch: Batching) -> tuple[str, bool]
 def train(config: Config, ctx: DistContext, batch: Batching) -> int:
     """Set up, resume, train and save; return the exit code."""
     state = set_up(config, ctx, batch)
-    found, refused = find_checkpoint(state)
+    found, refused = resume_run(state)
     if found is not None:
-        ctx.all_or_raise(lambda: resume(state, found))
         # As after the step that was saved.
         update_scales(state.model, config)
     if ctx.is_rank0:
@@ -141,6 +147,7 @@ def train(config: Config, ctx: DistContext, batch: Batching) -> int:
         for reason in refused:
             print(f"refused:     {reason}")
         print(f"resume:      {found.path if found else 'from scratch'}", flush=True)
+    check_disk(state)
     log = ctx.all_or_raise(lambda: open_log(state) if ctx.is_rank0 else None)
     state.stop_signals = catch_sigterm()
     try:
@@ -169,7 +176,8 @@ def set_up(config: Config, ctx: DistContext, batch: Batching) -> TrainState:
     ctx.all_or_raise(lambda: check_shape(config, shape, ctx.dims.tp))
     if training.carry_state:
         ctx.all_or_raise(lambda: stream_length(batch.global_batch_size, train_source.num_samples))
-    ctx.on_rank0(lambda: make_folder(config))
+    folder = Path(config.job.dump_folder)
+    lock = ctx.all_or_raise(lambda: open_dump_folder(folder) if ctx.is_rank0 else None)
 
     torch.manual_seed(training.seed)
     loss_model = ctx.all_or_raise(lambda: build_model(config, ctx, shape))
@@ -195,17 +203,9 @@ def set_up(config: Config, ctx: DistContext, batch: Batching) -> TrainState:
         wrapped_model=wrapped_model,
         optimizer=build_optimizer(loss_model.model, config),
         store=CheckpointStore(config.checkpoint_folder, config.checkpoint.keep_latest_k),
+        lock=lock,
         segments=segments,
     )
-
-
-def make_folder(config: Config) -> None:
-    """Create dump_folder. Raises ConfigError if that fails."""
-    folder = Path(config.job.dump_folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"job.dump_folder {folder} cannot be made: {error.strerror}.") from None
 
 
 def open_log(state: TrainState) -> MetricsLog:
@@ -292,11 +292,14 @@ def save_if_due(state: TrainState, result: StepResult) -> bool:
     if due or result.save_written:
         finish_save(state)
     # Before the first step there is no optimizer state to save, and nothing to lose.
-    if not due or not checkpoint.enable or state.step in (0, state.saved_step):
-        return True
-    background = checkpoint.async_mode == "async" and not is_last
-    start_save(state, background=background)
-    return background or finish_save(state) or not is_last
+    if due and checkpoint.enable and state.step not in (0, state.saved_step):
+        background = checkpoint.async_mode == "async" and not is_last
+        start_save(state, background=background)
+        is_written = background or finish_save(state)
+        if is_last:
+            return is_written
+    check_saves(state)
+    return True
 
 
 def report_stop(state: TrainState) -> int:

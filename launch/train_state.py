@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import IO
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +28,11 @@ class TrainState:
         segments: how a sequence divides, if it is processed in segments.
         loss_model: holds `model`.
         wrapped_model: `loss_model` as data parallelism runs it; itself if there are no other ranks.
+        lock: of the dump folder, on rank 0.
         step: steps taken.
         consumed: samples consumed, over all ranks.
         saved_step: the step of the newest checkpoint on disk; None if there is none.
+        failed_saves: checkpoints in a row that could not be written.
         pending: a checkpoint that is being written.
         carried: with training.carry_state, the states after the last step of each micro-batch, on
             the rank that holds a sequence's first tokens; None if the next step starts without.
@@ -50,6 +53,7 @@ class TrainState:
     wrapped_model: nn.Module
     optimizer: torch.optim.Optimizer
     store: CheckpointStore
+    lock: IO[str] | None = None
     segments: Segments | None = None
     step: int = 0
     consumed: int = 0

@@ -5,8 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 
 class PendingSave:
     """One rank's part of a checkpoint that is being written.
@@ -55,7 +53,7 @@ class PendingSave:
     def _run(self) -> None:
         try:
             self.files = self._write()
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             self.problem = str(error)
         except BaseException as error:
             self.problem, self._unexpected = repr(error), error

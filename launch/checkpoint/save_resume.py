@@ -9,22 +9,26 @@ done: the ranks learn that from the reduction that they do at each step anyway.
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from launch import random_state
+from launch.checkpoint.manifest import seal_file, tensor_file
+from launch.checkpoint.parts import DamagedError
 from launch.checkpoint.pending import PendingSave
 from launch.checkpoint.shards import TensorFiles, TensorShard, shard_of, write_shards
-from launch.checkpoint.store import Checkpoint, seal_file, tensor_file
+from launch.checkpoint.store import Checkpoint, DiskError, check_writable, inspect
 from launch.exit_codes import CheckpointError
 from launch.optimizer import load_model_tensors, load_optimizer_tensors, optimizer_tensors
 from launch.toml_config import to_toml
 from launch.train_state import TrainState
+
+# What a run that has taken steps resumes from state.json.
+_POSITION = ("consumed_samples", "sample_identity", "random")
 
 
 def start_save(state: TrainState, *, background: bool) -> None:
@@ -36,27 +40,32 @@ def start_save(state: TrainState, *, background: bool) -> None:
     ctx, began = state.ctx, time.perf_counter()
     shards = local_shards(state)
     has_shards = any(shards.values())
-    reports = ctx.gather([has_shards, random_state.capture(ctx.device)])
-    writers = [rank for rank, (writes, _) in enumerate(reports) if writes]
+    nbytes = sum(shard.local.nbytes for each in shards.values() for shard in each.values())
+    reports = ctx.gather([has_shards, nbytes, random_state.capture(ctx.device)])
+    writers = [rank for rank, (writes, _, _) in enumerate(reports) if writes]
+    total = sum(each for _, each, _ in reports)
 
-    staging = _path_from_rank0(state, lambda: state.store.begin(state.step))
+    staging = _path_from_rank0(state, lambda: state.store.begin(state.step, total))
     if staging is None:
         return
     if background:
         _copy_to_host(state, shards)
-    saved = state_json(state, [each for _, each in reports]) if ctx.is_rank0 else None
+    elif ctx.device.type == "cuda":
+        # The threads that write copy on the default stream.
+        torch.cuda.current_stream(ctx.device).synchronize()
+    saved = state_json(state, [each for _, _, each in reports]) if ctx.is_rank0 else None
     number = writers.index(ctx.rank) + 1 if has_shards else 0
 
     def write() -> list[dict[str, Any]]:
-        paths = []
-        if number:
-            for group, each in shards.items():
-                paths.append(staging / tensor_file(group, number, len(writers)))
-                write_shards(paths[-1], each)
+        files = []
         if saved is not None:
-            paths.append(staging / "state.json")
-            paths[-1].write_text(json.dumps(saved), encoding="utf-8")
-        return [seal_file(path) for path in paths]
+            path = staging / "state.json"
+            path.write_text(json.dumps(saved), encoding="utf-8")
+            files.append(seal_file(path))
+        if number:
+            names = {group: tensor_file(group, number, len(writers)) for group in shards}
+            files += write_shards({staging / names[group]: shards[group] for group in shards})
+        return files
 
     state.pending = PendingSave(state.step, staging, write, background)
     if background and ctx.is_rank0:
@@ -86,7 +95,7 @@ def finish_save(state: TrainState) -> bool:
         path = _path_from_rank0(state, commit)
     if path is None:
         return False
-    state.saved_step = pending.step
+    state.saved_step, state.failed_saves = pending.step, 0
     if ctx.is_rank0:
         print(f"checkpoint: {path}", flush=True)
     return True
@@ -108,6 +117,32 @@ def _path_from_rank0(state: TrainState, function: Callable[[], Path]) -> Path | 
     if state.ctx.is_rank0:
         print(f"warning: checkpoint {state.failed_saves} not written: {problem}", flush=True)
     return None
+
+
+def check_disk(state: TrainState) -> None:
+    """Check, before the first step, that checkpoints can be written. Raises DiskError."""
+    config = state.config
+    if not config.checkpoint.enable or state.step >= config.training.steps:
+        return
+    weights = state.model.state_dict().values()
+    # Weights and two moments of the same dtype.
+    nbytes = 3 * sum(each.numel() * each.element_size() for each in weights)
+    state.ctx.on_rank0(lambda: check_writable(state.store.folder, nbytes))
+
+
+def check_saves(state: TrainState) -> None:
+    """Raise DiskError, on all ranks, after checkpoint.max_failed_saves failures in a row."""
+    limit = state.config.checkpoint.max_failed_saves
+    if limit and state.failed_saves >= limit:
+        kept = "nothing is saved"
+        if state.saved_step is not None:
+            kept = f"the newest checkpoint is that of step {state.saved_step}"
+        text = (
+            f"{state.failed_saves} checkpoints in a row could not be written, {kept}, this is step "
+            f"{state.step}: free space on the disk of {state.store.folder} and run the command "
+            "again, or allow more failures with checkpoint.max_failed_saves."
+        )
+        state.ctx.fail(DiskError(text))
 
 
 def local_shards(state: TrainState) -> dict[str, dict[str, TensorShard]]:
@@ -204,41 +239,97 @@ def state_json(state: TrainState, random_states: list[dict[str, Any]]) -> dict[s
     }
 
 
-def find_checkpoint(state: TrainState) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint to resume from, as rank 0 sees it, and why newer ones were refused."""
+def resume_run(state: TrainState) -> tuple[Checkpoint | None, list[str]]:
+    """Continue from the checkpoint that checkpoint.resume asks for.
+
+    Files are checked while they are read. If one is damaged, or a rank cannot read it, all ranks go
+    on to the next older checkpoint, which overwrites all that was read of this one.
+
+    Returns:
+        The checkpoint, None for a run from scratch, and why newer ones were refused.
+
+    Raises:
+        CheckpointError: none is valid, or it is of another model.
+    """
+    failed: dict[str, str] = {}
+    while True:
+        found, refused = find_checkpoint(state, failed)
+        if found is None:
+            return None, refused
+        loaded: list[Any] = []
+
+        def load(found: Checkpoint = found, loaded: list[Any] = loaded) -> str | None:
+            try:
+                loaded.extend(load_tensors(state, found))
+            except DamagedError as error:
+                return str(error)
+            return None
+
+        reports = state.ctx.gather(state.ctx.all_or_raise(load))
+        problem = next((each for each in reports if each is not None), None)
+        if problem is None:
+            saved, has_states = loaded
+            resume(state, found, saved, has_states)
+            if state.ctx.is_rank0:
+                state.store.trust(found.path)
+            return found, refused
+        if state.config.checkpoint.resume not in ("auto", "must"):
+            state.ctx.fail(CheckpointError(problem))
+        failed[str(found.path)] = problem
+
+
+def find_checkpoint(
+    state: TrainState, failed: Mapping[str, str]
+) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to resume from, as rank 0 sees it, and why newer ones were refused; `failed`
+    are paths of some of them, and why."""
     checkpoint = state.config.checkpoint
     if not checkpoint.enable:
         return None, []
 
     def find() -> list[Any]:
-        found, refused = state.store.find(checkpoint.resume)
+        found, refused = state.store.find(checkpoint.resume, check=inspect, failed=failed)
         return [None if found is None else [str(found.path), found.step], refused]
 
     found, refused = state.ctx.on_rank0(find)
     return (None if found is None else Checkpoint(Path(found[0]), found[1])), refused
 
 
-def resume(state: TrainState, found: Checkpoint) -> None:
-    """Continue from a verified checkpoint, on any number of ranks and any mesh. One of step 0 has
-    weights only.
+def load_tensors(state: TrainState, found: Checkpoint) -> tuple[dict[str, Any], bool]:
+    """Read this rank's shards of a checkpoint, on any number of ranks and any mesh. One of step 0
+    has weights only.
+
+    Returns:
+        What state.json holds, and True if there were states for `carry_state`.
 
     Raises:
-        CheckpointError: it is of another model, or this rank cannot read it.
+        DamagedError: a file is damaged, or this rank cannot read it.
+        CheckpointError: it is of another model.
     """
+    # What a damaged checkpoint has left.
+    state.optimizer.state.clear()
+    saved = found.state()
+    missing = {"step", *(_POSITION if found.step else ())} - saved.keys()
+    if missing:
+        raise DamagedError(f"{found.path / 'state.json'} is damaged: it has no {sorted(missing)}.")
+    load_model_tensors(state.model, found.open("model"))
+    if saved["step"] == 0:
+        return saved, False
+    load_optimizer_tensors(state.model, state.optimizer, found.open("optimizer"))
     try:
-        saved = found.state()
-        load_model_tensors(state.model, found.open("model"))
-        if saved["step"] == 0:
-            # Imported weights (launch/convert.py): all else is that of a new run.
-            return
-        load_optimizer_tensors(state.model, state.optimizer, found.open("optimizer"))
-        has_states = False
-        if state.config.training.carry_state:
-            has_states = load_carried(state, found.open("states"))
+        has_states = state.config.training.carry_state and load_carried(state, found.open("states"))
     except CheckpointError:
         raise
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{found.path} cannot be read on every rank: {error}.") from None
+    except ValueError as error:
+        raise DamagedError(f"{found.path} cannot be read: {error}.") from None
+    return saved, has_states
+
+
+def resume(state: TrainState, found: Checkpoint, saved: dict[str, Any], has_states: bool) -> None:
+    """Continue where a checkpoint was saved, whose tensors have been read."""
+    if saved["step"] == 0:
+        # Imported weights (launch/convert.py): all else is that of a new run.
+        return
     state.step, state.consumed = saved["step"], saved["consumed_samples"]
     is_own = found.path.resolve().parent == state.store.folder.resolve()
     state.saved_step = state.step if is_own else None

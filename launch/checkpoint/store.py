@@ -2,8 +2,8 @@
 
 A checkpoint is a folder `step-00000100`. It appears by one rename of a staging folder, after every
 byte and the manifest with its hashes are on disk, and is never written to again. Tensors are
-safetensors, the rest JSON: reading them cannot execute code. All files must match the manifest
-before a single tensor is copied. Ranks that hold shards of the weights write a file each,
+safetensors, the rest JSON: reading them cannot execute code. Every byte that is read must match the
+manifest, before the first step is taken. Ranks that hold shards of the weights write a file each,
 model-00001-of-00002.safetensors and so on; see launch/checkpoint/shards.py.
 
     step-00000100/
@@ -11,99 +11,109 @@ model-00001-of-00002.safetensors and so on; see launch/checkpoint/shards.py.
         optimizer.safetensors   moments by name
         states.safetensors      with training.carry_state: recurrent states by sequence and layer
         state.json              step, samples consumed, random states, config, tokenizer
-        manifest.json           {"format": 1, "step": 100, "files": [{name, size, sha256}, ...]}
+        manifest.json           hashes of the others; see launch/checkpoint/manifest.py
 """
 
 import contextlib
-import hashlib
+import errno
 import json
 import os
 import re
 import shutil
+import tempfile
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
+from launch.checkpoint.manifest import folder_name, group_of, read_manifest, write_manifest
+from launch.checkpoint.parts import DamagedError, sync, thread_pool
 from launch.checkpoint.shards import TensorFiles
-from launch.exit_codes import CheckpointError
+from launch.exit_codes import DISK_FAILED, CheckpointError, UserError
 
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
-_TENSOR_FILE = re.compile(r"(model|optimizer|states)(?:-\d{5}-of-(\d{5}))?\.safetensors")
 # Leftovers of a process that was killed while saving or removing; the number is its process id.
 _LEFTOVER = re.compile(r"\.(?:staging|removed)-step-\d{8}-(\d+)")
-_FORMAT = 1
-# A manifest is a few lines; a huge file is something else.
-_MANIFEST_LIMIT = 1 << 20
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint on disk."""
+    """A checkpoint on disk with a valid manifest. Reading a file checks it; files of format 1 must
+    have been checked by `verify` before."""
 
     path: Path
     step: int
 
     def open(self, group: str) -> TensorFiles:
         """The tensors of a group, "model", "optimizer" or "states", read region by region. Raises
-        ValueError."""
-        manifest = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
-        names = [each["name"] for each in manifest["files"]]
-        return TensorFiles(self.path / name for name in names if _group(name) == group)
+        DamagedError."""
+        files = read_manifest(self.path).files
+        try:
+            return TensorFiles(each.open() for each in files if group_of(each.path.name) == group)
+        except CheckpointError:
+            raise
+        except (ValueError, KeyError, SafetensorError) as error:
+            raise DamagedError(
+                f"{self.path}: tensors of {group} cannot be read: {error}."
+            ) from None
 
     def tensors(self, group: str) -> dict[str, Tensor]:
-        """All tensors of a group, in full, on the CPU. Raises ValueError."""
+        """All tensors of a group, in full, on the CPU. Raises DamagedError."""
         return {name: stored[()] for name, stored in self.open(group).items()}
 
     def state(self) -> dict[str, Any]:
-        """The content of state.json."""
-        return json.loads((self.path / "state.json").read_text(encoding="utf-8"))
+        """The content of state.json. Raises DamagedError."""
+        files = read_manifest(self.path).files
+        file = next(each for each in files if each.path.name == "state.json").open()
+        try:
+            state = json.loads(file.read(0, file.size))
+        except (ValueError, RecursionError) as error:
+            raise DamagedError(f"{file.path} is damaged ({error!r}).") from None
+        if not isinstance(state, dict):
+            raise DamagedError(f"{file.path} is damaged: it holds no JSON object.")
+        return state
+
+
+class DiskError(UserError):
+    """Checkpoints cannot be written."""
+
+    exit_code = DISK_FAILED
+
+
+def inspect(path: Path) -> Checkpoint:
+    """The checkpoint in a folder, whose files are checked when they are read; those of format 1
+    now. Raises DamagedError for a manifest or a size that is wrong."""
+    manifest = read_manifest(path)
+    if manifest.version == 1:
+        return verify(path)
+    for each in manifest.files:
+        each.open()
+    return Checkpoint(path, manifest.step)
 
 
 def verify(path: Path) -> Checkpoint:
     """Check every file of a checkpoint against its manifest.
 
     Raises:
-        CheckpointError: a missing, truncated or changed file, named; a manifest that is damaged or
-            names files outside the folder.
+        DamagedError: a missing, unreadable, truncated or changed file, named; a manifest that is
+            damaged or names files outside the folder.
     """
-    manifest_path = path / "manifest.json"
-    try:
-        if manifest_path.stat().st_size > _MANIFEST_LIMIT:
-            raise CheckpointError(f"{manifest_path} is larger than a manifest can be.")
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        files = [(each["name"], each["size"], each["sha256"]) for each in manifest["files"]]
-        step, version = manifest["step"], manifest["format"]
-        sealed = manifest["sha256"] == _seal(manifest)
-    except FileNotFoundError:
-        raise CheckpointError(f"{manifest_path} is missing: not a finished checkpoint.") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{manifest_path} is damaged ({error!r}).") from None
-    if not sealed:
-        raise CheckpointError(f"{manifest_path} is damaged: its own hash does not match.")
-    if version != _FORMAT:
-        raise CheckpointError(f"{manifest_path} has format {version}, this code reads {_FORMAT}.")
-    if path.name != _folder_name(step):
-        raise CheckpointError(f"{manifest_path} is of step {step}, its folder is {path.name}.")
-    if not _is_complete([name for name, _, _ in files]):
-        raise CheckpointError(f"{manifest_path} does not list all files of a checkpoint.")
-    for name, size, sha256 in files:
-        if Path(name).name != name or name.startswith("."):
-            raise CheckpointError(f"{manifest_path} names {name!r}, which is not a file beside it.")
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing.")
-        if file.stat().st_size != size:
-            raise CheckpointError(
-                f"{file} has {file.stat().st_size} bytes, the manifest has {size}: truncated."
-            )
-        if _sha256(file) != sha256:
-            raise CheckpointError(f"{file} does not match its hash: its content has changed.")
-    return Checkpoint(path, step)
+    manifest = read_manifest(path)
+    checks = []
+    for each in manifest.files:
+        if each.parts is None:
+            each.open()
+            checks.append(each.check_sha256)
+        else:
+            checks += each.open().checks()
+    with thread_pool() as pool:
+        for check in [pool.submit(check) for check in checks]:
+            check.result()
+    return Checkpoint(path, manifest.step)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -112,16 +122,23 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    if (path / "manifest.json").exists():
+    if os.path.lexists(path / "manifest.json"):
         return verify(path)
-    found, refused = CheckpointStore(path).find("auto")
-    if found is None:
-        why = f" ({'; '.join(refused)})" if refused else ""
-        raise CheckpointError(
-            f"checkpoint {path} holds no valid checkpoint{why}: give a step folder, or the folder "
-            "of a run's checkpoints, such as outputs/quickstart/checkpoint."
-        )
-    return found
+    refused: list[str] = []
+    try:
+        steps = CheckpointStore(path).steps()
+    except (OSError, ValueError) as error:
+        steps, refused = [], [str(error)]
+    for step in reversed(steps):
+        try:
+            return verify(path / folder_name(step))
+        except DamagedError as error:
+            refused.append(str(error))
+    why = f" ({'; '.join(refused)})" if refused else ""
+    raise CheckpointError(
+        f"checkpoint {path} holds no valid checkpoint{why}: give a step folder, or the folder "
+        "of a run's checkpoints, such as outputs/quickstart/checkpoint."
+    )
 
 
 class CheckpointStore:
@@ -137,22 +154,24 @@ class CheckpointStore:
         self._keep = keep_latest_k
         # Checkpoints already hashed, by the files' sizes and times: retention asks at every save.
         self._verified: dict[Path, tuple[tuple[str, int, int], ...]] = {}
+        # Those that another rank could not read, whatever this one sees.
+        self._refused: set[Path] = set()
         self._cleaned = False
 
-    def begin(self, step: int) -> Path:
-        """Create a staging folder to write files to.
+    def begin(self, step: int, nbytes: int = 0) -> Path:
+        """Create a staging folder to write files of `nbytes` in all to.
 
         An invalid folder of the same step is moved aside, a valid one is never replaced. The first
         call removes what a killed process left behind.
 
         Raises:
             CheckpointError: a valid checkpoint of this step exists.
-            OSError: the disk failed.
+            OSError: the disk failed, or has too little room.
         """
         if not self._cleaned:
             self._remove_leftovers()
             self._cleaned = True
-        final = self.folder / _folder_name(step)
+        final = self.folder / folder_name(step)
         if final.exists():
             if self._is_valid(final):
                 raise CheckpointError(f"{final} exists already; checkpoints are never overwritten.")
@@ -160,11 +179,16 @@ class CheckpointStore:
         staging = self.folder / f".staging-{final.name}-{os.getpid()}"
         self.discard(staging)
         staging.mkdir(parents=True)
+        try:
+            check_room(staging, nbytes)
+        except OSError:
+            self.discard(staging)
+            raise
         return staging
 
     def commit(self, step: int, staging: Path, files: list[dict[str, Any]]) -> Path:
-        """Turn a staging folder into the checkpoint of `step`; remove all but the newest
-        keep_latest_k.
+        """Turn a staging folder into the checkpoint of `step`; keep it and, of the other valid
+        ones, the newest keep_latest_k - 1.
 
         Args:
             files: `seal_file` of every file in the folder.
@@ -172,17 +196,21 @@ class CheckpointStore:
         Raises:
             OSError: the disk failed; nothing is committed, the staging folder is removed.
         """
-        final = self.folder / _folder_name(step)
+        final = self.folder / folder_name(step)
         try:
-            _write_manifest(staging, step, files)
-            _sync(staging)
+            write_manifest(staging, step, files)
+            sync(staging)
             os.rename(staging, final)
         except BaseException:
             self.discard(staging)
             raise
-        _sync(self.folder)
-        self._verified[final] = _signature(final)
-        self._remove_old()
+        self._refused.discard(final)
+        sync(self.folder)
+        # Neither an old checkpoint that cannot be read or removed, nor one that cannot be looked at
+        # again, makes this a failed save.
+        with contextlib.suppress(OSError):
+            self._verified[final] = _signature(final)
+            self._remove_old(final)
         return final
 
     def discard(self, staging: Path) -> None:
@@ -196,50 +224,76 @@ class CheckpointStore:
         matches = (_STEP_FOLDER.fullmatch(path.name) for path in self.folder.iterdir())
         return sorted(int(match[1]) for match in matches if match)
 
-    def find(self, resume: str) -> tuple[Checkpoint | None, list[str]]:
+    def find(
+        self,
+        resume: str,
+        *,
+        check: Callable[[Path], Checkpoint] = verify,
+        failed: Mapping[str, str] | None = None,
+    ) -> tuple[Checkpoint | None, list[str]]:
         """The checkpoint to resume from, and why newer ones were refused.
 
         Args:
-            resume: "auto" (None if there is no valid one), "must" (an error instead), "never"
+            resume: "auto" (None if there are no checkpoints), "must" (an error instead), "never"
                 (None) or the path of a step folder.
+            check: `verify`, or `inspect` if all that is read of the checkpoint is read in full.
+            failed: paths of checkpoints that turned out not to be valid, and why.
 
         Raises:
-            CheckpointError: nothing to resume from, or a named checkpoint that is not valid.
+            CheckpointError: nothing to resume from, none of the checkpoints there is valid, or a
+                named one is not.
         """
+        try:
+            steps = self.steps()
+        except OSError as error:
+            raise CheckpointError(f"{self.folder} cannot be read: {error.strerror}.") from None
         if resume == "never":
-            if self.steps():
+            if steps:
                 raise CheckpointError(
                     f"checkpoint.resume is never but {self.folder} already holds checkpoints: "
                     "choose another job.dump_folder, or resume auto."
                 )
             return None, []
         if resume not in ("auto", "must"):
-            return self._find_named(Path(resume)), []
+            return self._find_named(Path(resume), steps, check), []
         refused: list[str] = []
-        for step in reversed(self.steps()):
+        for step in reversed(steps):
+            path = self.folder / folder_name(step)
             try:
-                found = verify(self.folder / _folder_name(step))
-            except CheckpointError as error:
+                if failed and str(path) in failed:
+                    self._refused.add(path)
+                    raise DamagedError(failed[str(path)])
+                return check(path), refused
+            except DamagedError as error:
                 refused.append(str(error))
-                continue
-            self._verified[found.path] = _signature(found.path)
-            return found, refused
-        if resume == "must":
-            why = f" ({'; '.join(refused)})" if refused else ""
+        if refused:
             raise CheckpointError(
-                f"checkpoint.resume is must, but {self.folder} holds no valid checkpoint{why}."
+                f"checkpoint.resume is {resume}, but none of the {len(refused)} checkpoints in "
+                f"{self.folder} is valid ({'; '.join(refused)}): mend them, or choose another "
+                "job.dump_folder to start from scratch."
             )
-        return None, refused
+        if resume == "must":
+            raise CheckpointError(
+                f"checkpoint.resume is must, but {self.folder} holds no valid checkpoint."
+            )
+        return None, []
 
-    def _find_named(self, path: Path) -> Checkpoint:
-        if not path.is_dir():
+    def trust(self, path: Path) -> None:
+        """Note that a checkpoint has been read: retention need not read it again."""
+        with contextlib.suppress(OSError):
+            self._verified[path] = _signature(path)
+
+    def _find_named(
+        self, path: Path, steps: list[int], check: Callable[[Path], Checkpoint]
+    ) -> Checkpoint:
+        if not os.path.isdir(path):
             raise CheckpointError(
                 f"checkpoint.resume {path}: no such folder; give auto, never, must or the path of "
                 "a step folder."
             )
-        found = verify(path)
+        found = check(path)
         is_own = path.resolve().parent == self.folder.resolve()
-        later = [step for step in self.steps() if step > found.step or not is_own]
+        later = [step for step in steps if step > found.step or not is_own]
         if later:
             raise CheckpointError(
                 f"resuming from {path} would overwrite the checkpoints from step {later[0]} on "
@@ -248,12 +302,16 @@ class CheckpointStore:
         return found
 
     def _is_valid(self, path: Path) -> bool:
-        if self._verified.get(path) != _signature(path):
-            try:
+        """True if the files match their hashes. What this process has written, read or checked
+        before is not read again unless sizes or times have changed."""
+        if path in self._refused:
+            return False
+        try:
+            if self._verified.get(path) != _signature(path):
                 verify(path)
-            except CheckpointError:
-                return False
-            self._verified[path] = _signature(path)
+                self._verified[path] = _signature(path)
+        except (OSError, CheckpointError):
+            return False
         return True
 
     def _remove_leftovers(self) -> None:
@@ -263,23 +321,53 @@ class CheckpointStore:
             if match and not _is_running(int(match[1])):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _remove_old(self) -> None:
+    def _remove_old(self, saved: Path) -> None:
+        """Remove valid checkpoints beyond keep_latest_k; never the one that was just saved,
+        whatever its step."""
         if not self._keep:
             return
-        paths = [self.folder / _folder_name(step) for step in self.steps()]
-        valid = [path for path in paths if self._is_valid(path)]
-        for path in valid[: -self._keep]:
+        paths = [self.folder / folder_name(step) for step in self.steps()]
+        others = [path for path in paths if path != saved and self._is_valid(path)]
+        for path in others[: len(others) - (self._keep - 1)]:
             # Renamed first: half a deletion must not look like a damaged checkpoint.
             hidden = path.parent / f".removed-{path.name}-{os.getpid()}"
-            # The new one is on disk: failing to remove an old one is not a failed save.
             with contextlib.suppress(OSError):
                 os.rename(path, hidden)
                 shutil.rmtree(hidden, ignore_errors=True)
                 self._verified.pop(path, None)
 
 
-def _folder_name(step: int) -> str:
-    return f"step-{step:08d}"
+def check_writable(folder: Path, nbytes: int) -> None:
+    """Check, without leaving anything behind, that checkpoints can be written to a folder, which
+    need not exist yet.
+
+    Raises:
+        DiskError: they cannot, or one of `nbytes` does not fit.
+    """
+    try:
+        while not os.path.lexists(folder):
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"1")
+            file.flush()
+        check_room(folder, nbytes)
+    except OSError as error:
+        raise DiskError(
+            f"checkpoints cannot be written to {folder}: {error.strerror}. Free space, choose "
+            "another job.dump_folder, or train with --checkpoint.no-enable."
+        ) from None
+
+
+def check_room(folder: Path, nbytes: int) -> None:
+    """Raise OSError if the disk of an existing folder has less room than that."""
+    usage = shutil.disk_usage(folder)
+    # Some network file systems know no sizes.
+    if usage.total and usage.free < nbytes:
+        raise OSError(
+            errno.ENOSPC,
+            f"a checkpoint takes {nbytes / 1e9:.3f} GB, {usage.free / 1e9:.3f} GB are free",
+            str(folder),
+        )
 
 
 def _is_running(process: int) -> bool:
@@ -291,62 +379,6 @@ def _is_running(process: int) -> bool:
         return True
     # A restarted job in a container often gets the number of the previous one.
     return process != os.getpid()
-
-
-def tensor_file(group: str, number: int = 1, count: int = 1) -> str:
-    """The name of file `number`, from 1, of the `count` files of a group's tensors."""
-    return f"{group}{f'-{number:05}-of-{count:05}' if count > 1 else ''}.safetensors"
-
-
-def _group(name: str) -> str | None:
-    match = _TENSOR_FILE.fullmatch(name)
-    return match and match[1]
-
-
-def _is_complete(names: list[str]) -> bool:
-    """True if these are the names of all files that a checkpoint needs."""
-    counts = {match[1]: int(match[2] or 1) for match in map(_TENSOR_FILE.fullmatch, names) if match}
-    needed = {
-        tensor_file(group, number, counts.get(group, 1))
-        for group in {"model", "optimizer", *counts}
-        for number in range(1, counts.get(group, 1) + 1)
-    }
-    return not (needed | {"state.json"}) - set(names)
-
-
-def seal_file(path: Path) -> dict[str, Any]:
-    """Sync a file to the disk; return its manifest entry."""
-    _sync(path)
-    return {"name": path.name, "size": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _write_manifest(folder: Path, step: int, files: list[dict[str, Any]]) -> None:
-    """Write and sync the manifest: the last file of a checkpoint."""
-    files = sorted(files, key=lambda each: each["name"])
-    manifest = {"format": _FORMAT, "step": step, "files": files}
-    manifest["sha256"] = _seal(manifest)
-    path = folder / "manifest.json"
-    path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    _sync(path)
-
-
-def _seal(manifest: dict[str, Any]) -> str:
-    """Hash of the manifest's content, so that damage to the manifest itself is detected."""
-    content = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _signature(path: Path) -> tuple[tuple[str, int, int], ...]:

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from launch import train
+from launch.checkpoint.manifest import seal_file, tensor_file
 from launch.checkpoint.shards import shard_of, write_shards
-from launch.checkpoint.store import CheckpointStore, seal_file, tensor_file
+from launch.checkpoint.store import CheckpointStore
 from launch.indexed_dataset import IndexedWriter
 from launch.prepare_data import prepare
 from launch.tokenizer import ByteTokenizer
@@ -140,11 +141,15 @@ def save_tensors(store: CheckpointStore, step: int, tensors: dict, state: dict) 
     """Save a checkpoint as a single rank does: {"model": {name: tensor}, "optimizer": ...}."""
     staging = store.begin(step)
     try:
-        for group, each in tensors.items():
-            shards = {name: shard_of(value, is_rank0=True) for name, value in each.items()}
-            write_shards(staging / tensor_file(group), shards)
+        shards = {
+            staging / tensor_file(group): {
+                name: shard_of(value, is_rank0=True) for name, value in each.items()
+            }
+            for group, each in tensors.items()
+        }
+        files = write_shards(shards)
         (staging / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        files = [seal_file(path) for path in sorted(staging.iterdir())]
+        files.append(seal_file(staging / "state.json"))
     except BaseException:
         store.discard(staging)
         raise

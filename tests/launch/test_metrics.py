@@ -45,6 +45,38 @@ def test_resumed_log_has_each_step_once(config):
     assert MetricsLog(config, 0).path.read_text() == ""
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        '{"step": 3, "loss": 9.0}\n{"step": 2, "loss": 9.0}\n{"step": 3, "loss": 0.5}\n',
+        '{"step": null, "loss": 1.0}\n{"step": "3", "loss": 1.0}\n{"loss": 1.0}\n',
+        '{"step": 2, "loss": null}\n{"step": 2, "loss": "x"}\n{"step": true, "loss": 1}\n',
+        "[" * 100_000 + "\n",
+        "[]\nnull\n17\n\n\0\0\0\n\ufffd\n",
+        '{"step": 4, "lo{"step": 4, "loss": 1.0}\n',
+        '{"step": 4, "loss": 1.0',
+    ],
+)
+def test_any_metrics_file_becomes_one_clean_series(config, damage):
+    """Steps taken twice, lines torn by a kill or by a second job, lines of something else."""
+    log = MetricsLog(config, 0)
+    for step in (1, 2, 3, 4, 5):
+        log.write(record(step))
+    log.close()
+    with log.path.open("a") as file:
+        file.write(damage)
+    assert plot_loss(log.path) is not None
+    log = MetricsLog(config, 3)
+    for step in (4, 5):
+        log.write(record(step, again=True))
+    log.close()
+    series = [json.loads(line) for line in log.path.read_text().splitlines()]
+    assert [each["step"] for each in series] == [1, 2, 3, 4, 5]
+    assert ["again" in each for each in series] == [False] * 3 + [True] * 2
+    # Of a step that is there twice, the last one.
+    assert series[2]["loss"] == (0.5 if "0.5" in damage else 2.0 / 3)
+
+
 def test_a_run_from_scratch_keeps_the_record_of_the_one_before(config):
     for step in (1, 2):
         log = MetricsLog(config, 0)

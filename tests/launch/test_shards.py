@@ -38,8 +38,7 @@ def write_sharded(folder, parts, dim):
         for file, shard in zip(files, shards, strict=False):
             file[name] = shard
     files[0]["scalar"] = shard_of(FULL["scalar"], is_rank0=True)
-    for path, shards in zip(paths, files, strict=True):
-        write_shards(path, shards)
+    write_shards(dict(zip(paths, files, strict=True)))
     return paths
 
 
@@ -67,8 +66,8 @@ def test_files_of_different_tensors_do_not_mix(tmp_path):
     (tmp_path / "b").mkdir()
     for folder, shape in (("a", (4, 3)), ("b", (4, 4))):
         first, second = shards_of(torch.zeros(shape), 2)
-        write_shards(tmp_path / folder / "1.safetensors", {"x": first})
-        write_shards(tmp_path / folder / "2.safetensors", {"x": second})
+        path = tmp_path / folder
+        write_shards({path / "1.safetensors": {"x": first}, path / "2.safetensors": {"x": second}})
     with pytest.raises(ValueError, match=r"x is .* \(4, 4\), elsewhere"):
         TensorFiles([tmp_path / "a" / "1.safetensors", tmp_path / "b" / "2.safetensors"])
 

@@ -136,6 +136,20 @@ def test_a_damaged_checkpoint_of_the_same_step_is_moved_aside(store):
     assert (aside / "state.json").read_text() == "{}"
 
 
+def test_what_another_rank_cannot_read_is_replaced_and_not_counted(tmp_path):
+    store = CheckpointStore(tmp_path, keep_latest_k=2)
+    fill(store, 1, 2, 3)
+    failed = {str(tmp_path / "step-00000003"): "rank 1 cannot read it"}
+    found, refused = store.find("auto", failed=failed)
+    assert (found.step, refused) == (2, ["rank 1 cannot read it"])
+    # The run comes to step 3 again.
+    fill(store, 3)
+    assert store.steps() == [2, 3] and store.find("auto")[0].step == 3
+    assert [path.name[:22] for path in tmp_path.glob(".refused-*")] == [".refused-step-00000003"]
+    fill(store, 4)
+    assert store.steps() == [3, 4]
+
+
 def test_retention_counts_valid_checkpoints_and_leaves_other_folders(tmp_path):
     store = CheckpointStore(tmp_path, keep_latest_k=2)
     other = ["old-step-00000900.bak", "step-5", "step-000000012", "notes"]
