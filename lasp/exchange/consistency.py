@@ -36,6 +36,7 @@ from lasp.exchange.comm import device_types
 __all__ = [
     "CallSignature",
     "PendingCheck",
+    "checks_started",
     "gather_numbers",
     "record_exchange",
     "timeout_of",
@@ -49,6 +50,8 @@ _FEW_RANKS = 16
 _ODD = 0x9E3779B97F4A7C15
 # Exchanges so far per group: a rank that raised midway is detected at its next call.
 _exchanges: WeakKeyDictionary[ProcessGroup, int] = WeakKeyDictionary()
+# Checks that this process has started.
+_checks_started = 0
 # Per group: the connections, the group's own backend, and the shared memory if it is on one host.
 _connections: WeakKeyDictionary[
     ProcessGroup, tuple[dist.ProcessGroupGloo, dist.Backend, shared_memory.SharedCheck | None]
@@ -84,6 +87,11 @@ def record_exchange(group: ProcessGroup) -> None:
     _exchanges[group] = _exchanges.get(group, 0) + 1
 
 
+def checks_started() -> int:
+    """Checks that this process has started, over all groups: equal on ranks that are in step."""
+    return _checks_started
+
+
 def timeout_of(group: ProcessGroup) -> timedelta:
     """How long a rank waits for the others, by the group's backend."""
     connections, _ = _connections_of(group)
@@ -113,6 +121,8 @@ class PendingCheck:
                 raise ValueError(
                     f"the previous call, which this rank did not finish, failed: {error}"
                 ) from None
+        global _checks_started
+        _checks_started += 1
         self._finished = False
         self._connections, self._shared = _connections_of(group)
         self.call, self._problem = call, problem
