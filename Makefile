@@ -12,7 +12,7 @@ TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.*)
 # One thread per process: the launcher and the tests run several processes on few cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup train check test test-all lint clean
+.PHONY: setup train check test test-all test-faults lint clean
 
 setup: $(VENV)/.installed
 
@@ -34,10 +34,15 @@ check: setup
 	  -k 'alone or (cpu_float64 and 3-ring)'
 
 test: setup lint
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow and not faults'
 
 test-all: setup lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not faults'
+
+# Kills, damaged files, full disks, hung ranks: all of them takes minutes, the quick part is in
+# `make test`.
+test-faults: setup
+	$(BIN)/python -m pytest tests/faults
 
 lint: setup
 	$(BIN)/ruff check .
