@@ -1,8 +1,8 @@
 """Names the rank that a job waits for, when one has died, was stopped or hangs.
 
-A thread of each rank writes the rank's position, once a second, to the store that the ranks meet
-in: the step, its phase, and how many collective calls it has made. No collective is involved, and
-the other ranks' positions are read only once something is wrong:
+A thread of each rank writes the rank's position, once a second and at each phase, to the store that
+the ranks meet in: the step, its phase, and how many collective calls it has made. No collective is
+involved, and the other ranks' positions are read only once something is wrong:
 
 - a call raised here (gloo's after its timeout, or because a connection was lost), or
 - the main thread has made no call for longer than the timeout that applies. NCCL does not raise: it
@@ -67,7 +67,8 @@ class Heartbeat:
         self.step, self._phase, self._entered = 0, "set-up", 0
         self._reports = 0
         self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        self._ending, self._stop = threading.Lock(), threading.Event()
+        # Set where the thread should not wait for its next report.
+        self._ending, self._news, self._stopped = threading.Lock(), threading.Event(), False
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._report()
         self._thread.start()
@@ -76,10 +77,12 @@ class Heartbeat:
         """The main thread begins a phase; all ranks pass the same phases in the same order."""
         self._phase = phase
         self._entered += 1
+        self._news.set()
 
     def stop(self, problem: str | None = None) -> None:
         """This rank has ended, by a `problem` if there is one."""
-        self._stop.set()
+        self._stopped = True
+        self._news.set()
         self._thread.join()
         with contextlib.suppress(RuntimeError):
             self._report(ended=problem or "")
@@ -101,7 +104,11 @@ class Heartbeat:
 
     def _run(self) -> None:
         position, since = self._position(), time.monotonic()
-        while not self._stop.wait(_INTERVAL):
+        while True:
+            self._news.wait(_INTERVAL)
+            self._news.clear()
+            if self._stopped:
+                return
             if self._parent is not None and os.getppid() != self._parent:
                 self._end("torchrun, which started this process, has died")
             if (current := self._position()) != position:

@@ -1,0 +1,80 @@
+"""A rank that is stopped or hangs: the others end in time, name it, and show their stacks."""
+
+import re
+import signal
+import time
+
+import pytest
+
+from launch.exit_codes import HUNG
+from tests.faults.jobs import START, Job, Strike
+from tests.launch.runs import flags
+
+# Seconds. They are the bars too: the others end this long after the strike, plus what it takes to
+# establish that a rank is silent, and to write stacks on a loaded machine.
+TRAIN, INIT, SLACK = 6, 12, 25
+
+
+def arguments(folder, data, **changes):
+    wanted = dict(
+        job__dump_folder=folder,
+        data__source="folder",
+        data__folder=data,
+        training__steps=6,
+        checkpoint__interval=3,
+        validation__freq=3,
+        sample__enable=None,
+        comm__train_timeout_seconds=TRAIN,
+        comm__init_timeout_seconds=INIT,
+    )
+    values = flags(**(wanted | changes))
+    return [value.replace("--sample.enable", "--sample.no_enable") for value in values]
+
+
+LAYOUTS = {
+    "cp": dict(parallelism__context_parallel_degree=2),
+    "ddp": dict(parallelism__data_parallel_method="ddp"),
+    "fsdp": dict(parallelism__data_parallel_method="fsdp"),
+}
+# (moment, step after which the rank is struck, the limit that applies, what the message says).
+MOMENTS = [
+    ("set-up", 0, INIT, "set-up"),
+    ("building the model", 0, INIT, "set-up"),
+    ("reading data", 2, TRAIN, "step 3, reading data"),
+    ("forward", 2, TRAIN, "step 3, forward and backward"),
+    ("backward", 2, TRAIN, "step 3, forward and backward"),
+    ("reduction", 2, TRAIN, "step 3, reduction"),
+    ("save", 3, INIT, "step 3, saving a checkpoint"),
+    ("end of a save", 3, INIT, "step 3, saving a checkpoint"),
+    ("validation", 3, INIT, "step 3, validation"),
+]
+QUICK = [("cp", MOMENTS[4], 1)]
+CASES = QUICK + [
+    pytest.param(layout, moment, rank, marks=pytest.mark.faults)
+    for layout in LAYOUTS
+    for moment in MOMENTS
+    for rank in (0, 1)
+    if (layout, moment, rank) not in QUICK
+]
+
+
+@pytest.mark.parametrize(("layout", "moment", "rank"), CASES)
+def test_a_stopped_rank_is_named_and_the_others_end_in_time(data, tmp_path, layout, moment, rank):
+    name, step, limit, where = moment
+    strike = Strike(name, step, rank, signal.SIGSTOP)
+    out = tmp_path / "out"
+    job = Job(tmp_path / "logs", arguments(out, data, **LAYOUTS[layout]), strikes=(strike,))
+    other = 1 - rank
+    try:
+        assert job.wait_for("strike: ", rank), job.outputs()
+        codes = job.wait(START, [other])
+        seconds = time.time() - float(job.output(rank).split("strike: ")[1].split()[0])
+    finally:
+        job.end()
+    output = job.output(other)
+    assert codes[other] == HUNG, job.outputs()
+    assert seconds < limit + SLACK, output
+    assert re.search(rf"error: rank {rank} is stopped or dead: it was last seen in {where}", output)
+    assert f"rank {other} waited in " in output and "Traceback" not in output
+    stacks = (out / "stacks" / f"rank-{other}.txt").read_text()
+    assert "launch/train.py" in stacks
