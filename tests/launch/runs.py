@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -109,10 +109,14 @@ def records(folder: Path) -> list[dict]:
 
 
 def start(
-    arguments: list[str], nproc: int, script: str | Path = "launch/train.py"
+    arguments: list[str],
+    nproc: int,
+    script: str | Path = "launch/train.py",
+    torchrun: Sequence[str] = (),
 ) -> subprocess.Popen:
-    """Start torchrun in a session of its own, with all output on one pipe."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    """Start torchrun, with more options of its own, in a session of its own, with all output on
+    one pipe."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *torchrun]
     command += ["--nproc_per_node", str(nproc), str(script), *arguments]
     return subprocess.Popen(
         command,
