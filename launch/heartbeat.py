@@ -195,16 +195,17 @@ class Heartbeat:
                 return f"rank {rank}{others} is stopped or dead: {where}"
             if not needs_end:
                 return f"rank {rank} has ended its part of the job"
-        mine = self._position()
-        behind = min(
-            (tuple(report["position"]), rank) for rank, report in enumerate(reports) if report
+        running = [
+            (tuple(report["position"]), rank, report["where"])
+            for rank, report in enumerate(reports)
+            if report is not None and report["ended"] is None
+        ]
+        position, rank, where = min(running, default=(self._position(), self._rank, ""))
+        if needs_silence or position >= self._position():
+            return None
+        return (
+            f"rank {rank} hangs in {where}: others wait for a collective call that it has not made"
         )
-        if not needs_silence and behind[0] < mine and reports[behind[1]]["ended"] is None:
-            return (
-                f"rank {behind[1]} hangs in {reports[behind[1]]['where']}: it has not made a "
-                "collective call for which others wait"
-            )
-        return None
 
     def _end(self, reason: str, error: str | None = None) -> NoReturn:
         """Print why and end the process; torchrun, or the heartbeat, ends the other ranks."""

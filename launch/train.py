@@ -40,6 +40,7 @@ from launch.distributed import (
 )
 from launch.exit_codes import (
     DISK_FAILED,
+    INTERRUPTED,
     REQUEUE,
     TERMINATED,
     ConfigError,
@@ -103,6 +104,9 @@ def main(argv: list[str]) -> int:
             return train(config, ctx, batch)
     except UserError as error:
         return report(error)
+    except KeyboardInterrupt:
+        print("error: interrupted before training began", file=sys.stderr, flush=True)
+        return INTERRUPTED
 
 
 def report(error: UserError) -> int:

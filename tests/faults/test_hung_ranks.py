@@ -78,3 +78,21 @@ def test_a_stopped_rank_is_named_and_the_others_end_in_time(data, tmp_path, layo
     assert f"rank {other} waited in " in output and "Traceback" not in output
     stacks = (out / "stacks" / f"rank-{other}.txt").read_text()
     assert "launch/train.py" in stacks
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("moment", ["reading data", "reduction", "save", "validation"])
+def test_a_rank_that_hangs_alive_is_named_and_shows_where(data, tmp_path, layout, moment):
+    step = 3 if moment in ("save", "validation") else 2
+    out, strike = tmp_path / "out", Strike(moment, step, 1, number=0)
+    job = Job(tmp_path / "logs", arguments(out, data, **LAYOUTS[layout]), strikes=(strike,))
+    try:
+        codes = job.wait(START)
+    finally:
+        job.end()
+    assert codes == [HUNG] * 2, job.outputs()
+    for rank in (0, 1):
+        reason = "error: rank 1 hangs in step 3, "
+        assert reason in job.output(rank), job.outputs()
+    assert "jobs.py" in (out / "stacks" / "rank-1.txt").read_text(), "its stack ends in the strike"
