@@ -19,7 +19,13 @@ from torch import Tensor
 from torch.distributed import DeviceMesh, ProcessGroup
 
 from launch.config import Config
-from launch.exit_codes import INTERRUPTED, ConfigError, RemoteRankError, UserError
+from launch.exit_codes import (
+    INTERRUPTED,
+    ConfigError,
+    HungRankError,
+    RemoteRankError,
+    UserError,
+)
 from launch.heartbeat import NCCL_MARGIN, Heartbeat
 from launch.rendezvous import difference, differs_error, meet, settings, versions
 from parallel.mesh import ParallelDims, build_mesh, gradient_group
@@ -267,7 +273,7 @@ def meet_ranks(
     return meet(info.rank, size, facts | (more or {}), timeout_seconds=seconds)
 
 
-def refuse_start(error: UserError, timeout_seconds: int) -> UserError:
+def refuse_start(error: UserError, config: Config | None = None) -> UserError:
     """Tell the other ranks, if there are any, that this one cannot run; the error to exit with.
 
     The first rank that cannot run reports its error, the others exit quietly.
@@ -277,12 +283,23 @@ def refuse_start(error: UserError, timeout_seconds: int) -> UserError:
     except ConfigError:
         return error
     if size == 1 or "MASTER_ADDR" not in os.environ:
-        return error
+        # Processes that cannot meet were given the same: one report is enough.
+        return error if rank == 0 else RemoteRankError(str(error), error.exit_code)
     try:
-        meet(rank, size, {}, problem=error, timeout_seconds=timeout_seconds)
+        seconds = (config or Config()).comm.init_timeout_seconds
+        meet(rank, size, {}, problem=error, timeout_seconds=seconds)
+    except HungRankError:
+        return error
     except UserError as agreed:
         return agreed
     return error
+
+
+def report_error(error: UserError) -> int:
+    """Print an error, unless another rank does; the exit code."""
+    if not isinstance(error, RemoteRankError):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return error.exit_code
 
 
 @contextlib.contextmanager

@@ -203,9 +203,7 @@ class Heartbeat:
         position, rank, where = min(running, default=(self._position(), self._rank, ""))
         if needs_silence or position >= self._position():
             return None
-        return (
-            f"rank {rank} hangs in {where}: others wait for a collective call that it has not made"
-        )
+        return f"rank {rank} hangs in {where}: others wait for a call that it has not made"
 
     def _end(self, reason: str, error: str | None = None) -> NoReturn:
         """Print why and end the process; torchrun, or the heartbeat, ends the other ranks."""

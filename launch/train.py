@@ -28,7 +28,7 @@ from lasp import SequenceShard
 from launch.build import apply_data_parallel, build_model, get_family, model_config
 from launch.checkpoint.save_resume import find_checkpoint, finish_save, resume, start_save
 from launch.checkpoint.store import CheckpointStore
-from launch.config import Comm, Config, load_config
+from launch.config import Config, load_config
 from launch.data import DataFolder, RandomSource, Segments, folder_facts, stream_length
 from launch.distributed import (
     DistContext,
@@ -37,6 +37,7 @@ from launch.distributed import (
     meet_ranks,
     open_dist_context,
     refuse_start,
+    report_error,
 )
 from launch.exit_codes import (
     DISK_FAILED,
@@ -45,7 +46,6 @@ from launch.exit_codes import (
     TERMINATED,
     ConfigError,
     NonFiniteError,
-    RemoteRankError,
     UserError,
 )
 from launch.generate import sample_text
@@ -92,8 +92,7 @@ def main(argv: list[str]) -> int:
         batch = batching(config, info)
         check_parallelism(config, info)
     except UserError as error:
-        comm = Comm() if config is None else config.comm
-        return report(refuse_start(error, comm.init_timeout_seconds))
+        return report_error(refuse_start(error, config))
     try:
         if config.job.dry_run:
             meet_ranks(config, info)
@@ -103,17 +102,10 @@ def main(argv: list[str]) -> int:
         with open_dist_context(info, config) as ctx:
             return train(config, ctx, batch)
     except UserError as error:
-        return report(error)
+        return report_error(error)
     except KeyboardInterrupt:
         print("error: interrupted before training began", file=sys.stderr, flush=True)
         return INTERRUPTED
-
-
-def report(error: UserError) -> int:
-    """Print an error, unless another rank does; the exit code."""
-    if not isinstance(error, RemoteRankError):
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    return error.exit_code
 
 
 def dry_run(config: Config, info: RankInfo, batch: Batching) -> tuple[str, bool]:
