@@ -96,7 +96,7 @@ class Heartbeat:
         with contextlib.suppress(RuntimeError):
             reason = self._verdict()
             if reason is None:
-                reason = self._find_cause(needs_silence=not waits, needs_end=False)
+                reason = self._find_cause(needs_silence=not waits, ended_too=True)
             if reason is not None:
                 self._end(reason, text)
         if waits and isinstance(error, dist.DistStoreError | dist.DistNetworkError):
@@ -156,30 +156,29 @@ class Heartbeat:
     def _read(self) -> list[dict[str, Any] | None]:
         """The newest report of each rank; None before its first one."""
         keys = [f"heartbeat/{rank}" for rank in range(self._size)]
-        present = [self._store.check([key]) for key in keys]
+        # One request, once all ranks have reported.
+        present = [True] * len(keys)
+        if not self._store.check(keys):
+            present = [self._store.check([key]) for key in keys]
         reports = iter(self._store.multi_get([k for k, p in zip(keys, present, strict=True) if p]))
         return [json.loads(next(reports)) if p else None for p in present]
 
-    def _find_cause(self, needs_silence: bool = False, needs_end: bool = True) -> str | None:
+    def _find_cause(self, needs_silence: bool = False, ended_too: bool = False) -> str | None:
         """A sentence that names the rank to blame; None if there is none.
 
         Args:
             needs_silence: blame no rank that is alive.
-            needs_end: a rank that has ended without a problem is not to blame.
+            ended_too: blame a rank that has ended, even without a problem.
         """
         before, deadline = self._read(), time.monotonic() + _SILENT
         silent = set(range(self._size)) - {self._rank}
         failed: list[int] = []
         while silent and not failed and time.monotonic() < deadline:
-            time.sleep(_INTERVAL / 4)
+            time.sleep(_INTERVAL / 2)
             if threading.current_thread() is self._thread:
                 self._report()
             reports = self._read()
-            for rank in list(silent):
-                report = reports[rank]
-                if report is None or before[rank] == report:
-                    continue
-                silent.discard(rank)
+            silent = {rank for rank in silent if reports[rank] in (None, before[rank])}
             failed = [rank for rank, report in enumerate(reports) if report and report["ended"]]
         reports = self._read()
         if failed:
@@ -193,7 +192,7 @@ class Heartbeat:
             if report["ended"] is None:
                 where = f"it was last seen in {report['where']}"
                 return f"rank {rank}{others} is stopped or dead: {where}"
-            if not needs_end:
+            if ended_too:
                 return f"rank {rank} has ended its part of the job"
         running = [
             (tuple(report["position"]), rank, report["where"])
