@@ -123,7 +123,7 @@ def kill_at_random(tmp_path, data, layout, ranks, kills, chance):
 
 
 LONG = [
-    pytest.param(layout, ranks, 17, marks=pytest.mark.faults)
+    pytest.param(layout, ranks, 17, marks=[pytest.mark.faults, pytest.mark.timeout(3600)])
     for layout in LAYOUTS
     for ranks in ([0], [1], [0, 1])
 ]
@@ -189,6 +189,7 @@ os._exit(code)
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(3700)
 def test_torchrun_restarts_a_run_twenty_times_with_no_variable_set(
     undisturbed, data, tmp_path, monkeypatch
 ):
@@ -197,24 +198,34 @@ def test_torchrun_restarts_a_run_twenty_times_with_no_variable_set(
     script.write_text(RESTARTS.format(restarts=restarts))
     argv = arguments(folder, data, checkpoint__interval=1, **LAYOUTS["cp sync"])
     process = start(argv, 2, script, torchrun=("--max_restarts", str(restarts)))
-    output = output_of(process)
+    output = output_of(process, 3600)
     assert process.returncode == 0, output
     assert output.count("resume:      ") == restarts + 1, output
     check_equal(folder, undisturbed("cp sync"))
 
 
-def test_a_start_in_the_store_of_a_killed_one_meets_none_of_its_addresses(data, tmp_path):
-    # What torchrun's restarts do: another start, with all that the store holds of the one before.
-    limits = dict(training__steps=3, comm__train_timeout_seconds=6)
-    argv = arguments(tmp_path / "out", data, **limits, **LAYOUTS["cp sync"])
-    killed = Job(tmp_path / "first", argv, strikes=(Strike("forward", 1, 1, signal.SIGKILL),))
-    try:
-        assert killed.wait(START) == [HUNG, -signal.SIGKILL], killed.outputs()
-        assert "error: rank 1 is stopped or dead" in killed.output(0)
-        again = Job(tmp_path / "second", argv, store=killed.store)
+@pytest.mark.parametrize("restarts", [1, pytest.param(20, marks=pytest.mark.faults)])
+def test_a_start_in_the_store_of_a_killed_one_meets_none_of_its_addresses(data, tmp_path, restarts):
+    # What torchrun's restarts do: another start, with all that the store holds of those before.
+    changes = dict(
+        training__steps=restarts + 2, checkpoint__interval=1, comm__train_timeout_seconds=6
+    )
+    argv = arguments(tmp_path / "out", data, **changes, **LAYOUTS["cp sync"])
+    store = None
+    for number in range(restarts):
+        strikes = (Strike("forward", number + 1, number % 2, signal.SIGKILL),)
+        job = Job(tmp_path / f"start-{number}", argv, strikes=strikes, store=store)
+        store = job.store
         try:
-            assert again.wait(START) == [0, 0], again.outputs()
+            codes = job.wait(START)
         finally:
-            again.end()
+            job.end()
+        assert sorted(codes) == [-signal.SIGKILL, HUNG], job.outputs()
+        named = f"error: rank {number % 2} is stopped or dead"
+        assert named in job.output(1 - number % 2), job.outputs()
+    job = Job(tmp_path / "last", argv, store=store)
+    try:
+        assert job.wait(START) == [0, 0], job.outputs()
     finally:
-        killed.end()
+        job.end()
+    assert f"step-{restarts:08d}" in job.output(0).split("resume:")[1].splitlines()[0]

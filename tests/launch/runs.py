@@ -129,10 +129,10 @@ def start(
     )
 
 
-def output_of(process: subprocess.Popen) -> str:
+def output_of(process: subprocess.Popen, patience: float = PATIENCE) -> str:
     """All output of a process started by `start`, which is gone afterwards whatever happens."""
     try:
-        return process.communicate(timeout=PATIENCE)[0]
+        return process.communicate(timeout=patience)[0]
     finally:
         # Only this run's own session.
         with contextlib.suppress(ProcessLookupError):
