@@ -212,13 +212,15 @@ class _LightningAttention(torch.autograd.Function):
         decay = log_decay if call is None else Decay(log_decay)
         call = call or ops.PLAIN_CALL
         if call.recording is not None:
-            check, _ = None, decay_rates(log_decay)  # Raises for values that are not allowed.
+            wait = call_number = None
+            _ = decay_rates(log_decay)  # Raises for values that are not allowed.
             if context.group is not None:
-                check = consistency.PendingCheck(context.group, call.recording.check).wait
-            o, state_in, segment_states, final_state = call.replay(check)
+                check = consistency.PendingCheck(context.group, call.recording.check)
+                wait, call_number = check.wait, check.as_tensor()
+            o, state_in, segment_states, final_state = call.replay(wait)
         else:
             with call.record():
-                state_in, segment_states, final_state = impl.state_fwd(
+                state_in, segment_states, final_state, call_number = impl.state_fwd(
                     k,
                     v,
                     decay,
@@ -241,7 +243,9 @@ class _LightningAttention(torch.autograd.Function):
                 )
             call.finish((o, state_in, segment_states, final_state))
         present = library.present
-        ctx.save_for_backward(*tensors, present(state_in), present(segment_states))
+        ctx.save_for_backward(
+            *tensors, present(state_in), present(segment_states), present(call_number)
+        )
         return o, final_state if output_final_state else None
 
     @staticmethod
@@ -253,7 +257,7 @@ class _LightningAttention(torch.autograd.Function):
 
     @staticmethod
     def _backward(ctx, do, dfinal_state):
-        *tensors, cu_seqlens, state_in, segment_states = ctx.saved_tensors
+        *tensors, cu_seqlens, state_in, segment_states, call_number = ctx.saved_tensors
         if do is None:
             v = tensors[2]
             do = v.new_zeros(v.shape)
@@ -268,7 +272,12 @@ class _LightningAttention(torch.autograd.Function):
             options = scale, needs_grad, needs_dkdv, needs_ddecay, context
             impl, call = functional, _remembered_call("backward", (do, *saved), options)
         if call.recording is not None:
-            dq, dk, dv, ddecay, dinitial = call.replay()
+            wait = None
+            if call.recording.check is not None:
+                wait = consistency.start_backward_check(
+                    context.group, "lightning_attention", call_number
+                ).wait
+            dq, dk, dv, ddecay, dinitial = call.replay(wait)
         else:
             with call.record():
                 dq, dk, dv, ddecay, dinitial = impl.attn_bwd(
@@ -278,6 +287,7 @@ class _LightningAttention(torch.autograd.Function):
                     dfinal_state=dfinal_state,
                     state_in=state_in,
                     segment_states=segment_states,
+                    call_number=call_number,
                     scale=scale,
                     needs_dkdv=needs_dkdv,
                     needs_ddecay=needs_ddecay,

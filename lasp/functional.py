@@ -57,17 +57,19 @@ def state_fwd(
     output_final_state: bool,
     needs_grad: bool,
     context: CPContext,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """The states of a forward: (state_in, segment_states, final_state), None where absent.
+) -> tuple[torch.Tensor | None, ...]:
+    """The states of a forward: (state_in, segment_states, final_state, call_number), None where
+    absent.
 
     state_in [B or 1 times chunks, H, D, E]: received from earlier ranks, without initial states.
     segment_states: what `attn_fwd` needs of k, v beside it. final_state [N, H, D, E]: after this
-    rank's last token.
+    rank's last token. call_number [1], int64 on the host: what the backward passes to its check.
 
     Raises:
         ValueError: decays, boundaries or lengths that do not fit; on every rank if ranks disagree.
     """
     decay, group = Decay.of(log_decay), context.group
+    call_number = None
     if group is None:
         _ = decay.rates  # Raises for values that are not allowed.
         partition = local_partition(k.shape[1], cu_seqlens, context)
@@ -76,6 +78,7 @@ def state_fwd(
             partition, check = _start_check(
                 k, v, decay, cu_seqlens, scale=scale, needs_grad=needs_grad, context=context
             )
+            call_number = check.as_tensor()
     if initial_state is None and not output_final_state:
         partition = partition.only_boundaries()
     backend = ops.backend(k)
@@ -106,7 +109,7 @@ def state_fwd(
             # NCCL may still be reading it, and the caller may write to what is returned.
             final_rows = local_state.clone()
         final_state = partition.final_states(final_rows, num_states, False)
-    return state_in, segment_states, final_state
+    return state_in, segment_states, final_state, call_number
 
 
 def attn_fwd(
@@ -151,6 +154,7 @@ def attn_bwd(
     dfinal_state: torch.Tensor | None,
     state_in: torch.Tensor | None,
     segment_states: torch.Tensor | None,
+    call_number: torch.Tensor | None,
     scale: float,
     needs_dkdv: bool,
     needs_ddecay: bool,
@@ -160,6 +164,9 @@ def attn_bwd(
     """(dq, dk, dv, gradients of log_decay and initial_state); None where it is not needed.
 
     Those of log_decay and initial_state need dk and dv.
+
+    Raises:
+        ValueError: ranks run the backwards of different calls; on every rank.
     """
     group, backend = context.group, ops.backend(q)
     partition = local_partition(q.shape[1], cu_seqlens, context)
@@ -176,6 +183,9 @@ def attn_bwd(
         grads = partition.only_boundaries()
     with_total = group is not None or needs_leaving
     if needs_dkdv:
+        if group is not None:
+            with replay.unseen():
+                check = consistency.start_backward_check(group, "lightning_attention", call_number)
         segment_grads, local_grad = backend.chunk_states(
             q,
             do,
@@ -187,6 +197,9 @@ def attn_bwd(
         )
         dfinal_rows = grads.rows_in(dfinal_state, None, True)
         if group is not None:
+            with replay.unseen():
+                check.wait()
+            replay.note_check(check.call)
             pending = _start_exchange(local_grad, dfinal_rows, decay, grads, context, reverse=True)
 
     # dq needs the saved state only: it is computed during the exchange of the gradient.
@@ -252,11 +265,17 @@ def softmax_fwd(
     scale: float,
     needs_grad: bool,
     context: CPContext,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(o [B, T, H, D], lse [B, H, T], number of keys of every rank, int64 [P] on the host)."""
-    group, lengths = context.group, (k.shape[1],)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(o [B, T, H, D], lse [B, H, T], number of keys of every rank, int64 [P] on the host,
+    call_number as that of `state_fwd`)."""
+    group, lengths, call_number = context.group, (k.shape[1],), None
     if group is not None:
-        _check_softmax(q, k, cu_seqlens, scale=scale, needs_grad=needs_grad, context=context)
+        check = _start_softmax_check(
+            q, k, cu_seqlens, scale=scale, needs_grad=needs_grad, context=context
+        )
+        # Before anything is gathered: an all-gather of other sizes would hang.
+        check.wait()
+        call_number = check.as_tensor()
         lengths = context.shard_lengths or consistency.gather_numbers(group, k.shape[1])
     partition = SoftmaxPartition.of(lengths, q.shape[1], cu_seqlens, context)
     options = dict(scale=scale, repeats=partition.repeats)
@@ -267,7 +286,8 @@ def softmax_fwd(
         keys, values = _keys_and_values(rows)
         blocks = partition.remote_blocks()
         sdpa.attn_fwd(q, keys, values, blocks, **options, merge_into=(o, lse))
-    return o.contiguous(), lse.contiguous(), torch.tensor(partition.lengths, dtype=torch.int64)
+    lengths = torch.tensor(partition.lengths, dtype=torch.int64, device="cpu")
+    return o.contiguous(), lse.contiguous(), lengths, call_number
 
 
 def softmax_bwd(
@@ -280,10 +300,13 @@ def softmax_bwd(
     *,
     cu_seqlens: torch.Tensor | None,
     lengths: torch.Tensor,
+    call_number: torch.Tensor | None,
     scale: float,
     context: CPContext,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv); `lengths` as `softmax_fwd` returned them."""
+    """(dq, dk, dv); `lengths` and `call_number` as `softmax_fwd` returned them."""
+    if context.group is not None:
+        consistency.start_backward_check(context.group, "softmax_attention", call_number).wait()
     do = with_unit_stride(do)
     partition = SoftmaxPartition.of(lengths.tolist(), q.shape[1], cu_seqlens, context)
     options = dict(scale=scale, repeats=partition.repeats)
@@ -339,6 +362,7 @@ def _call_signature(
 ):
     return consistency.CallSignature(
         {
+            "operation": "lightning_attention",
             "batch, heads, size of k and v": sizes,
             "dtype": dtype,
             "exchange": exchange,
@@ -352,14 +376,15 @@ def _call_signature(
     )
 
 
-def _check_softmax(q, k, cu_seqlens, *, scale, needs_grad, context) -> None:
-    """Raise ValueError on every rank unless all ranks of the group make the same call."""
+def _start_softmax_check(q, k, cu_seqlens, *, scale, needs_grad, context):
+    """A check that all ranks make the same call."""
     boundaries = problem = None
     try:
         boundaries = document_boundaries(cu_seqlens, None)
     except ValueError as error:
         problem = str(error)
     call = {
+        "operation": "softmax_attention",
         "batch, heads, key heads, head size": (q.shape[0], *q.shape[2:], k.shape[2]),
         "cu_seqlens": boundaries,
         "dtype": q.dtype,
@@ -368,8 +393,7 @@ def _check_softmax(q, k, cu_seqlens, *, scale, needs_grad, context) -> None:
         "shard_lengths": context.shard_lengths,
         "whether a gradient is needed": needs_grad,
     }
-    # Before anything is gathered: an all-gather of other sizes would hang.
-    consistency.PendingCheck(context.group, call, problem=problem).wait()
+    return consistency.PendingCheck(context.group, call, problem=problem)
 
 
 def _start_exchange(

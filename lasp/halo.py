@@ -58,14 +58,15 @@ def halo_fwd(
     count: int,
     needs_grad: bool,
     context: CPContext,
-) -> torch.Tensor:
-    """The `count` tokens before each chunk of this rank, [B, chunks * count, ...]; zeros before the
-    start of the sequence or of the document.
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The `count` tokens before each chunk of this rank, [B, chunks * count, ...]: zeros before the
+    start of the sequence or of the document. And the number of the call, int64 [1] on the host, for
+    the check of the backward; None without ranks.
 
     Raises:
         ValueError: boundaries or lengths that do not fit; on every rank if ranks disagree.
     """
-    chunks = _checked_chunks(x, cu_seqlens, count, needs_grad, context)
+    chunks, call_number = _checked_chunks(x, cu_seqlens, count, needs_grad, context)
     halo = x.new_zeros(x.shape[0], len(chunks) * count, *x.shape[2:])
     halos = halo.split([count] * len(chunks), 1)
     messages = _Messages(context)
@@ -81,18 +82,24 @@ def halo_fwd(
                 message = torch.cat([of_chunk[:, count - chunk.passed_on :], message], 1)
             messages.send(message, chunk.number, chunk.number + 1)
     messages.finish()
-    return halo
+    return halo, call_number
 
 
 def halo_bwd(
     dhalo: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
+    call_number: torch.Tensor | None,
     *,
     seq_len: int,
     count: int,
     context: CPContext,
 ) -> torch.Tensor:
-    """The gradient of x, [B, seq_len, ...], from that of the halo."""
+    """The gradient of x, [B, seq_len, ...], from that of the halo; `call_number` as `halo_fwd`
+    returned it."""
+    if context.group is not None:
+        consistency.start_backward_check(
+            context.group, "exchange_previous_tokens", call_number
+        ).wait()
     chunks = _local_chunks(seq_len, cu_seqlens, count, context)
     dx = dhalo.new_zeros(dhalo.shape[0], seq_len, *dhalo.shape[2:])
     dhalos = dhalo.split([count] * len(chunks), 1)
@@ -174,10 +181,11 @@ def _by_chunk(x, chunks):
     return x.split([chunk.length for chunk in chunks], 1)
 
 
-def _checked_chunks(x, cu_seqlens, count, needs_grad, context) -> tuple[_Chunk, ...]:
-    """This rank's chunks; raises ValueError on every rank unless all make the same call."""
+def _checked_chunks(x, cu_seqlens, count, needs_grad, context):
+    """(this rank's chunks, the number of the call); raises ValueError on every rank unless all make
+    the same call."""
     if context.group is None:
-        return _local_chunks(x.shape[1], cu_seqlens, count, context)
+        return _local_chunks(x.shape[1], cu_seqlens, count, context), None
     chunks = boundaries = problem = None
     try:
         boundaries = document_boundaries(cu_seqlens, None)
@@ -185,6 +193,7 @@ def _checked_chunks(x, cu_seqlens, count, needs_grad, context) -> tuple[_Chunk, 
     except ValueError as error:
         problem = str(error)
     call = {
+        "operation": "exchange_previous_tokens",
         "number of previous tokens": count,
         "sizes of x without its tokens": (x.shape[0], *x.shape[2:]),
         "dtype": x.dtype,
@@ -193,8 +202,9 @@ def _checked_chunks(x, cu_seqlens, count, needs_grad, context) -> tuple[_Chunk, 
         "cu_seqlens": boundaries,
         "whether a gradient is needed": needs_grad,
     }
-    consistency.PendingCheck(context.group, call, problem=problem).wait()
-    return chunks
+    check = consistency.PendingCheck(context.group, call, problem=problem)
+    check.wait()
+    return chunks, check.as_tensor()
 
 
 def _local_chunks(seq_len, cu_seqlens, count, context) -> tuple[_Chunk, ...]:

@@ -95,7 +95,7 @@ state_fwd = _Operator(
     functional.state_fwd,
     "Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, Tensor? cu_seqlens, "
     "float scale, bool output_final_state, bool needs_grad",
-    "(Tensor, Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor, Tensor)",
 )
 attn_fwd = _Operator(
     functional.attn_fwd,
@@ -107,25 +107,29 @@ attn_bwd = _Operator(
     functional.attn_bwd,
     "Tensor do, Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, "
     "Tensor? cu_seqlens, Tensor? dfinal_state, Tensor? state_in, Tensor? segment_states, "
-    "float scale, bool needs_dkdv, bool needs_ddecay, bool needs_dinitial",
+    "Tensor? call_number, float scale, bool needs_dkdv, bool needs_ddecay, bool needs_dinitial",
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 softmax_fwd = _Operator(
     functional.softmax_fwd,
     "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, float scale, bool needs_grad",
-    "(Tensor, Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor, Tensor)",
 )
 softmax_bwd = _Operator(
     functional.softmax_bwd,
     "Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? cu_seqlens, "
-    "Tensor lengths, float scale",
+    "Tensor lengths, Tensor? call_number, float scale",
     "(Tensor, Tensor, Tensor)",
 )
 halo_fwd = _Operator(
-    halo.halo_fwd, "Tensor x, Tensor? cu_seqlens, SymInt count, bool needs_grad", "Tensor"
+    halo.halo_fwd,
+    "Tensor x, Tensor? cu_seqlens, SymInt count, bool needs_grad",
+    "(Tensor, Tensor)",
 )
 halo_bwd = _Operator(
-    halo.halo_bwd, "Tensor dhalo, Tensor? cu_seqlens, SymInt seq_len, SymInt count", "Tensor"
+    halo.halo_bwd,
+    "Tensor dhalo, Tensor? cu_seqlens, Tensor? call_number, SymInt seq_len, SymInt count",
+    "Tensor",
 )
 
 
@@ -148,7 +152,7 @@ def _state_fwd_fake(
         partition = BatchPartition((k.shape[1] // 2,) * 2)
         k, v = partition.fold(k), partition.fold(v)
     shape = ops.segment_states_shape(k, v, log_decay, cu_seqlens)
-    return state_in, state_in.new_empty(shape), final_state
+    return state_in, state_in.new_empty(shape), final_state, _fake_call_number(k, group)
 
 
 @torch.library.register_fake("lasp::attn_fwd")
@@ -171,7 +175,8 @@ def _softmax_fwd_fake(q, k, v, cu_seqlens, scale, needs_grad, *context):
     lse = q.new_empty(B, H, T, dtype=torch.promote_types(q.dtype, torch.float32))
     group = CPContext.unflatten(*context).group
     num_ranks = 1 if group is None else group.size()
-    return q.new_empty(q.shape), lse, torch.empty(num_ranks, dtype=torch.int64, device="cpu")
+    lengths = torch.empty(num_ranks, dtype=torch.int64, device="cpu")
+    return q.new_empty(q.shape), lse, lengths, _fake_call_number(q, group)
 
 
 @torch.library.register_fake("lasp::softmax_bwd")
@@ -181,13 +186,18 @@ def _softmax_bwd_fake(do, q, k, v, *arguments):
 
 @torch.library.register_fake("lasp::halo_fwd")
 def _halo_fwd_fake(x, cu_seqlens, count, needs_grad, *context):
-    num_chunks = 2 if CPContext.unflatten(*context).layout == "zigzag" else 1
-    return x.new_empty(x.shape[0], num_chunks * count, *x.shape[2:])
+    group, _, layout, _ = CPContext.unflatten(*context)
+    halo = x.new_empty(x.shape[0], (2 if layout == "zigzag" else 1) * count, *x.shape[2:])
+    return halo, _fake_call_number(x, group)
 
 
 @torch.library.register_fake("lasp::halo_bwd")
-def _halo_bwd_fake(dhalo, cu_seqlens, seq_len, *arguments):
+def _halo_bwd_fake(dhalo, cu_seqlens, call_number, seq_len, *arguments):
     return dhalo.new_empty(dhalo.shape[0], seq_len, *dhalo.shape[2:])
+
+
+def _fake_call_number(x: torch.Tensor, group) -> torch.Tensor:
+    return _no_state(x) if group is None else torch.empty(1, dtype=torch.int64, device="cpu")
 
 
 def _no_state(x: torch.Tensor) -> torch.Tensor:

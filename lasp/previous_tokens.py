@@ -81,12 +81,15 @@ class _PreviousTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, cu_seqlens, count, needs_grad, context):
-        ctx.save_for_backward(cu_seqlens)
         ctx.options = dict(seq_len=x.shape[1], count=count, context=context)
-        return library.halo_fwd(x, cu_seqlens, count=count, needs_grad=needs_grad, context=context)
+        halo, call_number = library.halo_fwd(
+            x, cu_seqlens, count=count, needs_grad=needs_grad, context=context
+        )
+        ctx.save_for_backward(cu_seqlens, library.present(call_number))
+        return halo
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dhalo):
-        (cu_seqlens,) = ctx.saved_tensors
-        return library.halo_bwd(dhalo, cu_seqlens, **ctx.options), None, None, None, None
+        dx = library.halo_bwd(dhalo, *ctx.saved_tensors, **ctx.options)
+        return dx, None, None, None, None

@@ -112,10 +112,11 @@ class _SoftmaxAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, cu_seqlens, scale, needs_grad, context):
-        o, lse, lengths = library.softmax_fwd(
+        o, lse, lengths, call_number = library.softmax_fwd(
             q, k, v, cu_seqlens, scale=scale, needs_grad=needs_grad, context=context
         )
-        ctx.save_for_backward(q, k, v, o, lse, cu_seqlens, lengths)
+        call_number = library.present(call_number)
+        ctx.save_for_backward(q, k, v, o, lse, cu_seqlens, lengths, call_number)
         ctx.scale, ctx.context = scale, context
         ctx.mark_non_differentiable(lse, lengths)
         return o, lse, lengths
@@ -123,12 +124,13 @@ class _SoftmaxAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, *_):
-        *tensors, cu_seqlens, lengths = ctx.saved_tensors
+        *tensors, cu_seqlens, lengths, call_number = ctx.saved_tensors
         grads = library.softmax_bwd(
             do,
             *tensors,
             cu_seqlens=cu_seqlens,
             lengths=lengths,
+            call_number=call_number,
             scale=ctx.scale,
             context=ctx.context,
         )

@@ -181,8 +181,8 @@ class LRScheduler:
 @dataclass(kw_only=True)
 class Checkpoint:
     enable: bool = True
-    """False: nothing is saved, and SIGTERM ends the run with code 143. The next run starts from
-    scratch (an earlier metrics.jsonl is moved aside)."""
+    """False: nothing is saved, and SIGTERM, SIGINT or SIGHUP end the run with code 143. The next
+    run starts from scratch (an earlier metrics.jsonl is moved aside)."""
     folder: str = "checkpoint"
     """Below dump_folder."""
     interval: int = 500

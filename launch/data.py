@@ -8,8 +8,9 @@ whatever the number of ranks before and after.
 
 import dataclasses
 import functools
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +29,8 @@ IGNORE = -100
 SCAN_AT_OPEN = 1 << 28
 # Random tokens are drawn in blocks, so that a segment of a long sample can be drawn by itself.
 _RANDOM_BLOCK = 1 << 16
+# Of a large file, that are compared between ranks.
+_BLOCKS = 64
 
 
 @dataclass(frozen=True)
@@ -267,6 +270,40 @@ class DataFolder:
                 "data again."
             ) from None
         return IndexedSource(self.folder / split, seq_len, vocab_size, ratio, flag)
+
+
+def folder_facts(folder: Path, splits: Sequence[str]) -> dict[str, Any]:
+    """What tells the data of a folder from other data, by name, without its path: digests of
+    meta.json, of each .idx and of each .bin.
+
+    Of a .bin of more than SCAN_AT_OPEN bytes, _BLOCKS blocks from its first byte to its last count.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    facts: dict[str, Any] = {}
+    names = ["meta.json"] if (folder / "meta.json").is_file() else []
+    for name in [*names, *(f"{split}.{kind}" for split in splits for kind in ("idx", "bin"))]:
+        try:
+            facts[f"{name} of the data"] = _digest(folder / name)
+        except OSError as error:
+            raise DataError(f"{folder / name} cannot be read: {error.strerror}.") from None
+    return facts
+
+
+def _digest(path: Path) -> str:
+    """The size and a short digest of a file, for a message."""
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        if size <= SCAN_AT_OPEN or path.suffix != ".bin":
+            digest = hashlib.file_digest(file, "sha256")
+        else:
+            block = SCAN_AT_OPEN // _BLOCKS
+            for index in range(_BLOCKS):
+                file.seek(index * (size - block) // (_BLOCKS - 1))
+                digest.update(file.read(block))
+    return f"{size} bytes, sha256 {digest.hexdigest()[:16]}"
 
 
 def sample_order(consumed: int, count: int, num_samples: int, seed: int) -> list[int]:

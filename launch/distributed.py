@@ -1,6 +1,7 @@
 """This process among the ranks of the job: its number and device, and small collectives."""
 
 import contextlib
+import faulthandler
 import json
 import os
 import socket
@@ -9,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -17,7 +19,15 @@ from torch import Tensor
 from torch.distributed import DeviceMesh, ProcessGroup
 
 from launch.config import Config
-from launch.exit_codes import ConfigError, RemoteRankError, UserError
+from launch.exit_codes import (
+    INTERRUPTED,
+    ConfigError,
+    HungRankError,
+    RemoteRankError,
+    UserError,
+)
+from launch.heartbeat import NCCL_MARGIN, Heartbeat
+from launch.rendezvous import difference, differs_error, meet, settings, versions
 from parallel.mesh import ParallelDims, build_mesh, gradient_group
 
 T = TypeVar("T")
@@ -114,8 +124,12 @@ class DistContext:
         gradient_group: the ranks whose gradients are summed; None for a single process.
     """
 
-    def __init__(self, info: RankInfo, mesh: DeviceMesh | None) -> None:
+    def __init__(
+        self, info: RankInfo, mesh: DeviceMesh | None, heartbeat: Heartbeat | None = None
+    ) -> None:
         self.info = info
+        self._heartbeat = heartbeat
+        self._seconds: int | None = None
         self.rank = info.rank
         self.device = info.device
         self.dims = info.dims
@@ -185,11 +199,27 @@ class DistContext:
         """Raise an error that every rank has found: rank 0 reports it, the others exit quietly."""
         raise error if self.is_rank0 else RemoteRankError(str(error), error.exit_code)
 
+    def compare(self, facts: dict[str, Any]) -> None:
+        """Raise ConfigError on all ranks, with what differs, unless all pass the same (JSON)."""
+        text = difference(self.gather(facts))
+        if text is not None:
+            self.fail(differs_error(text))
+
+    def enter(self, phase: str, step: int | None = None) -> None:
+        """The ranks begin a phase, of a step if given: an error that names this rank says so."""
+        if self._heartbeat is not None:
+            if step is not None:
+                self._heartbeat.step = step
+            self._heartbeat.enter(phase)
+
     def set_timeout(self, seconds: int) -> None:
         """Set the time after which an unfinished collective is an error."""
+        self._seconds = seconds
         if self.gradient_group is None:
             return
-        limit = timedelta(seconds=seconds)
+        if self._heartbeat is not None:
+            self._heartbeat.limit = seconds
+        limit = _collective_timeout(seconds, self.info)
         # The mesh's groups, and those that FSDP and others have made from it.
         for group in list(dist.distributed_c10d._world.pg_map):
             dist.distributed_c10d._set_pg_timeout(limit, group)
@@ -197,11 +227,12 @@ class DistContext:
     @contextlib.contextmanager
     def long_timeout(self, config: Config) -> Iterator[None]:
         """Allow init_timeout_seconds while one rank works and the others wait."""
+        before = self._seconds or config.comm.train_timeout_seconds
         self.set_timeout(config.comm.init_timeout_seconds)
         try:
             yield
         finally:
-            self.set_timeout(config.comm.train_timeout_seconds)
+            self.set_timeout(before)
 
 
 def start_copy(vector: Tensor) -> Callable[[], list[float]]:
@@ -219,40 +250,115 @@ def start_copy(vector: Tensor) -> Callable[[], list[float]]:
     return wait
 
 
+def _collective_timeout(seconds: int, info: RankInfo) -> timedelta:
+    """For process groups, so that the heartbeat of a rank acts first where NCCL would abort."""
+    return timedelta(seconds=seconds + (NCCL_MARGIN if info.backend == "nccl" else 0))
+
+
+def meet_ranks(
+    config: Config, info: RankInfo, more: dict[str, Any] | None = None
+) -> dist.Store | None:
+    """The store of the job, once all ranks are known to have the same settings and versions (and
+    `more`); None for a single process.
+
+    Raises:
+        ConfigError, HungRankError: see `launch.rendezvous.meet`.
+    """
+    # Not that of a simulated job.
+    size = _from_environment("WORLD_SIZE", 1, minimum=1)
+    if size == 1:
+        return None
+    facts = settings(config) | {"the backend (comm.backend)": info.backend} | versions()
+    seconds = config.comm.init_timeout_seconds
+    return meet(info.rank, size, facts | (more or {}), timeout_seconds=seconds)
+
+
+def refuse_start(error: UserError, config: Config | None = None) -> UserError:
+    """Tell the other ranks, if there are any, that this one cannot run; the error to exit with.
+
+    The first rank that cannot run reports its error, the others exit quietly.
+    """
+    try:
+        rank, size = _from_environment("RANK", 0), _from_environment("WORLD_SIZE", 1, minimum=1)
+    except ConfigError:
+        return error
+    if size == 1 or "MASTER_ADDR" not in os.environ:
+        # Processes that cannot meet were given the same: one report is enough.
+        return error if rank == 0 else RemoteRankError(str(error), error.exit_code)
+    try:
+        seconds = (config or Config()).comm.init_timeout_seconds
+        meet(rank, size, {}, problem=error, timeout_seconds=seconds)
+    except HungRankError:
+        return error
+    except UserError as agreed:
+        return agreed
+    return error
+
+
+def report_error(error: UserError) -> int:
+    """Print an error, unless another rank does; the exit code."""
+    if not isinstance(error, RemoteRankError):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return error.exit_code
+
+
 @contextlib.contextmanager
-def open_dist_context(info: RankInfo, config: Config) -> Iterator[DistContext]:
-    """Open the process group and mesh of the job.
+def open_dist_context(
+    info: RankInfo, config: Config, more: dict[str, Any] | None = None
+) -> Iterator[DistContext]:
+    """Open the process group and mesh of the job, once the ranks have compared their settings and
+    `more` (`meet_ranks`).
 
     They are closed at the end and after a UserError, which every rank raises. Any other
     exception belongs to one rank: the others wait for it in a collective, and closing the group
     would wait for them. So it is printed and the process exits at once; torchrun ends the others.
+    If another rank is the cause, the exit code says so (`launch.heartbeat`).
     """
     if info.device.type == "cuda":
         torch.cuda.set_device(info.device)
-    if info.dims.world_size == 1:
+    seconds = config.comm.init_timeout_seconds
+    store = meet_ranks(config, info, more)
+    if store is None:
         yield DistContext(info, None)
         return
-    limit = timedelta(seconds=config.comm.init_timeout_seconds)
-    # Not bound to a device: NCCL would then queue the ring's messages behind the gradients'
-    # reductions.
-    dist.init_process_group(info.backend, timeout=limit)
+    if not faulthandler.is_enabled():
+        # A process that a signal ends, such as NCCL's abort, prints its stacks.
+        faulthandler.enable()
+    size, folder = info.dims.world_size, Path(config.job.dump_folder)
+    heartbeat = Heartbeat(store, info.rank, size, seconds=seconds, folder=folder)
     try:
-        ctx = DistContext(info, build_mesh(info.dims, info.device.type))
+        # Not bound to a device: NCCL would then queue the ring's messages behind the gradients'
+        # reductions.
+        dist.init_process_group(
+            info.backend,
+            store=store,
+            rank=info.rank,
+            world_size=size,
+            timeout=_collective_timeout(seconds, info),
+        )
+        ctx = DistContext(info, build_mesh(info.dims, info.device.type), heartbeat)
         # The mesh's own groups may have started with the backend's default.
-        ctx.set_timeout(config.comm.init_timeout_seconds)
+        ctx.set_timeout(seconds)
         yield ctx
     except UserError:
+        heartbeat.stop()
         dist.destroy_process_group()
         raise
-    except BaseException:
-        _exit_at_once(info)
+    except BaseException as error:
+        heartbeat.explain(error)
+        heartbeat.stop(f"{type(error).__name__}: {error}")
+        _exit_at_once(info, error)
+    heartbeat.stop()
     # Without this a finished job may still abort in a destructor.
     dist.destroy_process_group()
 
 
-def _exit_at_once(info: RankInfo) -> NoReturn:
+def _exit_at_once(info: RankInfo, error: BaseException) -> NoReturn:
     """Print the exception being handled and end the process without closing anything."""
     where = f"rank {info.rank} of {info.dims.world_size} on {socket.gethostname()}"
+    if isinstance(error, KeyboardInterrupt):
+        print(f"error: {where} was interrupted", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
     print(f"error: {where} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(1)

@@ -27,7 +27,13 @@ from launch.build import autocast_dtype
 from launch.checkpoint.store import Checkpoint, open_checkpoint
 from launch.config import Config, check_text
 from launch.data import DataFolder, IndexedSource, Segments
-from launch.distributed import DistContext, get_rank_info, open_dist_context
+from launch.distributed import (
+    DistContext,
+    get_rank_info,
+    open_dist_context,
+    refuse_start,
+    report_error,
+)
 from launch.evaluation.loss import LossTask, check_samples, loss_by_position
 from launch.evaluation.recall import RecallCounts, RecallTask, gaps_up_to, recall_by_gap
 from launch.evaluation.report import Progress, Report, check_output
@@ -37,10 +43,10 @@ from launch.exit_codes import (
     ConfigError,
     DataError,
     NonFiniteError,
-    RemoteRankError,
     UserError,
 )
 from launch.metrics import loss_metrics
+from launch.rendezvous import settings
 
 # Without --batch-size, forwards have about this many tokens, and at most this many sequences.
 _TOKENS, _SEQUENCES = 65536, 16
@@ -335,24 +341,20 @@ def evaluate(arguments: Arguments, config: Config, ctx: DistContext) -> int:
 
 def main(argv: list[str]) -> int:
     """Run a command line; return the exit code."""
-    is_rank0 = os.environ.get("RANK", "0") == "0"
     try:
         arguments = parse(argv)
         config = parallel_config(arguments)
         info = get_rank_info(config)
     except UserError as error:
-        # Every rank sees the same arguments: only one reports it.
-        if is_rank0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return report_error(refuse_start(error))
+    # A host may mount files elsewhere.
+    paths = ("checkpoint", "data", "output")
+    given = {f"--{n}": value for n, value in settings(arguments).items() if n not in paths}
     try:
-        with open_dist_context(info, config) as ctx:
+        with open_dist_context(info, config, given) as ctx:
             return evaluate(arguments, config, ctx)
-    except RemoteRankError as error:
-        return error.exit_code
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return report_error(error)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,15 @@ The launcher prints one sentence for them and no traceback. (torchrun itself exi
 its workers return; its summary shows their codes.)
 """
 
-# A checkpoint was saved because the job was asked to stop: start the same command again.
+# A checkpoint was saved because a signal asked the job to stop: start the same command again.
 REQUEUE = 75
 # Stopped likewise, but checkpoints are off and the steps taken are lost. (128 + SIGTERM, as shells
 # report it.)
 TERMINATED = 143
+# Interrupted from the keyboard before training began. (128 + SIGINT.)
+INTERRUPTED = 130
+# Another rank, or torchrun, has died, is stopped or hangs: start the same command again.
+HUNG = 69
 # The last checkpoint could not be written.
 DISK_FAILED = 74
 
@@ -41,6 +45,12 @@ class NonFiniteError(UserError):
     """Loss or gradients were NaN or infinite too many times in a row."""
 
     exit_code = 72
+
+
+class HungRankError(UserError):
+    """Another rank did not come in time; the message names it."""
+
+    exit_code = HUNG
 
 
 class RemoteRankError(UserError):

@@ -2,16 +2,16 @@
 
     torchrun --nproc_per_node 2 launch/train.py --job.config_file launch/configs/quickstart.toml
 
-Every flag of `launch/config.py` overrides the file. Exit codes: 0 done; 75 stopped by SIGTERM with
-all steps saved (run the same command again, with checkpoint.resume auto or must); 143 stopped by
-SIGTERM with checkpoints switched off, nothing saved; 70 no valid checkpoint or one of another
-model; 72 NaN or infinite loss; 73 a config or data that cannot be trained on, or a dry run that
-does not fit; 74 checkpoints cannot be written; 1 anything else, with a traceback.
-torchrun itself exits with 1 and shows the ranks' codes. With --max_restarts, set
-TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1: otherwise a restarted job may use the addresses of the one
-before it.
+Every flag of `launch/config.py` overrides the file. Exit codes: 0 done; 75 stopped by SIGTERM,
+SIGINT or SIGHUP with all steps saved (run the same command again, with checkpoint.resume auto or
+must); 143 stopped likewise with checkpoints switched off, nothing saved; 69 another rank died or
+hangs, or torchrun died; 70 no valid checkpoint or one of another model; 72 NaN or infinite loss;
+73 a config or data that cannot be trained on or that differs between ranks, or a dry run that does
+not fit; 74 checkpoints cannot be written; 130 interrupted before training began; 1
+anything else, with a traceback. torchrun itself exits with 1 and shows the ranks' codes.
 """
 
+import dataclasses
 import os
 import signal
 import sys
@@ -35,16 +35,24 @@ from launch.checkpoint.save_resume import (
 )
 from launch.checkpoint.store import CheckpointStore
 from launch.config import Config, load_config
-from launch.data import RandomSource, Segments, stream_length
-from launch.distributed import DistContext, RankInfo, get_rank_info, open_dist_context
+from launch.data import RandomSource, Segments, folder_facts, stream_length
+from launch.distributed import (
+    DistContext,
+    RankInfo,
+    get_rank_info,
+    meet_ranks,
+    open_dist_context,
+    refuse_start,
+    report_error,
+)
 from launch.dump_folder import open_dump_folder
 from launch.exit_codes import (
     DISK_FAILED,
+    INTERRUPTED,
     REQUEUE,
     TERMINATED,
     ConfigError,
     NonFiniteError,
-    RemoteRankError,
     UserError,
 )
 from launch.generate import sample_text
@@ -76,6 +84,8 @@ from launch.trainer import step_indices, train_step, validate
 from parallel.compile import eagerly
 from parallel.mesh import full_tensor
 
+# Signals after which a run saves and ends.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Bytes that generating a sample needs besides the weights: the largest matrix once more, states,
 # logits.
 _SAMPLE_RESERVE = 2 << 30
@@ -83,36 +93,32 @@ _SAMPLE_RESERVE = 2 << 30
 
 def main(argv: list[str]) -> int:
     """Run a command line; return the exit code."""
-    is_rank0 = os.environ.get("RANK", "0") == "0"
+    config: Config | None = None
     try:
         config = load_config(argv)
         info = get_rank_info(config)
         batch = batching(config, info)
         check_parallelism(config, info)
-        if config.job.dry_run:
-            if not is_rank0:
-                return 0
-            text, fits = dry_run(config, info, batch)
-            print(text)
-            return 0 if fits else ConfigError.exit_code
     except UserError as error:
-        # Every rank sees the same config: only one reports it.
-        if is_rank0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return report_error(refuse_start(error, config))
     try:
+        if config.job.dry_run:
+            meet_ranks(config, info)
+            text, fits = dry_run(config, info, batch) if info.rank == 0 else ("", True)
+            print(text, end="\n" * bool(text))
+            return 0 if fits else ConfigError.exit_code
         with open_dist_context(info, config) as ctx:
             return train(config, ctx, batch)
-    except RemoteRankError as error:
-        return error.exit_code
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return report_error(error)
+    except KeyboardInterrupt:
+        print("error: interrupted before training began", file=sys.stderr, flush=True)
+        return INTERRUPTED
 
 
 def dry_run(config: Config, info: RankInfo, batch: Batching) -> tuple[str, bool]:
     """The resolved config with what follows from it, and False if a rank's memory is known to be
-    too small. Nothing is written, no socket opened."""
+    too small. Nothing is written."""
     # Imported here: it loads machinery that no training run needs.
     from launch.memory_estimate import fake_ranks, format_estimate
 
@@ -138,6 +144,7 @@ def dry_run(config: Config, info: RankInfo, batch: Batching) -> tuple[str, bool]
 def train(config: Config, ctx: DistContext, batch: Batching) -> int:
     """Set up, resume, train and save; return the exit code."""
     state = set_up(config, ctx, batch)
+    ctx.enter("reading a checkpoint")
     found, refused = resume_run(state)
     if found is not None:
         # As after the step that was saved.
@@ -149,7 +156,7 @@ def train(config: Config, ctx: DistContext, batch: Batching) -> int:
         print(f"resume:      {found.path if found else 'from scratch'}", flush=True)
     check_disk(state)
     log = ctx.all_or_raise(lambda: open_log(state) if ctx.is_rank0 else None)
-    state.stop_signals = catch_sigterm()
+    state.stop_signals = catch_stop_signals()
     try:
         code = run_steps(state, log)
     except UserError:
@@ -173,6 +180,8 @@ def set_up(config: Config, ctx: DistContext, batch: Batching) -> TrainState:
     if config.data.source == "stdlib":
         ctx.on_rank0(lambda: prepare_library(config))
     tokenizer, shape, train_source, val_source = ctx.all_or_raise(lambda: open_data(config))
+    ctx.compare({f"model.{name}": value for name, value in dataclasses.asdict(shape).items()})
+    ctx.compare(ctx.all_or_raise(lambda: data_facts(config)))
     ctx.all_or_raise(lambda: check_shape(config, shape, ctx.dims.tp))
     if training.carry_state:
         ctx.all_or_raise(lambda: stream_length(batch.global_batch_size, train_source.num_samples))
@@ -248,6 +257,22 @@ def open_data(config: Config):
     return mixture.tokenizer, shape, source, held_out
 
 
+def data_facts(config: Config) -> dict[str, Any]:
+    """What must be equal on all ranks of the data that a run reads."""
+    if config.data.source == "random":
+        return {}
+    splits = ("train", "val") if config.validation.enable else ("train",)
+    folders = config.data_folders
+    if len(folders) == 1:
+        return folder_facts(folders[0][0], splits)
+    facts: dict[str, Any] = {}
+    for number, (folder, weight) in enumerate(folders, 1):
+        facts[f"weight of folder {number} of the data"] = weight
+        of_folder = folder_facts(folder, splits)
+        facts |= {f"{name}, folder {number}": value for name, value in of_folder.items()}
+    return facts
+
+
 def run_steps(state: TrainState, log: MetricsLog | None) -> int:
     """Train to the last step, or until a rank is asked to stop; return the exit code."""
     config, ctx, training = state.config, state.ctx, state.config.training
@@ -290,11 +315,13 @@ def save_if_due(state: TrainState, result: StepResult) -> bool:
     is_last = result.stop_requested or state.step == state.config.training.steps
     due = is_last or (result.loss is not None and state.step % checkpoint.interval == 0)
     if due or result.save_written:
+        state.ctx.enter("saving a checkpoint")
         finish_save(state)
     # Before the first step there is no optimizer state to save, and nothing to lose.
     if due and checkpoint.enable and state.step not in (0, state.saved_step):
         background = checkpoint.async_mode == "async" and not is_last
-        start_save(state, background=background)
+        with state.ctx.long_timeout(state.config):
+            start_save(state, background=background)
         is_written = background or finish_save(state)
         if is_last:
             return is_written
@@ -311,7 +338,10 @@ def report_stop(state: TrainState) -> int:
         # The command as it stands asks for the start of this run.
         advice += " with --checkpoint.resume auto"
     if state.ctx.is_rank0:
-        print(f"stopped by SIGTERM after step {state.step}: {advice}", flush=True)
+        # Which signal another rank got is not known here.
+        names = [signal.Signals(each).name for each in state.stop_signals[:1]]
+        cause = names[0] if names else "a signal to another rank"
+        print(f"stopped by {cause} after step {state.step}: {advice}", flush=True)
     return TERMINATED if is_lost else REQUEUE
 
 
@@ -322,6 +352,7 @@ def report_step(
     config, step, steps = state.config, state.step, state.config.training.steps
     val_loss = None
     if state.val_source is not None and (step % config.validation.freq == 0 or step == steps):
+        state.ctx.enter("validation")
         with state.ctx.long_timeout(config):
             val_loss = validate(state)
     if log is None or (step % config.metrics.log_freq and step != steps and val_loss is None):
@@ -358,19 +389,24 @@ def report_nonfinite(state: TrainState, failures: int, result: StepResult) -> No
         print(f"warning: {text}", flush=True)
 
 
-def catch_sigterm() -> list[int]:
-    """A list that receives the signals which asked this process to stop.
+def catch_stop_signals() -> list[int]:
+    """A list that receives the signals which asked this process to stop: SIGTERM, SIGINT (Ctrl-C)
+    and SIGHUP (the terminal closed).
 
     The handler only notes them: all ranks agree on the step to stop at, in `train_step`.
     """
     received: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    for number in STOP_SIGNALS:
+        # A process started by nohup ignores SIGHUP, and goes on doing so.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: received.append(number))
     return received
 
 
 def print_sample(state: TrainState) -> None:
     """Continue the sample prompt, to show what was learnt."""
     sample = state.config.sample
+    state.ctx.enter("sampling")
     with state.ctx.long_timeout(state.config):
         # Rank 0 may still be closing its log.
         model = full_model(state)

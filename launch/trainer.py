@@ -63,15 +63,19 @@ def train_step(
     Raises:
         DataError: tokens outside the vocabulary, or no label to learn from, on any rank.
     """
+    ctx = state.ctx
+    ctx.enter("reading data", state.step + 1)
     batches = read_step(state)
     num_labels = count_labels(state, batches)
     state.optimizer.zero_grad()
+    ctx.enter("forward and backward")
     try:
         loss_sum = forward_backward(state, batches=batches, num_labels=num_labels)
     except segments.Interrupted:
         state.optimizer.zero_grad()
         reshard(state.loss_model)
         return StepResult(None, math.nan, stop_requested=True, interrupted=True)
+    ctx.enter("reduction")
     gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
     # If gradients are sharded over ranks, this is the norm of all shards together.
     norm = full_tensor(torch.nn.utils.get_total_norm(gradients))

@@ -8,6 +8,10 @@ differ all ranks raise a ValueError that says what differs:
     ...                                  # launch work that needs no other rank
     check.wait()                         # raises on all ranks, or on none
 
+The checks of a group are numbered. A backward passes the number of its forward's check: ranks that
+run the backwards of two calls in different orders disagree on it. Two forwards that are equal in
+all that is compared cannot be told apart: which tensors a rank passes is its own affair.
+
 A fingerprint is computed once per kind of call. It goes from host to host, whatever backend the
 group has: no GPU waits, and the work launched in between hides the latency. What may differ between
 ranks (the local length) is no part of it.
@@ -36,19 +40,24 @@ from lasp.exchange.comm import device_types
 __all__ = [
     "CallSignature",
     "PendingCheck",
+    "checks_started",
     "gather_numbers",
     "record_exchange",
+    "start_backward_check",
     "timeout_of",
 ]
 
 # Mismatch reports have a fixed size: _TEXTS strings of _TEXT_BYTES bytes.
-_TEXTS, _TEXT_BYTES = 11, 256
+_TEXTS, _TEXT_BYTES = 13, 256
 # Above this many ranks, rounds of messages cost less than an all-gather.
 _FEW_RANKS = 16
-# Spreads a small number over all bits.
-_ODD = 0x9E3779B97F4A7C15
+# Spread small numbers over all bits, exchanges and forwards in different ways.
+_ODD, _OTHER_ODD = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
 # Exchanges so far per group: a rank that raised midway is detected at its next call.
 _exchanges: WeakKeyDictionary[ProcessGroup, int] = WeakKeyDictionary()
+# Checks that this process has started, of all groups and per group.
+_checks_started = 0
+_checks: WeakKeyDictionary[ProcessGroup, int] = WeakKeyDictionary()
 # Per group: the connections, the group's own backend, and the shared memory if it is on one host.
 _connections: WeakKeyDictionary[
     ProcessGroup, tuple[dist.ProcessGroupGloo, dist.Backend, shared_memory.SharedCheck | None]
@@ -84,6 +93,11 @@ def record_exchange(group: ProcessGroup) -> None:
     _exchanges[group] = _exchanges.get(group, 0) + 1
 
 
+def checks_started() -> int:
+    """Checks that this process has started, over all groups: equal on ranks that are in step."""
+    return _checks_started
+
+
 def timeout_of(group: ProcessGroup) -> timedelta:
     """How long a rank waits for the others, by the group's backend."""
     connections, _ = _connections_of(group)
@@ -100,10 +114,19 @@ class PendingCheck:
         call: what must be equal on all ranks, by name; the values are hashable and are compared by
             their repr. A `CallSignature` if the call is repeated.
         problem: an error in this rank's own input, if there is one: then all ranks raise.
+        forward: for a backward, the number of the forward's check.
+
+    Attributes:
+        number: of this check in its group, from 1; equal on all ranks that are in step.
     """
 
     def __init__(
-        self, group: ProcessGroup, call: dict[str, object], problem: str | None = None
+        self,
+        group: ProcessGroup,
+        call: dict[str, object],
+        problem: str | None = None,
+        *,
+        forward: int | None = None,
     ) -> None:
         previous = _newest.get(group)
         if previous is not None:
@@ -113,6 +136,10 @@ class PendingCheck:
                 raise ValueError(
                     f"the previous call, which this rank did not finish, failed: {error}"
                 ) from None
+        global _checks_started
+        _checks_started += 1
+        self.number = _checks[group] = _checks.get(group, 0) + 1
+        self._forward = forward
         self._finished = False
         self._connections, self._shared = _connections_of(group)
         self.call, self._problem = call, problem
@@ -121,7 +148,10 @@ class PendingCheck:
         else:
             fingerprint = _fingerprint(problem, *call.items())
         self._exchanges = _exchanges.get(group, 0)
-        fingerprint = _signed(fingerprint + self._exchanges * _ODD)
+        fingerprint += self._exchanges * _ODD
+        if forward is not None:
+            fingerprint += forward * _OTHER_ODD
+        fingerprint = _signed(fingerprint)
         if self._shared is not None:
             self._all_equal = self._shared.start(fingerprint)
         else:
@@ -129,6 +159,10 @@ class PendingCheck:
             comparison = _AllGatherComparison if few else _RoundsComparison
             self._all_equal = comparison(fingerprint, self._connections).all_equal
         _newest[group] = self
+
+    def as_tensor(self) -> torch.Tensor:
+        """`number` [1], int64 on the host: in a type that an operator of torch returns."""
+        return torch.tensor([self.number], dtype=torch.int64, device="cpu")
 
     def wait(self) -> None:
         """Raise ValueError on every rank unless all passed the same call and none has a problem."""
@@ -146,7 +180,11 @@ class PendingCheck:
             self._explain()
 
     def _explain(self):
-        call = {**self.call, "exchanges so far": self._exchanges}
+        call = {
+            **self.call,
+            "which forward the backward belongs to": self._forward,
+            "exchanges so far": self._exchanges,
+        }
         texts = [self._problem or "", *(_shorten(value) for value in call.values())]
         try:
             gathered = _gather_texts(texts, self._connections)
@@ -171,6 +209,25 @@ class PendingCheck:
                     "a sequence must pass the same."
                 )
         raise AssertionError("fingerprints differ, but not what they are made of")
+
+
+def start_backward_check(
+    group: ProcessGroup, operation: str, forward: torch.Tensor | None
+) -> PendingCheck:
+    """Start to check that all ranks run the backward of the same call.
+
+    The check of the forward has compared all else that the backward's exchange depends on.
+
+    Args:
+        forward: the forward's check, `as_tensor`.
+    """
+    assert forward is not None
+    return PendingCheck(group, _backward_signature(operation), forward=int(forward))
+
+
+@lru_cache(maxsize=8)
+def _backward_signature(operation):
+    return CallSignature({"operation": f"backward of {operation}"})
 
 
 def _shorten(value) -> str:

@@ -5,6 +5,7 @@ import signal
 import pytest
 import torch
 
+from launch.train import STOP_SIGNALS
 from tests.launch.runs import make_data
 
 
@@ -15,10 +16,11 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def one_process(monkeypatch):
-    """This process as a job of its own, without GPUs; its SIGTERM handler is put back."""
+    """This process as a job of its own, without GPUs; its signal handlers are put back."""
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

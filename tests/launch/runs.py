@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -110,10 +110,14 @@ def records(folder: Path) -> list[dict]:
 
 
 def start(
-    arguments: list[str], nproc: int, script: str | Path = "launch/train.py"
+    arguments: list[str],
+    nproc: int,
+    script: str | Path = "launch/train.py",
+    torchrun: Sequence[str] = (),
 ) -> subprocess.Popen:
-    """Start torchrun in a session of its own, with all output on one pipe."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    """Start torchrun, with more options of its own, in a session of its own, with all output on
+    one pipe."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *torchrun]
     command += ["--nproc_per_node", str(nproc), str(script), *arguments]
     return subprocess.Popen(
         command,
@@ -126,10 +130,10 @@ def start(
     )
 
 
-def output_of(process: subprocess.Popen) -> str:
+def output_of(process: subprocess.Popen, patience: float = PATIENCE) -> str:
     """All output of a process started by `start`, which is gone afterwards whatever happens."""
     try:
-        return process.communicate(timeout=PATIENCE)[0]
+        return process.communicate(timeout=patience)[0]
     finally:
         # Only this run's own session.
         with contextlib.suppress(ProcessLookupError):

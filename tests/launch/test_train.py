@@ -17,6 +17,7 @@ from launch.checkpoint import save_resume
 from launch.checkpoint.store import CheckpointStore, verify
 from launch.exit_codes import REQUEUE, TERMINATED
 from launch.tokenizer import ByteTokenizer
+from launch.train import STOP_SIGNALS
 from tests.launch.runs import STEPS, at_step, flags, losses, records, run_here, write_tokens
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -267,6 +268,22 @@ def test_sigterm_saves_and_the_same_command_goes_on(undisturbed, tmp_path, data,
     assert len(states) == 2 and states[0] == states[1]
     assert losses(folder) == losses(undisturbed)
     assert same(weights(folder, STEPS), weights(undisturbed, STEPS))
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_each_signal_saves_the_step_in_which_it_arrives(
+    tmp_path, data, monkeypatch, capsys, number
+):
+    at_step(monkeypatch, 2, lambda state: os.kill(os.getpid(), number))
+    assert run_here(tmp_path, data) == REQUEUE
+    assert f"stopped by {number.name} after step 3" in capsys.readouterr().out
+    assert CheckpointStore(tmp_path / "checkpoint").steps() == [3]
+
+
+def test_a_run_under_nohup_goes_on_after_sighup(tmp_path, data, monkeypatch):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    at_step(monkeypatch, 2, lambda state: os.kill(os.getpid(), signal.SIGHUP))
+    assert run_here(tmp_path, data) == 0
 
 
 def test_sigterm_of_a_run_that_may_not_resume_says_how_to_resume(

@@ -1,0 +1,196 @@
+"""Where the ranks of a job meet: a store of their own, and a comparison of their settings.
+
+    store = meet(rank, size, facts, problem=None, timeout_seconds=300)
+
+Before any process group exists, every rank publishes its facts (settings, versions) in the store
+that torchrun provides, rank 0 compares them, and all ranks raise the same error or none.
+
+torchrun keeps that store over restarts, with all keys of the processes before, among them the
+addresses by which process groups connect. So the ranks of each start agree on a prefix: a rank
+announces itself by a random word, rank 0 answers that word with the prefix of this start. A word of
+a dead process gets an answer that no rank reads. (The number of restarts would not do as a prefix:
+after a node was lost, torchrun's agents count differently.)
+"""
+
+import dataclasses
+import json
+import platform
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import lasp
+from launch.exit_codes import ConfigError, HungRankError, RemoteRankError, UserError
+
+# Settings that may differ between ranks: where a host mounts a folder or file. What model.config
+# and the data's folders hold, and their weights, is compared once they are open.
+PATHS = ("data.folder", "data.folders", "job.config_file", "job.dump_folder", "model.config")
+# Differences that a message lists.
+_LISTED = 3
+_POLL_SECONDS = 0.02
+
+
+def settings(config: Any) -> dict[str, Any]:
+    """What must be equal on all ranks of a config, a dataclass of sections, by name."""
+    found = dict(_leaves(dataclasses.asdict(config), ""))
+    return {name: value for name, value in found.items() if name not in PATHS}
+
+
+def versions() -> dict[str, Any]:
+    """The versions that must be equal on all ranks."""
+    return {
+        "the version of lasp": lasp.__version__,
+        "the version of torch": torch.__version__,
+        "the version of Python": platform.python_version(),
+    }
+
+
+def difference(of_ranks: Sequence[Mapping[str, Any]]) -> str | None:
+    """What differs between the facts of the ranks, with the values and the ranks that have them;
+    None if nothing does."""
+    names = dict.fromkeys(name for facts in of_ranks for name in facts)
+    different = []
+    for name in names:
+        ranks: dict[str, list[int]] = {}
+        for rank, facts in enumerate(of_ranks):
+            # As JSON: NaN equals itself, and a tuple that was sent the list that arrives.
+            value = json.dumps(facts[name]) if name in facts else "absent"
+            ranks.setdefault(value, []).append(rank)
+        if len(ranks) > 1:
+            seen = ", ".join(f"{value} on {_ranks(of)}" for value, of in ranks.items())
+            different.append(f"{name} is {seen}")
+    if not different:
+        return None
+    more = len(different) - _LISTED
+    return "; ".join(different[:_LISTED]) + (f"; and {more} more" if more > 0 else "")
+
+
+def differs_error(text: str) -> ConfigError:
+    """The error of ranks that differ in `text`, a `difference`."""
+    return ConfigError(
+        f"the ranks were started with different settings or data: {text}. Start all ranks with the "
+        "same command, files and versions."
+    )
+
+
+def meet(
+    rank: int,
+    size: int,
+    facts: Mapping[str, Any],
+    *,
+    problem: UserError | None = None,
+    timeout_seconds: float,
+) -> dist.Store:
+    """The store of this start of the job. All ranks call this, also one that cannot run.
+
+    Args:
+        facts: what must be equal on all ranks, by name: values that JSON holds.
+        problem: why this rank cannot run; then all ranks raise, this one its own error.
+
+    Raises:
+        ConfigError: ranks have different facts (RemoteRankError on all but rank 0), or the
+            environment does not say where they meet.
+        HungRankError: a rank does not come within `timeout_seconds`.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    limit = timedelta(seconds=timeout_seconds)
+    try:
+        root, _, _ = next(iter(dist.rendezvous("env://", timeout=limit)))
+        root.set_timeout(limit)
+        announced = dist.PrefixStore("lasp.start", root)
+        word = secrets.token_hex(8)
+        announced.set(f"word/{rank}", word)
+        mine = json.dumps([facts, problem and [str(problem), problem.exit_code]])
+        if rank == 0:
+            store = dist.PrefixStore(f"lasp.{word}", root)
+            store.set("facts/0", mine)
+            _gather_starts(announced, store, word, size, deadline)
+            everyone = [json.loads(store.get(f"facts/{each}")) for each in range(size)]
+            verdict = _verdict(everyone)
+            store.set("verdict", json.dumps(verdict))
+        else:
+            prefix = announced.get(f"prefix/{word}").decode()
+            store = dist.PrefixStore(f"lasp.{prefix}", root)
+            store.set(f"facts/{rank}", mine)
+            verdict = json.loads(store.get("verdict"))
+            store.set(f"read/{rank}", "")
+    except ValueError as error:
+        raise ConfigError(
+            f"this is one of {size} processes, but {error}: start them with torchrun."
+        ) from None
+    except dist.DistError as error:
+        raise HungRankError(
+            f"rank {rank} cannot meet the others within {timeout_seconds:g} s "
+            f"(comm.init_timeout_seconds): {error}."
+        ) from None
+    if verdict is None:
+        return store
+    if rank == 0:
+        # The store may end with this process.
+        _wait_for([f"read/{each}" for each in range(1, size)], store, deadline)
+    failed, message, code = verdict
+    if problem is not None and failed == rank:
+        raise problem
+    if failed is None and rank == 0:
+        raise differs_error(message)
+    raise RemoteRankError(message, code)
+
+
+def _gather_starts(announced, store, prefix: str, size: int, deadline: float) -> None:
+    """Answer the words of all ranks until each has published its facts below the prefix."""
+    missing, answered = set(range(1, size)), set()
+    while missing:
+        for rank in sorted(missing):
+            if announced.check([f"word/{rank}"]):
+                word = announced.get(f"word/{rank}").decode()
+                if word not in answered:
+                    announced.set(f"prefix/{word}", prefix)
+                    answered.add(word)
+        missing = {rank for rank in missing if not store.check([f"facts/{rank}"])}
+        if missing and time.monotonic() > deadline:
+            raise HungRankError(
+                f"{_ranks(sorted(missing))} of {size} did not start in time "
+                "(comm.init_timeout_seconds): see whether their processes and hosts run."
+            )
+        if missing:
+            time.sleep(_POLL_SECONDS)
+
+
+def _wait_for(keys: list[str], store, deadline: float) -> None:
+    while not all(store.check([key]) for key in keys) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+
+
+def _verdict(everyone: list[Any]) -> list[Any] | None:
+    """[the rank that refuses or None, the message, the exit code]; None: nothing is wrong."""
+    for rank, (_, problem) in enumerate(everyone):
+        if problem is not None:
+            return [rank, *problem]
+    text = difference([facts for facts, _ in everyone])
+    if text is None:
+        return None
+    error = differs_error(text)
+    return [None, str(error), error.exit_code]
+
+
+def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    """Ranks for a message: "rank 1", "ranks 0, 1 and 3", "ranks 0 to 62"."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    if len(ranks) > 3 and list(ranks) == list(range(ranks[0], ranks[-1] + 1)):
+        return f"ranks {ranks[0]} to {ranks[-1]}"
+    *most, last = map(str, ranks)
+    return f"ranks {', '.join(most)} and {last}"
