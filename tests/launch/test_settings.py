@@ -130,7 +130,8 @@ def test_a_norm_below_the_limit_changes_no_bit(tmp_path, data):
 def test_the_loss_gets_its_chunk_size_and_what_to_ignore(tmp_path, data, monkeypatch):
     calls = record_calls(monkeypatch, build, "chunked_cross_entropy")
     train_step(make_run(tmp_path, data, training__loss_chunk_size=17))
-    assert calls == [{"ignore_index": IGNORE, "chunk_size": 17, "compiled": False}] * 4
+    options = {"ignore_index": IGNORE, "chunk_size": 17, "compiled": False, "per_token": False}
+    assert calls == [options] * 4
 
 
 def test_activation_checkpointing_has_the_configured_mode(tmp_path, data, monkeypatch):
