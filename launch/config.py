@@ -79,6 +79,9 @@ class Data:
     folders: tuple[tuple[str, float], ...] = ()
     """Several folders, each with its share of the samples: a weight of any scale. On the command
     line: --data.folders data/code 0.7 data/books 0.3."""
+    verify: bool = False
+    """Check the digests of all files before the first step. False: of files with more than 2^28
+    tokens, each block when it is first read."""
 
 
 @dataclass(kw_only=True)

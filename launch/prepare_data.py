@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from launch.config import STANDARD_LIBRARY_FOLDER
+from launch.data_digests import seal_meta
 from launch.documents import file_size, find_files, has_rows, read_chunks, standard_library
 from launch.encode import Encoder, HeldOut, hash_of
 from launch.exit_codes import DataError, UserError
+from launch.files import remove_leftovers, staging_folder
 from launch.indexed_dataset import IndexedWriter, token_dtype
 from launch.progress import progress
 from launch.tokenizer import ByteTokenizer, Tokenizer, train_bpe
@@ -108,18 +110,19 @@ def prepare(
         coder = work.train_bpe(vocab_size)
     else:
         coder = read_tokenizer(Path(tokenizer), eod_token, pad_token)
-    staging = output.parent / f".{output.name}-{os.getpid()}"
+    staging = staging_folder(output)
+    remove_leftovers(output)
     try:
         about = work.write(staging, coder)
         meta: dict[str, Any] = {
-            "format": 1,
+            "format": 2,
             "tokenizer": coder.spec(),
             "vocab_size": coder.vocab_size,
             "eod_id": coder.eod_id,
             "pad_id": coder.pad_id,
             **about,
         }
-        (staging / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        (staging / "meta.json").write_text(json.dumps(seal_meta(meta)), encoding="utf-8")
         os.rename(staging, output)
     except OSError as error:
         raise DataError(f"{output} cannot be written: {error}.") from None
@@ -204,9 +207,12 @@ class _Preparation:
                 about[split]["documents"] += len(part.lengths)
                 about[split]["tokens"] += len(part.tokens)
                 about[split]["bytes"] += part.num_bytes
-        for writer in writers.values():
-            writer.close()
-        return {"skipped": skipped, **about}
+        files = {
+            name: digests.to_json()
+            for writer in writers.values()
+            for name, digests in writer.close().items()
+        }
+        return {"skipped": skipped, **about, "files": files}
 
     def _is_right(self, seen: HeldOut) -> bool:
         """Whether the pass that has `seen` all names had the right threshold; sets it."""

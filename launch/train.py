@@ -241,10 +241,11 @@ def open_data(config: Config):
         return None, shape, source, held_out if config.validation.enable else None
     mixture = open_mixture(config.data_folders)
     shape = model_config(config, mixture.tokenizer)
-    source = mixture.source("train", seq_len, shape.vocab_size)
+    verify = config.data.verify
+    source = mixture.source("train", seq_len, shape.vocab_size, verify=verify)
     held_out = None
     if config.validation.enable:
-        held_out = mixture.source("val", seq_len, shape.vocab_size)
+        held_out = mixture.source("val", seq_len, shape.vocab_size, verify=verify)
     return mixture.tokenizer, shape, source, held_out
 
 
