@@ -58,7 +58,7 @@ class FileDigests:
     @property
     def digest(self) -> str:
         """One for all of the file."""
-        return digest_of(self.to_json())
+        return digest_of(self.to_json())[:32]
 
     def matches(self, number: int, content: bytes) -> bool:
         """Whether `content` is block `number`."""
@@ -156,7 +156,7 @@ def describe_tokenizer(tokenizer: Tokenizer | None) -> dict[str, Any] | None:
         "vocab_size": tokenizer.vocab_size,
         "eod_id": tokenizer.eod_id,
         "pad_id": tokenizer.pad_id,
-        "digest": digest_of(content)[:16],
+        "digest": digest_of(content)[:32],
     }
 
 

@@ -21,6 +21,7 @@ import torch
 
 from launch.config import Config
 from launch.exit_codes import ConfigError
+from launch.files import parse_json
 
 # Dense bfloat16, in FLOP/s, by a part of the device's name.
 _PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}
@@ -233,14 +234,17 @@ def moving_average(values: list[float], window: int) -> list[float]:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, without an incomplete last line."""
+    """The records of a metrics.jsonl, without lines that are incomplete or none of this code's."""
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            record = json.loads(line)
+            record = parse_json(line, allow_nan=True)
         except ValueError:
             continue
-        if isinstance(record, dict) and {"step", "loss"} <= record.keys():
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            continue
+        losses = (record.get("loss"), record.get("val_loss", 0.0))
+        if all(type(each) in (int, float) for each in losses):
             records.append(record)
     return records
 

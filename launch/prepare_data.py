@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tyro
-
-from launch.config import STANDARD_LIBRARY_FOLDER
+from launch.command_line import parse
+from launch.config import STANDARD_LIBRARY_FOLDER, check_path
 from launch.data_digests import seal_meta
 from launch.documents import file_size, find_files, has_rows, read_chunks, standard_library
 from launch.encode import Encoder, HeldOut, hash_of
@@ -46,8 +45,8 @@ class Arguments:
     output: Path = Path(STANDARD_LIBRARY_FOLDER)
     """Folder to create; it must not exist."""
     input: tuple[Path, ...] = ()
-    """Text files, .jsonl and .parquet files with a field of text, or folders of them. Text and
-    .jsonl may be compressed (.gz, .zst). None: the standard library of this Python."""
+    """Text files, .jsonl, .json and .parquet files with a field of text, or folders of them. All
+    but .parquet may be compressed (.gz, .zst). None: the standard library of this Python."""
     text_field: str = "text"
     """The field of .jsonl and column of .parquet files that holds the text."""
     tokenizer: str = "byte"
@@ -227,11 +226,13 @@ class _Preparation:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; return the exit code."""
-    arguments = tyro.cli(Arguments, args=argv, prog="launch/prepare_data.py")
-    if arguments == Arguments() and arguments.output.exists():
-        print(f"{arguments.output} exists already")
-        return 0
     try:
+        arguments = parse(Arguments, argv, "launch/prepare_data.py")
+        if arguments == Arguments() and arguments.output.exists():
+            print(f"{arguments.output} exists already")
+            return 0
+        for name in ("output", "tokenizer"):
+            check_path(f"--{name}", getattr(arguments, name))
         folder = prepare(
             arguments.output,
             list(arguments.input),

@@ -40,6 +40,7 @@ from launch.exit_codes import (
     RemoteRankError,
     UserError,
 )
+from launch.files import is_file
 from launch.generate import sample_text
 from launch.metrics import (
     MetricsLog,
@@ -216,6 +217,9 @@ def open_log(state: TrainState) -> MetricsLog:
         ConfigError: one of them cannot be written.
     """
     folder = Path(state.config.job.dump_folder)
+    for path in (folder / "metrics.jsonl", folder / "config.toml"):
+        if path.exists() and not is_file(path):
+            raise ConfigError(f"{path} is not a regular file: use another job.dump_folder.")
     try:
         log = MetricsLog(state.config, state.step)
         (folder / "config.toml").write_text(to_toml(state.config), encoding="utf-8")

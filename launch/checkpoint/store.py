@@ -29,6 +29,7 @@ from torch import Tensor
 
 from launch.checkpoint.shards import TensorFiles
 from launch.exit_codes import CheckpointError
+from launch.files import read_json
 
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 _TENSOR_FILE = re.compile(r"(model|optimizer|states)(?:-\d{5}-of-(\d{5}))?\.safetensors")
@@ -59,7 +60,14 @@ class Checkpoint:
 
     def state(self) -> dict[str, Any]:
         """The content of state.json."""
-        return json.loads((self.path / "state.json").read_text(encoding="utf-8"))
+        path = self.path / "state.json"
+        try:
+            state = read_json(path)
+        except ValueError as error:
+            raise CheckpointError(f"{path} is damaged ({error}).") from None
+        if not isinstance(state, dict):
+            raise CheckpointError(f"{path} is damaged: it holds no JSON object.")
+        return state
 
 
 def verify(path: Path) -> Checkpoint:
@@ -73,7 +81,7 @@ def verify(path: Path) -> Checkpoint:
     try:
         if manifest_path.stat().st_size > _MANIFEST_LIMIT:
             raise CheckpointError(f"{manifest_path} is larger than a manifest can be.")
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        manifest = read_json(manifest_path)
         files = [(each["name"], each["size"], each["sha256"]) for each in manifest["files"]]
         step, version = manifest["step"], manifest["format"]
         sealed = manifest["sha256"] == _seal(manifest)
