@@ -16,6 +16,7 @@ from launch.data import DataFolder
 from launch.exit_codes import DataError
 from launch.indexed_dataset import IndexedTokens
 from launch.prepare_data import prepare
+from tests.faults.cases import cases
 from tests.launch.runs import arguments_here, at_step, run_here, save_tensors
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -58,6 +59,10 @@ def place(folder, name, content):
     elif content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
+
+
+def text_id(value):
+    return re.sub(r"\W+", " ", repr(value))[:40]
 
 
 ODD = ("fifo", "socket", "device", "nowhere", None)
@@ -115,7 +120,7 @@ INPUTS = (
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["file", "folder"])
-@pytest.mark.parametrize(("name", "content"), INPUTS, ids=[name for name, _ in INPUTS])
+@pytest.mark.parametrize(("name", "content"), cases(INPUTS), ids=text_id)
 def test_bad_texts(tmp_path, capsys, name, content, inside):
     folder = tmp_path / "texts"
     folder.mkdir()
@@ -168,7 +173,7 @@ PREPARE_FLAGS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "content"), TOKENIZERS)
+@pytest.mark.parametrize(("name", "content"), cases(TOKENIZERS))
 def test_bad_tokenizers(tmp_path, capsys, name, content):
     (tmp_path / "a.txt").write_text("text " * 50)
     (tmp_path / "folder").mkdir()
@@ -178,7 +183,7 @@ def test_bad_tokenizers(tmp_path, capsys, name, content):
     one_sentence(prepare_data.main, argv, capsys, 73)
 
 
-@pytest.mark.parametrize("more", PREPARE_FLAGS, ids=lambda more: " ".join(more)[:30])
+@pytest.mark.parametrize("more", cases([(each,) for each in PREPARE_FLAGS]), ids=text_id)
 def test_bad_flags_of_prepare_data(tmp_path, capsys, more):
     (tmp_path / "a.txt").write_text("text " * 50)
     argv = ["--input", tmp_path / "a.txt", "--output", tmp_path / "out", *more]
@@ -242,11 +247,7 @@ TOML = [
 ]
 
 
-def text_id(value):
-    return re.sub(r"\W+", " ", repr(value))[:40]
-
-
-@pytest.mark.parametrize("content", TOML, ids=text_id)
+@pytest.mark.parametrize("content", cases(TOML), ids=text_id)
 def test_bad_config_files(tmp_path, capsys, monkeypatch, content):
     # If one were taken, its output would go here.
     monkeypatch.chdir(tmp_path)
@@ -280,7 +281,7 @@ FLAGS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("flag", FLAGS)
+@pytest.mark.parametrize("flag", cases(FLAGS))
 def test_bad_flags_of_training(tmp_path, data, capsys, flag):
     argv = arguments_here(tmp_path / "out", data, *QUICK, f"--{flag}")
     one_sentence(train.main, argv, capsys, 73)
@@ -296,7 +297,7 @@ MODELS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("content", MODELS, ids=text_id)
+@pytest.mark.parametrize("content", cases(MODELS), ids=text_id)
 def test_bad_model_files(tmp_path, data, capsys, content):
     path = place(tmp_path, "model.json", content)
     argv = ["--data.source", "folder", "--data.folder", data, "--model.config", path]
@@ -331,7 +332,7 @@ META = [
 TOKENS = [(name, kind) for name in ("train.idx", "train.bin") for kind in (*ODD, "folder", "")]
 
 
-@pytest.mark.parametrize(("name", "content"), META + TOKENS, ids=text_id)
+@pytest.mark.parametrize(("name", "content"), cases(META + TOKENS), ids=text_id)
 def test_damaged_data_folders(tmp_path, data, capsys, name, content):
     folder = tmp_path / "data"
     folder.mkdir()
@@ -464,7 +465,7 @@ SAME_RUN = ("no model", "model empty", "model unknown field", "dim float")
 NOT_RESUMED = {name: change for name, change in NO_MODEL.items() if name not in SAME_RUN} | NO_RUN
 
 
-@pytest.mark.parametrize("name", NOT_RESUMED)
+@pytest.mark.parametrize("name", cases(NOT_RESUMED))
 def test_foreign_checkpoints_are_not_resumed(tmp_path, data, checkpoint, capsys, name):
     path = foreign(tmp_path / "c", checkpoint, NOT_RESUMED[name])
     changes = dict(training__steps=2, checkpoint__resume=path)
@@ -472,7 +473,7 @@ def test_foreign_checkpoints_are_not_resumed(tmp_path, data, checkpoint, capsys,
     one_sentence(train.main, argv, capsys, 70)
 
 
-@pytest.mark.parametrize("name", NO_MODEL)
+@pytest.mark.parametrize("name", cases(NO_MODEL))
 @pytest.mark.parametrize("program", ["generate", "evaluate", "convert"])
 def test_foreign_checkpoints_are_not_used(tmp_path, data, checkpoint, capsys, program, name):
     path = foreign(tmp_path / "c", checkpoint, NO_MODEL[name])
@@ -495,7 +496,7 @@ PATHS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("path", PATHS, ids=text_id)
+@pytest.mark.parametrize("path", cases(PATHS, 3), ids=text_id)
 @pytest.mark.parametrize("program", ["generate", "evaluate", "convert"])
 def test_paths_that_are_no_checkpoint(tmp_path, data, capsys, program, path):
     main, argv = command(program, path, tmp_path, data)
@@ -505,7 +506,9 @@ def test_paths_that_are_no_checkpoint(tmp_path, data, capsys, program, path):
     assert error.startswith("error: ") and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("content", ["fifo", "device", "folder", DEEP, "[]", "{}", ""], ids=text_id)
+@pytest.mark.parametrize(
+    "content", cases(["fifo", "device", "folder", DEEP, "[]", "{}", ""]), ids=text_id
+)
 @pytest.mark.parametrize("file", ["manifest.json", "state.json"])
 @pytest.mark.parametrize("program", ["generate", "evaluate", "convert"])
 def test_damaged_files_of_a_checkpoint(tmp_path, data, checkpoint, capsys, program, file, content):
@@ -532,14 +535,14 @@ GENERATE_FLAGS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "content"), PROMPTS, ids=text_id)
+@pytest.mark.parametrize(("name", "content"), cases(PROMPTS), ids=text_id)
 def test_bad_prompts(tmp_path, checkpoint, capsys, name, content):
     path = place(tmp_path, name, content)
     argv = ["--checkpoint", checkpoint.path, "--prompts", path]
     one_sentence(generate.main, argv, capsys, 73)
 
 
-@pytest.mark.parametrize("flag", GENERATE_FLAGS, ids=text_id)
+@pytest.mark.parametrize("flag", cases(GENERATE_FLAGS), ids=text_id)
 def test_bad_flags_of_generate(checkpoint, capsys, flag):
     one_sentence(generate.main, ["--checkpoint", checkpoint.path, f"--{flag}"], capsys, 73)
 
@@ -563,7 +566,7 @@ EVALUATE_FLAGS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("flag", EVALUATE_FLAGS, ids=text_id)
+@pytest.mark.parametrize("flag", cases(EVALUATE_FLAGS), ids=text_id)
 def test_bad_flags_of_evaluate(data, checkpoint, capsys, flag):
     argv = ["--checkpoint", checkpoint.path, "--data", data, f"--{flag}"]
     one_sentence(evaluate.main, argv, capsys, 73)
@@ -616,18 +619,20 @@ HF_CONFIG = {
 }
 
 
-@pytest.mark.parametrize("name", HF_CONFIG)
+@pytest.mark.parametrize("name", cases(HF_CONFIG))
 def test_damaged_configs_of_foreign_folders(tmp_path, exported, capsys, name):
     text = (exported / "config.json").read_text()
     import_without(tmp_path, exported, capsys, "config.json", HF_CONFIG[name](text))
 
 
-@pytest.mark.parametrize("content", [*ODD, "folder", "", "text"], ids=text_id)
+@pytest.mark.parametrize("content", cases([*ODD, "folder", "", "text"]), ids=text_id)
 def test_damaged_weights_of_foreign_folders(tmp_path, exported, capsys, content):
     import_without(tmp_path, exported, capsys, "model.safetensors", content)
 
 
-@pytest.mark.parametrize("content", ["fifo", "device", "folder", "", "[]", "{}", DEEP], ids=text_id)
+@pytest.mark.parametrize(
+    "content", cases(["fifo", "device", "folder", "", "[]", "{}", DEEP]), ids=text_id
+)
 def test_damaged_tokenizers_of_foreign_folders(tmp_path, exported, capsys, content):
     import_without(tmp_path, exported, capsys, "tokenizer.json", content)
 
@@ -659,7 +664,7 @@ CONVERT = [
 ]
 
 
-@pytest.mark.parametrize("argv", CONVERT, ids=text_id)
+@pytest.mark.parametrize("argv", cases([(each,) for each in CONVERT], 4), ids=text_id)
 def test_bad_flags_of_convert(tmp_path, capsys, monkeypatch, argv):
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()

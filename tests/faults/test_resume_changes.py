@@ -9,6 +9,7 @@ from launch.checkpoint.compare import flat, kind_of
 from launch.checkpoint.store import CheckpointStore, verify
 from launch.config import Config
 from launch.prepare_data import prepare
+from tests.faults.cases import cases
 from tests.launch.runs import make_data, run_here, save_tensors
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -94,7 +95,7 @@ def test_every_setting_has_a_rule():
     }
 
 
-@pytest.mark.parametrize(("field", "value"), MODEL.items(), ids=list(MODEL))
+@pytest.mark.parametrize(("field", "value"), cases(MODEL.items(), 5))
 def test_another_model_is_refused_by_field(tmp_path, data, first, capsys, field, value):
     (tmp_path / "model.json").write_text(json.dumps({field: value}))
     named = field in ("dim", "num_layers", "num_heads", "glu_dim")
@@ -105,7 +106,7 @@ def test_another_model_is_refused_by_field(tmp_path, data, first, capsys, field,
     assert "--checkpoint.allow_changes" in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize(("name", "value"), REFUSED.items(), ids=list(REFUSED))
+@pytest.mark.parametrize(("name", "value"), cases(REFUSED.items(), 5))
 def test_a_fixed_setting_is_refused_by_name_and_allowed_by_one_flag(
     tmp_path, data, first, capsys, name, value
 ):
@@ -117,7 +118,7 @@ def test_a_fixed_setting_is_refused_by_name_and_allowed_by_one_flag(
     assert f"warning: checkpoint.allow_changes: {name} was" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("name", "value"), NOTED.items(), ids=list(NOTED))
+@pytest.mark.parametrize(("name", "value"), cases(NOTED.items(), 5))
 def test_a_setting_that_is_changed_on_purpose_is_printed(
     tmp_path, data, first, capsys, name, value
 ):
