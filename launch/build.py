@@ -2,7 +2,6 @@
 any of them: FP8, tensor parallelism, activation checkpointing, compilation, data parallelism."""
 
 import dataclasses
-import json
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from launch.config import Config, Float8, Model
 from launch.data import IGNORE
 from launch.distributed import DistContext
 from launch.exit_codes import ConfigError
+from launch.files import read_json
 from launch.tokenizer import Tokenizer
 from launch.toml_config import typed
 from parallel.activation_checkpoint import checkpoint_blocks
@@ -153,19 +153,25 @@ def model_config(config: Config, tokenizer: Tokenizer | None) -> Any:
 def _read_model_file(path: Path, config_class: type) -> dict[str, Any]:
     """The fields of a model.config file, their types checked but not their values."""
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_json(path)
     except OSError as error:
         raise ConfigError(f"model.config {path}: {error.strerror}.") from None
     except ValueError as error:
         raise ConfigError(f"model.config {path} is not JSON: {error}.") from None
+    check_field_types(fields, config_class, f"model.config {path}")
+    return fields
+
+
+def check_field_types(fields: Any, config_class: type, where: str) -> None:
+    """Raise ConfigError, with `where`, if `fields` is no JSON object, or one of them has another
+    type than in a model's config."""
     if not isinstance(fields, dict):
-        raise ConfigError(f"model.config {path} is not a JSON object of model fields.")
+        raise ConfigError(f"{where} is not a JSON object of model fields.")
     hints = typing.get_type_hints(config_class)
     for name, value in fields.items():
         is_null = value is None and type(None) in typing.get_args(hints.get(name))
         if name in hints and not is_null:
-            typed(value, hints[name], f"model.config {path}: {name}")
-    return fields
+            typed(value, hints[name], f"{where}: {name}")
 
 
 def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:

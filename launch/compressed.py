@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from launch.exit_codes import DataError
+from launch.files import open_regular
 
 _BLOCK = 1 << 20
 
@@ -17,12 +18,16 @@ class Damaged(Exception):  # noqa: N818 (the caller says where, and raises a Dat
 
 def is_compressed(path: Path) -> bool:
     """By its name. Archives are not: what is inside is files."""
-    return path.suffix in (".gz", ".zst") and Path(path.stem).suffix != ".tar"
+    return _suffix(path) in (".gz", ".zst") and _suffix(Path(path.stem)) != ".tar"
 
 
 def plain_suffix(path: Path) -> str:
-    """The suffix without that of the compression: .jsonl of text.jsonl.gz."""
-    return Path(path.stem).suffix if is_compressed(path) else path.suffix
+    """The suffix without that of the compression, in lower case: .jsonl of TEXT.JSONL.gz."""
+    return _suffix(Path(path.stem) if is_compressed(path) else path)
+
+
+def _suffix(path: Path) -> str:
+    return path.suffix.lower()
 
 
 def read_blocks(path: Path) -> Iterator[tuple[bytes, int]]:
@@ -33,10 +38,10 @@ def read_blocks(path: Path) -> Iterator[tuple[bytes, int]]:
         DataError: it is .zst, and the package to read it is not installed.
     """
     try:
-        with path.open("rb", buffering=0) as file:
+        with open_regular(path) as file:
             if not is_compressed(path):
                 blocks = iter(lambda: file.read(_BLOCK), b"")
-            elif path.suffix == ".gz":
+            elif _suffix(path) == ".gz":
                 blocks = _gzip_blocks(file)
             else:
                 blocks = _zstandard_blocks(file, path)

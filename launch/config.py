@@ -6,8 +6,10 @@ follow torchtitan and flame.
 
 import contextlib
 import dataclasses
+import errno
 import io
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +81,9 @@ class Data:
     folders: tuple[tuple[str, float], ...] = ()
     """Several folders, each with its share of the samples: a weight of any scale. On the command
     line: --data.folders data/code 0.7 data/books 0.3."""
+    verify: bool = False
+    """Check the digests of all files before the first step. False: of files with more than 2^28
+    tokens, each block when it is first read."""
 
 
 @dataclass(kw_only=True)
@@ -196,6 +201,9 @@ class Checkpoint:
     resume: str = "auto"
     """auto: the newest valid checkpoint, else from scratch. never. must: fail if there is none.
     PATH: that step folder."""
+    allow_changes: bool = False
+    """Resume though model, data, tokenizer or another fixed setting is not that of the checkpoint
+    (docs/training.md lists them). False: such a checkpoint is refused."""
 
 
 @dataclass(kw_only=True)
@@ -380,6 +388,16 @@ _AT_LEAST = {
     ),
 }
 
+_PATHS = (
+    "job.config_file",
+    "job.dump_folder",
+    "model.config",
+    "data.folder",
+    "data.folders",
+    "checkpoint.folder",
+    "checkpoint.resume",
+)
+
 
 def _check(config: Config) -> None:
     """Raise ConfigError for values that are wrong for any number of processes."""
@@ -425,7 +443,10 @@ def _check(config: Config) -> None:
     )
     for name, value in _leaves(dataclasses.asdict(config), ""):
         if isinstance(value, str):
-            check_text(name, value)
+            check = check_path if name in _PATHS else check_text
+            check(name, value)
+        if type(value) is int and not -(1 << 63) <= value < 1 << 63:
+            raise ConfigError(f"{name} is {value}: it must be below 2^63.")
     _check_float8(config.float8)
     _check_data(config)
 
@@ -497,6 +518,22 @@ def check_text(name: str, text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise ConfigError(f"{name} {text!r} is not UTF-8: give text in that encoding.") from None
+
+
+def check_path(name: str, path: Path | str | None) -> None:
+    """Raise ConfigError if `path` cannot be one: it is too long, has a NUL byte, or bytes that are
+    not UTF-8."""
+    check_text(name, str(path))
+    if "\0" in str(path):
+        raise ConfigError(f"{name} {str(path)!r} has a NUL byte, which no path can have.")
+    try:
+        os.lstat(str(path))
+    except OSError as error:
+        # Others are for those who read or write it.
+        if error.errno == errno.ENAMETOOLONG:
+            raise ConfigError(
+                f"{name} {str(path)[:40]}... is too long for a path: {len(str(path))} characters."
+            ) from None
 
 
 def check_sampling(prefix: str, max_new_tokens: int, temperature: float, top_k: int) -> None:

@@ -25,14 +25,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from launch.build import get_family
 from launch.checkpoint.manifest import seal_file, tensor_file
+from launch.checkpoint.saved_run import SavedRun
 from launch.checkpoint.store import CheckpointStore, open_checkpoint
-from launch.config import check_text
-from launch.exit_codes import CheckpointError, ConfigError, UserError
+from launch.command_line import parse
+from launch.config import check_path
+from launch.exit_codes import ConfigError, UserError
+from launch.files import remove_leftovers, staging_folder
 from launch.hf_folder import open_folder, tokenizer_files
-from launch.optimizer import check_model_tensors
-from launch.tokenizer import tokenizer_from_spec
 
 _SIZE = re.compile(r"([1-9]\d*)(KB|MB|GB)")
 # Of a file of weights in a checkpoint that is imported; so much is in memory at a time.
@@ -75,24 +75,17 @@ def export_checkpoint(
     """
     limit = _bytes(max_shard_size)
     _check_absent(output)
-    found = open_checkpoint(checkpoint)
-    saved = found.state()
-    # Older checkpoints do not name their family.
-    family = get_family(saved.get("family", "tnl"))
-    try:
-        config = family.config_class(**saved["model"])
-        with torch.device("meta"):
-            model = family.build(config)
-        stored = found.open("model")
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{found.path} cannot be read: {error}.") from None
-    check_model_tensors(model.state_dict(), stored)
+    check_path("checkpoint", checkpoint)
+    saved = SavedRun.read(open_checkpoint(checkpoint))
+    family, config, stored = saved.family, saved.shape, saved.weights()
+    with torch.device("meta"):
+        model = family.build(config)
 
     files = family.hf_files(config, dtype)
     generation: dict[str, int] = {}
-    if saved["tokenizer"] is not None:
-        files |= tokenizer_files(saved["tokenizer"])
-        tokenizer = tokenizer_from_spec(saved["tokenizer"])
+    if saved.tokenizer is not None:
+        tokenizer = saved.tokenizer
+        files |= tokenizer_files(tokenizer.spec())
         # A tokenizer without a token for padding: transformers pads with the one that ends a text.
         pad_id = tokenizer.eod_id if tokenizer.pad_id is None else tokenizer.pad_id
         generation = {
@@ -134,6 +127,7 @@ def import_folder(folder: Path, output: Path) -> Path:
         ConfigError: `output` exists or cannot be written.
     """
     _check_absent(output)
+    check_path("input", folder)
     source = open_folder(folder)
     config = source.layout.config
     fields = dataclasses.asdict(config)
@@ -193,7 +187,7 @@ def _write_tensors(
 
 
 def _check_absent(output: Path) -> None:
-    check_text("output", str(output))
+    check_path("output", output)
     # True for a dangling link too: nothing could be renamed onto it.
     if os.path.lexists(output):
         raise ConfigError(f"{output} exists already: choose another output folder or remove it.")
@@ -202,7 +196,8 @@ def _check_absent(output: Path) -> None:
 @contextlib.contextmanager
 def _staged(output: Path) -> Iterator[Path]:
     """A folder beside `output` that is renamed to it, or removed if anything fails."""
-    staging = output.parent / f".{output.name}-{os.getpid()}"
+    staging = staging_folder(output)
+    remove_leftovers(output)
     try:
         staging.mkdir(parents=True)
         yield staging
@@ -231,13 +226,13 @@ Arguments = (
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; return the exit code."""
-    arguments: Any = tyro.cli(
-        Arguments,
-        args=argv,
-        prog="launch/convert.py",
-        description="Exchange weights with Hugging Face folders.",
-    )
     try:
+        arguments: Any = parse(
+            Arguments,
+            argv,
+            "launch/convert.py",
+            description="Exchange weights with Hugging Face folders.",
+        )
         if isinstance(arguments, Export):
             export_checkpoint(
                 arguments.checkpoint,

@@ -9,8 +9,8 @@ whatever the number of ranks before and after.
 import dataclasses
 import functools
 import hashlib
-import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 
 from lasp import SequenceShard
+from launch.data_digests import FileDigests, check_meta
 from launch.exit_codes import DataError
+from launch.files import is_folder, read_json
 from launch.indexed_dataset import IndexedTokens
 from launch.tokenizer import Tokenizer, tokenizer_from_spec
 
 IGNORE = -100
-# Larger files are checked against the vocabulary as batches are read, not at the start.
+# Larger files are checked against vocabulary and digests as batches are read, not at the start.
 SCAN_AT_OPEN = 1 << 28
 # Random tokens are drawn in blocks, so that a segment of a long sample can be drawn by itself.
 _RANDOM_BLOCK = 1 << 16
@@ -146,6 +148,10 @@ class TokenSource(Protocol):
     def identity(self) -> list[Any]:
         """What `order` depends on besides its arguments, as JSON."""
 
+    @property
+    def content(self) -> list[dict[str, Any]]:
+        """What tells the tokens of each folder from others, as JSON; wherever the folder lies."""
+
 
 class _SingleSource:
     """The order of samples that are all alike."""
@@ -168,6 +174,8 @@ class IndexedSource(_SingleSource):
 
     Args:
         flag: what the program calls seq_len, for its error message.
+        digests: of the files, by name.
+        verify: check all of a large file now; one of up to 2^28 tokens always is.
     """
 
     def __init__(
@@ -177,8 +185,10 @@ class IndexedSource(_SingleSource):
         vocab_size: int,
         bytes_per_token: float | None = None,
         flag: str = "training.seq_len",
+        digests: Mapping[str, FileDigests] | None = None,
+        verify: bool = False,
     ) -> None:
-        self._file = IndexedTokens(prefix)
+        self._file = IndexedTokens(prefix, digests)
         self._seq_len = seq_len
         self._vocab_size = vocab_size
         self.bytes_per_token = bytes_per_token
@@ -191,15 +201,22 @@ class IndexedSource(_SingleSource):
                 f"{self._file.path} has {len(self._file)} tokens: one sequence needs "
                 f"{flag} + 1 = {seq_len + 1}; add data or lower {flag}{spare}."
             )
+        # Reading checks the digests.
         if len(self._file) <= SCAN_AT_OPEN:
             self._file.check_vocabulary(vocab_size)
+        elif verify:
+            self._file.check_all()
 
     def sample(self, index: int, start: int, stop: int) -> np.ndarray:
         origin = index * self._seq_len
         first, last = origin + start, origin + stop + 1
         if len(self._file) > SCAN_AT_OPEN:
             self._file.check_vocabulary(self._vocab_size, first, last)
-        return self._file.tokens[first:last].astype(np.int64)
+        return self._file.read(first, last).astype(np.int64)
+
+    @property
+    def content(self) -> list[dict[str, Any]]:
+        return [self._file.content]
 
     def document_starts(self, index: int, start: int, stop: int) -> np.ndarray:
         origin = index * self._seq_len
@@ -231,6 +248,10 @@ class RandomSource(_SingleSource):
     def document_starts(self, index: int, start: int, stop: int) -> np.ndarray:
         return np.empty(0, np.int64)
 
+    @property
+    def content(self) -> list[dict[str, Any]]:
+        return [{"random": [self._vocab_size, self._seed]}]
+
 
 class DataFolder:
     """The output of prepare_data: train and val files, and meta.json.
@@ -241,12 +262,14 @@ class DataFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.meta: dict[str, Any] = {}
+        self._digests: dict[str, FileDigests] = {}
         path = folder / "meta.json"
-        if not folder.is_dir():
+        if not is_folder(folder):
             raise DataError(f"data.folder {folder} is missing: run launch/prepare_data.py.")
-        if path.is_file():
+        if os.path.lexists(path):
             try:
-                self.meta = json.loads(path.read_text(encoding="utf-8"))
+                self.meta = read_json(path)
+                self._digests = check_meta(self.meta)
                 # Catches the tokenizer's DataError too, and adds the file's name.
                 self.tokenizer: Tokenizer | None = tokenizer_from_spec(self.meta["tokenizer"])
             except (OSError, ValueError, KeyError, TypeError) as error:
@@ -256,7 +279,13 @@ class DataFolder:
             self.tokenizer = None
 
     def source(
-        self, split: str, seq_len: int, vocab_size: int, *, flag: str = "training.seq_len"
+        self,
+        split: str,
+        seq_len: int,
+        vocab_size: int,
+        *,
+        flag: str = "training.seq_len",
+        verify: bool = False,
     ) -> IndexedSource:
         """The samples of "train" or "val"; see `IndexedSource`."""
         about = self.meta.get(split, {})
@@ -264,12 +293,13 @@ class DataFolder:
             # Without these numbers, bits per byte are left out.
             known = about.get("bytes") and about.get("tokens")
             ratio = about["bytes"] / about["tokens"] if known else None
-        except (AttributeError, TypeError):
+        except (AttributeError, TypeError, ArithmeticError):
             raise DataError(
                 f"{self.folder / 'meta.json'} is damaged ({split!r} is {about!r}): prepare the "
                 "data again."
             ) from None
-        return IndexedSource(self.folder / split, seq_len, vocab_size, ratio, flag)
+        prefix = self.folder / split
+        return IndexedSource(prefix, seq_len, vocab_size, ratio, flag, self._digests, verify)
 
 
 def folder_facts(folder: Path, splits: Sequence[str]) -> dict[str, Any]:

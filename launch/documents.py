@@ -1,26 +1,30 @@
-"""The documents of text, .jsonl and .parquet files, each of which may be compressed or large.
+"""The documents of text, .jsonl, .json and .parquet files, which may be compressed or large.
 
 `read_chunks` divides the files into chunks of about a megabyte, which is quick: a chunk of text
 files is their names, one of .jsonl a number of lines as bytes. `Chunk.documents` does the rest,
 in another process where there are several. Memory is bounded by chunks and the longest document.
 """
 
-import json
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from launch.compressed import Damaged, is_compressed, plain_suffix, read_blocks
 from launch.exit_codes import DataError
+from launch.files import is_file, is_folder, parse_json
 
 _CHUNK = 1 << 20
 _SKIPPED_FOLDERS = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 )
 _BOM = "\ufeff"
+# An object per line: names that others have for .jsonl.
+_LINES = (".jsonl", ".jsonlines", ".ndjson")
+# A .json file with a list is held in memory.
+_LIST_LIMIT = 1 << 30
 
 
 class Chunk(Protocol):
@@ -85,22 +89,43 @@ class JsonLines:
 
     def _document(self, line: str, row: int) -> str:
         try:
-            document = json.loads(line)[self.field]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            document = None
-        if not isinstance(document, str):
-            raise DataError(
-                f'{self.path}, line {row}: not a JSON object with a string "{self.field}" '
-                "(--text-field names another field)."
-            )
-        try:
-            document.encode("utf-8")
-        except UnicodeEncodeError:
-            raise DataError(
-                f'{self.path}, line {row}: "{self.field}" holds half of a surrogate pair (\\ud800 '
-                "to \\udfff alone), which is not a character: repair or remove it."
-            ) from None
-        return document
+            # Python writes NaN in other fields.
+            content = parse_json(line, allow_nan=True)
+        except ValueError:
+            content = None
+        return _text_of(content, self.field, f"{self.path}, line {row}")
+
+
+@dataclass(frozen=True)
+class ListItems:
+    """The text of items of a .json file that holds a list; item `first_row` is the first."""
+
+    name: str
+    first_row: int
+    texts: list[str]
+    size: int
+
+    def documents(self, skipped: list[str]) -> Iterator[tuple[str, str]]:
+        for row, text in enumerate(self.texts, self.first_row):
+            if text:
+                yield f"{self.name}:{row}", text
+
+
+def _text_of(content: Any, field: str, where: str) -> str:
+    document = content.get(field) if isinstance(content, dict) else None
+    if not isinstance(document, str):
+        raise DataError(
+            f'{where}: not a JSON object with a string "{field}" (--text-field names another '
+            "field)."
+        )
+    try:
+        document.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(
+            f'{where}: "{field}" holds half of a surrogate pair (\\ud800 to \\udfff alone), which '
+            "is not a character: repair or remove it."
+        ) from None
+    return document
 
 
 @dataclass(frozen=True)
@@ -148,8 +173,10 @@ def read_chunks(files: Iterable[tuple[str, Path]], field: str = "text") -> Itera
         if waiting:
             yield TextFiles(waiting, size)
             waiting, size = [], 0
-        if plain_suffix(path) == ".jsonl":
+        if plain_suffix(path) in _LINES:
             yield from _read_lines(name, path, field)
+        elif plain_suffix(path) == ".json":
+            yield from _read_json(name, path, field)
         elif has_rows(path):
             yield from _read_rows(name, path, field)
     if waiting:
@@ -178,6 +205,57 @@ def _read_lines(name: str, path: Path, field: str) -> Iterator[JsonLines]:
         raise DataError(f"{path}, after line {complete}: {error}.") from None
     if any(parts):
         yield JsonLines(name, path, field, row, b"".join(parts), done - before)
+
+
+def _read_json(name: str, path: Path, field: str) -> Iterator[JsonLines | ListItems]:
+    """A .json file holds a list of objects, or, as .jsonl, one per line."""
+    start = b""
+    try:
+        for block, _ in read_blocks(path):
+            start += block
+            if start.removeprefix(_BOM.encode()).strip():
+                break
+        start = start.removeprefix(_BOM.encode()).lstrip()
+        if start[:1] == b"[":
+            yield from _read_list(name, path, field)
+            return
+    except Damaged as error:
+        raise DataError(f"input {path} cannot be read: {error}.") from None
+    try:
+        line = start.partition(b"\n")[0]
+        is_line = not start or isinstance(parse_json(line, allow_nan=True), dict)
+    except ValueError:
+        is_line = len(start) >= _CHUNK and b"\n" not in start
+    if not is_line:
+        raise DataError(
+            f"{path} holds neither a list of objects nor one object per line: convert it to .jsonl,"
+            " or name it .txt to train on its text as it is."
+        )
+    yield from _read_lines(name, path, field)
+
+
+def _read_list(name: str, path: Path, field: str) -> Iterator[ListItems]:
+    content = bytearray()
+    for block, _ in read_blocks(path):
+        content += block
+        if len(content) > _LIST_LIMIT:
+            raise DataError(
+                f"{path} holds a list of more than {_LIST_LIMIT:,} bytes, which would have to be "
+                "in memory: convert it to .jsonl, one object per line."
+            )
+    try:
+        items = parse_json(content.decode("utf-8-sig"), allow_nan=True)
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON in UTF-8: {error}.") from None
+    row, held = 1, 0
+    texts: list[str] = []
+    for number, item in enumerate(items, 1):
+        texts.append(_text_of(item, field, f"{path}, item {number}"))
+        held += len(texts[-1])
+        if held >= _CHUNK or number == len(items):
+            size = file_size(path) * len(texts) // len(items)
+            yield ListItems(name, row, texts, size)
+            row, held, texts = number + 1, 0, []
 
 
 def _read_rows(name: str, path: Path, field: str) -> Iterator[Rows]:
@@ -233,7 +311,7 @@ def _rows_per_chunk(file, field: str) -> int:
 
 def has_rows(path: Path) -> bool:
     """Whether a file may hold several documents."""
-    return plain_suffix(path) in (".jsonl", ".parquet")
+    return plain_suffix(path) in (*_LINES, ".json", ".parquet")
 
 
 def file_size(path: Path) -> int:
@@ -254,16 +332,26 @@ def standard_library() -> list[tuple[str, Path]]:
 
 
 def find_files(inputs: list[Path]) -> list[tuple[str, Path]]:
-    """Name and path of each file of the inputs, which are files and folders."""
+    """Name and path of each file of the inputs, which are files and folders.
+
+    Raises:
+        DataError: an input is neither, or a folder holds something else than files and folders.
+    """
     files: list[tuple[str, Path]] = []
     for path in inputs:
-        if path.is_dir():
+        if is_folder(path):
             inside = _walk(path, None)
             files += [(f"{path.name}/{each.relative_to(path).as_posix()}", each) for each in inside]
-        elif path.is_file():
+        elif is_file(path):
             files.append((path.name, path))
         else:
-            raise DataError(f"input {path} is neither a file nor a folder.")
+            raise DataError(f"input {str(path)!r} is neither a file nor a folder.")
+    for _, path in files:
+        # A link that leads nowhere is left to the reader, which says so.
+        if os.path.exists(path) and not is_file(path):
+            raise DataError(f"input {path} is not a regular file: remove it from the folder.")
+        if plain_suffix(path) == ".tar":
+            raise DataError(f"input {path} is an archive: unpack it into a folder.")
     return _unique(files)
 
 

@@ -9,8 +9,6 @@ or data that do not fit the checkpoint; 74 the results could not be written; 1 a
 a traceback.
 """
 
-import contextlib
-import io
 import os
 import sys
 import time
@@ -20,12 +18,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 
 from lasp import SequenceShard
 from launch.build import autocast_dtype
+from launch.checkpoint.saved_run import SavedRun
 from launch.checkpoint.store import Checkpoint, open_checkpoint
-from launch.config import Config, check_text
+from launch.command_line import parse as parse_arguments
+from launch.config import Config, check_path
 from launch.data import DataFolder, IndexedSource, Segments
 from launch.distributed import (
     DistContext,
@@ -37,7 +36,7 @@ from launch.distributed import (
 from launch.evaluation.loss import LossTask, check_samples, loss_by_position
 from launch.evaluation.recall import RecallCounts, RecallTask, gaps_up_to, recall_by_gap
 from launch.evaluation.report import Progress, Report, check_output
-from launch.evaluation.setup import Evaluated, SavedRun, load
+from launch.evaluation.setup import Evaluated, load
 from launch.exit_codes import (
     DISK_FAILED,
     ConfigError,
@@ -45,6 +44,7 @@ from launch.exit_codes import (
     NonFiniteError,
     UserError,
 )
+from launch.files import is_folder
 from launch.metrics import loss_metrics
 from launch.rendezvous import settings
 
@@ -105,15 +105,7 @@ class Arguments:
 def parse(argv: list[str]) -> Arguments:
     """The arguments of a command line. Raises ConfigError for what no checkpoint could be evaluated
     with."""
-    captured = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(captured):
-            arguments = tyro.cli(Arguments, args=argv, prog="launch/evaluate.py")
-    except SystemExit as stop:
-        # --help ends here too, with code 0 and its text on stdout.
-        if not stop.code:
-            raise
-        raise ConfigError(f"invalid command line.\n{captured.getvalue().rstrip()}") from None
+    arguments: Arguments = parse_arguments(Arguments, argv, "launch/evaluate.py")
     recall = arguments.recall
     for name, value, minimum in (
         ("seq-len", arguments.seq_len, 1),
@@ -128,7 +120,7 @@ def parse(argv: list[str]) -> Arguments:
         if value is not None and not minimum <= value < 1 << 63:
             raise ConfigError(f"--{name} is {value}: it must be at least {minimum}, below 2^63.")
     for name in ("checkpoint", "data", "output"):
-        check_text(f"--{name}", str(getattr(arguments, name)))
+        check_path(f"--{name}", getattr(arguments, name))
     if arguments.task == "loss" and arguments.data is None:
         raise ConfigError("--task loss needs --data, a folder that launch/prepare_data.py wrote.")
     if arguments.task == "recall":
@@ -204,7 +196,7 @@ def complete(config: Config, arguments: Arguments, saved: SavedRun) -> None:
 def open_source(arguments: Arguments, config: Config, saved: SavedRun) -> IndexedSource:
     """The samples to evaluate. Raises DataError if they are not of the checkpoint's tokenizer."""
     assert arguments.data is not None
-    if not arguments.data.is_dir():
+    if not is_folder(arguments.data):
         raise DataError(f"--data {arguments.data} is no folder: give one of prepare_data.py.")
     folder = DataFolder(arguments.data)
     if folder.tokenizer is not None:

@@ -22,16 +22,17 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import tyro
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from launch.build import ModelFamily, get_family
+from launch.build import ModelFamily
+from launch.checkpoint.saved_run import SavedRun
 from launch.checkpoint.store import open_checkpoint
-from launch.config import check_sampling, check_text
+from launch.command_line import parse
+from launch.config import check_path, check_sampling, check_text
 from launch.exit_codes import CheckpointError, ConfigError, DataError, UserError
-from launch.optimizer import load_model_tensors
-from launch.tokenizer import Tokenizer, tokenizer_from_spec
+from launch.files import parse_json, read_text
+from launch.tokenizer import Tokenizer
 from parallel.compile import compile_blocks
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -45,7 +46,7 @@ class Arguments:
     """A step folder, or the folder of a run's checkpoints (its newest valid one is taken)."""
     prompt: str = "def "
     prompts: Path | None = None
-    """A file instead: of .jsonl, the "prompt" of each line; else its whole text is one prompt."""
+    """A file instead: of .jsonl, the "prompt" of each line; else its text is one prompt."""
     max_new_tokens: int = 200
     temperature: float = 0.8
     """0: always the most likely token."""
@@ -72,19 +73,17 @@ class Arguments:
 
 def load_model(path: Path, device: torch.device) -> tuple[nn.Module, ModelFamily, Tokenizer]:
     """The model of a checkpoint, its family, and its tokenizer. Raises CheckpointError."""
-    found = open_checkpoint(path)
-    state = found.state()
-    if state["tokenizer"] is None:
+    saved = SavedRun.read(open_checkpoint(path))
+    if saved.tokenizer is None:
         raise CheckpointError(
-            f"{found.path} was trained on random tokens, without a tokenizer: there is no text to "
-            "continue."
+            f"{saved.checkpoint.path} was trained on random tokens, without a tokenizer: there is "
+            "no text to continue."
         )
-    # Older checkpoints do not name their family.
-    family = get_family(state.get("family", "tnl"))
+    saved.weights()
     with device:
-        model = family.build(family.config_class(**state["model"]))
-    load_model_tensors(model, found.open("model"))
-    return model.eval(), family, tokenizer_from_spec(state["tokenizer"])
+        model = saved.family.build(saved.shape)
+    saved.load_weights(model)
+    return model.eval(), saved.family, saved.tokenizer
 
 
 class TextStream:
@@ -196,8 +195,8 @@ def _gpus() -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; return the exit code."""
-    arguments = tyro.cli(Arguments, args=argv, prog="launch/generate.py")
     try:
+        arguments = parse(Arguments, argv, "launch/generate.py")
         _check(arguments)
         with _ranks(arguments) as (device, group, tensor_mesh):
             _run(arguments, device, group, tensor_mesh)
@@ -209,6 +208,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _check(arguments: Arguments) -> None:
     check_text("prompt", arguments.prompt)
+    check_path("checkpoint", arguments.checkpoint)
+    check_path("prompts", arguments.prompts)
     check_sampling("", arguments.max_new_tokens, arguments.temperature, arguments.top_k)
     if not 0 < arguments.top_p <= 1:
         raise ConfigError(f"top_p is {arguments.top_p}: it must be in 0 < top_p <= 1.")
@@ -305,17 +306,23 @@ def _prompts(arguments: Arguments) -> list[str]:
     if path is None:
         return [arguments.prompt]
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"prompts {path} cannot be read as UTF-8 text: {error}.") from None
-    if path.suffix != ".jsonl":
+    kind = path.suffix.lower()
+    if kind == ".json":
+        raise DataError(
+            f"prompts {path} is .json: give .jsonl with an object per line, or a .txt whose text "
+            "is the prompt."
+        )
+    if kind not in (".jsonl", ".jsonlines", ".ndjson"):
         return [text]
     prompts = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            prompt = json.loads(line)["prompt"]
+            prompt = parse_json(line, allow_nan=True)["prompt"]
         except (ValueError, KeyError, TypeError):
             prompt = None
         if not isinstance(prompt, str):

@@ -21,6 +21,7 @@ from torch import Tensor
 from launch.build import FAMILIES, ModelFamily
 from launch.checkpoint.shards import StoredTensor, TensorFiles
 from launch.exit_codes import CheckpointError, DataError
+from launch.files import is_file, is_folder, read_json
 from launch.tokenizer import ByteTokenizer, Tokenizer, tokenizer_from_spec
 
 # In the order of preference, which is that of transformers. An index lists the files of a model
@@ -66,7 +67,7 @@ def open_folder(path: Path) -> HFFolder:
             that is not supported; tensors that are missing, unexpected or of another shape or
             dtype.
     """
-    if not path.is_dir():
+    if not is_folder(path):
         raise CheckpointError(f"{path} is not a folder: give one with a config.json and weights.")
     config_path = path / "config.json"
     values = _read_json(config_path)
@@ -102,7 +103,7 @@ def _find_layout(path: Path, values: dict[str, Any]) -> tuple[str, Any]:
             layout = family.hf_layout(values)
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from None
-        except (TypeError, AttributeError) as error:
+        except (TypeError, AttributeError, ArithmeticError) as error:
             raise CheckpointError(
                 f"{path} has a field of another type than a model's config has ({error}): copy or "
                 "download it again."
@@ -117,12 +118,12 @@ def _find_layout(path: Path, values: dict[str, Any]) -> tuple[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path, allow_nan=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing.") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}.") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} is not a JSON object.")
@@ -131,7 +132,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _open_tensors(folder: Path) -> dict[str, Tensor | StoredTensor]:
     """The tensors of all weight files by name, none of them read."""
-    first = next((folder / name for name in _WEIGHT_FILES if (folder / name).exists()), None)
+    first = next((folder / name for name in _WEIGHT_FILES if is_file(folder / name)), None)
     if first is None:
         raise CheckpointError(f"{folder} has no weights: none of {', '.join(_WEIGHT_FILES)}.")
     index: dict[str, str] = {}
@@ -160,7 +161,7 @@ def _read_index(path: Path) -> dict[str, str]:
     for name, file in index.items():
         if not isinstance(file, str) or Path(file).name != file:
             raise CheckpointError(f"{path} puts {name} into {file!r}, which is no file beside it.")
-        if not (path.parent / file).is_file():
+        if not is_file(path.parent / file):
             raise CheckpointError(f"{path.parent / file} is missing, but {path} names it.")
     return index
 

@@ -22,6 +22,7 @@ import torch
 
 from launch.config import Config
 from launch.exit_codes import ConfigError
+from launch.files import parse_json
 
 # Dense bfloat16, in FLOP/s, by a part of the device's name.
 _PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}
@@ -247,18 +248,17 @@ def moving_average(values: list[float], window: int) -> list[float]:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl, one per step, ascending. Of a step that was taken again, the
-    last; lines that are not complete are left out."""
+    last; lines that are incomplete or none of this code's are left out."""
     records: dict[int, dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
+            record = parse_json(line, allow_nan=True)
+        except ValueError:
             continue
-        if (
-            isinstance(record, dict)
-            and type(record.get("step")) is int
-            and isinstance(record.get("loss"), int | float)
-        ):
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            continue
+        losses = (record.get("loss"), record.get("val_loss", 0.0))
+        if all(type(each) in (int, float) for each in losses):
             records[record["step"]] = record
     return [records[step] for step in sorted(records)]
 

@@ -140,6 +140,11 @@ class MixedSource:
         pairs = zip(sizes, self._shares.weights, strict=True)
         return [self.num_samples, *([size, weight] for size, weight in pairs)]
 
+    @property
+    def content(self) -> list[dict[str, Any]]:
+        """What tells the tokens of each folder from others, as JSON."""
+        return [each for source in self._sources for each in source.content]
+
 
 @dataclass(frozen=True)
 class DataMixture:
@@ -156,9 +161,13 @@ class DataMixture:
     def tokenizer(self) -> Tokenizer | None:
         return self.folders[0].tokenizer
 
-    def source(self, split: str, seq_len: int, vocab_size: int) -> IndexedSource | MixedSource:
-        """The samples of "train" or "val"."""
-        sources = [folder.source(split, seq_len, vocab_size) for folder in self.folders]
+    def source(
+        self, split: str, seq_len: int, vocab_size: int, *, verify: bool = False
+    ) -> IndexedSource | MixedSource:
+        """The samples of "train" or "val"; with `verify`, all of a large file is checked now."""
+        sources = [
+            folder.source(split, seq_len, vocab_size, verify=verify) for folder in self.folders
+        ]
         return sources[0] if len(sources) == 1 else MixedSource(sources, self.weights)
 
 

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tyro
-
-from launch.config import STANDARD_LIBRARY_FOLDER
+from launch.command_line import parse
+from launch.config import STANDARD_LIBRARY_FOLDER, check_path
+from launch.data_digests import seal_meta
 from launch.documents import file_size, find_files, has_rows, read_chunks, standard_library
 from launch.encode import Encoder, HeldOut, hash_of
 from launch.exit_codes import DataError, UserError
+from launch.files import remove_leftovers, staging_folder
 from launch.indexed_dataset import IndexedWriter, token_dtype
 from launch.progress import progress
 from launch.tokenizer import ByteTokenizer, Tokenizer, train_bpe
@@ -44,8 +45,8 @@ class Arguments:
     output: Path = Path(STANDARD_LIBRARY_FOLDER)
     """Folder to create; it must not exist."""
     input: tuple[Path, ...] = ()
-    """Text files, .jsonl and .parquet files with a field of text, or folders of them. Text and
-    .jsonl may be compressed (.gz, .zst). None: the standard library of this Python."""
+    """Text files, .jsonl, .json and .parquet files with a field of text, or folders of them. All
+    but .parquet may be compressed (.gz, .zst). None: the standard library of this Python."""
     text_field: str = "text"
     """The field of .jsonl and column of .parquet files that holds the text."""
     tokenizer: str = "byte"
@@ -108,18 +109,19 @@ def prepare(
         coder = work.train_bpe(vocab_size)
     else:
         coder = read_tokenizer(Path(tokenizer), eod_token, pad_token)
-    staging = output.parent / f".{output.name}-{os.getpid()}"
+    staging = staging_folder(output)
+    remove_leftovers(output)
     try:
         about = work.write(staging, coder)
         meta: dict[str, Any] = {
-            "format": 1,
+            "format": 2,
             "tokenizer": coder.spec(),
             "vocab_size": coder.vocab_size,
             "eod_id": coder.eod_id,
             "pad_id": coder.pad_id,
             **about,
         }
-        (staging / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        (staging / "meta.json").write_text(json.dumps(seal_meta(meta)), encoding="utf-8")
         os.rename(staging, output)
     except OSError as error:
         raise DataError(f"{output} cannot be written: {error}.") from None
@@ -204,9 +206,12 @@ class _Preparation:
                 about[split]["documents"] += len(part.lengths)
                 about[split]["tokens"] += len(part.tokens)
                 about[split]["bytes"] += part.num_bytes
-        for writer in writers.values():
-            writer.close()
-        return {"skipped": skipped, **about}
+        files = {
+            name: digests.to_json()
+            for writer in writers.values()
+            for name, digests in writer.close().items()
+        }
+        return {"skipped": skipped, **about, "files": files}
 
     def _is_right(self, seen: HeldOut) -> bool:
         """Whether the pass that has `seen` all names had the right threshold; sets it."""
@@ -221,11 +226,13 @@ class _Preparation:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; return the exit code."""
-    arguments = tyro.cli(Arguments, args=argv, prog="launch/prepare_data.py")
-    if arguments == Arguments() and arguments.output.exists():
-        print(f"{arguments.output} exists already")
-        return 0
     try:
+        arguments = parse(Arguments, argv, "launch/prepare_data.py")
+        if arguments == Arguments() and arguments.output.exists():
+            print(f"{arguments.output} exists already")
+            return 0
+        for name in ("output", "tokenizer"):
+            check_path(f"--{name}", getattr(arguments, name))
         folder = prepare(
             arguments.output,
             list(arguments.input),

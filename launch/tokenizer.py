@@ -294,7 +294,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
 
 def tokenizer_from_spec(spec: dict[str, Any]) -> Tokenizer:
     """The tokenizer that `spec` describes. Raises DataError for an unknown or damaged spec."""
-    kind = spec.get("kind") if isinstance(spec, dict) else spec
+    if not isinstance(spec, dict):
+        raise DataError(f"the tokenizer's description is {str(spec)[:40]!r}, not a JSON object.")
+    kind = spec.get("kind")
     if kind == "byte":
         return ByteTokenizer()
     if kind == "file":

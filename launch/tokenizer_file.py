@@ -1,11 +1,12 @@
 """A tokenizer from a `tokenizer.json` of the tokenizers package, and which of its special tokens
 ends a document and which one pads."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from launch.data_digests import check_meta
 from launch.exit_codes import DataError
+from launch.files import is_file, is_folder, parse_json, read_json, read_text
 from launch.tokenizer import (
     FileTokenizer,
     Tokenizer,
@@ -50,11 +51,11 @@ def read_tokenizer(
         DataError: the file is missing or damaged, has no such special tokens, or it is not clear
             which one ends documents.
     """
-    if path.is_dir() and (path / "meta.json").is_file():
+    if is_file(path / "meta.json"):
         return _prepared(path / "meta.json", eod_token, pad_token)
-    file = path / "tokenizer.json" if path.is_dir() else path
+    file = path / "tokenizer.json" if is_folder(path) else path
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file)
     except OSError as error:
         raise DataError(
             f"tokenizer {path} cannot be read ({error.strerror}): give byte, bpe, a "
@@ -82,9 +83,11 @@ def read_tokenizer(
     elif pad_token not in special:
         raise DataError(_explain(file, pad_token, "pads", "--pad-token", special))
     try:
-        return FileTokenizer(json.loads(text), eod_token, pad_token)
+        return FileTokenizer(parse_json(text), eod_token, pad_token)
     except DataError as error:
         raise DataError(f"{file}: {error}") from None
+    except ValueError as error:
+        raise DataError(f"{file} is not JSON that this code reads: {error}.") from None
 
 
 def _prepared(path: Path, eod_token: str | None, pad_token: str | None) -> Tokenizer:
@@ -94,7 +97,9 @@ def _prepared(path: Path, eod_token: str | None, pad_token: str | None) -> Token
             "--pad-token."
         )
     try:
-        return tokenizer_from_spec(json.loads(path.read_text(encoding="utf-8"))["tokenizer"])
+        meta = read_json(path)
+        check_meta(meta)
+        return tokenizer_from_spec(meta["tokenizer"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = f"{type(error).__name__}: {error}"
         raise DataError(f"{path} is damaged ({why}): prepare that data again.") from None
@@ -103,7 +108,7 @@ def _prepared(path: Path, eod_token: str | None, pad_token: str | None) -> Token
 def _config(path: Path) -> dict[str, str]:
     """The tokens that a tokenizer_config.json names; nothing if there is no such file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

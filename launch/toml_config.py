@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launch.exit_codes import ConfigError
+from launch.files import read_text
 
 
 def read_toml(config: Any, path: Path, removed: Mapping[str, str]) -> None:
@@ -23,11 +24,13 @@ def read_toml(config: Any, path: Path, removed: Mapping[str, str]) -> None:
         ConfigError: the file cannot be read, or names or types are wrong.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(read_text(path))
     except OSError as error:
         raise ConfigError(f"job.config_file {path}: {error.strerror}.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"job.config_file {path} is not TOML: {error}.") from None
+    except RecursionError:
+        raise ConfigError(f"job.config_file {path} is not TOML: nested too deep.") from None
     _read_table(config, table, path, "", removed)
 
 

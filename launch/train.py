@@ -55,6 +55,7 @@ from launch.exit_codes import (
     NonFiniteError,
     UserError,
 )
+from launch.files import is_file
 from launch.generate import sample_text
 from launch.metrics import (
     MetricsLog,
@@ -225,6 +226,9 @@ def open_log(state: TrainState) -> MetricsLog:
         ConfigError: one of them cannot be written.
     """
     folder = Path(state.config.job.dump_folder)
+    for path in (folder / "metrics.jsonl", folder / "config.toml"):
+        if path.exists() and not is_file(path):
+            raise ConfigError(f"{path} is not a regular file: use another job.dump_folder.")
     try:
         log = MetricsLog(state.config, state.step)
         (folder / "config.toml").write_text(to_toml(state.config), encoding="utf-8")
@@ -250,10 +254,11 @@ def open_data(config: Config):
         return None, shape, source, held_out if config.validation.enable else None
     mixture = open_mixture(config.data_folders)
     shape = model_config(config, mixture.tokenizer)
-    source = mixture.source("train", seq_len, shape.vocab_size)
+    verify = config.data.verify
+    source = mixture.source("train", seq_len, shape.vocab_size, verify=verify)
     held_out = None
     if config.validation.enable:
-        held_out = mixture.source("val", seq_len, shape.vocab_size)
+        held_out = mixture.source("val", seq_len, shape.vocab_size, verify=verify)
     return mixture.tokenizer, shape, source, held_out
 
 

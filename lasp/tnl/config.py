@@ -61,6 +61,10 @@ class TNLConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value!r}: it must be a whole number of at least 1.")
+            # Far above any model; each layer is looked at below.
+            most = 10_000 if name == "num_layers" else (1 << 31) - 1
+            if value > most:
+                raise ValueError(f"{name} is {value}: it must be at most {most:,}.")
         if self.dim % self.num_heads:
             raise ValueError(
                 f"dim {self.dim} does not divide into {self.num_heads} heads: choose num_heads "

@@ -16,6 +16,7 @@ from typing import Any
 
 from launch.checkpoint.parts import DamagedError, PartedFile, Parts, seal, sync
 from launch.checkpoint.shards import section_lengths
+from launch.files import parse_json
 
 _TENSOR_FILE = re.compile(r"(model|optimizer|states)(?:-\d{5}-of-(\d{5}))?\.safetensors")
 _FORMATS = (1, 2)
@@ -77,7 +78,7 @@ def read_manifest(path: Path) -> Manifest:
     if file.size > _MANIFEST_LIMIT:
         raise DamagedError(f"{manifest_path} is larger than a manifest can be.")
     try:
-        manifest = json.loads(file.read(0, file.size))
+        manifest = parse_json(file.read(0, file.size))
         sealed = manifest["sha256"] == _seal(manifest)
         step, version = manifest["step"], manifest["format"]
         if sealed and version not in _FORMATS:
@@ -87,7 +88,7 @@ def read_manifest(path: Path) -> Manifest:
             )
         files = [_manifest_file(path, each, version) for each in manifest["files"]]
         name = folder_name(step)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, DamagedError):
             raise
         raise DamagedError(f"{manifest_path} is damaged ({error!r}).") from None

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from launch import random_state
+from launch.checkpoint.compare import check_changes, sample_identity
 from launch.checkpoint.manifest import seal_file, tensor_file
 from launch.checkpoint.parts import DamagedError
 from launch.checkpoint.pending import PendingSave
 from launch.checkpoint.shards import TensorFiles, TensorShard, shard_of, write_shards
 from launch.checkpoint.store import Checkpoint, DiskError, check_writable, inspect
+from launch.data_digests import data_identity
 from launch.exit_codes import CheckpointError
 from launch.optimizer import load_model_tensors, load_optimizer_tensors, optimizer_tensors
 from launch.toml_config import to_toml
@@ -232,6 +234,8 @@ def state_json(state: TrainState, random_states: list[dict[str, Any]]) -> dict[s
         "consumed_samples": state.consumed,
         "sample_identity": sample_identity(state),
         "random": random_states,
+        "global_batch_size": state.batching.global_batch_size,
+        "data": data_identity(state.tokenizer, state.train_source, state.val_source),
         "family": state.config.model.family,
         "model": dataclasses.asdict(state.model.config),
         "tokenizer": None if state.tokenizer is None else state.tokenizer.spec(),
@@ -312,6 +316,9 @@ def load_tensors(state: TrainState, found: Checkpoint) -> tuple[dict[str, Any], 
     missing = {"step", *(_POSITION if found.step else ())} - saved.keys()
     if missing:
         raise DamagedError(f"{found.path / 'state.json'} is damaged: it has no {sorted(missing)}.")
+    changes = check_changes(state, found.path, saved)
+    if changes and state.ctx.is_rank0:
+        print("\n".join(changes), flush=True)
     load_model_tensors(state.model, found.open("model"))
     if saved["step"] == 0:
         return saved, False
@@ -334,22 +341,11 @@ def resume(state: TrainState, found: Checkpoint, saved: dict[str, Any], has_stat
     is_own = found.path.resolve().parent == state.store.folder.resolve()
     state.saved_step = state.step if is_own else None
     ctx = state.ctx
-    random_state.restore(saved["random"], ctx.rank, ctx.dims.world_size, ctx.device)
+    try:
+        random_state.restore(saved["random"], ctx.rank, ctx.dims.world_size, ctx.device)
+    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{found.path / 'state.json'} has damaged random states: {error}."
+        ) from None
     if state.config.training.carry_state and not has_states and ctx.is_rank0:
         print("warning: the checkpoint has no states of these sequences: they start from zero.")
-    identity = sample_identity(state)
-    if identity != saved["sample_identity"] and ctx.is_rank0:
-        print(
-            "warning: training.seed, training.seq_len and the number of samples (with data.folders "
-            "also each folder's, and its weight) were "
-            f"{saved['sample_identity']} and are {identity}: samples come in another order, and "
-            f"the {state.consumed} already consumed are counted in the new one."
-        )
-
-
-def sample_identity(state: TrainState) -> list[Any]:
-    """What the order of samples depends on besides the position."""
-    training = state.config.training
-    identity = [training.seed, training.seq_len, *state.train_source.identity]
-    # Streams are read in order, one per sequence of a step.
-    return identity + [state.batching.global_batch_size] * training.carry_state

@@ -16,7 +16,6 @@ model-00001-of-00002.safetensors and so on; see launch/checkpoint/shards.py.
 
 import contextlib
 import errno
-import json
 import os
 import re
 import shutil
@@ -34,6 +33,7 @@ from launch.checkpoint.manifest import folder_name, group_of, read_manifest, wri
 from launch.checkpoint.parts import DamagedError, sync, thread_pool
 from launch.checkpoint.shards import TensorFiles
 from launch.exit_codes import DISK_FAILED, CheckpointError, UserError
+from launch.files import parse_json
 
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 # Leftovers of a process that was killed while saving or removing; the number is its process id.
@@ -70,8 +70,8 @@ class Checkpoint:
         files = read_manifest(self.path).files
         file = next(each for each in files if each.path.name == "state.json").open()
         try:
-            state = json.loads(file.read(0, file.size))
-        except (ValueError, RecursionError) as error:
+            state = parse_json(file.read(0, file.size))
+        except ValueError as error:
             raise DamagedError(f"{file.path} is damaged ({error!r}).") from None
         if not isinstance(state, dict):
             raise DamagedError(f"{file.path} is damaged: it holds no JSON object.")

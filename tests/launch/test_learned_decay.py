@@ -78,6 +78,9 @@ def test_a_checkpoint_of_the_other_decay_is_refused_by_name(
         checkpoint__resume=undisturbed / first / "checkpoint" / f"step-{STEPS:08d}",
     )
     assert run_here(tmp_path, data, **wanted) == 70
+    assert f"model.decay was '{first}' and is '{then}'" in capsys.readouterr().err
+    # No flag makes weights of the other.
+    assert run_here(tmp_path, data, "--checkpoint.allow_changes", **wanted) == 70
     word = "missing" if then == "learned" else "unknown"
     sentence = capsys.readouterr().err
     assert "the checkpoint is of another model" in sentence and f"{word} {WEIGHT}" in sentence

@@ -229,15 +229,22 @@ def test_a_run_on_a_mixture_resumes_on_other_ranks(tmp_path, one_process, monkey
     assert first == pytest.approx(second, rel=1e-5)
 
 
-def test_other_weights_warn_at_resume(tmp_path, one_process, capsys):
+def test_other_weights_at_resume_are_refused_unless_allowed(tmp_path, one_process, capsys):
     for name in "ab":
         write(tmp_path / name, [np.arange(256) % 250] * 8)
-    for steps, weight in ((1, "1"), (2, "1"), (3, "2")):
-        mix = ["--data.folders", str(tmp_path / "a"), "1", str(tmp_path / "b"), weight]
+    allowed = "--checkpoint.allow_changes"
+    for steps, weight, code, more in (
+        (1, 1, 0, ""),
+        (2, 1, 0, ""),
+        (3, 2, 70, ""),
+        (3, 2, 0, allowed),
+    ):
+        mix = ["--data.folders", str(tmp_path / "a"), "1", str(tmp_path / "b"), str(weight)]
         line = flags(
             job__dump_folder=tmp_path / "run", data__source="folder", training__steps=steps
         )
         capsys.readouterr()
-        assert train.main([*line, "--sample.no-enable", *mix]) == 0
-        warned = "samples come in another order" in capsys.readouterr().out
-        assert warned == (steps == 3)
+        assert train.main([*line, "--sample.no-enable", *mix, *more.split()]) == code
+        captured = capsys.readouterr()
+        assert ("data.folders (samples, weights) was" in captured.err) == (code == 70)
+        assert ("samples come in another order" in captured.out) == bool(more)
