@@ -200,6 +200,9 @@ def test_carried_states_are_saved(tmp_path, data, monkeypatch, capsys, varlen):
     # Other sequences.
     capsys.readouterr()
     changes = dict(training__steps=STEPS + 1, training__global_batch_size=2)
+    assert run_here(folder, data, *more, **(CARRY | changes)) == 70
+    assert "data (samples) was" in capsys.readouterr().err
+    more.append("--checkpoint.allow_changes")
     assert run_here(folder, data, *more, **(CARRY | changes)) == 0
     assert "they start from zero" in capsys.readouterr().out
 
