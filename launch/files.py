@@ -148,11 +148,12 @@ def remove_leftovers(output: Path) -> None:
         return
     for name in names:
         match = pattern.fullmatch(name)
-        if match and not _is_running(int(match[1])):
+        if match and not is_running(int(match[1])):
             shutil.rmtree(output.parent / name, ignore_errors=True)
 
 
-def _is_running(process: int) -> bool:
+def is_running(process: int) -> bool:
+    """True if there is a process of this number on this host, other than this one."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):

@@ -33,7 +33,7 @@ from launch.checkpoint.manifest import folder_name, group_of, read_manifest, wri
 from launch.checkpoint.parts import DamagedError, sync, thread_pool
 from launch.checkpoint.shards import TensorFiles
 from launch.exit_codes import DISK_FAILED, CheckpointError, UserError
-from launch.files import parse_json
+from launch.files import is_running, parse_json
 
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 # Leftovers of a process that was killed while saving or removing; the number is its process id.
@@ -318,7 +318,7 @@ class CheckpointStore:
         """Remove the leftovers of processes that were killed while saving or removing."""
         for path in self.folder.glob(".*-step-*"):
             match = _LEFTOVER.fullmatch(path.name)
-            if match and not _is_running(int(match[1])):
+            if match and not is_running(int(match[1])):
                 shutil.rmtree(path, ignore_errors=True)
 
     def _remove_old(self, saved: Path) -> None:
@@ -368,17 +368,6 @@ def check_room(folder: Path, nbytes: int) -> None:
             f"a checkpoint takes {nbytes / 1e9:.3f} GB, {usage.free / 1e9:.3f} GB are free",
             str(folder),
         )
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    # A restarted job in a container often gets the number of the previous one.
-    return process != os.getpid()
 
 
 def _signature(path: Path) -> tuple[tuple[str, int, int], ...]:
