@@ -74,10 +74,13 @@ class Decoder:
     Args:
         model: in evaluation; its weights must stay where they are.
         batch_size: B.
-        sampling: of the tokens.
+        sampling: of the tokens; None: the most likely ones.
         generator: for sampling, on the model's device; None: torch's global one.
         context: tokens of each sequence that softmax layers can hold.
         use_graph: replay one CUDA graph per step; None: on GPUs, unless the model is sharded.
+
+    Raises:
+        ValueError: there are softmax layers, and no context.
 
     Attributes:
         tokens: [B] int64, of the next step's input, which are its output afterwards.
@@ -90,14 +93,19 @@ class Decoder:
         self,
         model: TNL,
         batch_size: int,
-        sampling: Sampling = Sampling(),  # noqa: B008 (it is immutable)
+        sampling: Sampling | None = None,
         *,
         generator: torch.Generator | None = None,
         context: int = 0,
         use_graph: bool | None = None,
     ) -> None:
+        if model.config.num_softmax_layers and context < 1:
+            raise ValueError(
+                f"context is {context}, and {model.config.num_softmax_layers} layers are softmax "
+                "attention: say how many tokens their caches have to hold."
+            )
         self.model = model
-        self.sampling = sampling
+        self.sampling = Sampling() if sampling is None else sampling
         self.generator = generator
         device = model.head_weight.device
         is_plain = not any(hasattr(p, "to_local") for p in model.parameters())

@@ -153,3 +153,8 @@ def test_bad_options_are_refused(length, options, message):
     options = {"max_new_tokens": 1, **options}
     with pytest.raises(ValueError, match=message):
         make().generate(torch.zeros(1, length, dtype=torch.int64), **options)
+
+
+def test_a_decoder_of_a_hybrid_needs_the_size_of_its_caches():
+    with pytest.raises(ValueError, match="context is 0, and 1 layers are softmax attention"):
+        Decoder(make(config=HYBRID), 2)
