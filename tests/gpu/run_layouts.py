@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from launch.checkpoint.save_resume import find_checkpoint, finish_save, resume, start_save
+from launch.checkpoint.save_resume import finish_save, resume_run, start_save
 from launch.config import load_config
 from launch.distributed import DistContext, get_rank_info
 from launch.resolve import batching
@@ -67,8 +67,8 @@ def saved_and_resumed(folder):
     went_on = losses(run, 2)
     assert finish_save(run)
     other = make_run(folder, *TENSOR)
-    found, _ = find_checkpoint(other)
-    resume(other, found)
+    found, _ = resume_run(other)
+    assert found is not None
     return went_on, losses(other, 2)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from launch import generate, train
-from launch.checkpoint.save_resume import find_checkpoint, finish_save, resume, start_save
+from launch.checkpoint.save_resume import finish_save, resume_run, start_save
 from launch.checkpoint.store import verify
 from launch.config import load_config
 from launch.exit_codes import REQUEUE, ConfigError
@@ -129,7 +129,7 @@ def train_and_resume(group, folder, *more):
         series += [train_step(state).loss for _ in range(3)]
         held_out = validate(state)
         state = make_run(folder, *SIZE_FLAGS, *more)
-        resume(state, find_checkpoint(state)[0])
+        assert resume_run(state)[0] is not None
         update_scales(state.model, state.config)
         resumed = plain_state(state)
         assert all(torch.equal(resumed[name], saved[name]) for name in saved)
@@ -140,7 +140,7 @@ def train_and_resume(group, folder, *more):
 def go_on_alone(folder, *more):
     """The state that one process resumes from, and its next losses."""
     state = make_run(folder, *SIZE_FLAGS, *more)
-    resume(state, find_checkpoint(state)[0])
+    assert resume_run(state)[0] is not None
     found = plain_state(state)
     return found, [train_step(state).loss for _ in range(3)]
 

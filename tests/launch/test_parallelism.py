@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from launch import train
 from launch.checkpoint import save_resume
 from launch.checkpoint.pending import PendingSave
-from launch.checkpoint.save_resume import find_checkpoint, finish_save, resume, start_save
+from launch.checkpoint.save_resume import finish_save, resume_run, start_save
 from launch.checkpoint.shards import shard_of
 from launch.checkpoint.store import CheckpointStore, verify
 from launch.config import load_config
@@ -176,8 +176,8 @@ def state_of(state):
 def go_on_here(folder, *more):
     """The state that a run resumes from, the samples of its next step, and the next losses."""
     state = make_run(folder, *more)
-    found, _ = find_checkpoint(state)
-    resume(state, found)
+    found, _ = resume_run(state)
+    assert found is not None
     tensors, samples = state_of(state), step_indices(state)
     return tensors, samples, [train_step(state).loss for _ in range(3)]
 

@@ -205,10 +205,12 @@ def kept_tensors(group, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_one_state_is_kept_for_the_backward(pool, method):
     first, *others = pool.run(kept_tensors, method, size=3)
-    assert first == 0
+    # An int64 on the host: which call it is.
+    number = 8
+    assert first == number
     for kept in others:
         # A factor per head may come with it.
-        assert STATE <= kept <= STATE + 3 * 4
+        assert STATE + number <= kept <= STATE + number + 3 * 4
 
 
 def new_states(group, method):
