@@ -1,4 +1,4 @@
-"""Command lines of the programs besides launch/train.py."""
+"""Command lines, by tyro."""
 
 import contextlib
 import io

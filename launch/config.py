@@ -4,10 +4,8 @@ Every field is a flag: `training.seq_len` is `--training.seq_len` (or `--trainin
 follow torchtitan and flame.
 """
 
-import contextlib
 import dataclasses
 import errno
-import io
 import math
 import os
 from collections.abc import Iterator
@@ -17,8 +15,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from launch.command_line import parse
 from launch.exit_codes import ConfigError
-from launch.toml_config import read_toml
+from launch.toml_config import flat, read_toml
 
 # Shared by all runs started from one folder.
 STANDARD_LIBRARY_FOLDER = "data/stdlib"
@@ -351,15 +350,7 @@ def load_config(argv: list[str]) -> Config:
         flags = (f"__{name}", f"__{section}.no_{option}")
         if any(each.replace("-", "_").startswith(flags) for each in argv):
             raise ConfigError(f"--{name} was removed: {reason}.")
-    captured = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(captured):
-            config = tyro.cli(Config, default=config, args=argv, prog="launch/train.py")
-    except SystemExit as stop:
-        # --help ends here too, with code 0 and its text on stdout.
-        if not stop.code:
-            raise
-        raise ConfigError(f"invalid command line.\n{captured.getvalue().rstrip()}") from None
+    config = parse(Config, argv, "launch/train.py", default=config)
     _check(config)
     return config
 
@@ -441,12 +432,13 @@ def _check(config: Config) -> None:
         "it needs training.segment_gradient truncated and a training.segment_len (that of a whole "
         "sequence is training.seq_len)",
     )
-    for name, value in _leaves(dataclasses.asdict(config), ""):
-        if isinstance(value, str):
-            check = check_path if name in _PATHS else check_text
-            check(name, value)
-        if type(value) is int and not -(1 << 63) <= value < 1 << 63:
-            raise ConfigError(f"{name} is {value}: it must be below 2^63.")
+    for name, values in flat(dataclasses.asdict(config)).items():
+        for value in _items(values):
+            if isinstance(value, str):
+                check = check_path if name in _PATHS else check_text
+                check(name, value)
+            if type(value) is int and not -(1 << 63) <= value < 1 << 63:
+                raise ConfigError(f"{name} is {value}: it must be below 2^63.")
     _check_float8(config.float8)
     _check_data(config)
 
@@ -480,14 +472,6 @@ def _check_data(config: Config) -> None:
                 f"data.folders names {folder} twice: name it once, with the sum of the weights."
             )
         named.add(Path(folder))
-
-
-def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield from ((prefix + key, each) for each in _items(value))
 
 
 def _items(value: Any) -> Iterator[Any]:

@@ -17,7 +17,7 @@ import json
 import platform
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 import lasp
 from launch.exit_codes import ConfigError, HungRankError, RemoteRankError, UserError
+from launch.toml_config import flat
 
 # Settings that may differ between ranks: where a host mounts a folder or file. What model.config
 # and the data's folders hold, and their weights, is compared once they are open.
@@ -37,7 +38,7 @@ _POLL_SECONDS = 0.02
 
 def settings(config: Any) -> dict[str, Any]:
     """What must be equal on all ranks of a config, a dataclass of sections, by name."""
-    found = dict(_leaves(dataclasses.asdict(config), ""))
+    found = flat(dataclasses.asdict(config))
     return {name: value for name, value in found.items() if name not in PATHS}
 
 
@@ -176,14 +177,6 @@ def _verdict(everyone: list[Any]) -> list[Any] | None:
         return None
     error = differs_error(text)
     return [None, str(error), error.exit_code]
-
-
-def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _ranks(ranks: Sequence[int]) -> str:

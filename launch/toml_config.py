@@ -104,6 +104,15 @@ _LIST_NAMES = {
 }
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = isinstance(value, Mapping)
+        found |= flat(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+    return found
+
+
 def typed(value: Any, annotation: Any, where: str) -> Any:
     """`value` if it fits `annotation` (an int fits a float), else ConfigError.
 

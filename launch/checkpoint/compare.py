@@ -21,6 +21,7 @@ from typing import Any
 from launch.data_digests import data_identity, describe_tokenizer
 from launch.exit_codes import CheckpointError
 from launch.tokenizer import tokenizer_from_spec
+from launch.toml_config import flat
 from launch.train_state import TrainState
 
 FIXED = (
@@ -217,15 +218,6 @@ def sample_identity(state: TrainState) -> list[Any]:
     identity = [training.seed, training.seq_len, *state.train_source.identity]
     # Streams are read in order, one per sequence of a step.
     return identity + [state.batching.global_batch_size] * training.carry_state
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        inner = isinstance(value, dict)
-        found |= flat(value, f"{prefix}{key}.") if inner else {prefix + key: value}
-    return found
 
 
 def _settings(path: Path, saved: dict[str, Any]) -> dict[str, Any]:

@@ -5,10 +5,11 @@ import json
 
 import pytest
 
-from launch.checkpoint.compare import flat, kind_of
+from launch.checkpoint.compare import kind_of
 from launch.checkpoint.store import CheckpointStore, verify
 from launch.config import Config
 from launch.prepare_data import prepare
+from launch.toml_config import flat
 from tests.faults.cases import cases
 from tests.launch.runs import make_data, run_here, save_tensors
 
