@@ -302,37 +302,49 @@ class DataFolder:
         return IndexedSource(prefix, seq_len, vocab_size, ratio, flag, self._digests, verify)
 
 
-def folder_facts(folder: Path, splits: Sequence[str]) -> dict[str, Any]:
-    """What tells the data of a folder from other data, by name, without its path: digests of
-    meta.json, of each .idx and of each .bin.
+def data_facts(
+    folders: Sequence[tuple[Path, float]], sources: Mapping[str, TokenSource]
+) -> dict[str, Any]:
+    """What tells the data of a run from other data, by name, without paths.
 
-    Of a .bin of more than SCAN_AT_OPEN bytes, _BLOCKS blocks from its first byte to its last count.
+    Opening a source has found the digests of its files, but not of large ones that were prepared
+    without: of these, _BLOCKS blocks from the first byte to the last count.
+
+    Args:
+        folders: with their weights.
+        sources: of all folders, by split.
 
     Raises:
         DataError: a file cannot be read.
     """
     facts: dict[str, Any] = {}
-    names = ["meta.json"] if (folder / "meta.json").is_file() else []
-    for name in [*names, *(f"{split}.{kind}" for split in splits for kind in ("idx", "bin"))]:
-        try:
-            facts[f"{name} of the data"] = _digest(folder / name)
-        except OSError as error:
-            raise DataError(f"{folder / name} cannot be read: {error.strerror}.") from None
+    for number, (folder, weight) in enumerate(folders):
+        of = f"of the data, folder {number + 1}" if len(folders) > 1 else "of the data"
+        facts[f"weight {of}"] = weight
+        if (folder / "meta.json").is_file():
+            facts[f"meta.json {of}"] = _digest(folder / "meta.json")
+        for split, source in sources.items():
+            content = source.content[number]
+            facts[f"{split}.idx {of}"] = content["index"]
+            facts[f"{split}.bin {of}"] = content["tokens"] or _digest(folder / f"{split}.bin")
     return facts
 
 
 def _digest(path: Path) -> str:
-    """The size and a short digest of a file, for a message."""
-    size = path.stat().st_size
+    """The size of a file and a digest of it, or of blocks of a large one, for a message."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        if size <= SCAN_AT_OPEN or path.suffix != ".bin":
-            digest = hashlib.file_digest(file, "sha256")
-        else:
-            block = SCAN_AT_OPEN // _BLOCKS
-            for index in range(_BLOCKS):
-                file.seek(index * (size - block) // (_BLOCKS - 1))
-                digest.update(file.read(block))
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size <= SCAN_AT_OPEN:
+                digest = hashlib.file_digest(file, "sha256")
+            else:
+                block = SCAN_AT_OPEN // _BLOCKS
+                for index in range(_BLOCKS):
+                    file.seek(index * (size - block) // (_BLOCKS - 1))
+                    digest.update(file.read(block))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
     return f"{size} bytes, sha256 {digest.hexdigest()[:16]}"
 
 

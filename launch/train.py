@@ -35,7 +35,7 @@ from launch.checkpoint.save_resume import (
 )
 from launch.checkpoint.store import CheckpointStore
 from launch.config import Config, load_config
-from launch.data import RandomSource, Segments, folder_facts, stream_length
+from launch.data import RandomSource, Segments, data_facts, stream_length
 from launch.distributed import (
     DistContext,
     RankInfo,
@@ -182,7 +182,9 @@ def set_up(config: Config, ctx: DistContext, batch: Batching) -> TrainState:
         ctx.on_rank0(lambda: prepare_library(config))
     tokenizer, shape, train_source, val_source = ctx.all_or_raise(lambda: open_data(config))
     ctx.compare({f"model.{name}": value for name, value in dataclasses.asdict(shape).items()})
-    ctx.compare(ctx.all_or_raise(lambda: data_facts(config)))
+    if config.data.source != "random":
+        sources = {"train": train_source} | ({"val": val_source} if val_source else {})
+        ctx.compare(ctx.all_or_raise(lambda: data_facts(config.data_folders, sources)))
     ctx.all_or_raise(lambda: check_shape(config, shape, ctx.dims.tp))
     if training.carry_state:
         ctx.all_or_raise(lambda: stream_length(batch.global_batch_size, train_source.num_samples))
@@ -260,22 +262,6 @@ def open_data(config: Config):
     if config.validation.enable:
         held_out = mixture.source("val", seq_len, shape.vocab_size, verify=verify)
     return mixture.tokenizer, shape, source, held_out
-
-
-def data_facts(config: Config) -> dict[str, Any]:
-    """What must be equal on all ranks of the data that a run reads."""
-    if config.data.source == "random":
-        return {}
-    splits = ("train", "val") if config.validation.enable else ("train",)
-    folders = config.data_folders
-    if len(folders) == 1:
-        return folder_facts(folders[0][0], splits)
-    facts: dict[str, Any] = {}
-    for number, (folder, weight) in enumerate(folders, 1):
-        facts[f"weight of folder {number} of the data"] = weight
-        of_folder = folder_facts(folder, splits)
-        facts |= {f"{name}, folder {number}": value for name, value in of_folder.items()}
-    return facts
 
 
 def run_steps(state: TrainState, log: MetricsLog | None) -> int:

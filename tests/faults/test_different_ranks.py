@@ -152,6 +152,13 @@ def append(name):
     return change
 
 
+def drop_digests(folder):
+    """Data as of an earlier version: with digests, a rank would find by itself what has changed."""
+    meta = json.loads((folder / "meta.json").read_text())
+    kept = {key: value for key, value in meta.items() if key not in ("files", "digest")}
+    (folder / "meta.json").write_text(json.dumps(kept | {"format": 1}))
+
+
 DATA = {
     "a token": (change_token, "train.bin of the data is"),
     "a description": (append("meta.json"), "meta.json of the data is"),
@@ -170,10 +177,12 @@ DATA = {
 )
 def test_ranks_with_other_data_all_end(data, tmp_path, what):
     change, message = DATA[what]
-    other = tmp_path / "other"
-    shutil.copytree(data, other)
-    change(other)
-    output = run(tmp_path, [arguments(tmp_path / "out", folder) for folder in (data, other)])
+    folders = tmp_path / "first", tmp_path / "other"
+    for folder in folders:
+        shutil.copytree(data, folder)
+        drop_digests(folder)
+    change(folders[1])
+    output = run(tmp_path, [arguments(tmp_path / "out", folder) for folder in folders])
     assert message in output, output
 
 
