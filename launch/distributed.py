@@ -57,10 +57,10 @@ def get_rank_info(config: Config) -> RankInfo:
             machine cannot run, or variables that are not numbers.
     """
     simulated = config.job.dry_run_gpus if config.job.dry_run else 0
-    dims = _parallel_dims(config, simulated or _from_environment("WORLD_SIZE", 1, minimum=1))
-    rank = _from_environment("RANK", 0)
-    local_rank = _from_environment("LOCAL_RANK", 0)
-    local_size = _from_environment("LOCAL_WORLD_SIZE", 1, minimum=1)
+    dims = _parallel_dims(config, simulated or from_environment("WORLD_SIZE", 1, minimum=1))
+    rank = from_environment("RANK", 0)
+    local_rank = from_environment("LOCAL_RANK", 0)
+    local_size = from_environment("LOCAL_WORLD_SIZE", 1, minimum=1)
     gpus = max(torch.cuda.device_count() if torch.cuda.is_available() else 0, simulated)
     backend = config.comm.backend
     if backend == "nccl" and gpus < local_size:
@@ -102,7 +102,8 @@ def _parallel_dims(config: Config, world_size: int) -> ParallelDims:
     return dims
 
 
-def _from_environment(name: str, default: int, *, minimum: int = 0) -> int:
+def from_environment(name: str, default: int, *, minimum: int = 0) -> int:
+    """A variable that torchrun sets. Raises ConfigError if it is no number."""
     text = os.environ.get(name, str(default))
     if not text.isascii() or not text.isdecimal() or int(text) < minimum:
         raise ConfigError(
@@ -265,7 +266,7 @@ def meet_ranks(
         ConfigError, HungRankError: see `launch.rendezvous.meet`.
     """
     # Not that of a simulated job.
-    size = _from_environment("WORLD_SIZE", 1, minimum=1)
+    size = from_environment("WORLD_SIZE", 1, minimum=1)
     if size == 1:
         return None
     facts = settings(config) | {"the backend (comm.backend)": info.backend} | versions()
@@ -279,7 +280,7 @@ def refuse_start(error: UserError, config: Config | None = None) -> UserError:
     The first rank that cannot run reports its error, the others exit quietly.
     """
     try:
-        rank, size = _from_environment("RANK", 0), _from_environment("WORLD_SIZE", 1, minimum=1)
+        rank, size = from_environment("RANK", 0), from_environment("WORLD_SIZE", 1, minimum=1)
     except ConfigError:
         return error
     if size == 1 or "MASTER_ADDR" not in os.environ:

@@ -9,10 +9,8 @@ printed as it grows; of several, each as a line of JSON once it is complete. Sev
 a long prompt together, each a part of it, or share each layer (--tensor_parallel_degree).
 """
 
-import contextlib
-import functools
+import dataclasses
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -21,15 +19,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 
 from launch.build import ModelFamily
 from launch.checkpoint.saved_run import SavedRun
 from launch.checkpoint.store import open_checkpoint
 from launch.command_line import parse
-from launch.config import check_path, check_sampling, check_text
+from launch.config import Config, check_path, check_sampling, check_text
+from launch.distributed import (
+    DistContext,
+    from_environment,
+    get_rank_info,
+    open_dist_context,
+    refuse_start,
+    report_error,
+)
 from launch.exit_codes import CheckpointError, ConfigError, DataError, UserError
 from launch.files import parse_json, read_text
 from launch.tokenizer import Tokenizer
@@ -198,11 +202,23 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments = parse(Arguments, argv, "launch/generate.py")
         _check(arguments)
-        with _ranks(arguments) as (device, group, tensor_mesh):
-            _run(arguments, device, group, tensor_mesh)
+        config = _parallel_config(arguments)
+        info = get_rank_info(config)
+        # One process may choose its GPU.
+        device = info.device if info.dims.world_size > 1 else find_device(arguments.device)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return report_error(refuse_start(error))
+    # A host may mount files elsewhere.
+    given = {
+        f"--{name}": value
+        for name, value in dataclasses.asdict(arguments).items()
+        if name not in ("checkpoint", "prompts")
+    }
+    try:
+        with open_dist_context(info, config, given) as ctx:
+            _run(arguments, device, ctx)
+    except UserError as error:
+        return report_error(error)
     return 0
 
 
@@ -219,85 +235,90 @@ def _check(arguments: Arguments) -> None:
         value = getattr(arguments, name)
         if value < least:
             raise ConfigError(f"{name} is {value}: it must be at least {least}.")
-
-
-@contextlib.contextmanager
-def _ranks(arguments: Arguments) -> Iterator[tuple[torch.device, Any, Any]]:
-    """This process's device, the group that reads a prompt together, and the mesh of those that
-    share layers; None where there is one process."""
-    ranks, tensor = int(os.environ.get("WORLD_SIZE", 1)), arguments.tensor_parallel_degree
-    if ranks % tensor:
+    ranks = from_environment("WORLD_SIZE", 1, minimum=1)
+    if ranks % arguments.tensor_parallel_degree:
         raise ConfigError(
-            f"tensor_parallel_degree is {tensor}, which does not divide {ranks} processes: start "
-            f"a multiple of it with torchrun --nproc_per_node."
+            f"tensor_parallel_degree is {arguments.tensor_parallel_degree}, which does not divide "
+            f"{ranks} processes: start a multiple of it with torchrun --nproc_per_node."
         )
-    if ranks == 1:
-        yield find_device(arguments.device), None, None
-        return
-    name, local = arguments.device, os.environ.get("LOCAL_RANK", "0")
-    device = find_device(name if name == "cpu" else f"cuda:{local}" if _gpus() else "cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        mesh = init_device_mesh(device.type, (ranks // tensor, tensor), mesh_dim_names=("cp", "tp"))
-        group = mesh["cp"].get_group() if ranks > tensor else None
-        yield device, group, mesh["tp"] if tensor > 1 else None
-    finally:
-        dist.destroy_process_group()
 
 
-def _run(arguments: Arguments, device: torch.device, group: Any, tensor_mesh: Any) -> None:
+def _parallel_config(arguments: Arguments) -> Config:
+    """The launcher's config for the processes that torchrun has started."""
+    config = Config()
+    config.parallelism.context_parallel_degree = -1
+    config.parallelism.tensor_parallel_degree = arguments.tensor_parallel_degree
+    if arguments.device == "cpu":
+        config.comm.backend = "gloo"
+    return config
+
+
+def _run(arguments: Arguments, device: torch.device, ctx: DistContext) -> None:
     began = time.perf_counter()
-    texts = _prompts(arguments)
-    model, family, tokenizer = load_model(arguments.checkpoint, device)
+    texts = ctx.all_or_raise(lambda: _prompts(arguments))
+    model, family, tokenizer = ctx.all_or_raise(lambda: load_model(arguments.checkpoint, device))
     name = arguments.dtype
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
     model = model.to(_DTYPES[name])
-    if tensor_mesh is not None:
+    if ctx.dims.tp > 1:
         try:
-            family.tensor_parallel(model, tensor_mesh)
+            family.tensor_parallel(model, ctx.mesh["tp"])
         except ValueError as error:
-            raise ConfigError(str(error)) from None
+            ctx.fail(ConfigError(str(error)))
     if arguments.compile:
         compile_blocks(model.blocks)
-    is_shown = not dist.is_initialized() or dist.get_rank() == 0
-    show = functools.partial(print, end="", flush=True) if is_shown else lambda text: None
     stats = Stats(device, time.perf_counter() - began)
-    options = dict(
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-        prefill_chunk=arguments.prefill_chunk or None,
-        group=group,
-    )
     prompts = [encode(tokenizer, text) for text in texts]
-    size = arguments.batch_size if group is None else 1
+    size = arguments.batch_size if ctx.cp_group is None else 1
     for first in range(0, len(prompts), size):
-        batch = prompts[first : first + size]
-        streams = [TextStream(tokenizer, tokens.copy()) for tokens in batch]
-        written = texts[first : first + size]
-        if len(prompts) == 1:
-            show(written[0])
-        steps = continuations(model, family, tokenizer, batch, **options)
-        for step in stats.watch(steps, sum(map(len, batch))):
-            for row, token in enumerate(step):
-                new = "" if token is None else streams[row].add(token)
-                written[row] += new
-                if len(prompts) == 1:
-                    show(new)
-        for row, each in enumerate(streams):
-            rest = each.finish()
-            if len(prompts) == 1:
-                show(f"{rest}\n")
-            else:
-                line = {"prompt": texts[first + row], "text": written[row] + rest}
-                show(json.dumps(line, ensure_ascii=False) + "\n")
-    if arguments.stats and is_shown:
+        batch = slice(first, first + size)
+        steps = continuations(
+            model,
+            family,
+            tokenizer,
+            prompts[batch],
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+            prefill_chunk=arguments.prefill_chunk or None,
+            group=ctx.cp_group,
+        )
+        steps = stats.watch(steps, sum(map(len, prompts[batch])))
+        streams = [TextStream(tokenizer, tokens) for tokens in prompts[batch]]
+        if not ctx.is_rank0:
+            # All ranks decode, one prints.
+            for _ in steps:
+                pass
+        elif len(prompts) == 1:
+            _print_growing(texts[0], streams[0], steps)
+        else:
+            _print_lines(texts[batch], streams, steps)
+    if arguments.stats and ctx.is_rank0:
         print(stats.summary(), file=sys.stderr)
+
+
+def _print_growing(text: str, stream: TextStream, steps: Iterator[list[int | None]]) -> None:
+    """Print a text as it grows."""
+    print(text, end="", flush=True)
+    for (token,) in steps:
+        print("" if token is None else stream.add(token), end="", flush=True)
+    print(stream.finish(), flush=True)
+
+
+def _print_lines(
+    texts: list[str], streams: list[TextStream], steps: Iterator[list[int | None]]
+) -> None:
+    """Print each text as a line of JSON once all are complete."""
+    new = [""] * len(texts)
+    for step in steps:
+        for row, token in enumerate(step):
+            new[row] += "" if token is None else streams[row].add(token)
+    for text, more, stream in zip(texts, new, streams, strict=True):
+        line = {"prompt": text, "text": text + more + stream.finish()}
+        print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
 def _prompts(arguments: Arguments) -> list[str]:

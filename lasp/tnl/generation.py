@@ -194,12 +194,13 @@ def _batches(lengths: dict[int, int], chunk: int, alike: bool) -> Iterator[list[
     """Consecutive prompts of at most `chunk` tokens together, or a single longer one; `alike`: of
     one length."""
     batch: list[int] = []
+    total = 0
     for index, length in lengths.items():
-        total = length + sum(lengths[each] for each in batch)
-        if batch and (total > chunk or (alike and length != lengths[batch[0]])):
+        if batch and (total + length > chunk or (alike and length != lengths[batch[0]])):
             yield batch
-            batch = []
+            batch, total = [], 0
         batch.append(index)
+        total += length
     if batch:
         yield batch
 
