@@ -11,7 +11,7 @@ from launch.config import Config
 from launch.prepare_data import prepare
 from launch.toml_config import flat
 from tests.faults.cases import cases
-from tests.launch.runs import make_data, run_here, save_tensors
+from tests.launch.runs import as_one_process, make_data, run_here, save_tensors
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -75,9 +75,7 @@ FREE = {
 def first(tmp_path_factory, data):
     """A checkpoint of one step."""
     folder = tmp_path_factory.mktemp("first")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-            patch.delenv(name, raising=False)
+    with as_one_process():
         assert run_here(folder, data, *QUICK, training__steps=1) == 0
     return folder / "checkpoint" / "step-00000001"
 

@@ -1,12 +1,8 @@
 """Fixtures of the launcher's tests."""
 
-import signal
-
 import pytest
-import torch
 
-from launch.train import STOP_SIGNALS
-from tests.launch.runs import make_data
+from tests.launch.runs import as_one_process, make_data
 
 
 @pytest.fixture(scope="session")
@@ -15,12 +11,7 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def one_process(monkeypatch):
-    """This process as a job of its own, without GPUs; its signal handlers are put back."""
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+def one_process():
+    """See `as_one_process`."""
+    with as_one_process():
+        yield

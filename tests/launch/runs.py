@@ -8,10 +8,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 
 from launch import train
 from launch.checkpoint.manifest import seal_file, tensor_file
@@ -41,6 +43,19 @@ MICRO = {
     "validation.freq": 1000,
     "sample.max_new_tokens": 20,
 }
+
+
+@contextlib.contextmanager
+def as_one_process() -> Iterator[None]:
+    """This process as a job of its own, without GPUs; its signal handlers are put back."""
+    handlers = {number: signal.getsignal(number) for number in train.STOP_SIGNALS}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            patch.delenv(name, raising=False)
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def flags(**changes) -> list[str]:

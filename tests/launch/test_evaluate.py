@@ -20,6 +20,7 @@ from parallel.mesh import build_mesh
 from tests.distributed import Pool
 from tests.launch.runs import (
     MICRO,
+    as_one_process,
     output_of,
     records,
     run_here,
@@ -51,10 +52,7 @@ def pair():
 def runs(tmp_path_factory, data):
     """{kind: (folder, the trainer's last validation loss)}."""
     found = {}
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-            patch.delenv(name, raising=False)
-        patch.setattr(torch.cuda, "is_available", lambda: False)
+    with as_one_process():
         for kind, changes in KINDS.items():
             folder = tmp_path_factory.mktemp(kind)
             quiet = ["--sample.no-enable"]

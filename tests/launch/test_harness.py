@@ -14,7 +14,7 @@ from launch.evaluation import harness
 from launch.evaluation.scoring import TextScorer
 from launch.exit_codes import ConfigError
 from launch.generate import load_model
-from tests.launch.runs import run_here
+from tests.launch.runs import as_one_process, run_here
 
 VOCABULARY, END = 50, 49
 NO_HARNESS = "needs lm-evaluation-harness: pip install -e '.[eval]'"
@@ -100,10 +100,7 @@ def test_a_missing_harness_is_a_sentence(monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-            patch.delenv(name, raising=False)
-        patch.setattr(torch.cuda, "is_available", lambda: False)
+    with as_one_process():
         assert run_here(folder, data, "--sample.no-enable") == 0
     return folder / "checkpoint"
 

@@ -14,7 +14,7 @@ from launch import evaluate
 from launch.data import IGNORE
 from launch.evaluation import recall
 from launch.evaluation.recall import RecallTask, gaps_up_to, recall_by_gap
-from tests.launch.runs import run_here
+from tests.launch.runs import as_one_process, run_here
 
 
 def generator(seed=0):
@@ -125,10 +125,7 @@ def test_the_example_prints_accuracy_by_gap(monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-            patch.delenv(name, raising=False)
-        patch.setattr(torch.cuda, "is_available", lambda: False)
+    with as_one_process():
         assert run_here(folder, data, "--sample.no-enable", training__steps=1) == 0
     return folder / "checkpoint"
 
