@@ -22,7 +22,7 @@ _SKIPPED_FOLDERS = frozenset(
 )
 _BOM = "\ufeff"
 # An object per line: names that others have for .jsonl.
-_LINES = (".jsonl", ".jsonlines", ".ndjson")
+LINES = (".jsonl", ".jsonlines", ".ndjson")
 # A .json file with a list is held in memory.
 _LIST_LIMIT = 1 << 30
 
@@ -173,7 +173,7 @@ def read_chunks(files: Iterable[tuple[str, Path]], field: str = "text") -> Itera
         if waiting:
             yield TextFiles(waiting, size)
             waiting, size = [], 0
-        if plain_suffix(path) in _LINES:
+        if plain_suffix(path) in LINES:
             yield from _read_lines(name, path, field)
         elif plain_suffix(path) == ".json":
             yield from _read_json(name, path, field)
@@ -311,7 +311,7 @@ def _rows_per_chunk(file, field: str) -> int:
 
 def has_rows(path: Path) -> bool:
     """Whether a file may hold several documents."""
-    return plain_suffix(path) in (*_LINES, ".json", ".parquet")
+    return plain_suffix(path) in (*LINES, ".json", ".parquet")
 
 
 def file_size(path: Path) -> int:

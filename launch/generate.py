@@ -34,6 +34,7 @@ from launch.distributed import (
     refuse_start,
     report_error,
 )
+from launch.documents import LINES
 from launch.exit_codes import CheckpointError, ConfigError, DataError, UserError
 from launch.files import parse_json, read_text
 from launch.tokenizer import Tokenizer
@@ -336,7 +337,7 @@ def _prompts(arguments: Arguments) -> list[str]:
             f"prompts {path} is .json: give .jsonl with an object per line, or a .txt whose text "
             "is the prompt."
         )
-    if kind not in (".jsonl", ".jsonlines", ".ndjson"):
+    if kind not in LINES:
         return [text]
     prompts = []
     for number, line in enumerate(text.split("\n"), 1):
