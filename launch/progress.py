@@ -17,7 +17,22 @@ from rich.progress import (
 
 T = TypeVar("T")
 
-_SECONDS_BETWEEN_LINES = 30.0
+SECONDS_BETWEEN_LINES = 30.0
+
+
+class LineTimer:
+    """Says when the next line about something slow is due: every half minute."""
+
+    def __init__(self) -> None:
+        self.began = self._printed = time.monotonic()
+
+    def is_due(self) -> bool:
+        """True if half a minute has passed since this was True, or since the beginning."""
+        now = time.monotonic()
+        if now - self._printed < SECONDS_BETWEEN_LINES:
+            return False
+        self._printed = now
+        return True
 
 
 def progress(
@@ -44,12 +59,10 @@ def progress(
     if sys.stdout.isatty():
         yield from _with_bar(items, name, total, size)
         return
-    last = time.monotonic()
-    done = 0
+    timer, done = LineTimer(), 0
     for item in items:
-        if time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
+        if timer.is_due():
             print(f"{name}: {_amount(done, total, size is not None)}", flush=True)
-            last = time.monotonic()
         yield item
         done += 1 if size is None else size(item)
 

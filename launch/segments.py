@@ -13,6 +13,7 @@ from torch import Tensor
 from launch.data import SegmentedBatch, stream_offset
 from launch.distributed import start_copy
 from launch.metrics import clock
+from launch.progress import LineTimer
 from launch.train_state import TrainState
 from parallel.streaming import (
     RunSegment,
@@ -21,7 +22,6 @@ from parallel.streaming import (
     move_states,
 )
 
-SECONDS_BETWEEN_LINES = 30.0
 # A backward takes twice the time of a forward.
 _FORWARD, _BOTH = 1, 3
 
@@ -117,7 +117,7 @@ class _Watch:
         self._state = state
         self._num_batches = num_batches
         self._stopping: Callable[[], list[float]] | None = None
-        self._began = self._printed = time.monotonic()
+        self._timer = LineTimer()
 
     def after_segment(self, done: int, total: int) -> None:
         ctx = self._state.ctx
@@ -126,14 +126,13 @@ class _Watch:
         stopping, self._stopping = self._stopping, start_copy(ctx.all_reduce(flag))
         if stopping is not None and stopping()[0]:
             raise Interrupted
-        if ctx.is_rank0 and time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
-            self._printed = time.monotonic()
+        if ctx.is_rank0 and self._timer.is_due():
             print(self._line(done, total), flush=True)
 
     def _line(self, done: int, total: int) -> str:
         state, training = self._state, self._state.config.training
         share = self._share(done, total)
-        seconds = time.monotonic() - self._began
+        seconds = time.monotonic() - self._timer.began
         rate = share * state.batching.tokens_per_step / seconds
         text = f"step {state.step + 1}: segment {done:,}/{total:,}"
         if training.segment_gradient == "exact":

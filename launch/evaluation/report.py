@@ -17,8 +17,7 @@ from launch.distributed import DistContext
 from launch.evaluation.setup import SavedRun
 from launch.exit_codes import ConfigError
 from launch.metrics import clock
-
-SECONDS_BETWEEN_LINES = 30.0
+from launch.progress import LineTimer
 
 
 class Progress:
@@ -31,16 +30,14 @@ class Progress:
 
     def __init__(self, name: str, total: int, *, enabled: bool) -> None:
         self._name, self._total, self._enabled = name, total, enabled
-        self._done = 0
-        self._began = self._printed = time.monotonic()
+        self._done, self._timer = 0, LineTimer()
 
     def advance(self, tokens: int) -> None:
         """`tokens` more were read."""
         self._done += tokens
-        now = time.monotonic()
-        if not self._enabled or now - self._printed < SECONDS_BETWEEN_LINES:
+        if not self._enabled or not self._timer.is_due():
             return
-        self._printed, seconds = now, now - self._began
+        seconds = time.monotonic() - self._timer.began
         left = seconds * (self._total / self._done - 1)
         print(
             f"{self._name}: {self._done:,}/{self._total:,} tokens of rank 0  "

@@ -217,7 +217,7 @@ def test_ignored_labels_do_not_count_whatever_their_loss_is():
 
 
 def test_long_evaluations_print_their_progress(runs, data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(report, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("launch.progress.SECONDS_BETWEEN_LINES", 0.0)
     more = ["--max-samples", "4", "--batch-size", "2", "--segment-len", "100"]
     evaluate_here(runs["linear"][0], data, tmp_path / "results.json", *more)
     lines = [each for each in capsys.readouterr().out.splitlines() if "tok/s" in each]

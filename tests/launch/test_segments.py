@@ -111,7 +111,7 @@ def test_nan_in_one_segment_changes_nothing(tmp_path, data):
 
 
 def test_a_long_step_prints_its_progress(tmp_path, data, monkeypatch, capsys):
-    monkeypatch.setattr(segments, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr("launch.progress.SECONDS_BETWEEN_LINES", 0)
     options = dict(training__segment_len=30, training__steps=1)
     assert run_here(tmp_path, data, **options) == 0
     output = capsys.readouterr().out
