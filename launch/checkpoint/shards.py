@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from launch.checkpoint.parts import PartedFile, thread_pool, write_files
+from launch.files import parse_json
 from parallel.float8 import high_precision
 
 _DTYPES = {
@@ -335,10 +336,7 @@ class TensorFiles(Mapping[str, StoredTensor]):
 
 
 def _read_places(metadata: dict[str, str]) -> dict[str, Any]:
-    try:
-        places = json.loads(metadata.get("pieces", "{}"))
-    except RecursionError as error:
-        raise ValueError(str(error)) from None
+    places = parse_json(metadata.get("pieces", "{}"))
     if not isinstance(places, dict):
         raise ValueError("the places of its shards are no JSON object")
     return places
