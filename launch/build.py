@@ -55,6 +55,8 @@ class ModelFamily:
         flops_per_token: (config, training=, seq_len=) -> FLOPs of one token.
         state_bytes: config -> bytes of the recurrent states of one sequence, over all layers.
         streaming_problem: config -> why it cannot train in segments; None if it can.
+        sequence_problem: (config, tokens, packed=) -> why it cannot read a sequence of so many
+            tokens, or one of packed documents; None if it can.
         tensor_parallel: (model, mesh, shard_sequence=) shards the model in place.
         check_divides: (config, ranks) raises ValueError where tensor parallelism cannot shard it.
         float32_blocks: model -> the blocks whose weights must stay float32 under bfloat16.
@@ -73,6 +75,7 @@ class ModelFamily:
     flops_per_token: Callable[..., int]
     state_bytes: Callable[[Any], int]
     streaming_problem: Callable[[Any], str | None]
+    sequence_problem: Callable[..., str | None]
     tensor_parallel: Callable[..., nn.Module]
     check_divides: Callable[[Any, int], None]
     float32_blocks: Callable[[nn.Module], list[nn.Module]]
@@ -86,12 +89,13 @@ def _describe_tnl(config: TNLConfig) -> str:
     text = ", ".join(f"{name} {getattr(config, name)}" for name in names)
     softmax = config.num_softmax_layers
     text += f", {softmax} of the layers softmax" if softmax else ""
-    return text + (", decay learned" if config.decay == "learned" else "")
+    changed = config.variants() | ({} if config.decay == "fixed" else {"decay": config.decay})
+    return text + "".join(f", {name} {value}" for name, value in changed.items())
 
 
 def _tnl_state_bytes(config: TNLConfig) -> int:
     linear = [layer for layer in range(config.num_layers) if not config.is_softmax(layer)]
-    return 4 * config.num_heads * sum(map(config.key_dim, linear)) * config.head_dim
+    return 4 * config.num_heads * sum(map(config.key_dim, linear)) * config.value_dim
 
 
 FAMILIES = {
@@ -103,6 +107,7 @@ FAMILIES = {
         flops_per_token=TNLConfig.flops_per_token,
         state_bytes=_tnl_state_bytes,
         streaming_problem=TNLConfig.streaming_problem,
+        sequence_problem=TNLConfig.sequence_problem,
         tensor_parallel=tensor_parallel,
         check_divides=check_divides,
         float32_blocks=float32_blocks,

@@ -64,9 +64,22 @@ class Model:
     num_layers. LLLLLLLS is a hybrid, S a transformer of the same shape."""
     num_key_value_heads: int | None = None
     """Heads of keys and values in softmax layers."""
-    decay: Literal["fixed", "learned"] | None = None
-    """Of linear layers. fixed: a constant per head. learned: one per token and head, computed from
-    the layer's input; it starts at the fixed one."""
+    decay: Literal["fixed", "learned", "per_head", "none"] | None = None
+    """Of linear layers. fixed: a constant per head and layer. learned: one per token and head,
+    computed from the layer's input; it starts at the fixed one. per_head: a constant per head."""
+    position_embeddings: int | None = None
+    """Rows of a learned table of absolute positions: the longest sequence. 0: no table."""
+    activation: Literal["silu", "none", "1+elu"] | None = None
+    """Of queries and keys in linear layers."""
+    glu_activation: Literal["none", "silu", "1+elu"] | None = None
+    """Of the channel mixer."""
+    norm: Literal["srms", "rms", "layer"] | None = None
+    """Every norm: srms has no weights, rms a weight, layer a weight and a bias."""
+    output_gate: bool | None = None
+    """Linear layers multiply the output of attention by a projection of their input."""
+    denominator: bool | None = None
+    """Linear layers divide the output of attention by the sum of its weights, instead of norming
+    it; with activation 1+elu."""
 
 
 @dataclass(kw_only=True)

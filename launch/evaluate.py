@@ -166,6 +166,15 @@ def complete(config: Config, arguments: Arguments, saved: SavedRun) -> None:
         ("loss_chunk_size", training.loss_chunk_size, None),
     ):
         setattr(training, name, saved.training(name, default) if given is None else given)
+    option, length = "--seq-len", training.seq_len
+    if arguments.task == "recall":
+        # The pairs, the gap and a query.
+        length = 2 * arguments.recall.pairs + arguments.recall.max_gap + 1
+        option = "--recall.max-gap"
+    packed = training.varlen and arguments.task == "loss"
+    problem = saved.family.sequence_problem(saved.shape, length, packed=packed)
+    if problem is not None:
+        raise ConfigError(f"{option}: {problem}")
     problem = saved.family.streaming_problem(saved.shape)
     if training.num_segments > 1 and problem is not None:
         raise ConfigError(

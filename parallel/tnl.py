@@ -86,7 +86,14 @@ def tensor_parallel(model: TNL, mesh: DeviceMesh, *, shard_sequence: bool = Fals
 
 
 def check_divides(config: TNLConfig, ranks: int, sizes: tuple[str, ...] = SHARDED_SIZES) -> None:
-    """Raise ValueError, with the numbers, if `ranks` do not divide one of the config's `sizes`."""
+    """Raise ValueError, with the numbers, if `ranks` do not divide one of the config's `sizes`, or
+    the config has parts that cannot be sharded."""
+    if ranks > 1 and (config.norm != "srms" or config.position_embeddings):
+        raise ValueError(
+            f'norm is "{config.norm}" and position_embeddings {config.position_embeddings}: '
+            'tensor parallelism shards only models with norm "srms" and without position '
+            "embeddings. Use data or context parallelism."
+        )
     for name in sizes:
         size = getattr(config, name)
         # num_key_value_heads may be None: as many as num_heads.
@@ -110,7 +117,9 @@ def _shard_heads(mixer: GatedLinearAttention, mesh: DeviceMesh) -> None:
     heads = mixer.config.num_heads // mesh.size()
     first = mesh.get_local_rank() * heads
     mixer.keep_heads(slice(first, first + heads))
-    mixer.norm = ShardedSRMSNorm(mixer.norm.dim, mixer.norm.eps, mesh.get_group())
+    # A denominator belongs to its head.
+    if mixer.norm is not None:
+        mixer.norm = ShardedSRMSNorm(mixer.norm.dim, mixer.norm.eps, mesh.get_group())
     if mixer.lrpe is not None:
         theta = DTensor.from_local(mixer.lrpe.theta.detach(), mesh, [Shard(0)], run_check=False)
         mixer.lrpe.theta = nn.Parameter(theta, requires_grad=mixer.lrpe.theta.requires_grad)
