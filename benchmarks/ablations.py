@@ -229,8 +229,7 @@ def command_line(
     }
     line = ["--checkpoint.no-enable", "--sample.no-enable"]
     for flag, value in values.items():
-        section, _, option = flag.rpartition(".")
-        line += [f"--{section}.no-{option}"] if value is False else [f"--{flag}", str(value)]
+        line += [f"--{flag}", str(value)]
     return line
 
 

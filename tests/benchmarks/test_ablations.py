@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lasp.tnl import TNLConfig
+from launch.config import load_config
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -29,6 +30,15 @@ def test_every_row_is_a_model_and_has_a_figure_of_the_paper(ablations):
         # The gate's matrices went into the channel mixer.
         counts = {name: each.num_parameters() for name, each in configs.items()}
         assert counts["no gate"] == pytest.approx(counts["TNL"], rel=0.03)
+
+
+def test_every_size_is_a_command_line_of_the_launcher(ablations, tmp_path):
+    for size in ablations.SIZES.values():
+        config = load_config(ablations.command_line(size, {}, 7, tmp_path, tmp_path))
+        assert (config.training.steps, config.training.seed) == (size.steps, 7)
+        local = config.training.local_batch_size
+        assert size.sequences == max(config.training.global_batch_size, local)
+        assert config.compile.enable == size.flags.get("compile.enable")
 
 
 @pytest.fixture
