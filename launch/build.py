@@ -40,8 +40,9 @@ class ModelFamily:
 
     A model has `config`, `blocks` in the order of the forward, `head_weight` [V, D], and
     `forward(tokens, *, shard, cu_seqlens, return_hidden)`. Its config is a frozen dataclass with
-    `vocab_size`, `num_layers` and the class method `preset(name, **overrides)`.
+    `vocab_size`, `num_layers`, `dropout` and the class method `preset(name, **overrides)`.
 
+    With `dropout` above 0 in its config its forward takes `dropout_seeds`, as `lasp.tnl.TNL` does.
     For training in segments a model also has `initial_states(batch_size)`, whose result has
     `layers` (tensors) and `position`, and its forward takes `states`, `return_states`,
     `states_only` and `cut_documents`, as `lasp.tnl.TNL` does. Recall (launch/evaluation/recall.py)
@@ -228,6 +229,7 @@ class LossModel(nn.Module):
         cu_seqlens: tuple[int, ...] | None,
         states: Any = None,
         per_token: bool = False,
+        dropout_seeds: Tensor | None = None,
     ) -> Tensor | tuple[Tensor | None, list[Tensor]]:
         """Sum of the loss over this rank's tokens, a float32 scalar.
 
@@ -239,12 +241,15 @@ class LossModel(nn.Module):
                 None, and what no state needs is not computed.
             per_token: the loss is that of each token, float32 [B, T], 0 where a label is ignored;
                 under torch.no_grad.
+            dropout_seeds: of a model with dropout, int64 [B]; None: as it does without.
         """
         options: dict[str, Any] = {}
         if cu_seqlens is not None:
             # Passed as a tuple because FSDP moves tensor arguments to the GPU, and the operator
             # reads these on the host.
             options["cu_seqlens"] = torch.tensor(cu_seqlens, dtype=torch.int32)
+        if dropout_seeds is not None:
+            options["dropout_seeds"] = dropout_seeds
         if states is not None:
             options |= dict(states=states, cut_documents=cu_seqlens is not None)
         with torch.autocast(inputs.device.type, self._dtype, enabled=self._dtype is not None):

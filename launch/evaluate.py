@@ -75,7 +75,8 @@ class Arguments:
     tokens, by the number of tokens in between."""
     data: Path | None = None
     """Output of launch/prepare_data.py, for task loss."""
-    split: Literal["val", "train"] = "val"
+    split: Literal["val", "train", "test"] = "val"
+    """test: of data that has one (launch/prepare_wikitext.py)."""
     seq_len: int | None = None
     """Tokens of one GLOBAL sequence. None: as the run was trained, as for the next three."""
     segment_len: int | None = None
@@ -208,6 +209,11 @@ def open_source(arguments: Arguments, config: Config, saved: SavedRun) -> Indexe
     if not is_folder(arguments.data):
         raise DataError(f"--data {arguments.data} is no folder: give one of prepare_data.py.")
     folder = DataFolder(arguments.data)
+    if arguments.split == "test" and not (arguments.data / "test.idx").exists():
+        raise DataError(
+            f"{arguments.data} has no split test: data of launch/prepare_wikitext.py does; use "
+            "--split val."
+        )
     if folder.tokenizer is not None:
         if saved.tokenizer is None:
             raise DataError(
@@ -248,7 +254,7 @@ def evaluate_loss(
     if not losses.num_labels:
         ctx.fail(DataError(f"{arguments.data}: every label is ignored; use other data."))
     return {
-        **loss_metrics(losses.mean, source.bytes_per_token),
+        **loss_metrics(losses.mean, source.bytes_per_token, source.words_per_token),
         "tokens": losses.num_labels,
         "samples": task.num_samples,
         "samples_in_data": source.num_samples,

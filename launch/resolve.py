@@ -128,6 +128,11 @@ def check_shape(config: Config, shape: Any, tp: int) -> None:
     except ValueError as error:
         raise ConfigError(f"parallelism.tensor_parallel_degree is {tp}: {error}") from None
     training = config.training
+    if tp > 1 and config.parallelism.tensor_parallel_shard_sequence and shape.dropout:
+        raise ConfigError(
+            f"model.dropout is {shape.dropout} with parallelism.tensor_parallel_shard_sequence: "
+            "switch that off, or use no dropout."
+        )
     problem = family.sequence_problem(shape, training.seq_len, packed=training.varlen)
     if problem is not None:
         raise ConfigError(f"training.seq_len is {training.seq_len}: {problem}")

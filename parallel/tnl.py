@@ -56,10 +56,16 @@ def tensor_parallel(model: TNL, mesh: DeviceMesh, *, shard_sequence: bool = Fals
             must then be divisible by tp.
 
     Raises:
-        ValueError: heads, widths or a vocabulary that the ranks do not divide.
+        ValueError: heads, widths or a vocabulary that the ranks do not divide, or dropout with
+            shard_sequence.
     """
     ranks = mesh.size()
     check_divides(model.config, ranks)
+    if shard_sequence and model.config.dropout:
+        raise ValueError(
+            f"dropout is {model.config.dropout} and shard_sequence is set: dropout goes by the "
+            "positions of all tokens, of which a rank then holds a part. Use one of them."
+        )
     between = Shard(1) if shard_sequence else Replicate()
     # The norms return DTensors: one gather serves all products that read them, their gradients are
     # summed once, and `hidden @ head_weight.T` works with a sharded head.

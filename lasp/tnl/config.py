@@ -46,6 +46,8 @@ class TNLConfig:
         glu_activation: of the channel mixer: "none", "silu" or "1+elu".
         position_embeddings: rows of a learned table of absolute positions, added to the tokens'
             embeddings: the longest sequence. 0: no table, and sequences of any length.
+        dropout: probability of zero in training, of the embeddings and of each mixer's output
+            (`lasp.tnl.dropout`).
 
     The released models have the defaults from `norm` on. Tensor parallelism, packed documents and
     conversion to the released layout refuse some of the others, with the reason.
@@ -71,6 +73,7 @@ class TNLConfig:
     denominator: bool = False
     glu_activation: str = "none"
     position_embeddings: int = 0
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         # A config from TOML or JSON has a list.
@@ -122,6 +125,8 @@ class TNLConfig:
                 f'denominator is set and activation is "{self.activation}": only that of "1+elu" '
                 "keeps the weights positive, so that their sum can divide."
             )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout!r}: it must be in 0 <= dropout < 1.")
         rows = self.position_embeddings
         if type(rows) is not int or not 0 <= rows < 1 << 31:
             raise ValueError(

@@ -17,6 +17,7 @@ import lasp
 from lasp.shard import SequenceShard
 from lasp.softmax_attention import gather_past
 from lasp.tnl.config import TNLConfig
+from lasp.tnl.dropout import DropoutKey, dropout
 from lasp.tnl.heads import split_heads
 from lasp.tnl.learned_decay import DecayProjection, fixed_decay, learned_decay
 from lasp.tnl.positions import LRPE, apply_rope
@@ -303,11 +304,17 @@ class TNLBlock(nn.Module):
         self.channel_mixer = SGLU(config)
 
     def forward(
-        self, x: torch.Tensor, shard: SequenceShard, position: int = 0, **options: Any
+        self,
+        x: torch.Tensor,
+        shard: SequenceShard,
+        position: int = 0,
+        *,
+        dropout_key: DropoutKey | None = None,
+        **options: Any,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """x [B, T, d] -> (y [B, T, d], state or None); arguments are those of the token mixer."""
+        """x [B, T, d] -> (y [B, T, d], state or None); options are those of the token mixer."""
         mixed, state = self.token_mixer(self.token_norm(x), shard, position, **options)
         if mixed is None:
             return None, state
-        x = x + mixed
-        return x + self.channel_mixer(self.channel_norm(x)), state
+        x = x + dropout(mixed, dropout_key, 0)
+        return x + dropout(self.channel_mixer(self.channel_norm(x)), dropout_key, 1), state

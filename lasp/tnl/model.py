@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import nn
 
 from lasp.shard import SequenceShard
 from lasp.tnl.config import TNLConfig
+from lasp.tnl.dropout import DropoutKey, dropout
 from lasp.tnl.layers import GatedLinearAttention, TNLBlock, position_ranges
 from lasp.tnl.learned_decay import DecayProjection
 from lasp.tnl.positions import LRPE
@@ -93,6 +94,7 @@ class TNL(nn.Module):
         padding_mask: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         cut_documents: bool = False,
+        dropout_seeds: torch.Tensor | None = None,
     ) -> torch.Tensor | TNLState | tuple[torch.Tensor, TNLState]:
         """Logits [B, T, V] for the tokens of this shard.
 
@@ -117,6 +119,10 @@ class TNL(nn.Module):
             cut_documents: with cu_seqlens, the global sequence is a segment of a longer one, which
                 may begin and end within a document. `states`, used on the first rank only, have one
                 entry, that of the first document; so have the states returned, of the last one.
+            dropout_seeds: int64 [B], which decide the dropout of each sequence together with the
+                positions of its tokens: the same on all ranks that share a sequence, and on those
+                of tensor parallelism. None: drawn by torch's global generator in training while
+                gradients are recorded, else there is no dropout.
 
         Raises:
             ValueError: shapes that do not fit each other, the shard or the config.
@@ -145,18 +151,23 @@ class TNL(nn.Module):
             states_in = states.layers
         if padding_mask is not None:
             padding_mask = padding_mask.bool()
-        options = dict(return_state=return_states, padding_mask=padding_mask, cu_seqlens=cu_seqlens)
+        options: dict[str, Any] = dict(
+            return_state=return_states, padding_mask=padding_mask, cu_seqlens=cu_seqlens
+        )
         if cut_documents:
             options["cut_documents"] = True
 
         positions = None
-        if self.position_embedding is not None:
+        if self.position_embedding is not None or self.config.dropout:
             ranges = position_ranges(shard, position)
             positions = torch.cat([torch.arange(*each, device=tokens.device) for each in ranges])
-        x, states_out = self._embed(tokens, positions), []
+        key = self._dropout_key(dropout_seeds, positions, len(tokens))
+        x, states_out = dropout(self._embed(tokens, positions), key), []
         for number, (block, state) in enumerate(zip(self.blocks, states_in, strict=True), 1):
             if states_only and number == len(self.blocks):
                 options["state_only"] = True
+            if key is not None:
+                options["dropout_key"] = key.of_layer(number)
             x, state = block(x, shard, position, state=state, **options)
             states_out.append(state)
         end = position - shard.start + shard.ranges[-1][1]
@@ -179,6 +190,13 @@ class TNL(nn.Module):
             # norm and every saved block input moves half the bytes.
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x
+
+    def _dropout_key(self, seeds, positions, batch_size: int) -> DropoutKey | None:
+        if not self.config.dropout:
+            return None
+        if seeds is None and self.training and torch.is_grad_enabled():
+            seeds = torch.randint(1 << 62, (batch_size,), device=positions.device)
+        return None if seeds is None else DropoutKey.of(seeds, positions, self.config.dropout)
 
     def initial_states(self, batch_size: int = 1) -> TNLState:
         """The state before any token: zeros on the model's device, of the heads held here.

@@ -36,6 +36,7 @@ MODEL = {
     "output_gate": False,
     "glu_activation": "silu",
     "position_embeddings": 1000,
+    "dropout": 0.1,
 }
 REFUSED = {
     "training.seed": 1,
