@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 import ablations_report
+import convergence_report
 import decoding_report
 import eager_report
 import fp8_report
@@ -27,7 +28,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def main() -> None:
     reports = read_reports()
-    kernels, over_ranks, training, fp8, eager, decay, decoding, by_token, ablations = reports
+    kernels, over_ranks, training, fp8, eager, decay, decoding, by_token, *papers = reports
+    ablations, convergence = papers
     kernels_report.write(kernels, RESULTS)
     if by_token is not None:
         kernels_by_token_report.write(by_token, RESULTS)
@@ -41,23 +43,26 @@ def main() -> None:
     decoding_report.write(decoding, RESULTS)
     for each in ablations:
         ablations_report.write(each, RESULTS)
+    for each in convergence:
+        convergence_report.write(each, RESULTS)
     for path, name, table in docs_tables(*reports):
         path.write_text(filled(path.read_text(), name, table))
         print(f"{path.relative_to(ROOT)}, table {name}:\n\n{table}")
 
 
 def read_reports() -> tuple[
-    dict, list[dict], dict, dict, dict, dict, dict, dict | None, list[dict]
+    dict, list[dict], dict, dict, dict, dict, dict, dict | None, list[dict], list[dict]
 ]:
     """The reports of kernels, of sequence parallelism by number of ranks, of training, of FP8, of
     eager calls, of learned decays, of decoding; of kernels with a decay per token, None before its
-    first run; of ablations, by size."""
+    first run; of ablations, by size; of convergence, by device."""
     over_ranks = [_read(path) for path in sorted(RESULTS.glob("sequence_parallel_*.json"))]
     names = ("kernels", "training", "fp8", "eager", "learned_decay", "decoding")
     kernels, *others = (_read(RESULTS / f"{name}.json") for name in names)
     by_token = RESULTS / "kernels_by_token.json"
     token_report = _read(by_token) if by_token.exists() else None
-    return kernels, over_ranks, *others, token_report, ablations_report.read(RESULTS)
+    papers = ablations_report.read(RESULTS), convergence_report.read(RESULTS)
+    return kernels, over_ranks, *others, token_report, *papers
 
 
 def docs_tables(
@@ -70,6 +75,7 @@ def docs_tables(
     decoding: dict,
     by_token: dict | None,
     ablations: list[dict],
+    convergence: list[dict],
 ) -> list[tuple[Path, str, str]]:
     """The tables outside benchmarks/results: (file, name of the table, the table)."""
     docs = ROOT / "docs" / "benchmarks.md"
@@ -85,6 +91,7 @@ def docs_tables(
         (docs.with_name("training.md"), "decay", learned_decay_report.docs_table(decay)),
         (docs.with_name("decoding.md"), "decoding", decoding_report.table(decoding)),
         (docs.with_name("papers.md"), "ablations", ablations_report.docs_table(ablations)),
+        (docs.with_name("papers.md"), "convergence", convergence_report.docs_table(convergence)),
     ]
 
 
