@@ -8,7 +8,18 @@ from pathlib import Path
 __all__ = ["Panel", "draw", "tokens_in_short"]
 
 # Distinguishable in print and with the common kinds of colour blindness.
-COLORS = ("#1d4ed8", "#c2410c", "#0f766e", "#9333ea", "#64748b")
+COLORS = (
+    "#1d4ed8",
+    "#c2410c",
+    "#0f766e",
+    "#9333ea",
+    "#64748b",
+    "#b45309",
+    "#be185d",
+    "#15803d",
+    "#0e7490",
+    "#1f2937",
+)
 
 
 class Panel:
