@@ -165,7 +165,8 @@ def _inputs(sequences, length, heads, size, device):
 def worst_error(name: str, function: Callable, arguments: argparse.Namespace) -> float:
     """Largest relative error of o, dq, dk, dv over 300 tokens against float64: lasp's definition,
     or the baseline itself, which tests compare with its own."""
-    leaves, do, log_decay = _inputs(1, 300, 4, arguments.head_size, arguments.device)
+    sizes = arguments.heads, arguments.head_size
+    leaves, do, log_decay = _inputs(1, 300, *sizes, arguments.device)
     exact = [x.detach().cpu().double().requires_grad_() for x in leaves]
     definition = BASELINES.get(name, lambda *x: lasp.reference.quadratic(*x)[0])
     if name == "Lightning Attention-1":
@@ -233,8 +234,10 @@ def attending_by(function: Callable | None) -> Iterator[None]:
 
 def build(preset: str, kind: Model, device: torch.device) -> TNL:
     """The model; unless it takes segments, each block is recomputed in the backward."""
-    with device:
+    with torch.device("meta"):
         model = TNL(TNLConfig.preset(preset, **dict(kind.overrides)))
+    model.to_empty(device=device)
+    model.init_weights()
     contexts = functools.partial(create_selective_checkpoint_contexts, _keep_attention)
     if not kind.segmented:
         for block in model.blocks:
@@ -482,8 +485,11 @@ def main() -> None:
         if part == "attention":
             attention_part(run, attentions(arguments.device))
         elif part == "fla":
-            size = arguments.heads, arguments.head_size
-            attention_part(run, fla_attentions(*size, arguments.device))
+            sizes = arguments.heads, arguments.head_size
+            found = fla_attentions(*sizes, arguments.device)
+            if found:
+                baselines.compile_ahead([(1, 2**20, *sizes, sizes[1])], timeout_s=120)
+            attention_part(run, found)
         else:
             model_part(run, part)
         print(f"{part}: done after {time.perf_counter() - began:.0f} s", flush=True)
