@@ -12,7 +12,8 @@ full vector, then slice it.
 from __future__ import annotations
 
 import math
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 
 import torch
 
@@ -77,8 +78,15 @@ class Decay:
         if self.by_token:
             rows = self._partition.state_rows(entering=False, reverse=reverse)
             if rows not in self._factors:
-                totals = self._backend.decay_sums(self.operand, self._partition.cu_seqlens, rows)
-                self._factors[rows] = torch.exp(totals.to(states.dtype))[..., None, None]
+                shape = (*states.shape[:2], 1, 1)
+                factors = torch.empty(shape, dtype=states.dtype, device=states.device)
+                sums = partial(
+                    self._backend.decay_sums,
+                    cu_seqlens=self._partition.cu_seqlens,
+                    state_rows=rows,
+                )
+                replay.note_call(partial(_write_factors, sums), self.operand, factors)
+                self._factors[rows] = factors
             return self._factors[rows]
         lengths = self._partition.row_lengths()
         factor = self.factor if isinstance(lengths, int) else self.factors
@@ -125,6 +133,14 @@ class Decay:
         """True if nothing remains of any state after `length` tokens, in `dtype`."""
         rates = self.rates
         return isinstance(rates, tuple) and max(rates) * length < _UNDERFLOW[dtype]
+
+
+def _write_factors(
+    sums: Callable[[torch.Tensor], torch.Tensor], operand: torch.Tensor, factors: torch.Tensor
+) -> None:
+    """Write exp of `sums(operand)` [rows, H] to factors [rows, H, 1, 1]."""
+    totals = sums(operand).to(factors.dtype)
+    torch.exp(totals, out=factors.view(totals.shape))
 
 
 def alibi_slopes(num_heads: int) -> list[float]:

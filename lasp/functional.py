@@ -454,8 +454,12 @@ def _decay_gradient_start(entering, local_grad, received, grad_rows, decay, grad
     if entering is None:
         return None
     if not isinstance(grads, BoundaryPartition):
-        leaving = _add_decayed(local_grad, grad_rows, decay, reverse=True)
-        return (entering * leaving).sum((-2, -1))
+        start = torch.empty(
+            local_grad.shape[:2], dtype=local_grad.dtype, device=local_grad.device
+        )
+        factors = None if grad_rows is None else decay.row_factors(local_grad, reverse=True)
+        replay.note_call(_write_dots, start, entering, local_grad, factors, grad_rows)
+        return start
     start = local_grad.new_zeros(len(grads.cu_seqlens) - 1, local_grad.shape[1])
     for i, span in enumerate(grads.spans):
         factor = None
@@ -465,6 +469,13 @@ def _decay_gradient_start(entering, local_grad, received, grad_rows, decay, grad
         leaving = Transition(local_grad[i : i + 1], factor).apply(state_in)
         start[span.start] = (entering[i] * leaving[0]).sum((-2, -1))
     return start
+
+
+def _write_dots(start, entering, local_grad, factors, grad_rows):
+    """Write the dot products [rows, H] of states and their gradients, local_grad + factors *
+    grad_rows or local_grad alone."""
+    leaving = local_grad if grad_rows is None else torch.addcmul(local_grad, factors, grad_rows)
+    torch.sum(entering * leaving, (-2, -1), out=start)
 
 
 def _scan_state(partition, initial_state, state_in):

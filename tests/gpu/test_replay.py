@@ -15,16 +15,22 @@ needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two 
 LENGTHS = [1024, 8192]
 
 
-def make_inputs(T, seed=0, device="cuda"):
+def make_inputs(T, seed=0, device="cuda", by_token=False):
     """q, k, v that need gradients, do and log_decay; memory of their own for every seed."""
     generator = torch.Generator(device).manual_seed(seed)
     options = dict(device=device, dtype=torch.bfloat16, generator=generator)
     q, k, v, do = (torch.randn(1, T, 16, 128, **options) / 8 for _ in range(4))
-    return [x.requires_grad_() for x in (q, k, v)], do, lasp.decay.retention(16).to(device)
+    log_decay = lasp.decay.retention(16).to(device)
+    if by_token:
+        log_decay = log_decay * torch.rand(1, T, 16, device=device, generator=generator)
+        log_decay.requires_grad_()
+    return [x.requires_grad_() for x in (q, k, v)], do, log_decay
 
 
 def run(leaves, do, log_decay, **options):
     o = lasp.lightning_attention(*leaves, log_decay, **options)
+    if log_decay.requires_grad:
+        leaves = [*leaves, log_decay]
     return [o.detach(), *torch.autograd.grad(o, leaves, do)]
 
 
@@ -105,10 +111,11 @@ def test_a_graph_holds_nothing_of_a_recording(T):
     assert equal(captured, wanted)
 
 
-def over_ranks(group, exchange, graph):
+def over_ranks(group, exchange, graph, by_token=False):
     """Whether later calls, or a graph after its recordings are gone, have the bits of the first;
     and how many kinds of calls are recorded."""
-    leaves, do, log_decay = make_inputs(1024, seed=torch.distributed.get_rank(group))
+    rank = torch.distributed.get_rank(group)
+    leaves, do, log_decay = make_inputs(1024, seed=rank, by_token=by_token)
     options = dict(group=group, exchange=exchange)
     wanted = run(leaves, do, log_decay, **options)
     # On another stream everything is recorded anew.
@@ -133,10 +140,11 @@ def over_ranks(group, exchange, graph):
 
 
 @needs_two
+@pytest.mark.parametrize("by_token", [False, True])
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("exchange", ["ring", "all_gather"])
-def test_calls_over_ranks(pool, exchange, graph):
-    assert pool.run(over_ranks, exchange, graph, size=2) == [(True, 2)] * 2
+def test_calls_over_ranks(pool, exchange, graph, by_token):
+    assert pool.run(over_ranks, exchange, graph, by_token, size=2) == [(True, 2)] * 2
 
 
 def without_shared_memory(group):

@@ -53,8 +53,12 @@ def make_inputs(T=1500, H=4, D=128, dtype=torch.bfloat16, **options):
 
 def run(q, k, v, do, log_decay, **options):
     o = lasp.lightning_attention(q, k, v, log_decay, **options)
-    dq, dk, dv = torch.autograd.grad(o, (q, k, v), do)
-    return dict(q=q, k=k, v=v, do=do, o=o, dq=dq, dk=dk, dv=dv)
+    leaves = dict(q=q, k=k, v=v)
+    if log_decay is not None and log_decay.requires_grad:
+        leaves["log_decay"] = log_decay
+    grads = torch.autograd.grad(o, tuple(leaves.values()), do)
+    grads = {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    return dict(q=q, k=k, v=v, do=do, o=o) | grads
 
 
 def recorded(name="forward"):
@@ -368,23 +372,27 @@ class Buffer(StateBuffer):
         self.joins += 1
 
 
-def ring_in_memory(group):
+def ring_in_memory(group, by_token):
     """Of three calls of a kind: launches of each, forks and joins so far; how many are kept."""
     kernels, buffer = Kernels(), Buffer(dist.get_rank(group))
     seen, inputs = [], make_inputs(64, 2)
+    log_decay = -torch.rand(1, 64, 2) if by_token else None
+    if by_token:
+        log_decay.requires_grad_()
     with pretended(kernels), mock.patch("lasp.exchange.ring.find_buffer", return_value=buffer):
-        run(*inputs, None, group=group)  # Makes the constants.
+        run(*inputs, log_decay, group=group)  # Makes the constants.
         for _ in range(3):
             kernels.launches.clear()
-            run(*inputs, None, group=group)
+            run(*inputs, log_decay, group=group)
             launches = [(name, programs) for name, programs, _ in kernels.launches]
             seen.append((launches, len(buffer.forks), buffer.joins))
         kept = [x for x in replay._of_groups[group].values() if isinstance(x, replay.Recording)]
     return seen, buffer.forks, len(kept)
 
 
-def test_the_ring_in_memory_is_repeated(pool):
-    for seen, forks, kept in pool.run(ring_in_memory, size=2):
+@pytest.mark.parametrize("by_token", [False, True])
+def test_the_ring_in_memory_is_repeated(pool, by_token):
+    for seen, forks, kept in pool.run(ring_in_memory, by_token, size=2):
         assert kept == 2
         first, *others = seen
         assert [name for name, *_ in first[0]].count("send_recv_state_kernel") == 2
