@@ -288,7 +288,7 @@ BASELINES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "softmax (SDPA)": lambda q, k, v, log_decay: softmax(q, k, v),
     "Lightning Attention-1": _lightning_attention_1,
     "cumulative sum": cumulative_sum,
-    "cumulative sum, head by head": lambda q, k, v, log_decay: cumulative_sum(
+    "cumulative sum, by head": lambda q, k, v, log_decay: cumulative_sum(
         q, k, v, log_decay, heads_at_a_time=1
     ),
     "1 + elu": lambda q, k, v, log_decay: one_plus_elu(q, k, v),

@@ -63,8 +63,9 @@ RESULTS = Path(__file__).parent / "results"
 LENGTHS = tuple(2**n for n in range(10, 21))
 PARTS = ("attention", "1b", "385m", "fla")
 SEGMENT = 32768
-# Largest relative error of o, dq, dk, dv in bfloat16 (float32 on a CPU has far less).
-ERROR = 3e-2
+# A larger relative error of o, dq, dk or dv is no rounding. In bfloat16 the gradients of 1 + elu,
+# small differences of large sums, have 0.026, others 0.006 at most.
+ERROR = 0.1
 # Rounds of calls behind a time, and seconds of one round.
 ROUNDS, ROUND_SECONDS = 3, 0.2
 # A call that takes longer is measured once.
@@ -108,7 +109,7 @@ MODELS = {
     "Lightning Attention-1": Model(attention="Lightning Attention-1", quadratic=True),
     "TNL, in segments": Model(segmented=True),
     "1 + elu": Model(_PLAIN, "1 + elu"),
-    "cumulative sum, head by head": Model(attention="cumulative sum, head by head"),
+    "cumulative sum, by head": Model(attention="cumulative sum, by head"),
 }
 
 

@@ -35,7 +35,17 @@ def table(report: dict) -> str:
 
 def docs_table(report: dict | None) -> str:
     """The tables of docs/papers.md, as Markdown; None: there are no results."""
-    return "Not run yet.\n" if report is None else table(report).replace("\n## ", "\n### ")
+    if report is None:
+        return "Not run yet.\n"
+    charts = [
+        f"![{title_of(part, report)}](../benchmarks/results/{_chart_name(part)})"
+        for part in dict.fromkeys(row["part"] for row in report["rows"])
+    ]
+    return table(report).replace("\n## ", "\n### ") + "\n" + "\n\n".join(charts) + "\n"
+
+
+def _chart_name(part: str) -> str:
+    return f"attention_speed_{part}.png"
 
 
 def title_of(part: str, report: dict) -> str:
@@ -140,17 +150,18 @@ def plot(report: dict, folder: Path) -> None:
             }
 
         x = "tokens of one sequence"
+        ticks = [digit * 10.0**power for power in range(9) for digit in (1, 2, 5)]
         panels = [
-            chart.Panel(title, x, lines(key), log_y=True, y_ticks=ticks)
-            for title, key, ticks in (
-                ("Tokens per second", "tokens_per_second", [10.0**n for n in range(2, 9)]),
-                ("Peak memory, GiB", "memory_gib", [1, 2, 5, 10, 20, 50, 100]),
+            chart.Panel(title, x, lines(key), log_y=True, y_ticks=ticks, label_room=0.5)
+            for title, key in (
+                ("Tokens per second", "tokens_per_second"),
+                ("Peak memory, GiB", "memory_gib"),
             )
             if lines(key)
         ]
         if panels:
             caption = f"{report['device']}: {title_of(part, report)}, forward and backward"
-            chart.draw(panels, caption, folder / f"attention_speed_{part}.png")
+            chart.draw(panels, caption, folder / _chart_name(part))
 
 
 def write(report: dict, folder: Path) -> None:

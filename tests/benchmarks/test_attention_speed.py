@@ -56,7 +56,9 @@ def test_every_attention_and_model_is_measured_and_written(benchmark, monkeypatc
     assert max(report["errors"].values()) < 1e-4
     text = (tmp_path / "attention_speed.md").read_text()
     assert "## Attention alone: 2 heads of 8" in text and "## Models of preset tiny" in text
+    docs = benchmark.attention_speed_report.docs_table(report)
     for part in ("attention", "tiny"):
+        assert f"benchmarks/results/attention_speed_{part}.png)" in docs
         assert (tmp_path / f"attention_speed_{part}.png").stat().st_size > 0
 
 
@@ -136,7 +138,7 @@ def gradients(benchmark, name, attention=None):
 
 def test_models_that_compute_the_same_have_the_same_gradients(benchmark):
     wanted = gradients(benchmark, "TNL")
-    name = "cumulative sum, head by head"
+    name = "cumulative sum, by head"
     others = {
         "segments": gradients(benchmark, "TNL, in segments"),
         "cumulative sum": gradients(benchmark, name, benchmark.BASELINES[name]),
