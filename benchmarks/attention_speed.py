@@ -192,27 +192,36 @@ def model_case(
         torch.randint(vocab, shape, device=device, generator=generator) for _ in range(2)
     )
     scale = 1 / labels.numel()
+    # Around forwards only: autocast keeps its copies of weights to the end, and those of a pass
+    # without gradients pass none on.
+    autocast = functools.partial(
+        torch.autocast, device.type, torch.bfloat16, enabled=arguments.autocast
+    )
 
     def whole():
-        hidden = model(tokens, return_hidden=True)
-        (chunked_cross_entropy(hidden, model.head_weight, labels) * scale).backward()
+        with autocast():
+            hidden = model(tokens, return_hidden=True)
+            loss = chunked_cross_entropy(hidden, model.head_weight, labels)
+        (loss * scale).backward()
 
     def run(index, states, *, states_only):
         part = slice(index * arguments.segment, (index + 1) * arguments.segment)
         past = None if states is None else TNLState(list(states), part.start)
-        if states_only:
-            return None, model(tokens[:, part], states=past, states_only=True).layers
-        hidden, after = model(tokens[:, part], states=past, return_states=True, return_hidden=True)
-        return chunked_cross_entropy(hidden, model.head_weight, labels[:, part]), after.layers
+        with autocast():
+            if states_only:
+                return None, model(tokens[:, part], states=past, states_only=True).layers
+            hidden, after = model(
+                tokens[:, part], states=past, return_states=True, return_hidden=True
+            )
+            return chunked_cross_entropy(hidden, model.head_weight, labels[:, part]), after.layers
 
     def call():
         # Of the last call; a backward adds to them.
         model.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            if kind.segmented:
-                backward_in_segments(run, -(-length // arguments.segment), loss_scale=scale)
-            else:
-                whole()
+        if kind.segmented:
+            backward_in_segments(run, -(-length // arguments.segment), loss_scale=scale)
+        else:
+            whole()
 
     return call
 
@@ -468,6 +477,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--again", action="store_true", help="measure the rows that are there too")
     arguments = parser.parse_args()
     arguments.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    arguments.autocast = arguments.device.type == "cuda"
     if arguments.lengths != sorted(set(arguments.lengths)) or min(arguments.lengths) < 1:
         parser.error(f"--lengths {arguments.lengths}: give positive numbers in rising order.")
     return arguments

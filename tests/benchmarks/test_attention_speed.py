@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.lasp.cases import relative_error
+
 SIZES = {"tokens": 64, "segment": 32, "heads": 2, "head-size": 8, "limit": 1000}
 
 
@@ -126,11 +128,11 @@ def test_errors_of_other_libraries_are_results_and_those_of_lasp_are_not(benchma
         benchmark.measure(lambda: fails, None, cpu, may_fail=False)
 
 
-def gradients(benchmark, name, attention=None):
+def gradients(benchmark, name, attention=None, *, autocast=False):
     kind = benchmark.MODELS[name]
     torch.manual_seed(0)
     model = benchmark.build("tiny", kind, torch.device("cpu"))
-    arguments = argparse.Namespace(device=torch.device("cpu"), segment=32)
+    arguments = argparse.Namespace(device=torch.device("cpu"), segment=32, autocast=autocast)
     with benchmark.attending_by(attention):
         benchmark.model_case(model, kind, arguments, 2, 80)()
     return {name: p.grad for name, p in model.named_parameters()}
@@ -148,6 +150,14 @@ def test_models_that_compute_the_same_have_the_same_gradients(benchmark):
         for parameter, grad in found.items():
             hint = f"{other}: {parameter}"
             torch.testing.assert_close(grad, wanted[parameter], rtol=1e-3, atol=1e-5, msg=hint)
+
+
+@pytest.mark.parametrize("name", ["TNL", "TNL, in segments", "softmax", "1 + elu"])
+def test_gradients_in_low_precision_are_those_in_float32(benchmark, name):
+    attention = benchmark.BASELINES.get(name)
+    wanted = gradients(benchmark, name, attention)
+    for parameter, grad in gradients(benchmark, name, attention, autocast=True).items():
+        assert relative_error(grad, wanted[parameter]) < 0.1, parameter
 
 
 def test_a_model_attends_by_the_function_it_is_given(benchmark):
