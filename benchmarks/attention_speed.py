@@ -192,8 +192,7 @@ def model_case(
         torch.randint(vocab, shape, device=device, generator=generator) for _ in range(2)
     )
     scale = 1 / labels.numel()
-    # Around forwards only: autocast keeps its copies of weights to the end, and those of a pass
-    # without gradients pass none on.
+    # Around each forward, as in training, so that its copies of weights end with it.
     autocast = functools.partial(
         torch.autocast, device.type, torch.bfloat16, enabled=arguments.autocast
     )
