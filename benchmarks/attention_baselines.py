@@ -131,7 +131,11 @@ def _normalized(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 # An operator, so that activation checkpointing can keep its result by name.
-@torch.library.custom_op("lasp_benchmarks::linear_attention", mutates_args=())
+@torch.library.custom_op(
+    "lasp_benchmarks::linear_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor log_decay, int heads) -> Tensor",
+)
 def _linear_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, heads: int) -> Tensor:
     """heads: at a time, of `cumulative_sum`; 0 is `token_loop`."""
     if not v.numel():

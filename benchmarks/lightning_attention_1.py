@@ -161,7 +161,11 @@ def masked_product(
 
 
 # An operator, so that activation checkpointing can keep its result by name.
-@torch.library.custom_op("lasp_benchmarks::lightning_attention_1", mutates_args=())
+@torch.library.custom_op(
+    "lasp_benchmarks::lightning_attention_1",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor log_decay) -> Tensor",
+)
 def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor
 ) -> torch.Tensor:
