@@ -55,7 +55,7 @@ class Size:
 
     Attributes:
         model: fields of TNLConfig.
-        glu_dim_without_gate: of the row without a gate, for about as many parameters.
+        glu_dim_without_gate: of rows without a gate, for about as many parameters.
         tokenizer: of the default text.
         sequences, seq_len: of a step.
         validation: sequences that the loss is measured on.
@@ -130,7 +130,7 @@ def rows(size: Size) -> dict[str, dict[str, Any]]:
         "no activation of q and k": dict(activation="none"),
         "1 + elu of q and k": dict(activation="1+elu"),
         "swish in GLU": dict(glu_activation="silu"),
-        "Transformer": dict(layer_types="S", lrpe_layers=()),
+        "Transformer": dict(layer_types="S", lrpe_layers=(), glu_dim=size.glu_dim_without_gate),
     }
 
 

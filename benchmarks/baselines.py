@@ -18,7 +18,14 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 
-__all__ = ["compile_ahead", "find", "head_all_to_all", "states_and_fla", "untuned"]
+__all__ = [
+    "compile_ahead",
+    "find",
+    "find_parallel",
+    "head_all_to_all",
+    "states_and_fla",
+    "untuned",
+]
 
 Shape = tuple[int, int, int, int, int]
 # Calls with at most this many values of q also show fla's fused kernel, which is slow at length.
@@ -50,6 +57,20 @@ def find(shape: Shape) -> dict[str, Callable]:
             q, k, v, **named(g), scale=1.0
         )[0]
     return found
+
+
+def find_parallel() -> dict[str, Callable]:
+    """fla's quadratic form, tile by tile, as `find` gives its linear one: constant decays only."""
+    try:
+        from fla.ops.simple_gla import parallel_simple_gla
+    except ImportError:
+        return {}
+
+    def parallel(q, k, v, log_decay):
+        by_token = log_decay.expand(q.shape[:3]).contiguous()
+        return parallel_simple_gla(q, k, v, g=by_token, scale=1.0)[0]
+
+    return {"fla parallel_simple_gla": parallel}
 
 
 def compile_ahead(shapes: list[Shape], timeout_s: float = 300, *, by_token: bool = False) -> None:

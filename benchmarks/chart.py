@@ -8,7 +8,18 @@ from pathlib import Path
 __all__ = ["Panel", "draw", "tokens_in_short"]
 
 # Distinguishable in print and with the common kinds of colour blindness.
-COLORS = ("#1d4ed8", "#c2410c", "#0f766e", "#9333ea", "#64748b")
+COLORS = (
+    "#1d4ed8",
+    "#c2410c",
+    "#0f766e",
+    "#9333ea",
+    "#64748b",
+    "#b45309",
+    "#be185d",
+    "#15803d",
+    "#0e7490",
+    "#1f2937",
+)
 
 
 class Panel:
@@ -19,6 +30,7 @@ class Panel:
         x: the label of the horizontal axis.
         lines: label -> (x values, y values).
         log_y: a logarithmic vertical axis, numbered at `y_ticks`; otherwise it starts at 0.
+        label_room: room for labels, as a part of the lines' width.
     """
 
     def __init__(
@@ -29,9 +41,10 @@ class Panel:
         *,
         log_y: bool = False,
         y_ticks: Sequence[float] = (),
+        label_room: float = 0.2,
     ) -> None:
         self.title, self.x, self.lines = title, x, lines
-        self.log_y, self.y_ticks = log_y, y_ticks
+        self.log_y, self.y_ticks, self.label_room = log_y, y_ticks, label_room
 
 
 def draw(panels: Sequence[Panel], caption: str, path: Path) -> None:
@@ -65,8 +78,9 @@ def _draw_panel(axis, panel: Panel, colors: dict[str, str]) -> None:
     if panel.log_y:
         heights = [each for _, y in panel.lines.values() for each in y]
         axis.set_ylim(0.9 * min(heights), 1.2 * max(heights))
-        ticks = [tick for tick in panel.y_ticks if tick <= axis.get_ylim()[1]]
-        axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        low, high = axis.get_ylim()
+        ticks = [tick for tick in panel.y_ticks if low <= tick <= high]
+        axis.set_yticks(ticks, [f"{tick:,.10g}" for tick in ticks])
     else:
         axis.set_ylim(0, 1.15 * axis.get_ylim()[1])
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
@@ -79,7 +93,7 @@ def _draw_panel(axis, panel: Panel, colors: dict[str, str]) -> None:
     axis.tick_params(axis="y", length=0)
     # Room for the labels, which stand to the right of the last point.
     low, high = axis.get_xlim()
-    axis.set_xlim(low, high * (high / low) ** 0.2)
+    axis.set_xlim(low, high * (high / low) ** panel.label_room)
     _label_lines(axis, panel, colors)
 
 
@@ -110,7 +124,8 @@ def _apart(lengths: Sequence[float]) -> list[float]:
     for length in lengths:
         if not kept or length >= 1.9 * kept[-1]:
             kept.append(length)
-    return kept
+    # Of many, every other one, with the last.
+    return kept if len(kept) <= 8 else kept[(len(kept) - 1) % 2 :: 2]
 
 
 def tokens_in_short(tokens: float) -> str:

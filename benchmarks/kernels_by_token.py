@@ -36,6 +36,8 @@ MEANS = (-1.0, -0.1, -0.01, -0.001, -0.0001)
 # Fewer heads are divided into more segments, of which each starts its sum anew.
 HEADS = (2, 16)
 HEAD_DIM = 128
+# Rows of several runs stand in one report.
+TRITON = versions.installed("triton")
 
 
 def measure_times(shape, only: str | None) -> list[dict]:
@@ -45,7 +47,7 @@ def measure_times(shape, only: str | None) -> list[dict]:
     rows = []
     for name, function, decay in (("lasp", functions[0][1], "middle"), *functions):
         row = dataclasses.asdict(kernels.measure(name, function, shape, decay, bandwidth))
-        rows.append(row | {"shape": list(shape)})
+        rows.append(row | {"shape": list(shape), **TRITON})
         print(json.dumps(rows[-1]), flush=True)
     return rows
 
@@ -64,7 +66,7 @@ def measure_error(tokens: int, mean: float, only: str | None) -> dict:
         return float((gradient.double() - exact).norm() / exact.norm())
 
     single = plain_decay_gradient(q, k, v, do, log_decay, torch.float32)
-    row = {"tokens": tokens, "mean": mean, "float32 torch": error(single)}
+    row = {"tokens": tokens, "mean": mean, **TRITON, "float32 torch": error(single)}
     for heads in HEADS:
         # The same heads several times: only how they are divided differs.
         *tensors, grad = (x.repeat(1, 1, heads // few, 1) for x in (q, k, v, do))
@@ -130,7 +132,7 @@ def main() -> None:
     report = json.loads(path.read_text()) if path.exists() else {"rows": [], "errors": []}
     report |= {
         "device": torch.cuda.get_device_name() if kernels.DEVICE.type == "cuda" else "CPU",
-        "versions": versions.installed("torch", "triton", "fla-core"),
+        "versions": versions.installed("torch", "fla-core"),
         "date": datetime.date.today().isoformat(),
     }
     if not (arguments.only or arguments.no_times):

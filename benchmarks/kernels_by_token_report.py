@@ -34,9 +34,9 @@ def docs_table(report: dict | None) -> str:
 def _times(rows: list[dict]) -> str:
     """A line per shape, as far as it was measured."""
     lines = [
-        "| B, T, H, D, E | constant, forward | backward | per token, forward | backward "
+        "| B, T, H, D, E | triton | constant, forward | backward | per token, forward | backward "
         "| extra memory, constant | per token | fla takes |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for shape in dict.fromkeys(tuple(row["shape"]) for row in rows):
         found = {
@@ -47,7 +47,7 @@ def _times(rows: list[dict]) -> str:
         constant, by_token = (found.get((LASP, decay)) for decay in ("middle", "token"))
         if constant is None or by_token is None:
             continue
-        cells = [", ".join(map(str, shape))]
+        cells = [", ".join(map(str, shape)), by_token["triton"] or ""]
         cells += [f"{constant[way]:.3f} ms" for way in WAYS]
         cells += [f"{by_token[way]:.3f} ms ({by_token[way] / constant[way]:.2f}x)" for way in WAYS]
         units = (constant["extra_units"], by_token["extra_units"])
@@ -70,9 +70,10 @@ def _notes(rows: list[dict]) -> str:
 def _errors(rows: list[dict]) -> str:
     if not rows:
         return ""
-    names = [name for name in rows[0] if name not in ("tokens", "mean")]
+    names = [name for name in rows[0] if name not in ("tokens", "mean", "triton")]
     lines = [
-        f"The gradient of log_decay, {rows[0]['tokens']:,} tokens, heads of 128:",
+        f"The gradient of log_decay, {rows[0]['tokens']:,} tokens, heads of 128, triton "
+        f"{rows[0]['triton']}:",
         "",
         f"| mean log decay | {' | '.join(names)} |",
         "|---|" + "---|" * len(names),

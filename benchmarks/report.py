@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 import ablations_report
+import attention_speed_report
 import convergence_report
 import decoding_report
 import eager_report
@@ -29,10 +30,12 @@ RESULTS = ROOT / "benchmarks" / "results"
 def main() -> None:
     reports = read_reports()
     kernels, over_ranks, training, fp8, eager, decay, decoding, by_token, *papers = reports
-    ablations, convergence = papers
+    by_length, ablations, convergence = papers
     kernels_report.write(kernels, RESULTS)
     if by_token is not None:
         kernels_by_token_report.write(by_token, RESULTS)
+    if by_length is not None:
+        attention_speed_report.write(by_length, RESULTS)
     for report in over_ranks:
         sequence_parallel_report.write(report, RESULTS, with_plot=True)
     megatron_report.write(_read(RESULTS / "megatron.json"), RESULTS)
@@ -50,19 +53,18 @@ def main() -> None:
         print(f"{path.relative_to(ROOT)}, table {name}:\n\n{table}")
 
 
-def read_reports() -> tuple[
-    dict, list[dict], dict, dict, dict, dict, dict, dict | None, list[dict], list[dict]
-]:
+def read_reports() -> tuple:
     """The reports of kernels, of sequence parallelism by number of ranks, of training, of FP8, of
-    eager calls, of learned decays, of decoding; of kernels with a decay per token, None before its
-    first run; of ablations, by size; of convergence, by device."""
+    eager calls, of learned decays, of decoding; of kernels with a decay per token and of attention
+    over the length, each None before its first run; of ablations by size, and of convergence by
+    device."""
     over_ranks = [_read(path) for path in sorted(RESULTS.glob("sequence_parallel_*.json"))]
     names = ("kernels", "training", "fp8", "eager", "learned_decay", "decoding")
     kernels, *others = (_read(RESULTS / f"{name}.json") for name in names)
-    by_token = RESULTS / "kernels_by_token.json"
-    token_report = _read(by_token) if by_token.exists() else None
+    optional = (RESULTS / f"{name}.json" for name in ("kernels_by_token", "attention_speed"))
+    once = (_read(path) if path.exists() else None for path in optional)
     papers = ablations_report.read(RESULTS), convergence_report.read(RESULTS)
-    return kernels, over_ranks, *others, token_report, *papers
+    return kernels, over_ranks, *others, *once, *papers
 
 
 def docs_tables(
@@ -74,6 +76,7 @@ def docs_tables(
     decay: dict,
     decoding: dict,
     by_token: dict | None,
+    by_length: dict | None,
     ablations: list[dict],
     convergence: list[dict],
 ) -> list[tuple[Path, str, str]]:
@@ -90,6 +93,7 @@ def docs_tables(
         (docs.with_name("training.md"), "fp8", fp8_report.docs_table(fp8)),
         (docs.with_name("training.md"), "decay", learned_decay_report.docs_table(decay)),
         (docs.with_name("decoding.md"), "decoding", decoding_report.table(decoding)),
+        (docs.with_name("papers.md"), "by_length", attention_speed_report.docs_table(by_length)),
         (docs.with_name("papers.md"), "ablations", ablations_report.docs_table(ablations)),
         (docs.with_name("papers.md"), "convergence", convergence_report.docs_table(convergence)),
     ]

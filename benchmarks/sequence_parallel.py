@@ -42,6 +42,7 @@ from lasp.exchange import ChunkChain, Transition, symmetric_memory
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 STATE_SIZES_MIB = (0.25, 1, 4)
+BY_TOKEN = reports.BY_TOKEN
 
 
 class Ranks:
@@ -137,34 +138,46 @@ def variants(ranks: Ranks, methods: list[str]) -> dict[str, Attention]:
         f"lasp {method}, zigzag": one_call(group=ranks.group, exchange=method, layout="zigzag")
         for method in methods
     }
+    found[f"lasp, no group{BY_TOKEN}"] = one_call()
+    if "ring" in methods:
+        found[f"lasp ring{BY_TOKEN}"] = one_call(group=ranks.group)
     return found
 
 
-def make_inputs(ranks: Ranks, shape, seed: int = 0):
-    """q, k, v, do of this rank, and the log decay of a TNL's middle layer."""
+def make_inputs(ranks: Ranks, shape, name: str, seed: int = 0):
+    """q, k, v, do of this rank, and the log decay of a TNL's middle layer: [H], or by `name` times
+    2 u [B, T, H], u uniform."""
     generator = torch.Generator(device=ranks.device).manual_seed(seed)
     spreads = (0.25, 0.25, 1.0, 1.0)
     options = dict(device=ranks.device, dtype=ranks.dtype, generator=generator)
     q, k, v, do = (torch.randn(shape, **options).mul_(spread) for spread in spreads)
-    return q, k, v, do, lasp.decay.tnl(shape[2], 12, 24).to(ranks.device)
+    log_decay = lasp.decay.tnl(shape[2], 12, 24).to(ranks.device)
+    if name.endswith(BY_TOKEN):
+        rand = torch.rand(shape[:3], device=ranks.device, generator=generator)
+        log_decay = 2 * log_decay * rand
+    return q, k, v, do, log_decay
 
 
 def worst_error(ranks: Ranks, attention: Attention, name: str) -> float:
-    """Largest relative error of this rank's o, dq, dk, dv against float64, over all ranks."""
+    """Largest relative error of this rank's o and gradients against float64, over all ranks."""
     total = 256 * ranks.size
-    q, k, v, do, log_decay = make_inputs(ranks, (1, total, 16, 64), seed=1)
+    q, k, v, do, log_decay = make_inputs(ranks, (1, total, 16, 64), name, seed=1)
     layout = "zigzag" if "zigzag" in name else "contiguous"
     ranges = shard.token_ranges(total, ranks.size, ranks.rank, layout)
     here = torch.cat([torch.arange(*each) for each in ranges]).to(ranks.device)
-    if name == "lasp, no group":
+    # A constant decay needs no gradient.
+    sequences, constant = [q, k, v], [log_decay]
+    if name.endswith(BY_TOKEN):
+        sequences, constant = [q, k, v, log_decay], []
+    if name.startswith("lasp, no group"):
         # Each rank's tokens are a sequence of their own.
-        q, k, v, do = (x[:, here] for x in (q, k, v, do))
+        do, *sequences = (x[:, here] for x in (do, *sequences))
         here = slice(None)
-    leaves = [x[:, here].clone().requires_grad_() for x in (q, k, v)]
-    o = attention(*leaves, log_decay)
+    leaves = [x[:, here].clone().requires_grad_() for x in sequences]
+    o = attention(*leaves, *constant)
     o.backward(do[:, here])
-    exact = [x.double().requires_grad_() for x in (q, k, v)]
-    o_exact, _ = lasp.reference.quadratic(*exact, log_decay.double())
+    exact = [x.double().requires_grad_() for x in sequences]
+    o_exact, _ = lasp.reference.quadratic(*exact, *(x.double() for x in constant))
     o_exact.backward(do.double())
     pairs = [(o, o_exact), *((a.grad, b.grad) for a, b in zip(leaves, exact, strict=True))]
     pairs = [(a.detach().double(), b.detach()[:, here]) for a, b in pairs]
@@ -175,11 +188,13 @@ def worst_error(ranks: Ranks, attention: Attention, name: str) -> float:
 def measure(ranks: Ranks, name: str, attention: Attention, shape, seconds: float) -> dict:
     """Error and times of one implementation at [B, T, H, D] per rank."""
     row = {"name": name, "tokens": shape[1], "error": worst_error(ranks, attention, name)}
-    q, k, v, do, log_decay = make_inputs(ranks, shape)
+    q, k, v, do, log_decay = make_inputs(ranks, shape, name)
     leaves = [x.requires_grad_() for x in (q, k, v)]
+    if name.endswith(BY_TOKEN):
+        leaves.append(log_decay.requires_grad_())
 
     def forward():
-        return attention(*leaves, log_decay)
+        return attention(*leaves[:3], log_decay)
 
     def both():
         return torch.autograd.grad(forward(), leaves, do)
@@ -228,7 +243,7 @@ def gather(state, gathered):
 
 def overlap(ranks: Ranks, attention: Attention, shape) -> dict:
     """Time of the communication kernels in a forward and backward, and how much was hidden."""
-    q, k, v, do, log_decay = make_inputs(ranks, shape)
+    q, k, v, do, log_decay = make_inputs(ranks, shape, "")
     leaves = [x.requires_grad_() for x in (q, k, v)]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(4):

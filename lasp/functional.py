@@ -454,9 +454,7 @@ def _decay_gradient_start(entering, local_grad, received, grad_rows, decay, grad
     if entering is None:
         return None
     if not isinstance(grads, BoundaryPartition):
-        start = torch.empty(
-            local_grad.shape[:2], dtype=local_grad.dtype, device=local_grad.device
-        )
+        start = torch.empty(local_grad.shape[:2], dtype=local_grad.dtype, device=local_grad.device)
         factors = None if grad_rows is None else decay.row_factors(local_grad, reverse=True)
         replay.note_call(_write_dots, start, entering, local_grad, factors, grad_rows)
         return start

@@ -1,8 +1,9 @@
 """Names the rank that a job waits for, when one has died, was stopped or hangs.
 
-A thread of each rank writes the rank's position, once a second and at each phase, to the store that
-the ranks meet in: the step, its phase, and how many collective calls it has made. No collective is
-involved, and the other ranks' positions are read only once something is wrong:
+A thread of each rank writes the rank's position to the store that the ranks meet in: the step, its
+phase, and how many collective calls it has made. It does so once a second and at each phase; with
+many ranks, less often. No collective is involved, and the other ranks' positions are read only once
+something is wrong:
 
 - a call raised here (gloo's after its timeout, or because a connection was lost), or
 - the main thread has made no call for longer than the timeout that applies. NCCL does not raise: it
@@ -37,6 +38,9 @@ from launch.exit_codes import HUNG
 # Seconds between two reports of a rank. A rank is silent after _SILENT without one: a process that
 # is alive on a starved machine writes sooner.
 _INTERVAL, _SILENT = 1.0, 5.0
+# Reports that the store takes in a second, of all ranks together; with more ranks than that each
+# reports less often.
+_REPORTS_PER_SECOND = 1000
 # Seconds that a rank's own collectives have to raise, before this thread ends the process.
 _GRACE = 2.0
 # Seconds after which the store is taken to be gone.
@@ -63,6 +67,8 @@ class Heartbeat:
         self._store = store.clone()
         self._store.set_timeout(timedelta(seconds=_STORE_SECONDS))
         self._rank, self._size, self._folder = rank, size, folder
+        self._least = size / _REPORTS_PER_SECOND
+        self._interval = max(_INTERVAL, self._least)
         self.limit = seconds
         self.step, self._phase, self._entered = 0, "set-up", 0
         self._reports = 0
@@ -105,7 +111,9 @@ class Heartbeat:
     def _run(self) -> None:
         position, since = self._position(), time.monotonic()
         while True:
-            self._news.wait(_INTERVAL)
+            if self._news.wait(self._interval) and not self._stopped:
+                # Phases may be shorter than the time between two reports.
+                time.sleep(self._least)
             self._news.clear()
             if self._stopped:
                 return
@@ -170,11 +178,11 @@ class Heartbeat:
             needs_silence: blame no rank that is alive.
             ended_too: blame a rank that has ended, even without a problem.
         """
-        before, deadline = self._read(), time.monotonic() + _SILENT
+        before, deadline = self._read(), time.monotonic() + max(_SILENT, 3 * self._interval)
         silent = set(range(self._size)) - {self._rank}
         failed: list[int] = []
         while silent and not failed and time.monotonic() < deadline:
-            time.sleep(_INTERVAL / 2)
+            time.sleep(self._interval / 2)
             if threading.current_thread() is self._thread:
                 self._report()
             reports = self._read()

@@ -30,6 +30,7 @@ def test_every_row_is_a_model_and_has_a_figure_of_the_paper(ablations):
         # The gate's matrices went into the channel mixer.
         counts = {name: each.num_parameters() for name, each in configs.items()}
         assert counts["no gate"] == pytest.approx(counts["TNL"], rel=0.03)
+        assert counts["Transformer"] == pytest.approx(counts["TNL"], rel=0.03)
 
 
 def test_every_size_is_a_command_line_of_the_launcher(ablations, tmp_path):

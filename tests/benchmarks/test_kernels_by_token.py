@@ -57,7 +57,8 @@ def test_the_plain_gradient_is_that_of_the_definition(benchmark):
 def test_the_table_has_the_ratio_of_times(benchmark):
     def row(name, decay, forward, backward):
         times = {"forward_ms": forward, "backward_ms": backward}
-        return {"shape": [1, 2, 3, 4, 5], "name": name, "decay": decay, "note": ""} | times
+        common = {"shape": [1, 2, 3, 4, 5], "triton": "3.7.1", "note": ""}
+        return {"name": name, "decay": decay} | common | times
 
     rows = [row("lasp", "middle", 1.0, 2.0), row("lasp", "token", 1.2, 3.0)]
     rows.append(row("fla chunk_simple_gla", "token", 2.4, 9.0))
@@ -70,7 +71,7 @@ def test_the_table_has_the_ratio_of_times(benchmark):
     }
     table = benchmark.kernels_by_token_report.docs_table(report)
     times = "1.000 ms | 2.000 ms | 1.200 ms (1.20x) | 3.000 ms (1.50x)"
-    assert f"| 1, 2, 3, 4, 5 | {times} | 4.0 | 4.0 | 2.0x / 3.0x |" in table
+    assert f"| 1, 2, 3, 4, 5 | 3.7.1 | {times} | 4.0 | 4.0 | 2.0x / 3.0x |" in table
 
 
 class WithoutBackward(torch.autograd.Function):

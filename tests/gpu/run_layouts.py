@@ -44,6 +44,9 @@ def mesh_of(dims):
 
 
 def make_run(folder, *more, alone=False):
+    if alone:
+        # A folder has one owner.
+        folder = f"{folder}/alone-{dist.get_rank()}"
     flags = ["--data.source", "random", "--training.seq_len", "4001", "--model.dim", "256"]
     flags += ["--training.global_batch_size", "2", "--job.dump_folder", folder]
     flags += ["--checkpoint.interval", "1000", "--compile.enable", "False", *more]

@@ -196,7 +196,13 @@ def test_scales_of_all_weights_take_one_reduction_per_step(pair, tmp_path):
 
 @needs_torchao
 @pytest.mark.parametrize(
-    "more", [CP2, TP2, [*TP2, "--parallelism.tensor_parallel_shard_sequence", *FULL]], ids=str
+    "more",
+    [
+        CP2,
+        pytest.param(TP2, marks=pytest.mark.slow),
+        [*TP2, "--parallelism.tensor_parallel_shard_sequence", *FULL],
+    ],
+    ids=str,
 )
 def test_fp8_over_two_ranks_trains_as_on_one(pair, tmp_path, more):
     alone, *_ = train_and_resume(None, tmp_path / "alone", *TENSORWISE)

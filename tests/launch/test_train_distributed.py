@@ -146,6 +146,7 @@ def test_resume_on_another_number_of_ranks(undisturbed, data, tmp_path):
     assert losses(tmp_path / "out") == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_killed_while_sharded_weights_are_written_in_the_background(undisturbed, data, tmp_path):
     """Two ranks hold half of the weights each; one is killed before its half is written."""
     folder = tmp_path / "out"

@@ -205,7 +205,10 @@ def tensor_parallel_gradients(group, recipe, shard_sequence):
     return results
 
 
-@pytest.mark.parametrize("recipe, shard_sequence", [("tensorwise", True), ("rowwise", False)])
+@pytest.mark.parametrize(
+    "recipe, shard_sequence",
+    [("tensorwise", True), pytest.param("rowwise", False, marks=pytest.mark.slow)],
+)
 def test_tensor_parallel_blocks_compute_what_one_rank_does(pool, recipe, shard_sequence):
     expected = gradients(make(recipe))
     exact = gradients(make(None))
@@ -254,7 +257,7 @@ def gathered_gradients(group, mode):
     return results, counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("mode", ["none", "full"])
+@pytest.mark.parametrize("mode", [pytest.param("none", marks=pytest.mark.slow), "full"])
 def test_weights_gathered_in_fp8_compile_without_breaks(pool, mode):
     expected = gradients(make())
     for results, graphs in pool.run(gathered_gradients, mode, size=2):

@@ -15,6 +15,8 @@ from launch.trainer import train_step, validate
 from parallel.mesh import MESH_AXES, ParallelDims, build_mesh, full_tensor
 from tests.launch.runs import flags
 
+SLOW = pytest.mark.slow
+
 STEPS = 5
 # 67 tokens: uneven shards.
 SHAPE = dict(
@@ -118,7 +120,13 @@ def test_four_ranks_train_as_one(pool, tmp_path, degrees, one_rank):
 
 # Segments of 25, 25 and 17 tokens, each over all cp ranks.
 @pytest.mark.parametrize(
-    "degrees", [(1, 1, 4, 1), (1, 4, 1, 1), (4, 1, 1, 1), (1, 1, 2, 2), (2, 1, 2, 1)], ids=name
+    "degrees",
+    [
+        (1, 4, 1, 1),
+        (1, 1, 2, 2),
+        *(pytest.param(x, marks=SLOW) for x in [(1, 1, 4, 1), (4, 1, 1, 1), (2, 1, 2, 1)]),
+    ],
+    ids=name,
 )
 def test_four_ranks_train_in_segments_as_one_on_whole_sequences(pool, tmp_path, degrees, one_rank):
     check(pool, tmp_path, degrees, one_rank, accumulation=2, training__segment_len=25)
@@ -159,7 +167,13 @@ def test_learned_decays_move(one_rank_learned):
 
 
 @pytest.mark.parametrize(
-    "degrees", [(1, 4, 1, 1), (1, 2, 1, 2), (2, 1, 2, 1), (1, 1, 2, 2)], ids=name
+    "degrees",
+    [
+        (1, 4, 1, 1),
+        (1, 1, 2, 2),
+        *(pytest.param(x, marks=SLOW) for x in [(1, 2, 1, 2), (2, 1, 2, 1)]),
+    ],
+    ids=name,
 )
 def test_four_ranks_train_a_learned_decay_as_one(pool, tmp_path, degrees, one_rank_learned):
     check(pool, tmp_path, degrees, one_rank_learned, accumulation=2, **LEARNED)
@@ -172,7 +186,7 @@ THREE_AXES = {(1, 2, 2, 2)}
 
 @pytest.mark.parametrize(
     "degrees",
-    [pytest.param(x, marks=() if x in THREE_AXES else pytest.mark.slow) for x in meshes(8)],
+    [pytest.param(x, marks=() if x in THREE_AXES else SLOW) for x in meshes(8)],
     ids=name,
 )
 def test_eight_ranks_train_as_one(pool8, tmp_path, degrees, one_rank):

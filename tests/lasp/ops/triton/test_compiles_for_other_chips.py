@@ -40,7 +40,7 @@ def check(launch, chip):
 
 
 # One chip with little shared memory, and one with much and another kind of product.
-@pytest.mark.parametrize("chip", ["sm_86", "sm_100"])
+@pytest.mark.parametrize("chip", ["sm_86", pytest.param("sm_100", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("launch", quick_launches(), ids=lambda launch: " ".join(launch[:4]))
 def test_fits(launch, chip):
     check(launch, chip)
