@@ -1,9 +1,9 @@
-"""Where the ranks of a group are: neighbours that share a host and reach each other's GPUs.
+"""Which neighbours of a group share a host and reach each other's GPUs.
 
 A GPU is known by its PCI address, which is the same in all processes of a host. Its index is not:
 with one GPU per process in CUDA_VISIBLE_DEVICES, each of them is number 0. Memory of a GPU that
-this process does not see can be mapped all the same if the two GPUs are peers. CUDA answers that
-for GPUs that are seen, NVML for the others.
+this process does not see can be mapped all the same, if the two GPUs reach each other. CUDA tells
+that of the GPUs it shows to the process, NVML of the others.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup
 
 from lasp.exchange import consistency, shared_memory
 
-__all__ = ["Run", "find_runs"]
+__all__ = ["HostRanks", "split_by_host"]
 
 # Bits of a gathered number that hold the device index.
 _INDEX_BITS = 8
@@ -28,8 +28,8 @@ _INDEX_BITS = 8
 _NVML_P2P_CAPS = (0, 1)
 
 
-class Run(NamedTuple):
-    """Neighbouring ranks on one host that reach each other's GPUs; or a rank that has none.
+class HostRanks(NamedTuple):
+    """Neighbours in a group's order that share a host and reach each other's GPUs, or one rank.
 
     Attributes:
         ranks: ranks of the group.
@@ -40,18 +40,18 @@ class Run(NamedTuple):
     indices_differ: bool = True
 
 
-def find_runs(group: ProcessGroup, device: torch.device) -> tuple[Run, ...]:
-    """The runs that the group's ranks form, in order, the same on all ranks, which all call this.
+def split_by_host(group: ProcessGroup, device: torch.device) -> tuple[HostRanks, ...]:
+    """The parts of the group, in order, the same on all ranks, which all call this.
 
-    Only neighbours of the group's order are joined: where the ranks of two hosts alternate, every
-    rank is a run. So it is if any rank has LASP_PEER_MEMORY=0 in its environment.
+    Only neighbours are joined: where the ranks of two hosts alternate, every rank is a part. So it
+    is if any rank has LASP_PEER_MEMORY=0 in its environment.
     """
     size = group.size()
-    apart = tuple(Run(range(rank, rank + 1)) for rank in range(size))
+    single = tuple(HostRanks(range(rank, rank + 1)) for rank in range(size))
     wanted = os.environ.get("LASP_PEER_MEMORY", "1") != "0" and torch.version.hip is None
     hosts = consistency.gather_numbers(group, _host_number() if wanted else -1)
     if min(hosts) < 0:
-        return apart
+        return single
     number = _pci_address(device) << _INDEX_BITS | device.index
     numbers = consistency.gather_numbers(group, number)
     starts = [rank for rank in range(size) if rank == 0 or hosts[rank] != hosts[rank - 1]]
@@ -59,14 +59,14 @@ def find_runs(group: ProcessGroup, device: torch.device) -> tuple[Run, ...]:
     own = next(ranks for ranks in neighbours if group.rank() in ranks)
     addresses = [numbers[rank] >> _INDEX_BITS for rank in own]
     reached = consistency.gather_numbers(group, int(_reaches_all(device, addresses)))
-    runs: list[Run] = []
+    parts: list[HostRanks] = []
     for ranks in neighbours:
         indices = {numbers[rank] % (1 << _INDEX_BITS) for rank in ranks}
         if all(reached[rank] for rank in ranks):
-            runs.append(Run(ranks, len(indices) == len(ranks)))
+            parts.append(HostRanks(ranks, len(indices) == len(ranks)))
         else:
-            runs += apart[ranks.start : ranks.stop]
-    return tuple(runs)
+            parts += single[ranks.start : ranks.stop]
+    return tuple(parts)
 
 
 def _host_number() -> int:
@@ -92,13 +92,13 @@ def _reaches_all(device, addresses):
     return all(
         torch.cuda.can_device_access_peer(device.index, seen[other])
         if other in seen
-        else _are_peers(own, other)
+        else _nvml_reaches(own, other)
         for other in addresses
         if other != own
     )
 
 
-def _are_peers(own: int, other: int) -> bool:
+def _nvml_reaches(own: int, other: int) -> bool:
     """Whether NVML says that two GPUs read and write each other's memory; False if it cannot."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")

@@ -5,9 +5,9 @@ microseconds per hop instead of twenty, over NVLink or PCIe. Every rank has a bu
 direction room for one state (twice its bytes) and counters. It is made at the group's first
 exchange of a size, serves states up to the next power of two, and lives as long as the group.
 
-Neighbours in a group's order that share a host and reach each other's memory (a run,
-`lasp.exchange.hosts`) have their buffers among themselves. In a group on one host that is all its
-ranks. A group that spans hosts has a run on each, and one message crosses from a run to the next.
+Neighbours in a group's order that share a host and reach each other's memory, a part of the group
+(`lasp.exchange.hosts`), have their buffers among themselves. A group on one host is one part. A
+group that spans hosts has a part on each, and states cross from part to part by messages.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.distributed import ProcessGroup, distributed_c10d
 
 from lasp import replay
 from lasp.exchange import consistency
-from lasp.exchange.hosts import Run, find_runs
+from lasp.exchange.hosts import HostRanks, split_by_host
 from lasp.exchange.topology import Transition
 
 __all__ = ["StateBuffer", "find_buffer"]
@@ -33,8 +33,8 @@ __all__ = ["StateBuffer", "find_buffer"]
 # Floats of the smallest buffer: it fills whole lines of 128 bytes, as all larger ones do.
 _MIN_CAPACITY = 16
 
-# The runs of each group.
-_runs: WeakKeyDictionary[ProcessGroup, tuple[Run, ...]] = WeakKeyDictionary()
+# The parts of each group.
+_parts: WeakKeyDictionary[ProcessGroup, tuple[HostRanks, ...]] = WeakKeyDictionary()
 # A group's buffers by device and capacity, None where this rank has none.
 _buffers: WeakKeyDictionary[ProcessGroup, dict[tuple, StateBuffer | None]] = WeakKeyDictionary()
 # Rendezvous count of this process. torch numbers them over all groups; ranks with different counts
@@ -47,7 +47,7 @@ def find_buffer(
 ) -> StateBuffer | None:
     """The buffer for states like `local`, or None if this rank has to send messages.
 
-    All ranks of the group call this, with states of one size. All ranks of a run get a buffer, or
+    All ranks of the group call this, with states of one size. All ranks of a part get a buffer, or
     none does.
 
     Args:
@@ -71,7 +71,7 @@ def find_buffer(
                 "the capture."
             )
         if made is None:
-            _runs[group] = find_runs(group, local.device)
+            _parts[group] = split_by_host(group, local.device)
             made = _buffers[group] = {}
         if _has_memory(group):
             made[key] = _make_buffer(group, *key, send_recv_state)
@@ -83,36 +83,36 @@ def find_buffer(
 
 
 def _has_memory(group: ProcessGroup) -> bool:
-    """True if any run of the group has more than one rank."""
-    return len(_runs[group]) < group.size()
+    """True if any part of the group has more than one rank."""
+    return len(_parts[group]) < group.size()
 
 
 def _make_buffer(
     group: ProcessGroup, device: torch.device, capacity: int, send_recv_state: Callable
 ) -> StateBuffer | None:
-    """A buffer on every rank of a run, or on none. All ranks of the group call this."""
+    """A buffer on every rank of a part, or on none. All ranks of the group call this."""
     global _rendezvous
-    run = next(run for run in _runs[group] if group.rank() in run.ranks)
-    of_run = slice(run.ranks.start, run.ranks.stop)
+    part = next(part for part in _parts[group] if group.rank() in part.ranks)
+    of_part = slice(part.ranks.start, part.ranks.stop)
     buffer = problem = None
-    if len(run.ranks) > 1:
+    if len(part.ranks) > 1:
         try:
             buffer = StateBuffer(device, capacity, send_recv_state)
         except Exception as error:
             problem = error
     # Checked first, so that no rank waits in the rendezvous for one that does not come.
     number = -1 if buffer is None else _rendezvous
-    numbers = consistency.gather_numbers(group, number)[of_run]
+    numbers = consistency.gather_numbers(group, number)[of_part]
     meets = min(numbers) >= 0 and len(set(numbers)) == 1
     if meets:
         _rendezvous += 1
         try:
-            buffer.connect(group, run, number)
+            buffer.connect(group, part, number)
         except Exception as error:
             problem = error
-    # No rank writes before all of its run have mapped the memory.
-    mapped = consistency.gather_numbers(group, int(meets and problem is None))[of_run]
-    if len(run.ranks) == 1 or all(mapped):
+    # No rank writes before all of its part have mapped the memory.
+    mapped = consistency.gather_numbers(group, int(meets and problem is None))[of_part]
+    if len(part.ranks) == 1 or all(mapped):
         return buffer
     problem = problem or RuntimeError(
         f"it failed on another rank, or the ranks' rendezvous counts differ: {numbers}"
@@ -138,7 +138,7 @@ def _group_of(group: ProcessGroup, ranks: range, number: int) -> Iterator[str]:
     store = dist.PrefixStore(
         f"lasp.symmetric_memory.{ranks[0]}", distributed_c10d._get_process_group_store(group)
     )
-    # The same in all processes of the run, and new in each.
+    # The same in all processes of the part, and new in each.
     name = f"lasp.{dist.get_global_rank(group, ranks[0])}.{number}"
     of_ranks = dist.ProcessGroup(store, rank, size)
     of_ranks._set_group_name(name)
@@ -202,29 +202,29 @@ class StateBuffer:
         self._memory.zero_()
         torch.cuda.synchronize(device)
 
-    def connect(self, group: ProcessGroup, run: Run, number: int) -> None:
-        """Map the neighbours' memory. All ranks of the run call this, and may wait here.
+    def connect(self, group: ProcessGroup, part: HostRanks, number: int) -> None:
+        """Map the neighbours' memory. All ranks of the part call this, and may wait here.
 
         Args:
-            number: of this rendezvous, equal on all ranks of the run.
+            number: of this rendezvous, equal on all ranks of the part.
         """
         import torch.distributed._symmetric_memory as symmetric_memory
 
         with contextlib.ExitStack() as stack:
-            if not run.indices_differ:
+            if not part.indices_differ:
                 stack.enter_context(_equal_indices())
-            if len(run.ranks) == group.size():
+            if len(part.ranks) == group.size():
                 self._handle = symmetric_memory.rendezvous(self._memory, group)
             else:
-                name = stack.enter_context(_group_of(group, run.ranks, number))
+                name = stack.enter_context(_group_of(group, part.ranks, number))
                 handle = symmetric_memory._SymmetricMemory.rendezvous(self._memory, name)
                 self._handle = handle
-        self.ranks, self._rank, size = run.ranks, group.rank(), self._size
+        self.ranks, self._rank, size = part.ranks, group.rank(), self._size
 
         def directions(rank):
             memory = self._memory
             if rank != self._rank:
-                memory = self._handle.get_buffer(rank - run.ranks[0], (2 * size,), torch.int64)
+                memory = self._handle.get_buffer(rank - part.ranks[0], (2 * size,), torch.int64)
             for start in (0, size):
                 counters = memory[start + self._capacity : start + size].view(torch.int32)
                 yield memory[start : start + self._capacity], counters
@@ -232,7 +232,7 @@ class StateBuffer:
         self._buffers = {
             rank: tuple(directions(rank))
             for rank in (self._rank - 1, self._rank, self._rank + 1)
-            if rank in run.ranks
+            if rank in part.ranks
         }
 
     @contextlib.contextmanager
@@ -273,10 +273,10 @@ class StateBuffer:
         """
         step, direction = (1, 0) if upward else (-1, 1)
         own, sender, receiver = self._buffers[self._rank][direction], None, None
-        # At the end of a run, this rank takes the place of the neighbour it lacks, so that the same
-        # kernel multiplies: all hops give the same bits. It sends with the counters of the other
-        # direction, in which it sends to nobody, into its inbox of this direction, in which nobody
-        # else writes; or the other way round.
+        # At the end of a part, this rank takes the place of the neighbour that has no buffer here,
+        # so that the same kernel multiplies, and all hops give the same bits. It sends with the
+        # counters of the one direction, in which it sends to no other rank, into its inbox of the
+        # other, in which no other rank writes.
         other = self._buffers[self._rank][1 - direction]
         if arrived:
             self._launch(Transition(state_in, None), None, other, None, own, overlapped)

@@ -92,8 +92,8 @@ def memory_within(group, places, delay=0.0):
     the ranks to which it sends messages, filled in as it sends)."""
     rank, chance, targets = dist.get_rank(group), random.Random(-dist.get_rank(group)), []
     with pretended_hosts(group, places):
-        runs = hosts.find_runs(group, mock.Mock(spec=torch.device, index=rank))
-    ranks = next(run.ranks for run in runs if rank in run.ranks)
+        parts = hosts.split_by_host(group, mock.Mock(spec=torch.device, index=rank))
+    ranks = next(part.ranks for part in parts if rank in part.ranks)
     buffer = Messages(group, ranks, delay) if len(ranks) > 1 else None
     send = comm.send
 

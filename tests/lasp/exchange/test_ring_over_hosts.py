@@ -132,20 +132,20 @@ def test_one_message_crosses_between_hosts(pool, layout, documents, forward):
     assert [back for _, back in outcomes] == forward
 
 
-def test_run_knows_whether_indices_differ(pool):
-    for runs in pool.run(runs_with_equal_indices, size=3):
-        assert runs == ((range(0, 2), False), (range(2, 3), True))
+def test_a_part_knows_whether_indices_differ(pool):
+    for parts in pool.run(parts_with_equal_indices, size=3):
+        assert parts == ((range(0, 2), False), (range(2, 3), True))
 
 
-def runs_with_equal_indices(group):
+def parts_with_equal_indices(group):
     rank = dist.get_rank(group)
     with (
         mock.patch.object(hosts, "_host_number", return_value=rank // 2),
         mock.patch.object(hosts, "_pci_address", return_value=(1 << 40) + rank),
         mock.patch.object(hosts, "_reaches_all", lambda device, addresses: len(addresses) <= 2),
     ):
-        runs = hosts.find_runs(group, mock.Mock(index=0))
-    return tuple(tuple(run) for run in runs)
+        parts = hosts.split_by_host(group, mock.Mock(index=0))
+    return tuple(tuple(part) for part in parts)
 
 
 class Nvml:

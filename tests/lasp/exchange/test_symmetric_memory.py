@@ -74,10 +74,10 @@ def found(group, hosts, wanted, reached, allocated, met, mapped):
             if rank not in allocated:
                 raise torch.OutOfMemoryError
 
-        def connect(self, group, run, number):
-            assert run.indices_differ
+        def connect(self, group, part, number):
+            assert part.indices_differ
             connected.append(number)
-            self.ranks = run.ranks
+            self.ranks = part.ranks
             if rank not in mapped:
                 raise RuntimeError("no such memory")
 
@@ -86,7 +86,7 @@ def found(group, hosts, wanted, reached, allocated, met, mapped):
         pretended_hosts(group, hosts, reached=rank in reached),
         mock.patch.object(symmetric_memory, "StateBuffer", Made),
         mock.patch.object(symmetric_memory, "_buffers", {}),
-        mock.patch.object(symmetric_memory, "_runs", {}),
+        mock.patch.object(symmetric_memory, "_parts", {}),
         mock.patch.object(symmetric_memory, "_rendezvous", int(rank not in met)),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False),
         mock.patch.dict(os.environ, environment),
