@@ -126,6 +126,12 @@ def up_and_down(places, shape, exchanges):
                 if leaves:
                     message = local if state_out is None else state_out
                 found.append(state_in)
+    chunks = -(-math.prod(shape) // SEND_CHUNK)
+    for rank, buffer in enumerate(buffers):
+        for _, counters in buffer._buffers[rank]:
+            sent, consumed = (counters[i * chunks : (i + 1) * chunks].tolist() for i in (1, 2))
+            # Otherwise the next state would overwrite this one, or never be sent, on a GPU.
+            assert sent == consumed, (rank, sent, consumed)
     return [state for state in found if state is not None]
 
 
