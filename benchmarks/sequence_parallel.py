@@ -38,7 +38,7 @@ import sequence_parallel_report as reports
 
 import lasp
 from lasp import exchange, ops, shard
-from lasp.exchange import ChunkChain, Transition, symmetric_memory
+from lasp.exchange import ChunkChain, Transition, consistency, symmetric_memory
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 STATE_SIZES_MIB = (0.25, 1, 4)
@@ -211,7 +211,9 @@ def measure_exchanges(ranks: Ranks, methods: list[str], seconds: float) -> list[
     rows = []
     rings = ["ring, messages"]
     small = torch.zeros(1, device=ranks.device)
-    if symmetric_memory.find_buffer(ranks.group, small, ops.send_recv_state):
+    buffer = symmetric_memory.find_buffer(ranks.group, small, ops.send_recv_state)
+    # Over several hosts, a rank that is alone on one has none.
+    if any(consistency.gather_numbers(ranks.group, int(buffer is not None))):
         rings.append("ring, memory")
     methods = [name for each in methods for name in (rings if each == "ring" else [each])]
     for mib in STATE_SIZES_MIB:

@@ -19,9 +19,10 @@ Where documents are packed, a state crosses a boundary only inside a document.
 
 Prefer the ring. Ranks run staggered, because a rank continues as soon as its own state has arrived,
 so the latency of P - 1 hops is incurred once per pass, not per layer. It is also the only method
-in which GPUs of one host pass the state on in peer memory (`lasp.exchange.symmetric_memory`). Where
-they cannot, and something synchronises the ranks between layers, `all_gather` (one collective) is
-faster on few ranks and `doubling` on many; "auto" chooses accordingly.
+in which GPUs of one host pass the state on in peer memory (`lasp.exchange.symmetric_memory`), also
+where the group spans hosts. Where they cannot, and something synchronises the ranks between layers,
+`all_gather` (one collective) is faster on few ranks and `doubling` on many; "auto" chooses
+accordingly, and takes the ring for peer memory only if the group is on one host.
 benchmarks/sequence_parallel.py measures the methods, benchmarks/cost_model.py predicts their times.
 
 A method is a generator: it starts what it can, yields where it would first wait, and returns the
@@ -51,10 +52,12 @@ _FEW_RANKS = 8
 
 
 def auto(chain: ChunkChain, transitions: list[Transition], *, overlapped: bool):
-    """The ring in peer memory or between two ranks, all_gather over few, doubling over many."""
+    """The ring within one host's memory or between two ranks, else all_gather over few ranks,
+    doubling over many."""
     buffer = find_buffer(chain.group, transitions[0].local, chain.send_recv_state)
     method = all_gather if chain.num_ranks <= _FEW_RANKS else doubling
-    if chain.num_ranks <= 2 or buffer is not None:
+    in_memory = buffer is not None and len(buffer.ranks) == chain.num_ranks
+    if chain.num_ranks <= 2 or in_memory:
         method = ring
     return (yield from method(chain, transitions, overlapped=overlapped))
 

@@ -5,12 +5,15 @@ sent per rank whatever the length of the sequence, and memory for one received s
 state visits ranks 0 ... P-1, then P-1 ... 0: two of each per rank, 2P - 2 hops. If decay reduces
 the incoming state to zero, the rank sends before receiving; if all ranks do, it is one hop.
 
-GPUs that can access each other's memory (peer memory) pass the state on by a kernel
-(`lasp.exchange.symmetric_memory`), others by messages of the process group.
+GPUs of one host that can access each other's memory (peer memory) pass the state on by a kernel
+(`lasp.exchange.symmetric_memory`), others by messages of the process group. So a group that spans
+hosts sends one message per boundary between hosts and direction, if its order keeps the ranks of a
+host together.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator
 
 import torch
@@ -37,7 +40,7 @@ def ring(
 def _in_memory(
     chain: ChunkChain, transitions: list[Transition], buffer: StateBuffer, overlapped: bool
 ):
-    states_in, state = [], None
+    states_in, state, messages = [], None, []
     local = chain.local_chunks
     receiving = [
         torch.empty(each.local.shape, dtype=each.local.dtype, device=each.local.device)
@@ -58,10 +61,12 @@ def _in_memory(
                 state_in = state
                 each = Transition(each.apply(state_in), None)
             if receives or sends:
-                buffer.put(
+                messages += _pass_on(
+                    chain,
+                    buffer,
+                    chunk,
                     each,
                     state_in if receives else None,
-                    upward=_goes_up(chain, chunk),
                     sends=sends,
                     overlapped=overlapped,
                 )
@@ -72,7 +77,56 @@ def _in_memory(
         buffer.join()
     yield
     buffer.join()
+    for work, _ in messages:
+        work.wait()
     return states_in
+
+
+def _pass_on(
+    chain: ChunkChain,
+    buffer: StateBuffer,
+    chunk: int,
+    each: Transition,
+    state_in: torch.Tensor | None,
+    *,
+    sends: bool,
+    overlapped: bool,
+) -> list[tuple[dist.Work, torch.Tensor]]:
+    """Receive and send one chunk's states, in memory where the neighbour has its part of it.
+
+    Returns the messages still under way, each with its tensor.
+    """
+    put = functools.partial(
+        buffer.put, upward=_goes_up(chain, chunk), sends=sends, overlapped=overlapped
+    )
+    arrives = state_in is not None and chain.group_rank(chunk - 1) not in buffer.ranks
+    leaves = sends and chain.group_rank(chunk + 1) not in buffer.ranks
+    if not arrives and not leaves:
+        put(each, state_in)
+        return []
+    # A rank that has a buffer has a neighbour in memory.
+    assert not (arrives and leaves)
+    replay.refuse()
+    known = state_in is None or each.factor is None
+    messages = []
+    if arrives:
+        work = _receive(state_in, chain, chunk - 1)
+        if sends and not known:
+            work.wait()
+            put(each, state_in, arrived=True)
+            return []
+        messages.append((work, state_in))
+        if sends:
+            put(each, None)
+        return messages
+    if known:
+        messages += _send(each.local, chain, chunk + 1)
+    if state_in is not None:
+        state_out = None if known else torch.empty_like(state_in)
+        put(each, state_in, sends=False, state_out=state_out)
+        if state_out is not None:
+            messages += _send(state_out, chain, chunk + 1)
+    return messages
 
 
 def _goes_up(chain: ChunkChain, chunk: int) -> bool:
@@ -95,8 +149,7 @@ def _by_messages(chain: ChunkChain, transitions: list[Transition]):
                 state_in = state
             else:
                 state_in = torch.empty_like(each.local, memory_format=torch.contiguous_format)
-                previous = chain.global_rank(chunk - 1)
-                work = dist.irecv(state_in, src=previous, group=chain.group)
+                work = _receive(state_in, chain, chunk - 1)
                 receiving.append(work)
         states_in.append(state_in)
         if not chain.same_document(chunk, chunk + 1):
@@ -104,13 +157,24 @@ def _by_messages(chain: ChunkChain, transitions: list[Transition]):
         if work is not None and each.factor is not None:
             yield
             receiving.pop().wait()
-        state = each.apply(state_in).contiguous()
+        state = each.apply(state_in)
         if chunk + 1 not in chain.local_chunks:
-            following = chain.global_rank(chunk + 1)
-            if (work := send(state, following, chain.group)) is not None:
-                # Kept together with the tensor that it reads.
-                sending.append((work, state))
+            sending += _send(state, chain, chunk + 1)
     yield
     for work in [*receiving, *(work for work, _ in sending)]:
         work.wait()
     return states_in
+
+
+def _receive(state: torch.Tensor, chain: ChunkChain, chunk: int) -> dist.Work:
+    """Start to receive the state that leaves `chunk`."""
+    return dist.irecv(state, src=chain.global_rank(chunk), group=chain.group)
+
+
+def _send(
+    state: torch.Tensor, chain: ChunkChain, chunk: int
+) -> list[tuple[dist.Work, torch.Tensor]]:
+    """Start to send the state that enters `chunk`; what is under way, with the memory it reads."""
+    state = state.contiguous()
+    work = send(state, chain.global_rank(chunk), chain.group)
+    return [] if work is None else [(work, state)]

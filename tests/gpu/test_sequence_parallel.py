@@ -1,6 +1,8 @@
 """The operator over the GPUs of one host: the ring in their memory, other exchanges over NCCL."""
 
+import contextlib
 import gc
+import json
 from unittest import mock
 
 import pytest
@@ -8,8 +10,10 @@ import torch
 import torch.distributed as dist
 
 import lasp
-from lasp.exchange import symmetric_memory
+from lasp import replay
+from lasp.exchange import comm, hosts, symmetric_memory
 from tests.distributed import Pool
+from tests.gpu import torchrun
 from tests.lasp import cases, sharded, test_previous_tokens
 from tests.lasp.exchange import test_consistency, test_messages
 from tests.lasp.sharded import LAYOUTS, Problem
@@ -107,6 +111,113 @@ def delayed_bits(group, layout, trials):
 def test_random_delays_change_no_bit(everyone, layout):
     size = torch.cuda.device_count()
     assert everyone.run(delayed_bits, layout, 200, size=size) == [(True, True)] * size
+
+
+@contextlib.contextmanager
+def pretended_hosts(group, places):
+    """The ranks are on these hosts; gives the ranks to which this one sends messages."""
+    rank, targets = dist.get_rank(group), []
+
+    def counting(state, target, group):
+        targets.append(dist.get_group_rank(group, target))
+        return comm.send(state, target, group)
+
+    # What was recorded before is of one host.
+    replay.forget(group)
+    with (
+        mock.patch.object(hosts, "_host_number", return_value=places[rank]),
+        mock.patch.object(symmetric_memory, "_buffers", {}),
+        mock.patch.object(symmetric_memory, "_parts", {}),
+        mock.patch("lasp.exchange.ring.send", counting),
+    ):
+        yield targets
+        torch.cuda.synchronize()
+    replay.forget(group)
+
+
+def over_hosts(group, places, layout):
+    """Whether results have the bits of one host's memory; ranks to which messages went; ranks of
+    this one's buffers."""
+    size = len(places)
+    cuts = [None, (5000 - 2 * (size - 1), *(2,) * (size - 1)), (*(0,) * (size - 1), 5000)]
+    documents = (0, 1700, 1700, 5000)
+    problems = [
+        Problem(5000, "ring", layout, cut, each, dtype=torch.float32)
+        for cut in cuts
+        for each in (None, documents)
+    ]
+    problems.append(Problem(5000, "ring", layout, dtype=torch.float32, rates=-1.0))
+    # As large as in training: several programs, and chunks of the state.
+    problems.append(Problem(2048, "ring", layout, dtype=torch.float32, heads=(16, 128, 128)))
+    one = sharded.run_all(group, problems)
+    with pretended_hosts(group, places) as targets:
+        several = sharded.run_all(group, problems)
+        ranks = {
+            tuple(buffer.ranks) for buffer in symmetric_memory._buffers[group].values() if buffer
+        }
+    equal = all(
+        torch.equal(now[name], before[name])
+        for now, before in zip(several, one, strict=True)
+        for name in before
+    )
+    return equal, sorted(set(targets)), sorted(ranks)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_hosts_of_several_gpus_change_no_bit(everyone, layout):
+    size = torch.cuda.device_count()
+    if size < 4:
+        pytest.skip("needs four CUDA GPUs of one host")
+    half = size // 2
+    outcomes = everyone.run(over_hosts, (0,) * half + (1,) * (size - half), layout, size=size)
+    sides = [tuple(range(half)), tuple(range(half, size))]
+    for rank, (equal, targets, ranks) in enumerate(outcomes):
+        assert equal, rank
+        assert targets == {half - 1: [half], half: [half - 1]}.get(rank, [])
+        assert ranks == [sides[rank >= half]]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_hosts_of_one_gpu_send_messages(everyone, layout):
+    """On two ranks no state is multiplied by messages or the kernel, so the bits are equal."""
+    size = torch.cuda.device_count()
+    outcomes = everyone.run(over_hosts, tuple(range(size)), layout, size=size)
+    for rank, (equal, targets, ranks) in enumerate(outcomes):
+        assert equal or size > 2
+        assert targets == [r for r in (rank - 1, rank + 1) if 0 <= r < size]
+        assert ranks == []
+
+
+def delayed_bits_over_hosts(group, places, layout, trials):
+    with pretended_hosts(group, places):
+        return delayed_bits(group, layout, trials)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_random_delays_change_no_bit_over_hosts(everyone, layout):
+    size = torch.cuda.device_count()
+    places = tuple(2 * rank // size for rank in range(size))
+    outcomes = everyone.run(delayed_bits_over_hosts, places, layout, 100, size=size)
+    assert outcomes == [(True, size > 2)] * size
+
+
+@pytest.mark.parametrize("hosts_of", ["one host", "two hosts"])
+def test_processes_that_see_one_gpu_each_use_its_neighbours_memory(hosts_of):
+    """Where the GPUs reach each other; else they send messages."""
+    size = torch.cuda.device_count()
+    half = size // 2 if hosts_of == "two hosts" else size
+    out, _ = torchrun.run(size, "tests/gpu/run_one_gpu_each.py", "0" * half + "1" * (size - half))
+    lines = [each.split("report: ")[1] for each in out.splitlines() if "report: " in each]
+    reports = {report["rank"]: report for report in map(json.loads, lines)}
+    assert sorted(reports) == list(range(size))
+    for rank, report in reports.items():
+        assert report["error"] < 2e-6, report
+        side = list(range(half)) if rank < half else list(range(half, size))
+        reached = all(torch.cuda.can_device_access_peer(a, b) for a in side for b in side if a != b)
+        wanted = [side] if reached and len(side) > 1 else []
+        assert report["ranks"] == wanted * len(report["ranks"]) and bool(report["ranks"]) == bool(
+            wanted
+        ), report
 
 
 def replayed(group):

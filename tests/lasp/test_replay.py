@@ -354,8 +354,9 @@ def test_exchanges_are_repeated_with_their_checks(pool, shares_memory):
 class Buffer(StateBuffer):
     """The ring's in peer memory, on the CPU: it launches, and nothing is sent."""
 
-    def __init__(self, rank):
+    def __init__(self, rank, ranks):
         self._rank, self.timeout, self._send_recv_state = rank, timedelta(60), send_recv_state
+        self.ranks = ranks
         sides = [(torch.zeros(SIZE, dtype=torch.int64), torch.zeros(64, dtype=torch.int32))] * 2
         self._buffers = dict.fromkeys((rank - 1, rank, rank + 1), sides)
         self.forks, self.joins = [], 0
@@ -374,7 +375,7 @@ class Buffer(StateBuffer):
 
 def ring_in_memory(group, by_token):
     """Of three calls of a kind: launches of each, forks and joins so far; how many are kept."""
-    kernels, buffer = Kernels(), Buffer(dist.get_rank(group))
+    kernels, buffer = Kernels(), Buffer(dist.get_rank(group), range(2))
     seen, inputs = [], make_inputs(64, 2)
     log_decay = -torch.rand(1, 64, 2) if by_token else None
     if by_token:
@@ -401,6 +402,22 @@ def test_the_ring_in_memory_is_repeated(pool, by_token):
             # Forward and backward; a join by the exchange's wait, one before dq of the backward.
             assert counts == [first[1] + 2 * n, first[2] + 3 * n]
         assert forks[:2] == forks[2:4] == forks[4:6] == forks[6:]
+
+
+def recordings_over_two_hosts(group):
+    """How many calls are kept, of ranks 1 to 3 on one host."""
+    rank, inputs = dist.get_rank(group), make_inputs(64, 2, dtype=torch.float32)
+    buffer = Buffer(rank, range(1, 4)) if rank > 0 else None
+    with pretended(), mock.patch("lasp.exchange.ring.find_buffer", return_value=buffer):
+        for _ in range(4):
+            run(*inputs, None, group=group)
+        kept = replay._of_groups[group].values()
+        return sum(isinstance(x, replay.Recording) for x in kept)
+
+
+def test_ranks_that_send_no_message_repeat_the_ring_over_hosts(pool):
+    """Beside others that run in full: a message goes from rank 0 to rank 1, or back."""
+    assert pool.run(recordings_over_two_hosts, size=4) == [0, 0, 2, 2]
 
 
 def of_a_group_that_ends(group):

@@ -1,6 +1,7 @@
 """The ring in peer memory: the order of chunks, with messages for the kernel; and the choice."""
 
 import contextlib
+import itertools
 import os
 from datetime import timedelta
 from unittest import mock
@@ -8,54 +9,23 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 import lasp
 from lasp import exchange, shard
 from lasp.exchange import ChunkChain, Transition, consistency, symmetric_memory
 from tests.lasp import sharded
+from tests.lasp.exchange.peer_memory import Messages, pretended_hosts
 from tests.lasp.sharded import Problem
-
-
-class Messages:
-    """What `StateBuffer` does, without memory to share: rank by rank, and waiting for each."""
-
-    def __init__(self, group):
-        self._group, self._works = group, []
-
-    def on_stream(self, *tensors):
-        return contextlib.nullcontext()
-
-    def put(self, transition, state_in, *, upward, sends, overlapped):
-        rank, step = dist.get_rank(self._group), 1 if upward else -1
-        receives, passes = state_in is not None, transition.factor is not None
-        if sends and not (receives and passes):
-            self._send(transition.local, rank + step)
-        if receives:
-            source = dist.get_global_rank(self._group, rank - step)
-            dist.recv(state_in, src=source, group=self._group)
-            if sends and passes:
-                self._send(transition.apply(state_in), rank + step)
-
-    def _send(self, state, rank):
-        target = dist.get_global_rank(self._group, rank)
-        state = state.contiguous()
-        self._works.append((dist.isend(state, dst=target, group=self._group), state))
-
-    def record_stream(self, tensor):
-        return tensor
-
-    def join(self):
-        pass
 
 
 def run_in_memory(group, problems):
     """The results, how often a buffer was asked for, and how many states were sent."""
-    made = Messages(group)
+    made = Messages(group, range(dist.get_world_size(group)))
     with mock.patch("lasp.exchange.ring.find_buffer", return_value=made) as asked:
         results = [sharded.run(group, problem) for problem in problems]
-    for work, _ in made._works:
-        work.wait()
-    return results, asked.call_count, len(made._works)
+    made.finish()
+    return results, asked.call_count, made.sent
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -86,11 +56,12 @@ def test_chunks_pass_on_the_right_states(pool, size, layout):
     sharded.check(Done(), size, *problems)
 
 
-def found(group, wanted, reached, allocated, met, mapped):
-    """(True if this rank has a buffer, warnings, calls of the rendezvous).
+def found(group, hosts, wanted, reached, allocated, met, mapped):
+    """(ranks of this rank's buffer, warnings, calls of the rendezvous).
 
-    The arguments are the ranks that want one, reach the others, can allocate it, have the same
-    count of rendezvous as the others, and can map the others' memory.
+    `hosts` has the host of every rank. The other arguments are the ranks that want a buffer, reach
+    the others, can allocate it, have the same count of rendezvous as the others, and can map the
+    others' memory.
     """
     rank, connected = dist.get_rank(group), []
     local = mock.Mock(spec=torch.Tensor)
@@ -103,22 +74,22 @@ def found(group, wanted, reached, allocated, met, mapped):
             if rank not in allocated:
                 raise torch.OutOfMemoryError
 
-        def connect(self, group):
-            connected.append(rank)
+        def connect(self, group, part, number):
+            assert part.indices_differ
+            connected.append(number)
+            self.ranks = part.ranks
             if rank not in mapped:
                 raise RuntimeError("no such memory")
 
     environment = {"LASP_PEER_MEMORY": "1" if rank in wanted else "0"}
     with (
+        pretended_hosts(group, hosts, reached=rank in reached),
         mock.patch.object(symmetric_memory, "StateBuffer", Made),
         mock.patch.object(symmetric_memory, "_buffers", {}),
+        mock.patch.object(symmetric_memory, "_parts", {}),
         mock.patch.object(symmetric_memory, "_rendezvous", int(rank not in met)),
         mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False),
         mock.patch.dict(os.environ, environment),
-        mock.patch.object(torch.cuda, "device_count", return_value=dist.get_world_size(group)),
-        mock.patch.object(
-            torch.cuda, "can_device_access_peer", side_effect=lambda *_: rank in reached
-        ),
         mock.patch.object(symmetric_memory.warnings, "warn") as warned,
         mock.patch.object(consistency, "timeout_of", return_value=timedelta(seconds=90)),
     ):
@@ -126,18 +97,90 @@ def found(group, wanted, reached, allocated, met, mapped):
         without = symmetric_memory.find_buffer(group, local, None)
     assert buffers[0] is buffers[1] and without is None
     assert buffers[0] is None or buffers[0].timeout == timedelta(seconds=90)
-    return buffers[0] is not None, warned.call_count, len(connected)
+    return buffers[0] and tuple(buffers[0].ranks), warned.call_count, len(connected)
 
 
-@pytest.mark.parametrize("unable", ["nobody", "wanted", "reached", "allocated", "met", "mapped"])
-def test_all_ranks_have_a_buffer_or_none(pool, unable):
-    able = {name: {0, 1, 2} for name in ("wanted", "reached", "allocated", "met", "mapped")}
+ABLE = ("wanted", "reached", "allocated", "met", "mapped")
+
+
+def found_by_all(pool, hosts, unable, rank):
+    able = {name: set(range(len(hosts))) for name in ABLE}
     if unable != "nobody":
-        able[unable] = {0, 2}
+        able[unable].remove(rank)
+    return pool.run(found, hosts, *able.values(), size=len(hosts))
+
+
+@pytest.mark.parametrize("unable", ["nobody", *ABLE])
+def test_all_ranks_of_a_host_have_a_buffer_or_none(pool, unable):
     warned = unable in ("allocated", "met", "mapped")
     connected = unable in ("nobody", "mapped")
-    outcomes = pool.run(found, *able.values(), size=3)
-    assert outcomes == [(unable == "nobody", int(warned), int(connected))] * 3
+    ranks = (0, 1, 2) if unable == "nobody" else None
+    outcomes = found_by_all(pool, (0, 0, 0), unable, 1)
+    assert outcomes == [(ranks, int(warned), int(connected))] * 3
+
+
+@pytest.mark.parametrize("unable", ["nobody", *ABLE])
+def test_what_one_host_cannot_do_leaves_the_other_its_memory(pool, unable):
+    """Unless a rank has turned it off: then the whole group sends messages."""
+    warned = unable in ("allocated", "met", "mapped")
+    one, other = found_by_all(pool, (0, 0, 1, 1), unable, 3)[1:3]
+    assert one == (None, 0, 0) if unable == "wanted" else ((0, 1), 0, 1)
+    mapped = unable in ("nobody", "mapped")
+    assert other == ((2, 3) if unable == "nobody" else None, int(warned), int(mapped))
+
+
+@pytest.mark.parametrize(
+    "hosts, runs",
+    [
+        ((0, 1, 0, 1), [None] * 4),
+        ((0, 1, 1, 0), [None, (1, 2), (1, 2), None]),
+        ((5, 5, 5, 2), [(0, 1, 2)] * 3 + [None]),
+    ],
+)
+def test_neighbours_on_one_host_share_memory(pool, hosts, runs):
+    outcomes = found_by_all(pool, hosts, "nobody", None)
+    assert outcomes == [(run, 0, int(run is not None)) for run in runs]
+
+
+def test_torch_finds_the_ranks_of_a_host_by_name(pool):
+    """With rank, size and store of their own, and only as long as they map their memory."""
+    outcomes = pool.run(named, size=4)
+    assert [outcome[:2] for outcome in outcomes] == [(0, 1), (0, 3), (1, 3), (2, 3)]
+    names = [name for *_, name, _ in outcomes]
+    assert len(set(names)) == 2 and len(set(names[1:])) == 1
+    assert [seen for *_, seen in outcomes] == [[0], *[[1, 2, 3]] * 3]
+
+
+def named(group):
+    from torch._C import _distributed_c10d as c10d
+
+    rank = dist.get_rank(group)
+    ranks = range(1) if rank == 0 else range(1, 4)
+    # Every name is used once: torch keeps some.
+    numbers = consistency.gather_numbers(group, next(_numbers))
+    with symmetric_memory._group_of(group, ranks, max(numbers)) as name:
+        found = c10d._resolve_process_group(name)
+        store = distributed_c10d._get_process_group_store(group)
+        store = dist.PrefixStore(f"lasp.symmetric_memory.{ranks[0]}", store)
+        key = f"rank {max(numbers)} "
+        store.set(key + str(found.rank()), str(rank))
+        seen = [int(store.get(key + str(r))) for r in range(found.size())]
+    with pytest.raises(RuntimeError, match="Could not resolve"):
+        c10d._resolve_process_group(name)
+    return found.rank(), found.size(), name, seen
+
+
+_numbers = itertools.count(1000)
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_torch_is_told_that_equal_indices_are_different_gpus(before):
+    name = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
+    with mock.patch.dict(os.environ, {} if before is None else {name: before}):
+        with contextlib.suppress(KeyError), symmetric_memory._equal_indices():
+            assert os.environ[name] == "1"
+            raise KeyError
+        assert os.environ.get(name) == before
 
 
 def test_an_exchange_that_was_never_waited_for_ends_before_its_tensors_are_freed():
@@ -188,7 +231,9 @@ def test_cpu_tensors_go_by_messages():
 
 
 def chosen(group, in_memory):
+    """The methods for few and for many ranks; in_memory: how many of the ranks share memory."""
     called = []
+    buffer = mock.Mock(ranks=range(in_memory)) if in_memory else None
 
     def noting(name):
         def method(chain, transitions, **options):
@@ -201,7 +246,7 @@ def chosen(group, in_memory):
     patches = [
         mock.patch.object(exchange, n, noting(n)) for n in ("ring", "all_gather", "doubling")
     ]
-    patches.append(mock.patch.object(exchange, "find_buffer", return_value=in_memory or None))
+    patches.append(mock.patch.object(exchange, "find_buffer", return_value=buffer))
     with contextlib.ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)
@@ -213,9 +258,10 @@ def chosen(group, in_memory):
 
 
 def test_auto_chooses_by_ranks_and_memory(pool):
-    assert pool.run(chosen, False, size=2) == [["ring", "ring"]] * 2
-    assert pool.run(chosen, False, size=3) == [["all_gather", "doubling"]] * 3
-    assert pool.run(chosen, True, size=3) == [["ring", "ring"]] * 3
+    assert pool.run(chosen, 0, size=2) == [["ring", "ring"]] * 2
+    assert pool.run(chosen, 0, size=3) == [["all_gather", "doubling"]] * 3
+    assert pool.run(chosen, 3, size=3) == [["ring", "ring"]] * 3
+    assert pool.run(chosen, 2, size=3) == [["all_gather", "doubling"]] * 3
 
 
 def test_auto_is_right(pool):

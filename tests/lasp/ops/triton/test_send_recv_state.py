@@ -3,9 +3,14 @@
 The interpreter runs one rank after the other, in the order in which they receive the state.
 """
 
+import math
+from datetime import timedelta
+
 import pytest
 import torch
 
+from lasp.exchange import Transition
+from lasp.exchange.symmetric_memory import StateBuffer
 from lasp.ops.triton import send_recv_state
 from lasp.ops.triton.launch_config import SEND_CHUNK
 from tests.lasp.ops.triton import interpreter
@@ -70,7 +75,77 @@ def check_counters():
     assert sent == consumed == [[2] * chunks, [1] * chunks, [0] * chunks]
 
 
+def buffers_of(places, shape):
+    """A `StateBuffer` per rank, as connected among the neighbours on each host."""
+    n = math.prod(shape)
+    counters = torch.zeros(n // 1024 + 3, dtype=torch.int32)
+    memory = [
+        tuple((torch.zeros(n, dtype=torch.int64), counters.clone()) for _ in range(2))
+        for _ in places
+    ]
+    made = []
+    for rank, place in enumerate(places):
+        buffer = StateBuffer.__new__(StateBuffer)
+        neighbours = [r for r in (rank - 1, rank, rank + 1) if 0 <= r < len(places)]
+        buffer._rank, buffer.timeout = rank, timedelta(60)
+        buffer._buffers = {r: memory[r] for r in neighbours if places[r] == place}
+        buffer._send_recv_state = send_recv_state
+        made.append(buffer)
+    return made
+
+
+def up_and_down(places, shape, exchanges):
+    """What every rank received: from rank to rank, and back, with messages between hosts."""
+    buffers, generator = buffers_of(places, shape), torch.Generator().manual_seed(5)
+    found, last = [], len(places) - 1
+    for _ in range(exchanges):
+        for upward in (True, False):
+            message = None
+            for rank in range(last + 1) if upward else range(last, -1, -1):
+                local = torch.randn(shape, generator=generator)
+                factor = torch.rand(shape[1], 1, 1, generator=generator)
+                step = 1 if upward else -1
+                receives, sends = 0 <= rank - step <= last, 0 <= rank + step <= last
+                leaves = sends and places[rank] != places[rank + step]
+                arrived = message is not None
+                state_in = torch.full(shape, float("nan")) if receives else None
+                if arrived:
+                    state_in.copy_(message)
+                state_out = torch.full(shape, float("nan")) if leaves and receives else None
+                if sends or not arrived:
+                    buffers[rank].put(
+                        Transition(local, factor),
+                        state_in,
+                        upward=upward,
+                        sends=sends and not leaves,
+                        overlapped=False,
+                        arrived=arrived,
+                        state_out=state_out,
+                    )
+                message = None
+                if leaves:
+                    message = local if state_out is None else state_out
+                found.append(state_in)
+    chunks = -(-math.prod(shape) // SEND_CHUNK)
+    for rank, buffer in enumerate(buffers):
+        for _, counters in buffer._buffers[rank]:
+            sent, consumed = (counters[i * chunks : (i + 1) * chunks].tolist() for i in (1, 2))
+            # Otherwise the next state would overwrite this one, or never be sent, on a GPU.
+            assert sent == consumed, (rank, sent, consumed)
+    return [state for state in found if state is not None]
+
+
+def check_hosts(places, shape=(1, 3, 50, 60)):
+    """The bits are those of one host, in many exchanges over the same memory."""
+    one, several = (up_and_down(each, shape, 4) for each in ((0,) * len(places), places))
+    assert len(one) == 8 * (len(places) - 1)
+    for wanted, state in zip(one, several, strict=True):
+        assert torch.equal(state, wanted) and state.any()
+
+
 CASES = {
+    "two hosts": lambda: check_hosts((0, 0, 1, 1)),
+    "three hosts, several chunks": lambda: check_hosts((0, 0, 1, 1, 1, 2, 2), (2, 2, 40, 60)),
     "several chunks, the last one short": check,
     "less than a chunk": lambda: check(shape=(2, 1, 5, 7)),
     "whole chunks": lambda: check(shape=(1, 2, 64, 64)),
