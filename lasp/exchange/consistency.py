@@ -329,9 +329,17 @@ def connect(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist
     A rank of few connects to all others at once: it makes O(P) requests to the store and O(P)
     connections. One of many connects to another at their first message; rounds of messages need
     2 log2 P of each.
+
+    Raises:
+        RuntimeError: a rank does not come within the timeout.
     """
     if size <= _FEW_RANKS:
         return dist.ProcessGroupGloo(store, rank, size, timeout)
+    # Gloo tries five times, each until the timeout, to reach a rank that has given up. So none
+    # begins before all are there.
+    if store.add("ranks here", 1) == size:
+        store.set("all ranks here", "")
+    store.wait(["all ranks here"], timeout)
     gloo, options = dist.ProcessGroupGloo, dist.ProcessGroupGloo._Options()
     options._timeout = timeout
     names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]

@@ -7,6 +7,7 @@ import gc
 import math
 import os
 import threading
+import time
 from datetime import timedelta
 from unittest import mock
 
@@ -30,6 +31,10 @@ class CountingStore(dist.Store):
     def get(self, key):
         self.requests["get"] += 1
         return self._store.get(key)
+
+    def add(self, key, number):
+        self.requests["add"] += 1
+        return self._store.add(key, number)
 
     def wait(self, *arguments):
         self._store.wait(*arguments)
@@ -81,12 +86,31 @@ def test_many_ranks_make_logarithmic_numbers_of_requests_and_connections(size, s
     found = on_threads(size, compare)
     assert [each[1:] for each in found] == [(True, False)] * size
     rounds = math.ceil(math.log2(size))
-    # An address of its own, and those of the ranks that it sends to and hears of. (Half way round
-    # both are the same rank.)
+    # That it is there, and the last one that all are; its own address, and those of the ranks that
+    # it sends to and hears of. (Half way round both are the same rank.)
     most = max(sum(store.requests.values()) for store in stores)
-    assert most <= 2 * rounds + 1
+    assert most <= 2 * rounds + 2
     # Each connection has two ends here, each rank listens, and a loop wakes itself.
     assert sockets() <= size * (2 * rounds + 4)
+
+
+def test_a_rank_that_does_not_come_ends_the_others_within_the_timeout():
+    size, root = 20, dist.HashStore()
+
+    def join(rank):
+        if rank == 7:
+            return None
+        try:
+            consistency.connect(root, rank, size, timedelta(seconds=1))
+        except RuntimeError as error:
+            return str(error)
+
+    begun = time.monotonic()
+    found = on_threads(size, join)
+    assert found.pop(7) is None
+    assert all("all ranks here" in each or "imeout" in each for each in found)
+    # Gloo alone would need five times the timeout.
+    assert time.monotonic() - begun < 4
 
 
 def test_few_ranks_connect_to_all(sockets):
