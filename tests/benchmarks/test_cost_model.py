@@ -215,6 +215,8 @@ def test_rows_left_out_do_not_enter_their_own_prediction(modules, simulator):
 
 
 def test_auto_chooses_by_the_simulation(modules, simulator):
-    _, projection, _ = modules
+    cost_model, projection, _ = modules
     assert projection.ring_limit(simulator) == exchange._RING_UP_TO
+    # One limit serves both rings.
+    assert projection.ring_limit(simulator, cost_model.TWO_LEVEL) == exchange._RING_UP_TO
     assert projection.gather_limit(simulator) == exchange._ALL_GATHER_UP_TO
