@@ -43,7 +43,11 @@ HIDES_FROM = 2**25 // (16 * 128)
 
 @dataclass(frozen=True)
 class Row:
-    """A measured time and what the simulation says, in seconds."""
+    """A measured time and what the simulation says, in seconds.
+
+    Attributes:
+        tokens: per rank; of an exchange alone, bytes of the state.
+    """
 
     name: str
     ranks: int
@@ -163,6 +167,19 @@ def with_extra(
     """What a call over ranks computes."""
     forward, backward = (calibration.extra(k, key, size, tokens) for k in ("forward", "backward"))
     return replace(work, scan=work.scan + forward, dkdv=work.dkdv + backward)
+
+
+def exchange_rows(many: Sequence[dict], costs: dict[str, ExchangeCost]) -> list[Row]:
+    """The exchanges alone that `costs` were fitted to, beside what they say."""
+    rows = []
+    for report in many:
+        for row in report["exchanges"]:
+            method = row["method"]
+            if method in costs and row["layout"] == "contiguous":
+                exchange = Exchange(method, report["ranks"], row["bytes"], costs)
+                common = (method, report["ranks"], row["bytes"], "exchange")
+                rows.append(Row(*common, row["ms"] / 1e3, exchange.seconds()))
+    return rows
 
 
 def call_rows(

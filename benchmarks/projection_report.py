@@ -102,7 +102,9 @@ def _summary(simulator: Simulator) -> str:
         f"Measured times of calls on 2, 4 and 8 GPUs: {_met(calls)}. Training steps: {_met(steps)}."
         f" With each number of GPUs left out of the fit in turn: calls "
         f"{_met(simulator.left_out(training=False))}, steps "
-        f"{_met(simulator.left_out(training=True))}."
+        f"{_met(simulator.left_out(training=True))}. The exchange alone goes into calls as measured;"
+        " its durations fitted over all numbers of GPUs, on which what lies beyond eight ranks "
+        f"rests, meet {_met(projection.exchange_rows(simulator.many, simulator.costs))}."
     )
 
 
@@ -111,6 +113,7 @@ def _calls(simulator: Simulator) -> list[Row]:
 
 
 def _fit(simulator: Simulator) -> str:
+    constants = 2 * len(projection.CALLS) + 2
     calls, steps, us = _calls(simulator), simulator.training_rows(), 1e6
     outdated = sum(
         2 * sum(r["name"] in m.get("outdated", ()) for r in m["rows"]) for m in simulator.many
@@ -121,8 +124,10 @@ def _fit(simulator: Simulator) -> str:
         _summary(simulator),
         "",
         "Measured and used as it is: the local work (no group) and the exchange alone on as many "
-        "ranks. Fitted to calls: constants of each method and layout, seconds per token of the "
-        "forward and of the backward. Fitted to steps: one factor, "
+        f"ranks. Fitted to calls: {constants} numbers, a constant of each method and layout and "
+        "seconds per token, of the forward and of the backward. The form was chosen on the same rows: with "
+        "a constant of doubling per call in place of one per round more rows are missed, with two "
+        "more constants common to all methods one less. Fitted to steps: one factor, "
         f"{simulator.slowdown:.3f}, for what several GPUs of a host take longer. "
         f"{outdated} times that a later change of the code has outdated are not compared, nor are "
         "steps with tensor parallelism or in segments. Where GPUs are left out, the exchange alone "
@@ -140,7 +145,11 @@ def _fit(simulator: Simulator) -> str:
             f"| {row.name} | {row.ranks} | {row.tokens:,} | {row.kind} | {1e3 * row.measured:.3f} "
             f"ms | {1e3 * row.simulated:.3f} ms | {row.error:+.1%} | {reason} |"
         )
-    lines += ["", "Durations of an exchange inside a host, fitted to 2, 4 and 8 GPUs together:", ""]
+    lines += [
+        "",
+        "Durations of an exchange inside a host, contiguous, fitted to 2, 4 and 8 GPUs together:",
+        "",
+    ]
     lines += [
         "| exchange | start | per hop, round, doubling of ranks | per MiB |",
         "|---|---|---|---|",
