@@ -103,8 +103,8 @@ def _summary(simulator: Simulator) -> str:
         f" With each number of GPUs left out of the fit in turn: calls "
         f"{_met(simulator.left_out(training=False))}, steps "
         f"{_met(simulator.left_out(training=True))}. The exchange alone goes into calls as "
-        "measured; its durations fitted over all numbers of GPUs, on which what lies beyond eight ranks "
-        f"rests, meet {_met(projection.exchange_rows(simulator.many, simulator.costs))}."
+        "measured; its durations fitted over all numbers of GPUs, on which what lies beyond eight "
+        f"ranks rests, meet {_met(projection.exchange_rows(simulator.many, simulator.costs))}."
     )
 
 
@@ -126,8 +126,8 @@ def _fit(simulator: Simulator) -> str:
         "Measured and used as it is: the local work (no group) and the exchange alone on as many "
         f"ranks. Fitted to calls: {constants} numbers, a constant of each method and layout and "
         "seconds per token, of the forward and of the backward. The form was chosen on the same "
-        "rows: with a constant of doubling per call in place of one per round more rows are missed, with two "
-        "more constants common to all methods one less. Fitted to steps: one factor, "
+        "rows: with a constant of doubling per call in place of one per round more rows are "
+        "missed, with two more constants common to all methods one less. Fitted to steps: one factor, "
         f"{simulator.slowdown:.3f}, for what several GPUs of a host take longer. "
         f"{outdated} times that a later change of the code has outdated are not compared, nor are "
         "steps with tensor parallelism or in segments. Where GPUs are left out, the exchange alone "
