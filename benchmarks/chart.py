@@ -31,6 +31,7 @@ class Panel:
         lines: label -> (x values, y values).
         log_y: a logarithmic vertical axis, numbered at `y_ticks`; otherwise it starts at 0.
         label_room: room for labels, as a part of the lines' width.
+        x_in_full: number the horizontal axis as 4,096, not as 4K.
     """
 
     def __init__(
@@ -42,9 +43,11 @@ class Panel:
         log_y: bool = False,
         y_ticks: Sequence[float] = (),
         label_room: float = 0.2,
+        x_in_full: bool = False,
     ) -> None:
         self.title, self.x, self.lines = title, x, lines
         self.log_y, self.y_ticks, self.label_room = log_y, y_ticks, label_room
+        self.x_in_full = x_in_full
 
 
 def draw(panels: Sequence[Panel], caption: str, path: Path) -> None:
@@ -73,7 +76,8 @@ def _draw_panel(axis, panel: Panel, colors: dict[str, str]) -> None:
     for label, (x, y) in panel.lines.items():
         axis.plot(x, y, color=colors[label], marker="o", markersize=4.5, linewidth=2)
     lengths = sorted({each for x, _ in panel.lines.values() for each in x})
-    axis.set_xticks(_apart(lengths), [tokens_in_short(each) for each in _apart(lengths)])
+    number = "{:,}".format if panel.x_in_full else tokens_in_short
+    axis.set_xticks(_apart(lengths), [number(each) for each in _apart(lengths)])
     axis.minorticks_off()
     if panel.log_y:
         heights = [each for _, y in panel.lines.values() for each in y]

@@ -20,6 +20,8 @@ import kernels_by_token_report
 import kernels_report
 import learned_decay_report
 import megatron_report
+import projection
+import projection_report
 import sequence_parallel_report
 import training_report
 
@@ -44,6 +46,8 @@ def main() -> None:
     eager_report.write(eager, RESULTS)
     learned_decay_report.write(decay, RESULTS)
     decoding_report.write(decoding, RESULTS)
+    simulator = projection.Simulator.fitted(over_ranks, training)
+    projection_report.write(simulator, RESULTS, with_plot=True)
     for each in ablations:
         ablations_report.write(each, RESULTS)
     for each in convergence:
@@ -82,12 +86,14 @@ def docs_tables(
 ) -> list[tuple[Path, str, str]]:
     """The tables outside benchmarks/results: (file, name of the table, the table)."""
     docs = ROOT / "docs" / "benchmarks.md"
+    simulator = projection.Simulator.fitted(over_ranks, training)
     return [
         (ROOT / "README.md", "training", training_report.readme_table(training)),
         (docs, "kernels", kernels_report.docs_table(kernels)),
         (docs, "by_token", kernels_by_token_report.docs_table(by_token)),
         (docs, "eager", eager_report.table(eager)),
         (docs, "ranks", sequence_parallel_report.docs_table(over_ranks)),
+        (docs, "projection", projection_report.docs_table(simulator)),
         (docs, "training", training_report.docs_table(training)),
         (docs.with_name("training.md"), "segments", training_report.segments_table(training)),
         (docs.with_name("training.md"), "fp8", fp8_report.docs_table(fp8)),

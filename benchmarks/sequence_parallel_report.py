@@ -33,17 +33,6 @@ IN_DOCS = {
     "lasp ring, zigzag": "ring, zigzag",
     "head all-to-all + fla": "all-to-all (Ulysses), fla",
 }
-# Published figures, to compare the projection with.
-PUBLISHED = (
-    "Published, on other machines and models: ZeCO's pipelined scan of states takes 226 us on 8 "
-    "ranks and 2,165 us on 256, its all-gather 375 and 8,514 us; its 1B model runs at 95.4% of "
-    "data-parallel speed on 8 H100, 92% on 64, 88% on 256 (32K tokens per GPU, arXiv 2507.01004). "
-    "LASP-2 reports 15.2% more tokens per second than LASP at 2048K tokens on 64 GPUs (arXiv "
-    "2502.07563)."
-)
-# The projected pass: a layer of a 1B model on 32,768 tokens of one GPU takes 6.5e13/24 FLOPs at
-# 400 TFLOP/s, a third of them before the state is known.
-LAYERS, BEFORE, AFTER = 24, 2.3e-3, 4.5e-3
 
 
 def table(report: dict) -> str:
@@ -55,7 +44,6 @@ def table(report: dict) -> str:
         _times(report["rows"]),
         _exchanges(report),
         _overlap(report.get("overlap", [])),
-        _projection(report),
         report.get("note", ""),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -119,8 +107,8 @@ def _exchanges(report: dict) -> str:
     lines = [
         "## The exchange alone",
         "",
-        "Time until the last rank has its state, in us, and in brackets the cost model's with the "
-        "latency and bandwidth that fit these rows best: "
+        "Time until the last rank has its state, in us, and in brackets that of the latency and "
+        "bandwidth that fit these rows best: "
         + ", ".join(
             f"{method} {1e6 * link.latency:.1f} us and {link.bandwidth / 1e9:.0f} GB/s"
             for method, link in links.items()
@@ -170,23 +158,6 @@ def _overlap(rows: list[dict]) -> str:
     for row in rows:
         cells = [f"{r['communication_us']:.0f}, {r['under_kernels_us']:.0f}" for r in row["ranks"]]
         lines.append(f"| {row['tokens']:,} | {row['name']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _projection(report: dict) -> str:
-    links = {m: cost_model.Link(**link) for m, link in report["links"].items()}
-    if set(links) != set(cost_model.METHODS):
-        return ""
-    state = report["heads"] * report["head_dim"] ** 2 * 4
-    lines = [
-        "## Projection, not measured",
-        "",
-        "By the formulas of benchmarks/cost_model.py, with the fitted links inside a host of 8 and",
-        "an assumed network between hosts (400 Gbit/s per GPU, 10 us more per message).",
-        cost_model.projection(links, state, LAYERS, BEFORE, AFTER),
-        "",
-        PUBLISHED,
-    ]
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import hashlib
 import json
 import os
 import socket
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import DeviceMesh, ProcessGroup
 
+from lasp.exchange.comm import all_gather_flat
 from launch.config import Config
 from launch.exit_codes import (
     INTERRUPTED,
@@ -157,19 +159,36 @@ class DistContext:
         return vector
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's `value` (JSON), in rank order, on every rank."""
+        """Every rank's `value` (JSON), in rank order, on every rank.
+
+        A rank receives the values of all: where rank 0 alone needs them, or one is enough, the
+        methods below cost less.
+        """
         if self.gradient_group is None:
             return [value]
-        payload = json.dumps(value).encode()
-        length = torch.tensor([len(payload)], device=self.device)
-        lengths = [torch.zeros_like(length) for _ in range(self.dims.world_size)]
-        dist.all_gather(lengths, length)
-        longest = int(max(lengths))
-        padded = torch.frombuffer(bytearray(payload.ljust(longest)), dtype=torch.uint8)
-        padded = padded.to(self.device)
-        everyone = [torch.zeros_like(padded) for _ in lengths]
-        dist.all_gather(everyone, padded)
-        return [json.loads(bytes(each.tolist())) for each in everyone]
+        return self._read(self._gather_padded(value))
+
+    def gather_on_rank0(self, value: Any) -> list[Any] | None:
+        """Every rank's `value` (JSON), in rank order, on rank 0; None on the others."""
+        if self.gradient_group is None:
+            return [value]
+        if self.device.type != "cuda":
+            return self._read(self._gather_padded(value, to_rank0=True))
+        # With NCCL all receive, but do not read: its gather would connect rank 0 with every other
+        # rank, at some megabytes of GPU memory each.
+        everyone = self._gather_padded(value)
+        return self._read(everyone) if self.is_rank0 else None
+
+    def first(self, value: Any | None) -> tuple[int, Any] | None:
+        """(rank, value) of the first rank whose `value` (JSON) is not None, on every rank; None if
+        there is none, which costs one reduction of eight bytes."""
+        if self.gradient_group is None:
+            return None if value is None else (0, value)
+        size = self.dims.world_size
+        lowest = torch.tensor([size if value is None else self.rank], device=self.device)
+        dist.all_reduce(lowest, dist.ReduceOp.MIN)
+        rank = int(lowest)
+        return None if rank == size else (rank, self._broadcast(value, rank))
 
     def all_or_raise(self, function: Callable[[], T]) -> T:
         """Run `function` on every rank; a UserError on any rank raises on all of them.
@@ -182,19 +201,65 @@ class DistContext:
             result = function()
         except UserError as error:
             problem = error
-        reports = self.gather(None if problem is None else [str(problem), problem.exit_code])
-        failed = [rank for rank, report in enumerate(reports) if report is not None]
-        if not failed:
+        failed = self.first(None if problem is None else [str(problem), problem.exit_code])
+        if failed is None:
             return result
-        if failed[0] == self.rank:
+        rank, (message, code) = failed
+        if rank == self.rank:
             raise problem
-        message, code = reports[failed[0]]
         raise RemoteRankError(message, code)
 
     def on_rank0(self, function: Callable[[], T]) -> T:
         """Run `function` on rank 0; every rank returns its JSON result, or raises its UserError."""
-        result = self.all_or_raise(lambda: function() if self.is_rank0 else None)
-        return self.gather(result)[0]
+        result: T | None = None
+        report = problem = None
+        if self.is_rank0:
+            try:
+                result = function()
+            except UserError as error:
+                problem, report = error, [str(error), error.exit_code]
+        if self.gradient_group is not None:
+            result, report = self._broadcast([result, report], 0)
+        if problem is not None:
+            raise problem
+        if report is not None:
+            raise RemoteRankError(*report)
+        return result
+
+    def _broadcast(self, value: Any, source: int) -> Any:
+        """The `value` (JSON) of one rank, on every rank."""
+        payload = json.dumps(value).encode() if self.rank == source else b""
+        length = torch.tensor([len(payload)], device=self.device)
+        dist.broadcast(length, source)
+        text = torch.empty(int(length), dtype=torch.uint8, device=self.device)
+        if payload:
+            text = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(self.device)
+        dist.broadcast(text, source)
+        return json.loads(text.cpu().numpy().tobytes())
+
+    def _gather_padded(self, value: Any, to_rank0: bool = False) -> Tensor | None:
+        """The values as texts of one length [P, length], uint8; None except on rank 0 if they go
+        there alone."""
+        payload = json.dumps(value).encode()
+        length = torch.tensor([len(payload)], device=self.device)
+        dist.all_reduce(length, dist.ReduceOp.MAX)
+        padded = torch.frombuffer(bytearray(payload.ljust(int(length))), dtype=torch.uint8)
+        padded = padded.to(self.device)
+        if not to_rank0:
+            everyone, work = all_gather_flat(padded, dist.group.WORLD)
+            work.wait()
+            return everyone.view(-1, len(padded))
+        rows = None
+        if self.is_rank0:
+            rows = [torch.zeros_like(padded) for _ in range(self.dims.world_size)]
+        dist.gather(padded, rows, dst=0)
+        return None if rows is None else torch.stack(rows)
+
+    def _read(self, everyone: Tensor | None) -> list[Any] | None:
+        """The values of such texts."""
+        if everyone is None:
+            return None
+        return [json.loads(row.tobytes()) for row in everyone.cpu().numpy()]
 
     def fail(self, error: UserError) -> NoReturn:
         """Raise an error that every rank has found: rank 0 reports it, the others exit quietly."""
@@ -202,6 +267,16 @@ class DistContext:
 
     def compare(self, facts: dict[str, Any]) -> None:
         """Raise ConfigError on all ranks, with what differs, unless all pass the same (JSON)."""
+        if self.gradient_group is None:
+            return
+        digest = hashlib.sha256(json.dumps(sorted(facts.items())).encode()).digest()
+        number = int.from_bytes(digest[:8], "little", signed=True)
+        # The greatest of ~x is ~ the least of x. Only ranks that differ send their facts.
+        greatest = torch.tensor([number, ~number], device=self.device)
+        dist.all_reduce(greatest, dist.ReduceOp.MAX)
+        highest, complement = greatest.tolist()
+        if highest == ~complement:
+            return
         text = difference(self.gather(facts))
         if text is not None:
             self.fail(differs_error(text))

@@ -21,9 +21,10 @@ Prefer the ring. Ranks run staggered, because a rank continues as soon as its ow
 so the latency of P - 1 hops is incurred once per pass, not per layer. It is also the only method
 in which GPUs of one host pass the state on in peer memory (`lasp.exchange.symmetric_memory`), also
 where the group spans hosts. Where they cannot, and something synchronises the ranks between layers,
-`all_gather` (one collective) is faster on few ranks and `doubling` on many; "auto" chooses
-accordingly, and takes the ring for peer memory only if the group is on one host.
-benchmarks/sequence_parallel.py measures the methods, benchmarks/cost_model.py predicts their times.
+`all_gather` (one collective) is faster on few ranks and `doubling` on many. In zigzag every rank
+waits for all others in each layer, since the first rank has the last chunk too. "auto" chooses by
+the number of ranks and the layout. benchmarks/sequence_parallel.py measures the methods,
+benchmarks/projection.py simulates training steps with them.
 
 A method is a generator: it starts what it can, yields where it would first wait, and returns the
 states that enter this rank's chunks.
@@ -46,19 +47,26 @@ from lasp.exchange.topology import ChunkChain, Transition
 
 __all__ = ["METHODS", "ChunkChain", "PendingExchange", "Transition", "start"]
 
-# Measured by messages, the ring is the fastest over two ranks and all_gather over four; the rest
-# follows the cost model.
-_FEW_RANKS = 8
+# By the simulation of training steps in benchmarks/projection.py (`ring_limit`, `gather_limit`).
+# Up to so many ranks the ring by messages is the fastest with 32,768 and 262,144 tokens per rank,
+# with DDP and FSDP, over a fast and a slow network. Beyond, FSDP lets no rank run as far ahead of
+# others as P - 1 hops take.
+_RING_UP_TO = 128
+# In zigzag, up to so many ranks an all-gather of states takes less time than doubling.
+_ALL_GATHER_UP_TO = 32
 
 
 def auto(chain: ChunkChain, transitions: list[Transition], *, overlapped: bool):
-    """The ring within one host's memory or between two ranks, else all_gather over few ranks,
-    doubling over many."""
-    buffer = find_buffer(chain.group, transitions[0].local, chain.send_recv_state)
-    method = all_gather if chain.num_ranks <= _FEW_RANKS else doubling
-    in_memory = buffer is not None and len(buffer.ranks) == chain.num_ranks
-    if chain.num_ranks <= 2 or in_memory:
-        method = ring
+    """The ring up to many ranks, then doubling; in zigzag the ring within one host's memory or
+    between two ranks, else all_gather over few, doubling over many."""
+    if chain.layout == "zigzag":
+        buffer = find_buffer(chain.group, transitions[0].local, chain.send_recv_state)
+        method = all_gather if chain.num_ranks <= _ALL_GATHER_UP_TO else doubling
+        in_memory = buffer is not None and len(buffer.ranks) == chain.num_ranks
+        if chain.num_ranks <= 2 or in_memory:
+            method = ring
+    else:
+        method = ring if chain.num_ranks <= _RING_UP_TO else doubling
     return (yield from method(chain, transitions, overlapped=overlapped))
 
 

@@ -25,6 +25,7 @@ interface that GLOO_SOCKET_IFNAME names.
 from __future__ import annotations
 
 import hashlib
+import os
 from datetime import timedelta
 from functools import lru_cache, partial
 from weakref import WeakKeyDictionary
@@ -49,7 +50,8 @@ __all__ = [
 
 # Mismatch reports have a fixed size: _TEXTS strings of _TEXT_BYTES bytes.
 _TEXTS, _TEXT_BYTES = 13, 256
-# Above this many ranks, rounds of messages cost less than an all-gather.
+# Above this many ranks, rounds of messages cost less than an all-gather, and ranks connect only to
+# those that they send to.
 _FEW_RANKS = 16
 # Spread small numbers over all bits, exchanges and forwards in different ways.
 _ODD, _OTHER_ODD = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
@@ -305,11 +307,13 @@ def _connections_of(group):
         )
         # Of "cpu" and "cuda" the latter, on all ranks: a set has no order of its own.
         backend = group._get_backend(torch.device(max(device_types(group))))
-        connections = dist.ProcessGroupGloo(store, group.rank(), group.size(), _timeout_of(backend))
-        gather = partial(_gather_texts, connections=connections)
-        shared = shared_memory.join(
-            group.rank(), group.size(), gather, partial(_timeout_of, backend)
-        )
+        connections = connect(store, group.rank(), group.size(), _timeout_of(backend))
+        shared = None
+        if _may_share_memory(connections):
+            gather = partial(_gather_texts, connections=connections)
+            shared = shared_memory.join(
+                group.rank(), group.size(), gather, partial(_timeout_of, backend)
+            )
         _connections[group] = connections, backend, shared
     # A launcher may change it after the first step.
     timeout = _timeout_of(backend)
@@ -317,6 +321,38 @@ def _connections_of(group):
         connections._set_default_timeout(timeout)
         replay.forget(group)  # Its launches hold the timeout.
     return connections, shared
+
+
+def connect(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroupGloo:
+    """Gloo connections between the hosts of `size` ranks, which all call this.
+
+    A rank of few connects to all others at once: it makes O(P) requests to the store and O(P)
+    connections. One of many connects to another at their first message; rounds of messages need
+    2 log2 P of each.
+
+    Raises:
+        RuntimeError: a rank does not come within the timeout.
+    """
+    if size <= _FEW_RANKS:
+        return dist.ProcessGroupGloo(store, rank, size, timeout)
+    # Gloo tries five times, each until the timeout, to reach a rank that has given up. So none
+    # begins before all are there.
+    if store.add("ranks here", 1) == size:
+        store.set("all ranks here", "")
+    store.wait(["all ranks here"], timeout)
+    gloo, options = dist.ProcessGroupGloo, dist.ProcessGroupGloo._Options()
+    options._timeout = timeout
+    names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+    devices = [gloo.create_device(interface=name, lazy_init=True) for name in names]
+    options._devices = devices or [gloo.create_default_device(lazy_init=True)]
+    return gloo(store, rank, size, options)
+
+
+def _may_share_memory(connections) -> bool:
+    """False on all ranks of a large group that spans hosts: then nothing is gathered."""
+    if connections.size() <= _FEW_RANKS:
+        return True
+    return _RoundsComparison(_fingerprint(shared_memory.host_id()), connections).all_equal()
 
 
 def _timeout_of(backend):

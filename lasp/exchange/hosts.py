@@ -78,8 +78,10 @@ def _host_number() -> int:
 
 
 def _pci_address(device: torch.device | int) -> int:
-    """Domain, bus (8 bits) and device (8 bits) of a GPU."""
+    """Domain, bus (8 bits) and device (8 bits) of a GPU; its index where torch does not tell."""
     found = torch.cuda.get_device_properties(device)
+    if not hasattr(found, "pci_bus_id"):
+        return getattr(device, "index", device)
     return (found.pci_domain_id << 8 | found.pci_bus_id) << 8 | found.pci_device_id
 
 

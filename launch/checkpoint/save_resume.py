@@ -43,9 +43,11 @@ def start_save(state: TrainState, *, background: bool) -> None:
     shards = local_shards(state)
     has_shards = any(shards.values())
     nbytes = sum(shard.local.nbytes for each in shards.values() for shard in each.values())
-    reports = ctx.gather([has_shards, nbytes, random_state.capture(ctx.device)])
-    writers = [rank for rank, (writes, _, _) in enumerate(reports) if writes]
-    total = sum(each for _, each, _ in reports)
+    # Every rank needs its number among those that write.
+    reports = ctx.gather([has_shards, nbytes])
+    writers = [rank for rank, (writes, _) in enumerate(reports) if writes]
+    total = sum(each for _, each in reports)
+    random_states = ctx.gather_on_rank0(random_state.capture(ctx.device))
 
     staging = _path_from_rank0(state, lambda: state.store.begin(state.step, total))
     if staging is None:
@@ -55,7 +57,7 @@ def start_save(state: TrainState, *, background: bool) -> None:
     elif ctx.device.type == "cuda":
         # The threads that write copy on the default stream.
         torch.cuda.current_stream(ctx.device).synchronize()
-    saved = state_json(state, [each for _, _, each in reports]) if ctx.is_rank0 else None
+    saved = state_json(state, random_states) if ctx.is_rank0 else None
     number = writers.index(ctx.rank) + 1 if has_shards else 0
 
     def write() -> list[dict[str, Any]]:
@@ -83,7 +85,7 @@ def finish_save(state: TrainState) -> bool:
     state.pending = None
     with ctx.long_timeout(state.config):
         pending.wait()
-        reports = ctx.gather([pending.problem, pending.files])
+        reports = ctx.gather_on_rank0([pending.problem, pending.files])
         pending.raise_unexpected()
 
         def commit() -> Path:
@@ -269,14 +271,14 @@ def resume_run(state: TrainState) -> tuple[Checkpoint | None, list[str]]:
                 return str(error)
             return None
 
-        reports = state.ctx.gather(state.ctx.all_or_raise(load))
-        problem = next((each for each in reports if each is not None), None)
-        if problem is None:
+        damaged = state.ctx.first(state.ctx.all_or_raise(load))
+        if damaged is None:
             saved, has_states = loaded
             resume(state, found, saved, has_states)
             if state.ctx.is_rank0:
                 state.store.trust(found.path)
             return found, refused
+        _, problem = damaged
         if state.config.checkpoint.resume not in ("auto", "must"):
             state.ctx.fail(CheckpointError(problem))
         failed[str(found.path)] = problem

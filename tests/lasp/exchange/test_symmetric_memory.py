@@ -251,17 +251,23 @@ def chosen(group, in_memory):
         for patch in patches:
             stack.enter_context(patch)
         transitions = [Transition(torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1))]
-        exchange.start(transitions, ChunkChain(group), method="auto").wait()
-        with mock.patch.object(exchange, "_FEW_RANKS", 2):
-            exchange.start(transitions, ChunkChain(group), method="auto").wait()
+        for layout in shard.LAYOUTS:
+            chain = ChunkChain(group, layout)
+            own = transitions * len(chain.local_chunks)
+            exchange.start(own, chain, method="auto").wait()
+            limits = {"_RING_UP_TO": 2, "_ALL_GATHER_UP_TO": 2}
+            with mock.patch.multiple(exchange, **limits):
+                exchange.start(own, chain, method="auto").wait()
     return called
 
 
-def test_auto_chooses_by_ranks_and_memory(pool):
-    assert pool.run(chosen, 0, size=2) == [["ring", "ring"]] * 2
-    assert pool.run(chosen, 0, size=3) == [["all_gather", "doubling"]] * 3
-    assert pool.run(chosen, 3, size=3) == [["ring", "ring"]] * 3
-    assert pool.run(chosen, 2, size=3) == [["all_gather", "doubling"]] * 3
+def test_auto_chooses_by_ranks_memory_and_layout(pool):
+    # Contiguous with the limits as they are and of two ranks, then zigzag.
+    assert pool.run(chosen, 0, size=2) == [["ring"] * 4] * 2
+    few_and_many = ["ring", "doubling", "all_gather", "doubling"]
+    assert pool.run(chosen, 0, size=3) == [few_and_many] * 3
+    assert pool.run(chosen, 2, size=3) == [few_and_many] * 3
+    assert pool.run(chosen, 3, size=3) == [["ring", "doubling", "ring", "ring"]] * 3
 
 
 def test_auto_is_right(pool):
