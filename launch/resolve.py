@@ -168,6 +168,34 @@ def without_effect(config: Config, dims: ParallelDims) -> list[str]:
     return found
 
 
+def _hosts(info: RankInfo) -> str:
+    """The hosts of a job, which axes of the mesh cross them, and what is slow about it."""
+    per_host, dims = info.ranks_per_host, info.dims
+    assert per_host is not None
+    axes = dims.hosts_of_groups(per_host)
+    count = -(-dims.world_size // per_host)
+    where = (
+        f"{axis} {dims.degrees[axis]} {f'extends over {hosts} hosts' if hosts > 1 else 'stays in one'}"
+        for axis, hosts in axes.items()
+    )
+    text = f"{count} of {per_host} ranks each: {', '.join(where)}"
+    if axes.get("tp", 1) > 1:
+        fitting = max(
+            each for each in range(1, per_host + 1) if per_host % each == 0 and dims.tp % each == 0
+        )
+        text += (
+            ". Tensor parallelism sends activations of every token several times per layer, which "
+            "is slow between hosts: use a parallelism.tensor_parallel_degree that divides "
+            f"{per_host}, such as {fitting}"
+        )
+    elif axes.get("cp", 1) > 1 and (per_host % dims.tp or dims.cp * dims.tp % per_host):
+        text += (
+            f". Sequences of cp {dims.cp} x tp {dims.tp} = {dims.cp * dims.tp} ranks are cut by "
+            f"host borders at different places: use a multiple or a divisor of {per_host}"
+        )
+    return text
+
+
 def _in_segments(config: Config) -> str:
     training = config.training
     if not training.segment_len:
@@ -194,6 +222,7 @@ def describe(config: Config, info: RankInfo, shape: Any, batch: Batching) -> str
     lines = {
         "model": f"{config.model.preset}: {parameters:,} parameters ({family.describe(shape)})",
         "mesh": f"{dims.equation} ({info.backend}, {info.device.type}, {dtype})",
+        "hosts": _hosts(info) if info.ranks_per_host is not None else "",
         "sequence": f"{training.seq_len:,} tokens {ranks}{_in_segments(config)}",
         "batch": (
             f"{batch.tokens_per_step:,} tokens per step = {sequences} = "
@@ -211,6 +240,8 @@ def describe(config: Config, info: RankInfo, shape: Any, batch: Batching) -> str
     }
     if config.job.dry_run:
         del lines["memory"]
+    if info.ranks_per_host is None:
+        del lines["hosts"]
     if idle := without_effect(config, dims):
         lines["no effect"] = "; ".join(idle)
     return "\n".join(f"{name + ':':<13}{text}" for name, text in lines.items())

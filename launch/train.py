@@ -45,7 +45,7 @@ from launch.distributed import (
     refuse_start,
     report_error,
 )
-from launch.dump_folder import open_dump_folder
+from launch.dump_folder import check_shared, open_dump_folder
 from launch.exit_codes import (
     DISK_FAILED,
     INTERRUPTED,
@@ -190,6 +190,8 @@ def set_up(config: Config, ctx: DistContext, batch: Batching) -> TrainState:
         ctx.all_or_raise(lambda: stream_length(batch.global_batch_size, train_source.num_samples))
     folder = Path(config.job.dump_folder)
     lock = ctx.all_or_raise(lambda: open_dump_folder(folder) if ctx.is_rank0 else None)
+    if config.checkpoint.enable:
+        check_shared(ctx, folder)
 
     torch.manual_seed(training.seed)
     loss_model = ctx.all_or_raise(lambda: build_model(config, ctx, shape))

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from launch.heartbeat import Heartbeat
+from launch.hosts import Host, Hosts
 
 
 class Store:
@@ -33,7 +34,8 @@ def store():
 
 
 def start(store, tmp_path, size):
-    return Heartbeat(store, 0, size, seconds=60, folder=tmp_path)
+    hosts = Hosts([Host("here", "1")] * size)
+    return Heartbeat(store, 0, hosts, seconds=60, folder=tmp_path)
 
 
 def test_few_ranks_report_every_phase(store, tmp_path):
