@@ -226,7 +226,7 @@ class Heartbeat:
         others = len(silent) - 1
         if self._hosts.are_several and set(of_host) <= set(silent):
             others = len(silent) - len(of_host)
-            who, what = self._hosts.host(number), "is down, or cannot be reached"
+            who, what = self._hosts.host(number), "is down or cannot be reached"
             seen = f"rank {rank}"
         else:
             who, what, seen = self._hosts.rank(rank), "is stopped or dead", "it"

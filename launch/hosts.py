@@ -259,7 +259,7 @@ def _no_connection(hosts: Hosts, mine: int, other: int, error: OSError) -> str:
     address = hosts.hosts[other].address
     reason = error.strerror or str(error)
     return (
-        f"{hosts.host(mine)} cannot connect to {hosts.host(other)} at {address} ({reason}). On both "
-        f"hosts, name the interface that leads to the other hosts with {_INTERFACE}, and open all "
-        "ports between the hosts."
+        f"{hosts.host(mine)} cannot connect to {hosts.host(other)} at {address} ({reason}). On "
+        f"both hosts, name the interface that leads to the other hosts with {_INTERFACE}, and open "
+        "all ports between the hosts."
     )

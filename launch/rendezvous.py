@@ -15,8 +15,8 @@ after a node was lost, torchrun's agents count differently.)
 
 import dataclasses
 import json
-import platform
 import os
+import platform
 import secrets
 import socket
 import time

@@ -1,6 +1,7 @@
 """What follows from a config and the number of ranks: the batch, what cannot run, the summary."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,26 +173,23 @@ def _hosts(info: RankInfo) -> str:
     """The hosts of a job, which axes of the mesh cross them, and what is slow about it."""
     per_host, dims = info.ranks_per_host, info.dims
     assert per_host is not None
-    axes = dims.hosts_of_groups(per_host)
-    count = -(-dims.world_size // per_host)
-    where = (
-        f"{axis} {dims.degrees[axis]} {f'extends over {hosts} hosts' if hosts > 1 else 'stays in one'}"
-        for axis, hosts in axes.items()
+    crossed = dims.hosts_of_groups(per_host)
+    axes = (
+        f"{axis} {dims.degrees[axis]} " + (f"crosses {n} hosts" if n > 1 else "stays in one")
+        for axis, n in crossed.items()
     )
-    text = f"{count} of {per_host} ranks each: {', '.join(where)}"
-    if axes.get("tp", 1) > 1:
-        fitting = max(
-            each for each in range(1, per_host + 1) if per_host % each == 0 and dims.tp % each == 0
-        )
+    text = f"{-(-dims.world_size // per_host)} of {per_host} ranks each; {', '.join(axes)}"
+    sequence = dims.cp * dims.tp
+    if crossed.get("tp", 1) > 1:
         text += (
-            ". Tensor parallelism sends activations of every token several times per layer, which "
-            "is slow between hosts: use a parallelism.tensor_parallel_degree that divides "
-            f"{per_host}, such as {fitting}"
+            ". Tensor parallelism sends the activations of all tokens several times per layer, "
+            "which is slow between hosts: use a parallelism.tensor_parallel_degree that divides "
+            f"{per_host}, such as {math.gcd(per_host, dims.tp)}"
         )
-    elif axes.get("cp", 1) > 1 and (per_host % dims.tp or dims.cp * dims.tp % per_host):
+    elif crossed.get("cp", 1) > 1 and sequence % per_host and per_host % sequence:
         text += (
-            f". Sequences of cp {dims.cp} x tp {dims.tp} = {dims.cp * dims.tp} ranks are cut by "
-            f"host borders at different places: use a multiple or a divisor of {per_host}"
+            f". Sequences, of cp {dims.cp} x tp {dims.tp} = {sequence} ranks each, do not start or "
+            f"end with hosts: use a product that divides {per_host} or is a multiple of it"
         )
     return text
 
