@@ -410,11 +410,11 @@ def _check(config: Config) -> None:
             require(value >= bound, name, f"it must be at least {bound}")
             require(value < math.inf, name, "it must be a finite number")
     require(config.job.dry_run_gpus <= 1 << 16, "job.dry_run_gpus", "it must be at most 65536")
-    per_host = config.job.dry_run_gpus_per_host
+    gpus, per_host = config.job.dry_run_gpus, config.job.dry_run_gpus_per_host
     require(
-        not per_host or (config.job.dry_run_gpus and config.job.dry_run_gpus % per_host == 0),
+        not per_host or (gpus > 0 and gpus % per_host == 0),
         "job.dry_run_gpus_per_host",
-        f"job.dry_run_gpus, which is {config.job.dry_run_gpus}, must be a multiple of it",
+        f"job.dry_run_gpus, which is {gpus}, must be a multiple of it",
     )
     require(training.seed < 1 << 63, "training.seed", "it must be below 2^63")
     check_sampling("sample.", sample.max_new_tokens, sample.temperature, sample.top_k)

@@ -11,7 +11,6 @@ over gloo in any case.)
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import ipaddress
 import json
@@ -203,63 +202,59 @@ def connect_hosts(store: dist.Store, rank: int, hosts: Hosts, deadline: float) -
     return store.get("connected").decode() or None
 
 
-def _connect_next(store, hosts: Hosts, mine: int, deadline: float) -> str | None:
-    token = secrets.token_bytes(_TOKEN_BYTES)
-    address = hosts.hosts[mine].address
-    listening, problem = None, None
-    if address:
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        try:
-            listening = socket.create_server((address, 0), family=family)
-        except OSError as error:
-            problem = f"{hosts.host(mine)} cannot listen at its address {address}: {error}."
-    port = 0 if listening is None else listening.getsockname()[1]
-    store.set(f"listening/{mine}", json.dumps([port, token.hex()]))
-    other = (mine + 1) % len(hosts.hosts)
-    port, expected = json.loads(store.get(f"listening/{other}"))
-    limit = max(0.1, min(_CONNECT_SECONDS, deadline - time.monotonic()))
+def _connect_next(store: dist.Store, hosts: Hosts, mine: int, deadline: float) -> str | None:
+    """Connect to the next host, and answer the one before; a sentence if that fails."""
+    count, address = len(hosts.hosts), hosts.hosts[mine].address
+    before, other = (mine - 1) % count, (mine + 1) % count
+    token = secrets.token_hex(_TOKEN_BYTES)
     with contextlib.ExitStack() as stack:
+        listening, port, problem = None, 0, None
+        if address:
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            try:
+                listening = stack.enter_context(socket.create_server((address, 0), family=family))
+                port = listening.getsockname()[1]
+            except OSError as error:
+                problem = f"{hosts.host(mine)} cannot listen at its address {address}: {error}."
+        store.set(f"listening/{mine}", json.dumps([port, token]))
+        port, expected = json.loads(store.get(f"listening/{other}"))
+        limit = max(0.1, min(_CONNECT_SECONDS, deadline - time.monotonic()))
         outgoing = None
         if port:
             try:
                 target = (hosts.hosts[other].address, port)
                 outgoing = stack.enter_context(socket.create_connection(target, timeout=limit))
             except OSError as error:
-                problem = _no_connection(hosts, mine, other, error)
-        # Told by the store too: the host before may have failed, and then never connects.
+                problem = _no_connection(hosts, mine, other, error.strerror or str(error))
+        # Through the store: the host before may have failed, and then never connects.
         store.set(f"tried/{mine}", "" if outgoing is None else "connected")
-        before = (mine - 1) % len(hosts.hosts)
-        if listening is not None:
-            stack.enter_context(listening)
-            if store.get(f"tried/{before}") == b"connected":
-                _answer(listening, token, limit)
-        if outgoing is not None:
-            outgoing.settimeout(limit)
-            try:
-                answer = outgoing.recv(_TOKEN_BYTES, socket.MSG_WAITALL)
-                if answer.hex() != expected:
-                    error = OSError(errno.EADDRINUSE, "another program or host answers there")
-                    problem = _no_connection(hosts, mine, other, error)
-            except OSError as error:
-                problem = _no_connection(hosts, mine, other, error)
+        if listening is not None and store.get(f"tried/{before}") == b"connected":
+            _answer(listening, token, limit)
+        if outgoing is not None and _read_token(outgoing) != expected:
+            problem = _no_connection(hosts, mine, other, "something else answers there")
     return problem
 
 
-def _answer(listening: socket.socket, token: bytes, limit: float) -> None:
+def _answer(listening: socket.socket, token: str, limit: float) -> None:
     """Accept the connection of the host before, which reports it if that fails."""
     listening.settimeout(limit)
     with contextlib.suppress(OSError):
         incoming, _ = listening.accept()
         with incoming:
             incoming.settimeout(limit)
-            incoming.sendall(token)
+            incoming.sendall(bytes.fromhex(token))
 
 
-def _no_connection(hosts: Hosts, mine: int, other: int, error: OSError) -> str:
-    address = hosts.hosts[other].address
-    reason = error.strerror or str(error)
+def _read_token(outgoing: socket.socket) -> str:
+    """What the other side sends; "" if it sends nothing."""
+    with contextlib.suppress(OSError):
+        return outgoing.recv(_TOKEN_BYTES, socket.MSG_WAITALL).hex()
+    return ""
+
+
+def _no_connection(hosts: Hosts, mine: int, other: int, reason: str) -> str:
     return (
-        f"{hosts.host(mine)} cannot connect to {hosts.host(other)} at {address} ({reason}). On "
-        f"both hosts, name the interface that leads to the other hosts with {_INTERFACE}, and open "
-        "all ports between the hosts."
+        f"{hosts.host(mine)} cannot connect to {hosts.host(other)} at {hosts.hosts[other].address} "
+        f"({reason}). On both hosts, name the interface that leads to the other hosts with "
+        f"{_INTERFACE}, and open all ports between the hosts."
     )
