@@ -96,6 +96,7 @@ class Heartbeat:
         self._thread.join()
         with contextlib.suppress(RuntimeError):
             self._report(ended=problem or "")
+        self._store.close()
 
     def explain(self, error: BaseException) -> None:
         """End the process, with code HUNG, if the error is another rank's doing; else return."""
@@ -306,6 +307,10 @@ class _PatientStore:
     def multi_get(self, keys: list[str]) -> list[bytes]:
         return self._call("multi_get", keys)
 
+    def close(self) -> None:
+        """No call follows."""
+        self._requests.put(None)
+
     def _call(self, name: str, *args: Any) -> Any:
         answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
         began = self._since or time.monotonic()
@@ -319,8 +324,8 @@ class _PatientStore:
         return result
 
     def _serve(self) -> None:
-        while True:
-            name, args, answer = self._requests.get()
+        while (request := self._requests.get()) is not None:
+            name, args, answer = request
             self._since = time.monotonic()
             try:
                 answer.put((getattr(self._store, name)(*args), None))

@@ -169,7 +169,7 @@ def without_effect(config: Config, dims: ParallelDims) -> list[str]:
     return found
 
 
-def _hosts(info: RankInfo) -> str:
+def describe_hosts(info: RankInfo) -> str:
     """The hosts of a job, which axes of the mesh cross them, and what is slow about it."""
     per_host, dims = info.ranks_per_host, info.dims
     assert per_host is not None
@@ -220,7 +220,7 @@ def describe(config: Config, info: RankInfo, shape: Any, batch: Batching) -> str
     lines = {
         "model": f"{config.model.preset}: {parameters:,} parameters ({family.describe(shape)})",
         "mesh": f"{dims.equation} ({info.backend}, {info.device.type}, {dtype})",
-        "hosts": _hosts(info) if info.ranks_per_host is not None else "",
+        "hosts": describe_hosts(info) if info.ranks_per_host is not None else "",
         "sequence": f"{training.seq_len:,} tokens {ranks}{_in_segments(config)}",
         "batch": (
             f"{batch.tokens_per_step:,} tokens per step = {sequences} = "

@@ -17,7 +17,7 @@ from launch.config import load_config
 from launch.distributed import get_rank_info
 from launch.dump_folder import check_shared
 from launch.hosts import Host, Hosts, connect_hosts, gloo_address, list_ranks, unreachable
-from launch.resolve import _hosts
+from launch.resolve import describe_hosts
 from parallel.mesh import ParallelDims
 from tests.launch.runs import flags
 from tests.launch.test_distributed import make_ctx
@@ -187,7 +187,7 @@ def test_the_dry_run_says_what_crosses_hosts(capsys, one_process):
 def test_the_summary_warns_of_what_is_slow_between_hosts():
     def line(**changes):
         arguments = flags(job__dry_run=None, job__dry_run_gpus=12, **changes)
-        return _hosts(get_rank_info(load_config(arguments)))
+        return describe_hosts(get_rank_info(load_config(arguments)))
 
     tp = line(job__dry_run_gpus_per_host=4, parallelism__tensor_parallel_degree=6)
     assert "tp 6 crosses 2 hosts. Tensor parallelism sends" in tp

@@ -1,6 +1,6 @@
 """Jobs over two hosts of two ranks: the results of one host, and faults that end with a sentence.
 
-Only the first test and those of single functions are in `make test`.
+`make test` runs the first two tests.
 """
 
 import re
@@ -13,7 +13,7 @@ import pytest
 from launch.exit_codes import HUNG, ConfigError
 from tests.faults.jobs import START, Job
 from tests.launch.runs import flags, losses, output_of, start
-from tests.network.hosts import ROOT, delays_links
+from tests.network.hosts import ROOT, delays_links, main
 
 PORT = "29500"
 STEPS = 6
@@ -113,6 +113,13 @@ def test_two_hosts_train_as_one(hosts, data, tmp_path):
     assert two.wait() == [0, 0], two.texts()
     assert "hosts:       2 of 2 ranks each; cp 4 crosses 2 hosts" in two.text(0)
     assert_equal_losses(tmp_path / "two", losses(tmp_path / "one"))
+
+
+def test_the_command_line_runs_a_command_per_host(hosts, capsys):
+    assert main(["hostname; cat /etc/hosts", "hostname; exit 3"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "host0: host0" in lines and "host1: host1" in lines
+    assert f"host0: {hosts[1].address} host1" in lines
 
 
 @pytest.fixture(scope="module")
