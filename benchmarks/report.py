@@ -10,7 +10,9 @@ import json
 import re
 from pathlib import Path
 
+import ablations_report
 import attention_speed_report
+import convergence_report
 import decoding_report
 import eager_report
 import fp8_report
@@ -27,7 +29,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def main() -> None:
     reports = read_reports()
-    kernels, over_ranks, training, fp8, eager, decay, decoding, by_token, by_length = reports
+    kernels, over_ranks, training, fp8, eager, decay, decoding, by_token, *papers = reports
+    by_length, ablations, convergence = papers
     kernels_report.write(kernels, RESULTS)
     if by_token is not None:
         kernels_by_token_report.write(by_token, RESULTS)
@@ -41,6 +44,10 @@ def main() -> None:
     eager_report.write(eager, RESULTS)
     learned_decay_report.write(decay, RESULTS)
     decoding_report.write(decoding, RESULTS)
+    for each in ablations:
+        ablations_report.write(each, RESULTS)
+    for each in convergence:
+        convergence_report.write(each, RESULTS)
     for path, name, table in docs_tables(*reports):
         path.write_text(filled(path.read_text(), name, table))
         print(f"{path.relative_to(ROOT)}, table {name}:\n\n{table}")
@@ -49,12 +56,15 @@ def main() -> None:
 def read_reports() -> tuple:
     """The reports of kernels, of sequence parallelism by number of ranks, of training, of FP8, of
     eager calls, of learned decays, of decoding; of kernels with a decay per token and of attention
-    over the length, each None before its first run."""
+    over the length, each None before its first run; of ablations by size, and of convergence by
+    device."""
     over_ranks = [_read(path) for path in sorted(RESULTS.glob("sequence_parallel_*.json"))]
     names = ("kernels", "training", "fp8", "eager", "learned_decay", "decoding")
     kernels, *others = (_read(RESULTS / f"{name}.json") for name in names)
     optional = (RESULTS / f"{name}.json" for name in ("kernels_by_token", "attention_speed"))
-    return kernels, over_ranks, *others, *(_read(p) if p.exists() else None for p in optional)
+    once = (_read(path) if path.exists() else None for path in optional)
+    papers = ablations_report.read(RESULTS), convergence_report.read(RESULTS)
+    return kernels, over_ranks, *others, *once, *papers
 
 
 def docs_tables(
@@ -67,6 +77,8 @@ def docs_tables(
     decoding: dict,
     by_token: dict | None,
     by_length: dict | None,
+    ablations: list[dict],
+    convergence: list[dict],
 ) -> list[tuple[Path, str, str]]:
     """The tables outside benchmarks/results: (file, name of the table, the table)."""
     docs = ROOT / "docs" / "benchmarks.md"
@@ -82,6 +94,8 @@ def docs_tables(
         (docs.with_name("training.md"), "decay", learned_decay_report.docs_table(decay)),
         (docs.with_name("decoding.md"), "decoding", decoding_report.table(decoding)),
         (docs.with_name("papers.md"), "by_length", attention_speed_report.docs_table(by_length)),
+        (docs.with_name("papers.md"), "ablations", ablations_report.docs_table(ablations)),
+        (docs.with_name("papers.md"), "convergence", convergence_report.docs_table(convergence)),
     ]
 
 

@@ -20,7 +20,7 @@ import torch
 from lasp import replay
 from lasp.ops.host_values import check_token_decays, compute_once, decay_rates, filled
 
-__all__ = ["Decay", "alibi_slopes", "ling", "minimax", "retention", "tnl"]
+__all__ = ["Decay", "alibi", "alibi_slopes", "ling", "minimax", "retention", "tnl"]
 
 # exp of anything less is zero.
 _UNDERFLOW = {torch.float32: -104.0, torch.float64: -746.0}
@@ -167,6 +167,12 @@ def tnl(num_heads: int, layer: int, num_layers: int) -> torch.Tensor:
     _check_layer(layer, num_layers)
     factor = 1.0 - layer / max(num_layers - 1, 1) + 1e-5
     return -torch.tensor(alibi_slopes(num_heads), dtype=torch.float32) * factor
+
+
+def alibi(num_heads: int) -> torch.Tensor:
+    """Log decay -slope_h, the same in every layer, [H]: `tnl` without the layer's factor, as in
+    TransNormerLLM's ablation (arXiv 2405.17381, table 5)."""
+    return -torch.tensor(alibi_slopes(num_heads), dtype=torch.float32)
 
 
 def minimax(num_heads: int, layer: int, num_layers: int) -> torch.Tensor:

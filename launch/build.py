@@ -40,8 +40,9 @@ class ModelFamily:
 
     A model has `config`, `blocks` in the order of the forward, `head_weight` [V, D], and
     `forward(tokens, *, shard, cu_seqlens, return_hidden)`. Its config is a frozen dataclass with
-    `vocab_size`, `num_layers` and the class method `preset(name, **overrides)`.
+    `vocab_size`, `num_layers`, `dropout` and the class method `preset(name, **overrides)`.
 
+    With `dropout` above 0 in its config its forward takes `dropout_seeds`, as `lasp.tnl.TNL` does.
     For training in segments a model also has `initial_states(batch_size)`, whose result has
     `layers` (tensors) and `position`, and its forward takes `states`, `return_states`,
     `states_only` and `cut_documents`, as `lasp.tnl.TNL` does. Recall (launch/evaluation/recall.py)
@@ -55,6 +56,8 @@ class ModelFamily:
         flops_per_token: (config, training=, seq_len=) -> FLOPs of one token.
         state_bytes: config -> bytes of the recurrent states of one sequence, over all layers.
         streaming_problem: config -> why it cannot train in segments; None if it can.
+        sequence_problem: (config, tokens, packed=) -> why it cannot read a sequence of so many
+            tokens, or one of packed documents; None if it can.
         tensor_parallel: (model, mesh, shard_sequence=) shards the model in place.
         check_divides: (config, ranks) raises ValueError where tensor parallelism cannot shard it.
         float32_blocks: model -> the blocks whose weights must stay float32 under bfloat16.
@@ -73,6 +76,7 @@ class ModelFamily:
     flops_per_token: Callable[..., int]
     state_bytes: Callable[[Any], int]
     streaming_problem: Callable[[Any], str | None]
+    sequence_problem: Callable[..., str | None]
     tensor_parallel: Callable[..., nn.Module]
     check_divides: Callable[[Any, int], None]
     float32_blocks: Callable[[nn.Module], list[nn.Module]]
@@ -86,12 +90,13 @@ def _describe_tnl(config: TNLConfig) -> str:
     text = ", ".join(f"{name} {getattr(config, name)}" for name in names)
     softmax = config.num_softmax_layers
     text += f", {softmax} of the layers softmax" if softmax else ""
-    return text + (", decay learned" if config.decay == "learned" else "")
+    changed = config.variants() | ({} if config.decay == "fixed" else {"decay": config.decay})
+    return text + "".join(f", {name} {value}" for name, value in changed.items())
 
 
 def _tnl_state_bytes(config: TNLConfig) -> int:
     linear = [layer for layer in range(config.num_layers) if not config.is_softmax(layer)]
-    return 4 * config.num_heads * sum(map(config.key_dim, linear)) * config.head_dim
+    return 4 * config.num_heads * sum(map(config.key_dim, linear)) * config.value_dim
 
 
 FAMILIES = {
@@ -103,6 +108,7 @@ FAMILIES = {
         flops_per_token=TNLConfig.flops_per_token,
         state_bytes=_tnl_state_bytes,
         streaming_problem=TNLConfig.streaming_problem,
+        sequence_problem=TNLConfig.sequence_problem,
         tensor_parallel=tensor_parallel,
         check_divides=check_divides,
         float32_blocks=float32_blocks,
@@ -223,6 +229,7 @@ class LossModel(nn.Module):
         cu_seqlens: tuple[int, ...] | None,
         states: Any = None,
         per_token: bool = False,
+        dropout_seeds: Tensor | None = None,
     ) -> Tensor | tuple[Tensor | None, list[Tensor]]:
         """Sum of the loss over this rank's tokens, a float32 scalar.
 
@@ -234,12 +241,15 @@ class LossModel(nn.Module):
                 None, and what no state needs is not computed.
             per_token: the loss is that of each token, float32 [B, T], 0 where a label is ignored;
                 under torch.no_grad.
+            dropout_seeds: of a model with dropout, int64 [B]; None: as it does without.
         """
         options: dict[str, Any] = {}
         if cu_seqlens is not None:
             # Passed as a tuple because FSDP moves tensor arguments to the GPU, and the operator
             # reads these on the host.
             options["cu_seqlens"] = torch.tensor(cu_seqlens, dtype=torch.int32)
+        if dropout_seeds is not None:
+            options["dropout_seeds"] = dropout_seeds
         if states is not None:
             options |= dict(states=states, cut_documents=cu_seqlens is not None)
         with torch.autocast(inputs.device.type, self._dtype, enabled=self._dtype is not None):

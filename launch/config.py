@@ -66,9 +66,24 @@ class Model:
     num_layers. LLLLLLLS is a hybrid, S a transformer of the same shape."""
     num_key_value_heads: int | None = None
     """Heads of keys and values in softmax layers."""
-    decay: Literal["fixed", "learned"] | None = None
-    """Of linear layers. fixed: a constant per head. learned: one per token and head, computed from
-    the layer's input; it starts at the fixed one."""
+    decay: Literal["fixed", "learned", "per_head", "none"] | None = None
+    """Of linear layers. fixed: a constant per head and layer. learned: one per token and head,
+    computed from the layer's input; it starts at the fixed one. per_head: a constant per head."""
+    position_embeddings: int | None = None
+    """Rows of a learned table of absolute positions: the longest sequence. 0: no table."""
+    activation: Literal["silu", "none", "1+elu"] | None = None
+    """Of queries and keys in linear layers."""
+    glu_activation: Literal["none", "silu", "1+elu"] | None = None
+    """Of the channel mixer."""
+    norm: Literal["srms", "rms", "layer"] | None = None
+    """Every norm: srms has no weights, rms a weight, layer a weight and a bias."""
+    output_gate: bool | None = None
+    """Linear layers multiply the output of attention by a projection of their input."""
+    denominator: bool | None = None
+    """Linear layers divide the output of attention by the sum of its weights, instead of norming
+    it; with activation 1+elu."""
+    dropout: float | None = None
+    """Probability of zero in training, of the embeddings and of each mixer's output."""
 
 
 @dataclass(kw_only=True)
@@ -179,9 +194,10 @@ class LRScheduler:
     warmup_steps: int = 100
     decay_ratio: float | None = None
     """Fraction of the steps, at the end, over which the rate decays. None: all after warm-up."""
-    decay_type: Literal["cosine", "linear", "sqrt"] = "cosine"
+    decay_type: Literal["cosine", "linear", "sqrt", "inverse_sqrt"] = "cosine"
+    """inverse_sqrt: the peak times sqrt(warmup_steps / step), whatever the number of steps."""
     min_lr_factor: float = 0.1
-    """The last step's rate as a fraction of the peak rate."""
+    """The last step's rate as a fraction of the peak rate; with inverse_sqrt the lowest rate."""
 
 
 @dataclass(kw_only=True)
@@ -427,6 +443,11 @@ def _check(config: Config) -> None:
     require(0 <= config.optimizer.beta1 < 1, "optimizer.beta1", "it must be in 0 <= beta1 < 1")
     require(0 <= config.optimizer.beta2 < 1, "optimizer.beta2", "it must be in 0 <= beta2 < 1")
     require(ratio is None or 0 <= ratio <= 1, "lr_scheduler.decay_ratio", "it must be in 0..1")
+    require(
+        ratio is None or config.lr_scheduler.decay_type != "inverse_sqrt",
+        "lr_scheduler.decay_ratio",
+        "leave it out for decay_type inverse_sqrt, which decays from the warm-up on",
+    )
     for name, length in (("seq_len", training.seq_len), ("segment_len", training.segment_len)):
         require(
             config.parallelism.context_parallel_layout != "zigzag" or length % 2 == 0,

@@ -46,6 +46,7 @@ class Batch:
         cu_seqlens: document boundaries in the sequence (segment), (0, ..., tokens); None without
             varlen.
         continues: the first token does not start a document; True without varlen.
+        dropout_seeds: int64 [B], for a model with dropout in training.
     """
 
     inputs: Tensor
@@ -53,6 +54,7 @@ class Batch:
     shard: SequenceShard
     cu_seqlens: tuple[int, ...] | None = None
     continues: bool = True
+    dropout_seeds: Tensor | None = None
 
     @property
     def num_labels(self) -> int:
@@ -67,6 +69,12 @@ class Batch:
         """The arguments of `LossModel.forward`, the tokens on `device`."""
         inputs, labels = (x.to(device, non_blocking=True) for x in (self.inputs, self.labels))
         return inputs, labels, self.shard, self.cu_seqlens
+
+    def options(self, device: torch.device) -> dict[str, Any]:
+        """Further ones, by name."""
+        if self.dropout_seeds is None:
+            return {}
+        return {"dropout_seeds": self.dropout_seeds.to(device, non_blocking=True)}
 
 
 class Segments:
@@ -131,6 +139,7 @@ class TokenSource(Protocol):
 
     num_samples: int
     bytes_per_token: float | None
+    words_per_token: float | None
 
     def sample(self, index: int, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop + 1) of sample `index`: a shard's inputs and one more token."""
@@ -157,6 +166,7 @@ class _SingleSource:
     """The order of samples that are all alike."""
 
     num_samples: int
+    words_per_token: float | None = None
 
     def order(self, consumed: int, count: int, seed: int) -> list[int]:
         return sample_order(consumed, count, self.num_samples, seed)
@@ -287,7 +297,8 @@ class DataFolder:
         flag: str = "training.seq_len",
         verify: bool = False,
     ) -> IndexedSource:
-        """The samples of "train" or "val"; see `IndexedSource`."""
+        """The samples of "train" or "val", or of another split that the folder has; see
+        `IndexedSource`."""
         about = self.meta.get(split, {})
         try:
             # Without these numbers, bits per byte are left out.
@@ -299,7 +310,10 @@ class DataFolder:
                 "data again."
             ) from None
         prefix = self.folder / split
-        return IndexedSource(prefix, seq_len, vocab_size, ratio, flag, self._digests, verify)
+        source = IndexedSource(prefix, seq_len, vocab_size, ratio, flag, self._digests, verify)
+        if known and about.get("words"):
+            source.words_per_token = about["words"] / about["tokens"]
+        return source
 
 
 def data_facts(
@@ -346,6 +360,12 @@ def _digest(path: Path) -> str:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from None
     return f"{size} bytes, sha256 {digest.hexdigest()[:16]}"
+
+
+def dropout_seeds(indices: Sequence[int], step: int, seed: int) -> Tensor:
+    """A seed for each sample of a step, int64: the same on whichever rank it is read."""
+    entropy = (np.random.SeedSequence([seed, step, index]) for index in indices)
+    return torch.tensor([int(each.generate_state(1, np.uint64)[0] >> 1) for each in entropy])
 
 
 def sample_order(consumed: int, count: int, num_samples: int, seed: int) -> list[int]:

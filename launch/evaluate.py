@@ -75,7 +75,8 @@ class Arguments:
     tokens, by the number of tokens in between."""
     data: Path | None = None
     """Output of launch/prepare_data.py, for task loss."""
-    split: Literal["val", "train"] = "val"
+    split: Literal["val", "train", "test"] = "val"
+    """test: of data that has one (launch/prepare_wikitext.py)."""
     seq_len: int | None = None
     """Tokens of one GLOBAL sequence. None: as the run was trained, as for the next three."""
     segment_len: int | None = None
@@ -166,6 +167,15 @@ def complete(config: Config, arguments: Arguments, saved: SavedRun) -> None:
         ("loss_chunk_size", training.loss_chunk_size, None),
     ):
         setattr(training, name, saved.training(name, default) if given is None else given)
+    option, length = "--seq-len", training.seq_len
+    if arguments.task == "recall":
+        # The pairs, the gap and a query.
+        length = 2 * arguments.recall.pairs + arguments.recall.max_gap + 1
+        option = "--recall.max-gap"
+    packed = training.varlen and arguments.task == "loss"
+    problem = saved.family.sequence_problem(saved.shape, length, packed=packed)
+    if problem is not None:
+        raise ConfigError(f"{option}: {problem}")
     problem = saved.family.streaming_problem(saved.shape)
     if training.num_segments > 1 and problem is not None:
         raise ConfigError(
@@ -199,6 +209,11 @@ def open_source(arguments: Arguments, config: Config, saved: SavedRun) -> Indexe
     if not is_folder(arguments.data):
         raise DataError(f"--data {arguments.data} is no folder: give one of prepare_data.py.")
     folder = DataFolder(arguments.data)
+    if arguments.split == "test" and not (arguments.data / "test.idx").exists():
+        raise DataError(
+            f"{arguments.data} has no split test: data of launch/prepare_wikitext.py does; use "
+            "--split val."
+        )
     if folder.tokenizer is not None:
         if saved.tokenizer is None:
             raise DataError(
@@ -239,7 +254,7 @@ def evaluate_loss(
     if not losses.num_labels:
         ctx.fail(DataError(f"{arguments.data}: every label is ignored; use other data."))
     return {
-        **loss_metrics(losses.mean, source.bytes_per_token),
+        **loss_metrics(losses.mean, source.bytes_per_token, source.words_per_token),
         "tokens": losses.num_labels,
         "samples": task.num_samples,
         "samples_in_data": source.num_samples,

@@ -64,12 +64,17 @@ def check_packages(config: Config) -> None:
             ) from None
 
 
-def loss_metrics(loss: float, bytes_per_token: float | None) -> dict[str, float]:
-    """Loss in nats per token, perplexity, and bits per byte if the bytes are known."""
+def loss_metrics(
+    loss: float, bytes_per_token: float | None, words_per_token: float | None = None
+) -> dict[str, float]:
+    """Loss in nats per token, perplexity, bits per byte if the bytes are known, and perplexity per
+    word if the words are."""
     # Clamped at e^50: exp overflows above 709.
     metrics = {"loss": loss, "ppl": math.exp(min(loss, 50.0))}
     if bytes_per_token:
         metrics["bpb"] = loss / math.log(2) / bytes_per_token
+    if words_per_token:
+        metrics["word_ppl"] = math.exp(min(loss / words_per_token, 50.0))
     return metrics
 
 

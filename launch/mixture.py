@@ -96,6 +96,7 @@ class MixedSource:
         self._passes = [functools.lru_cache(maxsize=1)(order_of_pass) for _ in sources]
         ratios = [each.bytes_per_token for each in sources if each.bytes_per_token is not None]
         self.bytes_per_token: float | None = None
+        self.words_per_token: float | None = None
         if len(ratios) == len(sources):
             pairs = zip(self._shares.weights, ratios, strict=True)
             self.bytes_per_token = sum(weight * ratio for weight, ratio in pairs)

@@ -56,12 +56,16 @@ def learning_rate(step: int, config: Config) -> float:
     """The learning rate of the step that follows `step` finished ones.
 
     Linear warm-up over warmup_steps, then the peak, then decay over the last decay_ratio of all
-    steps (None: over all steps after the warm-up), down to min_lr_factor times the peak.
+    steps (None: over all steps after the warm-up), down to min_lr_factor times the peak. The decay
+    inverse_sqrt is peak * sqrt(warmup_steps / step), and no lower than that.
     """
     schedule, steps = config.lr_scheduler, config.training.steps
     peak = config.optimizer.lr
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps
+    if schedule.decay_type == "inverse_sqrt":
+        factor = math.sqrt(max(schedule.warmup_steps, 1) / (step + 1))
+        return peak * max(factor, schedule.min_lr_factor)
     decay_steps = steps - schedule.warmup_steps
     if schedule.decay_ratio is not None:
         decay_steps = min(decay_steps, round(steps * schedule.decay_ratio))

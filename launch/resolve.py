@@ -122,13 +122,22 @@ def check_float8_tokens(config: Config, cp: int) -> None:
 
 def check_shape(config: Config, shape: Any, tp: int) -> None:
     """Raise ConfigError if the run cannot train a model of config `shape`: tp ranks cannot shard
-    it, or it has no states that could leave a segment."""
+    it, its sequences are too long for it, or it has no states that could leave a segment."""
     family = get_family(config.model.family)
     try:
         family.check_divides(shape, tp)
     except ValueError as error:
         raise ConfigError(f"parallelism.tensor_parallel_degree is {tp}: {error}") from None
-    problem = family.streaming_problem(shape) if config.training.segment_len else None
+    training = config.training
+    if tp > 1 and config.parallelism.tensor_parallel_shard_sequence and shape.dropout:
+        raise ConfigError(
+            f"model.dropout is {shape.dropout} with parallelism.tensor_parallel_shard_sequence: "
+            "switch that off, or use no dropout."
+        )
+    problem = family.sequence_problem(shape, training.seq_len, packed=training.varlen)
+    if problem is not None:
+        raise ConfigError(f"training.seq_len is {training.seq_len}: {problem}")
+    problem = family.streaming_problem(shape) if training.segment_len else None
     if problem is not None:
         raise ConfigError(f"training.segment_len is {config.training.segment_len}: {problem}")
 

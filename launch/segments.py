@@ -100,10 +100,11 @@ def segment_runner(state: TrainState, batch: SegmentedBatch, first: int = 0) -> 
         position = first + segments.start(index)
         before = dataclasses.replace(zeros, layers=list(states), position=position)
         inputs, labels, shard, cu_seqlens = part.arguments(device)
+        more = part.options(device)
         if states_only or not torch.is_grad_enabled():
             labels = None if states_only else labels
-            return state.loss_model(inputs, labels, shard, cu_seqlens, before)
-        return state.wrapped_model(inputs, labels, shard, cu_seqlens, before)
+            return state.loss_model(inputs, labels, shard, cu_seqlens, before, **more)
+        return state.wrapped_model(inputs, labels, shard, cu_seqlens, before, **more)
 
     return run
 

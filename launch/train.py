@@ -362,7 +362,8 @@ def report_step(
     }
     print(format_line(metrics, steps), flush=True)
     if val_loss is not None:
-        measured = loss_metrics(val_loss, state.val_source.bytes_per_token)
+        source = state.val_source
+        measured = loss_metrics(val_loss, source.bytes_per_token, source.words_per_token)
         metrics |= {f"val_{name}": value for name, value in measured.items()}
         text = "  ".join(f"{name}: {value:.4f}" for name, value in measured.items())
         print(f"validation at step {step}:  {text}", flush=True)

@@ -1,5 +1,6 @@
 """One step of training, and validation: from sample indices to a loss that all ranks share."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -11,6 +12,7 @@ from launch.data import (
     Batch,
     SegmentedBatch,
     TokenSource,
+    dropout_seeds,
     read_batch,
     stream_order,
 )
@@ -44,7 +46,8 @@ def forward_backward(
     loss_sum = torch.zeros((), dtype=torch.float64, device=state.ctx.device)
     for number, batch in enumerate(batches, 1):
         with state.accumulating(last=number == len(batches)):
-            loss = state.wrapped_model(*batch.arguments(state.ctx.device))
+            device = state.ctx.device
+            loss = state.wrapped_model(*batch.arguments(device), **batch.options(device))
             (loss / num_labels).backward()
         loss_sum += loss.detach()
     return loss_sum
@@ -113,7 +116,7 @@ def read_step(state: TrainState) -> list[Batch] | list[SegmentedBatch] | DataErr
     """This rank's micro-batches of the next step, or what is wrong with its data."""
     parts = state.own_samples(step_indices(state))
     try:
-        return [read(state, state.train_source, part) for part in parts]
+        return [read(state, state.train_source, part, with_dropout=True) for part in parts]
     except DataError as error:
         return error
 
@@ -126,16 +129,24 @@ def step_indices(state: TrainState) -> list[int]:
     return state.train_source.order(state.consumed, count, state.config.training.seed)
 
 
-def read(state: TrainState, source: TokenSource, indices: list[int]) -> Batch | SegmentedBatch:
+def read(
+    state: TrainState, source: TokenSource, indices: list[int], *, with_dropout: bool = False
+) -> Batch | SegmentedBatch:
     """This rank's shard of some samples; in segments if the run has them, their labels counted."""
+    seeds = None
+    if with_dropout and state.model.config.dropout:
+        seeds = dropout_seeds(indices, state.step, state.config.training.seed)
     pad_id = None if state.tokenizer is None else state.tokenizer.pad_id
     options = dict(pad_id=pad_id, varlen=state.config.training.varlen)
     parts = state.segments
     if parts is None:
-        return read_batch(source, indices, state.shard, **options)
+        batch = read_batch(source, indices, state.shard, **options)
+        return dataclasses.replace(batch, dropout_seeds=seeds)
 
     def read_segment(index: int) -> Batch:
-        return read_batch(source, indices, parts.shard(index), first=parts.start(index), **options)
+        shard, first = parts.shard(index), parts.start(index)
+        batch = read_batch(source, indices, shard, first=first, **options)
+        return dataclasses.replace(batch, dropout_seeds=seeds)
 
     return SegmentedBatch(read_segment, parts.count).with_labels_counted()
 

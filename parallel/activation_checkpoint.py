@@ -78,7 +78,7 @@ def checkpointed(block: nn.Module, mode: str = "full") -> nn.Module:
             *args,
             use_reentrant=False,
             context_fn=contexts,
-            # Blocks draw no random numbers.
+            # Blocks draw no random numbers: dropout (lasp.tnl.dropout) is a function of positions.
             preserve_rng_state=False,
             **kwargs,
         )

@@ -56,10 +56,16 @@ def tensor_parallel(model: TNL, mesh: DeviceMesh, *, shard_sequence: bool = Fals
             must then be divisible by tp.
 
     Raises:
-        ValueError: heads, widths or a vocabulary that the ranks do not divide.
+        ValueError: heads, widths or a vocabulary that the ranks do not divide, or dropout with
+            shard_sequence.
     """
     ranks = mesh.size()
     check_divides(model.config, ranks)
+    if shard_sequence and model.config.dropout:
+        raise ValueError(
+            f"dropout is {model.config.dropout} and shard_sequence is set: dropout goes by the "
+            "positions of all tokens, of which a rank then holds a part. Use one of them."
+        )
     between = Shard(1) if shard_sequence else Replicate()
     # The norms return DTensors: one gather serves all products that read them, their gradients are
     # summed once, and `hidden @ head_weight.T` works with a sharded head.
@@ -86,7 +92,14 @@ def tensor_parallel(model: TNL, mesh: DeviceMesh, *, shard_sequence: bool = Fals
 
 
 def check_divides(config: TNLConfig, ranks: int, sizes: tuple[str, ...] = SHARDED_SIZES) -> None:
-    """Raise ValueError, with the numbers, if `ranks` do not divide one of the config's `sizes`."""
+    """Raise ValueError, with the numbers, if `ranks` do not divide one of the config's `sizes`, or
+    the config has parts that cannot be sharded."""
+    if ranks > 1 and (config.norm != "srms" or config.position_embeddings):
+        raise ValueError(
+            f'norm is "{config.norm}" and position_embeddings {config.position_embeddings}: '
+            'tensor parallelism shards only models with norm "srms" and without position '
+            "embeddings. Use data or context parallelism."
+        )
     for name in sizes:
         size = getattr(config, name)
         # num_key_value_heads may be None: as many as num_heads.
@@ -110,7 +123,9 @@ def _shard_heads(mixer: GatedLinearAttention, mesh: DeviceMesh) -> None:
     heads = mixer.config.num_heads // mesh.size()
     first = mesh.get_local_rank() * heads
     mixer.keep_heads(slice(first, first + heads))
-    mixer.norm = ShardedSRMSNorm(mixer.norm.dim, mixer.norm.eps, mesh.get_group())
+    # A denominator belongs to its head.
+    if mixer.norm is not None:
+        mixer.norm = ShardedSRMSNorm(mixer.norm.dim, mixer.norm.eps, mesh.get_group())
     if mixer.lrpe is not None:
         theta = DTensor.from_local(mixer.lrpe.theta.detach(), mesh, [Shard(0)], run_check=False)
         mixer.lrpe.theta = nn.Parameter(theta, requires_grad=mixer.lrpe.theta.requires_grad)

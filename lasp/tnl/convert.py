@@ -259,6 +259,11 @@ def _parameter_shapes(config: TNLConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _released_layout(config: TNLConfig) -> WeightLayout:
+    if variants := config.variants():
+        raise ValueError(
+            f"the config has {variants}, which no released model has: such a model is exported in "
+            "lasp's own layout only (launch/convert.py export)."
+        )
     if config.num_softmax_layers:
         raise ValueError(
             f"layer_types is {config.layer_types!r}, but the released models have no softmax "

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 
 import lasp
-from lasp.tnl.heads import split_heads
 from lasp.tnl.layers import GatedLinearAttention, TNLBlock
 from lasp.tnl.learned_decay import learned_decay
 from lasp.tnl.model import TNL, TNLState
@@ -76,11 +75,12 @@ class Decoder:
         batch_size: B.
         sampling: of the tokens; None: the most likely ones.
         generator: for sampling, on the model's device; None: torch's global one.
-        context: tokens of each sequence that softmax layers can hold.
+        context: tokens of each sequence that softmax layers can hold, and that position embeddings
+            must have.
         use_graph: replay one CUDA graph per step; None: on GPUs, unless the model is sharded.
 
     Raises:
-        ValueError: there are softmax layers, and no context.
+        ValueError: there are softmax layers, and no context, or fewer position embeddings.
 
     Attributes:
         tokens: [B] int64, of the next step's input, which are its output afterwards.
@@ -104,6 +104,9 @@ class Decoder:
                 f"context is {context}, and {model.config.num_softmax_layers} layers are softmax "
                 "attention: say how many tokens their caches have to hold."
             )
+        problem = model.config.sequence_problem(context)
+        if problem is not None:
+            raise ValueError(problem)
         self.model = model
         self.sampling = Sampling() if sampling is None else sampling
         self.generator = generator
@@ -190,7 +193,7 @@ class Decoder:
     def _logits(self) -> torch.Tensor:
         """The layers of the model, one by one."""
         model = self.model
-        x = model._embed(self.tokens[:, None])
+        x = model._embed(self.tokens[:, None], self.positions[:, None])
         for block, state in zip(model.blocks, self.states, strict=True):
             x = x + self._mix(block, x, state)
             x = x + block.channel_mixer(block.channel_norm(x))
@@ -203,8 +206,7 @@ class Decoder:
         mixer, x = block.token_mixer, block.token_norm(x)
         if not isinstance(mixer, GatedLinearAttention):
             return mixer.out_proj(self._softmax_attention(mixer, x, state).flatten(-2))
-        qkvu = mixer.qkvu_proj(x).unflatten(-1, (-1, 4, mixer.head_dim))
-        q, k, v, u = split_heads(qkvu, mixer.config.activation)
+        q, k, v, *gate = mixer.project(x)
         if mixer.lrpe is not None:
             q, k = mixer.lrpe.at(q, k, self.positions)
         log_decay = mixer.log_decay
@@ -213,8 +215,7 @@ class Decoder:
         o, _ = lasp.lightning_attention_step(
             q[:, 0], k[:, 0], v[:, 0], state, log_decay, inplace=True
         )
-        o = mixer.norm(o.flatten(-2)[:, None]).unflatten(-1, (-1, mixer.head_dim))
-        return mixer.out_proj((u * o).flatten(-2))
+        return mixer.output(o[:, None], *gate)
 
     def _softmax_attention(self, mixer, x, cache) -> torch.Tensor:
         """o [B, 1, H, D]; the keys and values of this token join the cache."""
@@ -280,15 +281,18 @@ def _empty_states(model: TNL, batch_size: int, context: int) -> list[torch.Tenso
 
 
 def _fits_kernels(model: TNL, batch_size: int) -> bool:
-    """True if the fused kernels can decode: bfloat16, plain linear layers, and few sequences.
+    """True if the fused kernels can decode: the released architecture (`TNLConfig.variants`) in
+    bfloat16, plain linear layers, and few sequences.
 
     (In float16 they would overflow: they multiply u by o before the norm.)
     """
     from lasp.ops.triton.launch_config import MAX_DECODE_ROWS
 
     matrices = [p for p in model.parameters() if p.dim() == 2]
-    return batch_size <= MAX_DECODE_ROWS and all(
-        p.dtype == torch.bfloat16 and p.is_contiguous() for p in matrices
+    return (
+        batch_size <= MAX_DECODE_ROWS
+        and not model.config.variants()
+        and all(p.dtype == torch.bfloat16 and p.is_contiguous() for p in matrices)
     )
 
 

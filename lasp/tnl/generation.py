@@ -126,7 +126,7 @@ def stream(
 def _stream(model, prompts, max_new_tokens, sampling, eos_token_id, generator, chunk, group):
     if max_new_tokens == 0 or not prompts:
         return
-    context = max(map(len, prompts)) + max_new_tokens if model.config.num_softmax_layers else 0
+    context = max(map(len, prompts)) + max_new_tokens
     decoder = Decoder(model, len(prompts), sampling, generator=generator, context=context)
     for rows, states in prefill(model, prompts, chunk=chunk, group=group):
         decoder.load(states, rows)
@@ -178,11 +178,13 @@ def prefill(
     prompts, and their states.
 
     Short prompts of different lengths are packed as documents, `chunk` tokens or less at a time
-    (with softmax layers, they are read one by one). Prompts of one token have states of zero and
-    are left out.
+    (with softmax layers or position embeddings, they are read one by one). Prompts of one token
+    have states of zero and are left out.
     """
     lengths = {index: len(prompt) - 1 for index, prompt in enumerate(prompts) if len(prompt) > 1}
-    for batch in _batches(lengths, chunk, model.config.num_softmax_layers > 0):
+    config = model.config
+    alike = config.num_softmax_layers > 0 or config.position_embeddings > 0
+    for batch in _batches(lengths, chunk, alike):
         parts = [prompts[index][:-1] for index in batch]
         if len({len(part) for part in parts}) > 1:
             yield from _read_packed(model, parts, batch)
@@ -258,6 +260,9 @@ def _check(model, prompts, max_new_tokens, sampling, chunk, group) -> None:
             )
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}: it cannot be negative.")
+    problem = model.config.sequence_problem(max(map(len, prompts), default=0) + max_new_tokens)
+    if problem is not None:
+        raise ValueError(f"a prompt and max_new_tokens {max_new_tokens} are too long: {problem}")
     if not sampling.temperature >= 0:
         raise ValueError(
             f"temperature is {sampling.temperature}: it must be 0 (greedy) or positive."

@@ -9,29 +9,28 @@ Shapes: B batch, T tokens, H heads, D head dim.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+
+from lasp.tnl.variants import ACTIVATIONS
 
 __all__ = ["split_heads"]
 
 
-def split_heads(
-    qkvu: torch.Tensor, activation: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[B, T, H, 4, D] -> q, k, v, u [B, T, H, D] of its dtype.
+def split_heads(qkvu: torch.Tensor, activation: str) -> tuple[torch.Tensor, ...]:
+    """[B, T, H, 4, D] -> q, k, v, u [B, T, H, D] of its dtype; of [B, T, H, 3, D] q, k, v.
 
     Args:
-        activation: of q and k, "silu" or "none". What is not activated is a view of `qkvu`.
+        activation: of q and k, a key of `ACTIVATIONS`. What is not activated is a view of `qkvu`.
     """
-    if not torch.is_grad_enabled():
-        return _split(qkvu, activation)
-    return _SplitHeads.apply(qkvu, activation)
+    has_own_backward = qkvu.shape[-2] == 4 and activation in ("silu", "none")
+    if torch.is_grad_enabled() and has_own_backward:
+        return _SplitHeads.apply(qkvu, activation)
+    return _split(qkvu, activation)
 
 
 def _split(qkvu, activation):
-    q, k, v, u = qkvu.unbind(dim=-2)
-    if activation == "silu":
-        q, k = F.silu(q), F.silu(k)
-    return q, k, v, u
+    q, k, *others = qkvu.unbind(dim=-2)
+    act = ACTIVATIONS[activation]
+    return act(q), act(k), *others
 
 
 class _SplitHeads(torch.autograd.Function):

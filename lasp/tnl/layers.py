@@ -17,31 +17,20 @@ import lasp
 from lasp.shard import SequenceShard
 from lasp.softmax_attention import gather_past
 from lasp.tnl.config import TNLConfig
+from lasp.tnl.dropout import DropoutKey, dropout
 from lasp.tnl.heads import split_heads
 from lasp.tnl.learned_decay import DecayProjection, fixed_decay, learned_decay
 from lasp.tnl.positions import LRPE, apply_rope
+from lasp.tnl.variants import ACTIVATIONS, DECAYS, NORMS, SRMSNorm
 
-__all__ = ["SGLU", "GatedLinearAttention", "SRMSNorm", "SoftmaxAttention", "TNLBlock"]
-
-
-class SRMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) over the last dim, without weight or bias.
-
-    arXiv 2405.17381 eq. 14; `eps` is the released code's, the paper has none. x [..., dim] of any
-    floating dtype -> the same shape and dtype; the mean square of 16-bit input is taken in float32.
-    """
-
-    def __init__(self, dim: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.dim = dim
-        self.eps = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Autocast may return float32: without the cast, everything downstream doubles in size.
-        return F.rms_norm(x, (self.dim,), eps=self.eps).to(x.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{self.dim}, eps={self.eps}"
+__all__ = [
+    "SGLU",
+    "GatedLinearAttention",
+    "SRMSNorm",
+    "SoftmaxAttention",
+    "TNLBlock",
+    "position_ranges",
+]
 
 
 class GatedLinearAttention(nn.Module):
@@ -51,7 +40,10 @@ class GatedLinearAttention(nn.Module):
     all heads together, replaces both.
 
     The rows of `qkvu_proj` are ordered head by head, and within a head q, k, v, u: a contiguous
-    range of rows is a range of whole heads, so tensor parallelism can shard it by rows.
+    range of rows is a range of whole heads, so tensor parallelism can shard it by rows. Variants
+    (`TNLConfig`): without a gate there is no u; with a denominator o_t is divided by the sum of
+    its weights, q_t . sum_s decay^(t-s) k_s (arXiv 2006.16236 eq. 9), instead of normed. The
+    denominator is one more value per head, 1 for each token, so that states are [H, K, D + 1].
 
     Args:
         config: the model's.
@@ -66,10 +58,13 @@ class GatedLinearAttention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         self.heads = slice(0, config.num_heads)
-        self.qkvu_proj = nn.Linear(config.dim, 4 * config.dim, bias=False)
+        self.num_parts = 4 if config.output_gate else 3
+        self.qkvu_proj = nn.Linear(config.dim, self.num_parts * config.dim, bias=False)
         uses_lrpe = config.uses_lrpe(layer)
         self.lrpe = LRPE(config.num_heads, config.head_dim) if uses_lrpe else None
-        self.norm = SRMSNorm(config.dim, config.norm_eps)
+        self.norm = None
+        if not config.denominator:
+            self.norm = NORMS[config.norm](config.dim, config.norm_eps)
         self.out_proj = nn.Linear(config.dim, config.dim, bias=False)
         is_learned = config.decay == "learned"
         self.decay_proj = DecayProjection(config.dim, config.num_heads) if is_learned else None
@@ -105,10 +100,9 @@ class GatedLinearAttention(nn.Module):
                 of the last document; both [1, H, K, D].
             state_only: y is not computed, None takes its place.
         """
-        qkvu = self.qkvu_proj(x).unflatten(-1, (-1, 4, self.head_dim))
-        q, k, v, u = split_heads(qkvu, self.config.activation)
+        q, k, v, *gate = self.project(x)
         if self.lrpe is not None:
-            q, k = self.lrpe(q, k, *(start for start, _ in _positions(shard, position)))
+            q, k = self.lrpe(q, k, *(start for start, _ in position_ranges(shard, position)))
         if padding_mask is not None:
             v = v.masked_fill(~padding_mask[:, :, None, None], 0)
         log_decay = self.log_decay
@@ -123,8 +117,26 @@ class GatedLinearAttention(nn.Module):
             state = state[-1:]
         if state_only:
             return None, state
-        o = self.norm(o.flatten(-2)).unflatten(-1, (-1, self.head_dim))
-        return self.out_proj((u * o).flatten(-2)), state
+        return self.output(o, *gate), state
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """x [B, T, d] -> q, k [B, T, H, D], activated and without positions; v [B, T, H, E]; with a
+        gate u [B, T, H, D]. E is D, with a denominator D + 1."""
+        qkvu = self.qkvu_proj(x).unflatten(-1, (-1, self.num_parts, self.head_dim))
+        q, k, v, *gate = split_heads(qkvu, self.config.activation)
+        if self.config.denominator:
+            v = F.pad(v, (0, 1), value=1.0)
+        return q, k, v, *gate
+
+    def output(self, o: torch.Tensor, *gate: torch.Tensor) -> torch.Tensor:
+        """o [B, T, H, E] of attention, and the u of `project` if there is one -> y [B, T, d]."""
+        if self.norm is None:
+            o = o[..., :-1] / (o[..., -1:] + self.config.norm_eps)
+        else:
+            o = self.norm(o.flatten(-2)).unflatten(-1, (-1, self.head_dim))
+        for u in gate:
+            o = u * o
+        return self.out_proj(o.flatten(-2))
 
     def _attend(self, q, k, v, log_decay, shard, state, return_state, cu_seqlens):
         """One recurrent step where there is one token and a state, else the parallel operator."""
@@ -152,9 +164,9 @@ class GatedLinearAttention(nn.Module):
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
-        """[H, K, D] of the heads held here."""
+        """[H, K, E] of the heads held here."""
         heads = self.heads.stop - self.heads.start
-        return heads, self.config.key_dim(self.layer), self.head_dim
+        return heads, self.config.key_dim(self.layer), self.config.value_dim
 
     def keep_heads(self, heads: slice) -> None:
         """Drop the decays and LRPE rates of all but the given heads (tensor parallelism).
@@ -169,8 +181,10 @@ class GatedLinearAttention(nn.Module):
 
     def _set_decay(self, device: torch.device) -> None:
         config = self.config
-        constants = fixed_decay(config.num_heads, self.layer, config.num_layers, self.heads)
-        self.log_decay, self.decay_sharpness = (each.to(device) for each in constants)
+        place = config.num_heads, self.layer, config.num_layers
+        self.log_decay = DECAYS[config.decay](*place)[self.heads].to(device)
+        if self.decay_proj is not None:
+            self.decay_sharpness = fixed_decay(*place, self.heads)[1].to(device)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):
         # The fixed decay is a constant that must stay float32. Rebuilding it undoes a cast
@@ -222,7 +236,7 @@ class SoftmaxAttention(nn.Module):
         """
         assert padding_mask is None
         k, v = self.kv_proj(x).unflatten(-1, (-1, 2, self.head_dim)).unbind(dim=-2)
-        ranges = _positions(shard, position)
+        ranges = position_ranges(shard, position)
         k = apply_rope(k, ranges, self.config.rope_base)
         if state is not None:
             k, v = torch.cat((state[0], k), dim=1), torch.cat((state[1], v), dim=1)
@@ -252,7 +266,7 @@ class SoftmaxAttention(nn.Module):
         return local.shape[0] // (2 * self.head_dim)
 
 
-def _positions(shard: SequenceShard, position: int) -> tuple[tuple[int, int], ...]:
+def position_ranges(shard: SequenceShard, position: int) -> tuple[tuple[int, int], ...]:
     """[start, stop) positions of each chunk of the shard, if its first token is at `position`."""
     past = position - shard.start
     return tuple((past + start, past + stop) for start, stop in shard.ranges)
@@ -261,17 +275,19 @@ def _positions(shard: SequenceShard, position: int) -> tuple[tuple[int, int], ..
 class SGLU(nn.Module):
     """The channel mixer: y = W3(W1 x * W2 x), without activation (arXiv 2405.17381 eq. 12).
 
-    x [B, T, d] -> [B, T, d]. W1 and W2 are two matrices, not one: each can be sharded by rows.
+    x [B, T, d] -> [B, T, d]. W1 and W2 are two matrices, not one: each can be sharded by rows. The
+    variant with an activation has it on W1 x.
     """
 
     def __init__(self, config: TNLConfig) -> None:
         super().__init__()
+        self.activation = ACTIVATIONS[config.glu_activation]
         self.w1 = nn.Linear(config.dim, config.glu_dim, bias=False)
         self.w2 = nn.Linear(config.dim, config.glu_dim, bias=False)
         self.w3 = nn.Linear(config.glu_dim, config.dim, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w3(self.w1(x) * self.w2(x))
+        return self.w3(self.activation(self.w1(x)) * self.w2(x))
 
 
 class TNLBlock(nn.Module):
@@ -279,20 +295,26 @@ class TNLBlock(nn.Module):
 
     def __init__(self, config: TNLConfig, layer: int) -> None:
         super().__init__()
-        self.token_norm = SRMSNorm(config.dim, config.norm_eps)
+        self.token_norm = NORMS[config.norm](config.dim, config.norm_eps)
         if config.is_softmax(layer):
             self.token_mixer = SoftmaxAttention(config)
         else:
             self.token_mixer = GatedLinearAttention(config, layer)
-        self.channel_norm = SRMSNorm(config.dim, config.norm_eps)
+        self.channel_norm = NORMS[config.norm](config.dim, config.norm_eps)
         self.channel_mixer = SGLU(config)
 
     def forward(
-        self, x: torch.Tensor, shard: SequenceShard, position: int = 0, **options: Any
+        self,
+        x: torch.Tensor,
+        shard: SequenceShard,
+        position: int = 0,
+        *,
+        dropout_key: DropoutKey | None = None,
+        **options: Any,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """x [B, T, d] -> (y [B, T, d], state or None); arguments are those of the token mixer."""
+        """x [B, T, d] -> (y [B, T, d], state or None); options are those of the token mixer."""
         mixed, state = self.token_mixer(self.token_norm(x), shard, position, **options)
         if mixed is None:
             return None, state
-        x = x + mixed
-        return x + self.channel_mixer(self.channel_norm(x)), state
+        x = x + dropout(mixed, dropout_key, 0)
+        return x + dropout(self.channel_mixer(self.channel_norm(x)), dropout_key, 1), state

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,11 @@ from torch import nn
 
 from lasp.shard import SequenceShard
 from lasp.tnl.config import TNLConfig
-from lasp.tnl.layers import GatedLinearAttention, SRMSNorm, TNLBlock
+from lasp.tnl.dropout import DropoutKey, dropout
+from lasp.tnl.layers import GatedLinearAttention, TNLBlock, position_ranges
 from lasp.tnl.learned_decay import DecayProjection
 from lasp.tnl.positions import LRPE
+from lasp.tnl.variants import NORMS, LayerNorm, RMSNorm
 
 __all__ = ["TNL", "TNLState"]
 
@@ -29,8 +31,8 @@ class TNLState:
     """What a TNL keeps of the tokens it has read; of constant size, except in softmax layers.
 
     Attributes:
-        layers: one entry per layer: [N, H, K, D] float32 for a linear one, keys and values
-            [2, B, S, G, D] for a softmax one.
+        layers: one entry per layer: [N, H, K, E] float32 for a linear one (E is D, and D + 1 with
+            a denominator), keys and values [2, B, S, G, D] for a softmax one.
         position: tokens read so far, which is the position of the next token.
     """
 
@@ -43,6 +45,7 @@ class TNL(nn.Module):
 
         h = embed(tokens) * sqrt(d);  h = block(h) for each block;  logits = W_embed SRMSNorm(h)
 
+    (With position embeddings, embed(tokens) + embed(positions) in place of embed(tokens).)
     Weights are drawn from N(0, init_std); a learned decay starts at the fixed one. Built under
     `torch.device("meta")`, the model needs `to_empty(device=...)` and then `init_weights()` or a
     `load_state_dict()`.
@@ -55,16 +58,19 @@ class TNL(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim, config.pad_token_id)
+        rows = config.position_embeddings
+        self.position_embedding = nn.Embedding(rows, config.dim) if rows else None
         self.blocks = nn.ModuleList(TNLBlock(config, i) for i in range(config.num_layers))
-        self.final_norm = SRMSNorm(config.dim, config.norm_eps)
+        self.final_norm = NORMS[config.norm](config.dim, config.norm_eps)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw all weights from N(0, init_std) with torch's global generator, reset LRPE rates, and
-        zero the projections to learned decays and the padding token's embedding, if there are."""
+        """Draw all weights from N(0, init_std) with torch's global generator, reset LRPE rates and
+        norms, and zero the projections to learned decays and the padding token's embedding, if
+        there are."""
         for module in self.modules():
-            if isinstance(module, LRPE | DecayProjection):
+            if isinstance(module, LRPE | DecayProjection | RMSNorm | LayerNorm):
                 module.reset_parameters()
             elif isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=self.config.init_std)
@@ -88,6 +94,7 @@ class TNL(nn.Module):
         padding_mask: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         cut_documents: bool = False,
+        dropout_seeds: torch.Tensor | None = None,
     ) -> torch.Tensor | TNLState | tuple[torch.Tensor, TNLState]:
         """Logits [B, T, V] for the tokens of this shard.
 
@@ -112,11 +119,17 @@ class TNL(nn.Module):
             cut_documents: with cu_seqlens, the global sequence is a segment of a longer one, which
                 may begin and end within a document. `states`, used on the first rank only, have one
                 entry, that of the first document; so have the states returned, of the last one.
+            dropout_seeds: int64 [B], which decide the dropout of each sequence together with the
+                positions of its tokens: the same on all ranks that share a sequence, and on those
+                of tensor parallelism. None: drawn by torch's global generator in training while
+                gradients are recorded, else there is no dropout.
 
         Raises:
             ValueError: shapes that do not fit each other, the shard or the config.
         """
         shard = self._check(tokens, shard, states, padding_mask)
+        position = shard.start + (0 if states is None else states.position)
+        self._check_positions(shard, position, padding_mask, cu_seqlens)
         if self.config.num_softmax_layers and padding_mask is not None:
             raise ValueError(
                 "padding_mask is given, but softmax layers do not support padding: pass sequences "
@@ -130,7 +143,6 @@ class TNL(nn.Module):
                 "cu_seqlens is given together with states, but softmax layers keep the past of a "
                 "row, not of each document: pass documents as rows."
             )
-        position = shard.start + (0 if states is None else states.position)
         states_in = [None] * len(self.blocks)
         # Documents may begin on any rank; the operator uses the states of those that begin here.
         if states is not None and (
@@ -139,14 +151,23 @@ class TNL(nn.Module):
             states_in = states.layers
         if padding_mask is not None:
             padding_mask = padding_mask.bool()
-        options = dict(return_state=return_states, padding_mask=padding_mask, cu_seqlens=cu_seqlens)
+        options: dict[str, Any] = dict(
+            return_state=return_states, padding_mask=padding_mask, cu_seqlens=cu_seqlens
+        )
         if cut_documents:
             options["cut_documents"] = True
 
-        x, states_out = self._embed(tokens), []
+        positions = None
+        if self.position_embedding is not None or self.config.dropout:
+            ranges = position_ranges(shard, position)
+            positions = torch.cat([torch.arange(*each, device=tokens.device) for each in ranges])
+        key = self._dropout_key(dropout_seeds, positions, len(tokens))
+        x, states_out = dropout(self._embed(tokens, positions), key), []
         for number, (block, state) in enumerate(zip(self.blocks, states_in, strict=True), 1):
             if states_only and number == len(self.blocks):
                 options["state_only"] = True
+            if key is not None:
+                options["dropout_key"] = key.of_layer(number)
             x, state = block(x, shard, position, state=state, **options)
             states_out.append(state)
         end = position - shard.start + shard.ranges[-1][1]
@@ -156,9 +177,11 @@ class TNL(nn.Module):
         out = x if return_hidden else F.linear(x, self.head_weight)
         return (out, TNLState(states_out, end)) if return_states else out
 
-    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The first block's input [B, T, d]."""
+    def _embed(self, tokens: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """The first block's input [B, T, d]; positions, [T] or [B, T], for position embeddings."""
         x = self.embedding(tokens)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(positions)
         if self.config.scale_embedding:
             x = x * math.sqrt(self.config.dim)
         # ("meta" has no autocast.)
@@ -167,6 +190,13 @@ class TNL(nn.Module):
             # norm and every saved block input moves half the bytes.
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x
+
+    def _dropout_key(self, seeds, positions, batch_size: int) -> DropoutKey | None:
+        if not self.config.dropout:
+            return None
+        if seeds is None and self.training and torch.is_grad_enabled():
+            seeds = torch.randint(1 << 62, (batch_size,), device=positions.device)
+        return None if seeds is None else DropoutKey.of(seeds, positions, self.config.dropout)
 
     def initial_states(self, batch_size: int = 1) -> TNLState:
         """The state before any token: zeros on the model's device, of the heads held here.
@@ -185,6 +215,18 @@ class TNL(nn.Module):
             for mixer in mixers
         ]
         return TNLState(layers, 0)
+
+    def _check_positions(self, shard, position, padding_mask, cu_seqlens) -> None:
+        end = position - shard.start + shard.total
+        problem = self.config.sequence_problem(end, packed=cu_seqlens is not None)
+        if self.config.position_embeddings and padding_mask is not None:
+            problem = (
+                "padding_mask is given, and position_embeddings would count padding: pass "
+                "sequences of equal length (generate from prompts of different lengths by "
+                "`lasp.tnl.generation.stream`)."
+            )
+        if problem is not None:
+            raise ValueError(problem)
 
     def _check(self, tokens, shard, states, padding_mask) -> SequenceShard:
         if tokens.ndim != 2 or tokens.is_floating_point():

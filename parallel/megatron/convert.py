@@ -134,6 +134,11 @@ def _split_qkv(qkv, config):
 
 
 def _check(config, tp_size, rows):
+    if variants := config.variants():
+        raise ValueError(
+            f"the config has {variants}: the layers of the Megatron plug-in are those of released "
+            "models. Train this one with launch/train.py."
+        )
     if config.decay != "fixed":
         raise ValueError(
             f"decay is {config.decay!r}: the layers of the Megatron plug-in have fixed decays. Use "

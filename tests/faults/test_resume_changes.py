@@ -32,6 +32,11 @@ MODEL = {
     "num_key_value_heads": 1,
     "rope_base": 500.0,
     "decay": "learned",
+    "norm": "rms",
+    "output_gate": False,
+    "glu_activation": "silu",
+    "position_embeddings": 1000,
+    "dropout": 0.1,
 }
 REFUSED = {
     "training.seed": 1,

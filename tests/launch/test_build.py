@@ -33,6 +33,7 @@ def test_a_row_is_all_that_another_family_needs(tmp_path, data, monkeypatch, cap
     monkeypatch.setitem(FAMILIES, "other", recording_family(calls))
     assert run_here(tmp_path, data, model__family="other", training__steps=1) == 0
     used = {"build", "check_divides", "describe", "num_parameters", "flops_per_token", "stream"}
+    used.add("sequence_problem")
     assert calls == used
     found, _ = CheckpointStore(tmp_path / "checkpoint").find("must")
     assert found.state()["family"] == "other"

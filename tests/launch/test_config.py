@@ -84,6 +84,10 @@ def test_mistakes_in_the_file(toml, text, sentence):
         (["--optimizer.beta2", "1"], "optimizer.beta2 is 1"),
         (["--training.global_batch_size", "0"], "global_batch_size is 0"),
         (["--lr_scheduler.decay_ratio", "2"], "decay_ratio is 2"),
+        (
+            ["--lr_scheduler.decay_ratio", "0.5", "--lr_scheduler.decay_type", "inverse_sqrt"],
+            "decay_ratio is 0.5: leave it out for decay_type inverse_sqrt",
+        ),
         (["--data.source", "folder"], "--data.folder"),
         (["--parallelism.tensor_parallel_degree", "0"], "tensor_parallel_degree is 0"),
         (["--job.dry_run_gpus", "-1"], "job.dry_run_gpus is -1"),

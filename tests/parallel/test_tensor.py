@@ -102,6 +102,19 @@ def check(
 
 
 @pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(output_gate=False, decay="per_head", glu_activation="silu"),
+        dict(activation="1+elu", denominator=True, decay="none"),
+    ],
+    ids=["no_gate", "denominator"],
+)
+def test_variants(pool, size, changes):
+    check(pool, size, changes=changes)
+
+
+@pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_sharded_model_is_the_full_model(pool, size, dtype, bound):
     check(pool, size, dtype=dtype, bound=bound)

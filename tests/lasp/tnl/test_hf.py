@@ -24,6 +24,7 @@ CONFIGS = {
     "linear": LINEAR,
     "learned": dataclasses.replace(LINEAR, decay="learned"),
     "hybrid": dataclasses.replace(LINEAR, layer_types="LSL", num_key_value_heads=2),
+    "variant": dataclasses.replace(LINEAR, norm="layer", output_gate=False, decay="none"),
 }
 ROOT = Path(__file__).parents[3]
 WITHOUT_PADDING = [CONFIGS["linear"], CONFIGS["learned"]]

@@ -41,6 +41,7 @@ MESSAGES = {
     "apex fusion": "gradient accumulation fusion is requested.*fused_weight_gradient_mlp_cuda",
     "pattern": r"pattern is '\*-\*-': it needs a [GM] \(linear attention\)",
     "learned decay": "decay is 'learned': the layers of the Megatron plug-in have fixed decays",
+    "variant": "the config has {'norm': 'layer'}: the layers of the Megatron plug-in are those",
     "vocabulary": "'vocabulary rows': 63.* do not fit tensor-parallel size 2",
 }
 

@@ -99,6 +99,11 @@ def learned_decay():
     to_megatron(lasp.tnl.TNL(tnl).state_dict(), tnl)
 
 
+def variant():
+    tnl = TNLConfig(**(TINY | dict(norm="layer")))
+    to_megatron(lasp.tnl.TNL(tnl).state_dict(), tnl)
+
+
 def rotary(kind="RotaryEmbedding"):
     model = torch.nn.Module()
     model.rotary_pos_emb = getattr(rotary_pos_embedding, kind)(8, 1.0)
@@ -145,6 +150,7 @@ WRONG = {
     "pattern": pattern_without_linear_layers,
     "vocabulary": odd_vocabulary,
     "learned decay": learned_decay,
+    "variant": variant,
 }
 
 
