@@ -10,6 +10,7 @@ other parallel sizes. examples/megatron.md shows how to do the same in Megatron-
 
 import argparse
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +38,16 @@ from parallel.megatron.apex import require_apex
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(description="Train a TNL with megatron-core.")
+    parser = argument_parser("Train a TNL with megatron-core.")
     parser.add_argument("--preset", default="tiny", help="shape of the model: tiny, 385m, 1b, 7b")
     parser.add_argument("--layer-types", default="L", help="such as LLLS: S is a softmax layer")
+    parser.add_argument("--norm", choices=["torch", "apex"], default="torch")
+    return parser.parse_args(argv)
+
+
+def argument_parser(description):
+    """The options that do not depend on the model; examples/megatron_hybrid_moe.py has them too."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
     parser.add_argument("--context-parallel-size", type=int, default=1)
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
@@ -57,27 +65,29 @@ def parse_arguments(argv=None):
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--recompute", action="store_true", help="all layers; repeats no exchange")
     parser.add_argument("--use-distributed-optimizer", action="store_true")
-    parser.add_argument("--norm", choices=["torch", "apex"], default="torch")
     parser.add_argument("--gradient-accumulation-fusion", action="store_true", help="needs apex")
     parser.add_argument("--save", type=Path, help="folder of checkpoints, also to resume from")
     parser.add_argument("--save-interval", type=int, default=50)
     parser.add_argument("--device", default="cuda", help="cpu: only if CUDA's calls are redirected")
-    return parser.parse_args(argv)
+    return parser
 
 
-def main():
-    args = parse_arguments()
+def main(args, train):
+    """Run train(args) in the process groups that the options ask for."""
     if "LOCAL_RANK" not in os.environ:
-        raise SystemExit("start it with: torchrun --nproc_per_node N examples/megatron_gpt.py")
+        raise SystemExit(f"start it with: torchrun --nproc_per_node N {sys.argv[0]}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("megatron-core needs a GPU, and this machine has none.")
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    experts = getattr(args, "expert_model_parallel_size", 1)
     parallel_state.initialize_model_parallel(
         args.tensor_model_parallel_size,
         args.pipeline_model_parallel_size,
         context_parallel_size=args.context_parallel_size,
+        expert_model_parallel_size=experts,
+        expert_tensor_parallel_size=1 if experts > 1 else None,
     )
     train(args)
     dist.destroy_process_group()
@@ -85,7 +95,11 @@ def main():
 
 def train(args):
     """Train within Megatron's groups; returns the losses since this start."""
-    run = set_up(args)
+    return take_steps(args, set_up(args))
+
+
+def take_steps(args, run):
+    """Resume from the newest checkpoint, and take the steps that are left; returns their losses."""
     losses = []
     done = load_checkpoint(args, run.bare, run.optimizer)
     for iteration in range(done + 1, args.train_iters + 1):
@@ -118,8 +132,14 @@ class Run:
     source: Any
 
 
-def set_up(args, softmax_core=None):
-    """Build the Run; softmax_core as in get_tnl_block_spec."""
+def set_up(args, softmax_core=None, *, build=None, vocab_size=None):
+    """Build the Run.
+
+    Args:
+        softmax_core: as in get_tnl_block_spec.
+        build: builds another model than build_model, which also says what it takes and returns.
+        vocab_size: of random data; None: the preset's.
+    """
     if args.save and args.use_distributed_optimizer:
         raise ValueError(
             "--save with --use-distributed-optimizer: megatron-core 0.16 cannot save that "
@@ -127,8 +147,8 @@ def set_up(args, softmax_core=None):
         )
     torch.manual_seed(args.seed)
     model_parallel_cuda_manual_seed(args.seed)
-    source, vocab_size = open_data(args)
-    model, bare = build_model(args, vocab_size, softmax_core)
+    source, vocab_size = open_data(args, vocab_size)
+    model, bare = (build or build_model)(args, vocab_size, softmax_core)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             lr=args.lr,
@@ -143,7 +163,7 @@ def set_up(args, softmax_core=None):
     )
     bare.config.finalize_model_grads_func = finalize_model_grads
     bare.config.grad_scale_func = optimizer.scale_loss
-    if dist.get_rank() == 0:
+    if dist.get_rank() == 0 and build is None:
         print(" | ".join(f"{part}: {which}" for part, which in ingredients(args).items()))
     # Shards batches in the layout of the model's layers; see parallel/megatron/context_parallel.py.
     split = BatchSplitter(model, args.linear_cp_layout)
@@ -169,10 +189,10 @@ def take_step(args, run, iteration):
     return loss, grad_norm, updated
 
 
-def open_data(args):
+def open_data(args, vocab_size=None):
     """(samples of seq_length + 1 tokens, vocabulary padded to what tensor parallelism divides)."""
     if args.data_path == "random":
-        vocab_size = TNLConfig.preset(args.preset).vocab_size
+        vocab_size = vocab_size or TNLConfig.preset(args.preset).vocab_size
         return RandomSource(vocab_size, args.seed), vocab_size
     folder = DataFolder(Path(args.data_path))
     multiple = 128 * args.tensor_model_parallel_size
@@ -180,12 +200,10 @@ def open_data(args):
     return folder.source("train", args.seq_length, vocab_size), vocab_size
 
 
-def build_model(args, vocab_size, softmax_core=None):
-    """(the model in Megatron's wrappers, the GPTModel inside)."""
-    tnl = TNLConfig.preset(args.preset, vocab_size=vocab_size, layer_types=args.layer_types)
+def config_fields(args):
+    """Fields of Megatron's config that do not depend on the model."""
     recompute = dict(recompute_granularity="full", recompute_method="uniform")
-    config = tnl_transformer_config(
-        tnl,
+    return dict(
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         context_parallel_size=args.context_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
@@ -198,6 +216,15 @@ def build_model(args, vocab_size, softmax_core=None):
         # The loss function returns sums, and Megatron divides by the tokens of all ranks.
         calculate_per_token_loss=True,
         **(recompute | dict(recompute_num_layers=1) if args.recompute else {}),
+    )
+
+
+def build_model(args, vocab_size, softmax_core=None):
+    """(the model in Megatron's wrappers, the GPTModel inside)."""
+    tnl = TNLConfig.preset(args.preset, vocab_size=vocab_size, layer_types=args.layer_types)
+    config = tnl_transformer_config(
+        tnl,
+        **config_fields(args),
     )
     if args.gradient_accumulation_fusion:
         require_apex("gradient accumulation fusion")
@@ -221,14 +248,19 @@ def build_model(args, vocab_size, softmax_core=None):
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
     )
+    return wrap(args, bare), bare
+
+
+def wrap(args, bare):
+    """Megatron's wrappers around a GPTModel."""
     model = bare.to(args.device)
     if args.bf16:
-        model = Float16Module(config, model)
+        model = Float16Module(bare.config, model)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=args.use_distributed_optimizer,
     )
-    return DistributedDataParallel(config, ddp, model), bare
+    return DistributedDataParallel(bare.config, ddp, model)
 
 
 def forward_backward(args, model, split, source, iteration):
@@ -270,13 +302,19 @@ def forward_backward(args, model, split, source, iteration):
     return (total[0] / total[1]).item()
 
 
+def sharded_weights(model):
+    # Layers of multi-token prediction on another stage than the embedding ask for the group.
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return model.sharded_state_dict(metadata={"dp_cp_group": group})
+
+
 def save_checkpoint(args, model, optimizer, iteration):
     """One folder per checkpoint; the file that names the newest is written last."""
     folder = args.save / f"iter_{iteration:07d}"
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    weights = model.sharded_state_dict()
+    weights = sharded_weights(model)
     state = {"model": weights, "optimizer": optimizer.sharded_state_dict(weights)}
     dist_checkpointing.save(state, folder)
     if dist.get_rank() == 0:
@@ -289,7 +327,7 @@ def load_checkpoint(args, model, optimizer):
     if not latest or not latest.is_file():
         return 0
     iteration = int(latest.read_text())
-    weights = model.sharded_state_dict()
+    weights = sharded_weights(model)
     state = {"model": weights, "optimizer": optimizer.sharded_state_dict(weights, is_loading=True)}
     state = dist_checkpointing.load(state, args.save / f"iter_{iteration:07d}")
     model.load_state_dict(state["model"], strict=False)
@@ -298,4 +336,4 @@ def load_checkpoint(args, model, optimizer):
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_arguments(), train)

@@ -159,7 +159,8 @@ def alibi_slopes(num_heads: int) -> list[float]:
 
 
 def tnl(num_heads: int, layer: int, num_layers: int) -> torch.Tensor:
-    """Log decay of TransNormerLLM's released checkpoints (and MiniMax's original code), [H].
+    """Log decay of TransNormerLLM's released checkpoints, of MiniMax's original code and of vLLM's
+    MiniMax-Text-01, [H].
 
     -slope_h * (1 - layer / (num_layers - 1) + 1e-5): strong in the first layer, next to none in the
     last. A model of one layer takes the factor 1 + 1e-5.
@@ -187,9 +188,11 @@ def minimax(num_heads: int, layer: int, num_layers: int) -> torch.Tensor:
 
 
 def ling(num_heads: int, layer: int, num_layers: int) -> torch.Tensor:
-    """Log decay of Ling and Ring linear (Bailing) as in their transformers code, [H].
+    """Log decay of Ling and Ring linear (Bailing), 2.0 to 2.6, [H].
 
-    The `tnl` formula with layer - 1 (-1 for the first layer), as the released weights were trained.
+    The `tnl` formula with layer - 1 (-1 for the first layer), as in the code that is published with
+    the weights (modeling_bailing_moe_v2_5.py of inclusionAI/Ring-V2.5). vLLM's bailing_moe_linear
+    counts from the layer itself, which is `tnl`.
     """
     _check_layer(layer, num_layers)
     factor = 1.0 - (layer - 1) / max(num_layers - 1, 1) + 1e-5

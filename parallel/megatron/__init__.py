@@ -13,14 +13,22 @@ except ImportError as error:
     ) from error
 
 from parallel.megatron.attention import LaspCoreAttention, LaspSoftmaxAttention
-from parallel.megatron.context_parallel import (
-    BatchSplitter,
-    ContiguousRotaryEmbedding,
-    segments,
-    split_batch,
-)
+from parallel.megatron.context_parallel import BatchSplitter, split_batch
 from parallel.megatron.convert import from_megatron, to_megatron
-from parallel.megatron.norm import HeadsNorm, MegatronSRMSNorm
+from parallel.megatron.layout import segments
+from parallel.megatron.lightning_hybrid import (
+    get_lightning_hybrid_block_spec,
+    get_lightning_hybrid_layer_spec,
+    get_lightning_hybrid_mtp_spec,
+)
+from parallel.megatron.norm import HeadsNorm, MegatronRMSNorm, MegatronSRMSNorm
+from parallel.megatron.residual import LightningHybridLayer
+from parallel.megatron.rotary import ShardedRotaryEmbedding
+from parallel.megatron.self_attention import (
+    LaspMLASelfAttention,
+    LaspSelfAttention,
+    LightningSelfAttention,
+)
 from parallel.megatron.specs import (
     get_lasp_gpt_layer_spec,
     get_tnl_block_spec,
@@ -32,15 +40,23 @@ from parallel.megatron.tnl import TNLSelfAttention, TNLTransformerLayer
 
 __all__ = [
     "BatchSplitter",
-    "ContiguousRotaryEmbedding",
     "HeadsNorm",
     "LaspCoreAttention",
+    "LaspMLASelfAttention",
+    "LaspSelfAttention",
     "LaspSoftmaxAttention",
+    "LightningHybridLayer",
+    "LightningSelfAttention",
+    "MegatronRMSNorm",
     "MegatronSRMSNorm",
+    "ShardedRotaryEmbedding",
     "TNLSelfAttention",
     "TNLTransformerLayer",
     "from_megatron",
     "get_lasp_gpt_layer_spec",
+    "get_lightning_hybrid_block_spec",
+    "get_lightning_hybrid_layer_spec",
+    "get_lightning_hybrid_mtp_spec",
     "get_tnl_block_spec",
     "get_tnl_layer_spec",
     "segments",

@@ -21,9 +21,18 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 import lasp
 from lasp.exchange import METHODS
 from parallel.megatron.activation_checkpoint import SavedExchanges
-from parallel.megatron.context_parallel import sequence_layout
+from parallel.megatron.documents import Documents
+from parallel.megatron.layout import sequence_layout
 from parallel.megatron.norm import HeadsNorm
-from parallel.megatron.validation import check_call, check_choice, check_config
+from parallel.megatron.validation import (
+    MEGATRON_ONLY,
+    check_call,
+    check_choice,
+    check_config,
+    check_linear_config,
+    check_options,
+    decay_layer,
+)
 
 __all__ = ["FEATURE_MAPS", "LaspCoreAttention", "LaspSoftmaxAttention", "process_groups"]
 
@@ -44,12 +53,21 @@ _DECAYS: dict[str, Callable] = {
     "none": lambda num_heads, layer, num_layers: None,
 }
 
+# Those that do not depend on the layer.
+_SAME_IN_ALL_LAYERS = ("retention", "none")
+
 # cp_comm_type -> exchange.
 _EXCHANGES = {None: "ring", "p2p": "ring", "all_gather": "all_gather"}
+
+# Options of a core attention in a spec, beside those of its class.
+_COMMON_OPTIONS = ("layout", "attention_dropout")
 
 
 class _CoreAttention(MegatronModule):
     """The part of a causal core attention that does not depend on the kind of attention."""
+
+    # Names of options of a subclass, for hints.
+    OPTIONS: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -61,9 +79,11 @@ class _CoreAttention(MegatronModule):
         attention_dropout: float | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         layout: str | None = None,
-        **unused,
+        **others: Any,
     ) -> None:
         super().__init__(config=config)
+        unknown = {name: others[name] for name in others if name not in MEGATRON_ONLY}
+        check_options(type(self).__name__, unknown, (*_COMMON_OPTIONS, *self.OPTIONS))
         check_config(config, attn_mask_type, attention_type, attention_dropout)
         self.pg_collection = process_groups(pg_collection)
         self.tp_group, self.cp_group = self.pg_collection.tp, self.pg_collection.cp
@@ -88,17 +108,20 @@ class _CoreAttention(MegatronModule):
         """query [s, b, H, D], key and value [s, b, G, D] -> [s, b, H * D].
 
         Packed documents ("thd") come as [t, H, D] and return as [t, H * D]; over context-parallel
-        ranks cu_seqlens_q counts in the full sequence.
+        ranks cu_seqlens_q counts in the full sequence. In layers of `self_attention.py` they
+        return as [t, 1, H * D].
 
         Args:
-            attention_mask: ignored: attention is causal.
+            attention_mask: must be None: attention is causal.
 
         Raises:
             ValueError: a call that is not supported.
         """
-        cu_seqlens = check_call(self, query, key, attn_mask_type, attention_bias, packed_seq_params)
-        is_packed = query.dim() == 3
-        if is_packed:
+        cu_seqlens = check_call(
+            self, query, key, attention_mask, attn_mask_type, attention_bias, packed_seq_params
+        )
+        has_batch_dim = query.dim() == 4 or isinstance(packed_seq_params, Documents)
+        if query.dim() == 3:
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
         sharding, saving = {}, contextlib.nullcontext()
@@ -110,18 +133,18 @@ class _CoreAttention(MegatronModule):
         o = o.transpose(0, 1).flatten(2)
         if self.norm is not None:
             o = self.norm(o)
-        return o.squeeze(1) if is_packed else o
+        return o if has_batch_dim else o.squeeze(1)
 
 
 class LaspCoreAttention(_CoreAttention):
     """Causal linear attention with a constant decay per head, over Megatron's context-parallel
     ranks (arXiv 2405.17381 eq. 11, 2404.02882).
 
-        o = SRMSNorm(lightning_attention(phi(q), phi(k), v)),  the norm over all heads of all ranks
+        o = norm(lightning_attention(phi(q), phi(k), v)),  the norm over all heads of all ranks
 
     Only D x D states cross ranks, not keys and values. Options go in the spec:
     `ModuleSpec(module=LaspCoreAttention, params=dict(exchange="all_gather"))`; the other arguments
-    are Megatron's, by keyword. It has no parameters.
+    are Megatron's, by keyword. The only parameter is the weight of output_norm="rms".
 
     Args:
         layout: "zigzag" (Megatron's batches) or "contiguous" (see `BatchSplitter`); None:
@@ -133,12 +156,27 @@ class LaspCoreAttention(_CoreAttention):
             decay depends on; None: layer_number - 1 of config.num_layers. Give both in a hybrid
             stack, which counts MLPs as layers too. A list is indexed by layer_number - 1.
         feature_map: "silu", "silu_qkv", "elu_plus_one" or "none".
-        output_norm: False leaves out the norm. (Nothing else keeps the output bounded.)
+        output_norm: "srms", TNL's norm without a weight; "rms", with a weight of all heads'
+            features; "none" or None. (Without a norm nothing keeps the output bounded.)
+        output_norm_groups: the norm is taken over each of so many groups of heads.
+        output_norm_eps: None: config.layernorm_epsilon.
         scale: factor on the output before the norm; softmax's 1/sqrt(D) does not apply here.
 
     Raises:
         ValueError: an option that linear attention does not support, or an unknown name.
     """
+
+    OPTIONS = (
+        "exchange",
+        "decay",
+        "decay_index",
+        "num_decay_layers",
+        "feature_map",
+        "output_norm",
+        "output_norm_groups",
+        "output_norm_eps",
+        "scale",
+    )
 
     def __init__(
         self,
@@ -147,34 +185,47 @@ class LaspCoreAttention(_CoreAttention):
         attn_mask_type: AttnMaskType | None = None,
         *,
         cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
         exchange: str | None = None,
         decay: str = "tnl",
         decay_index: int | Sequence[int | None] | None = None,
         num_decay_layers: int | None = None,
         feature_map: str = "silu",
-        output_norm: bool = True,
+        output_norm: str | None = "srms",
+        output_norm_groups: int = 1,
+        output_norm_eps: float | None = None,
         scale: float = 1.0,
         **options: Any,
     ) -> None:
         super().__init__(config, layer_number, attn_mask_type, **options)
+        check_linear_config(softmax_scale, k_channels, v_channels)
         self.exchange = _exchange(exchange, cp_comm_type)
         check_choice("feature_map", feature_map, FEATURE_MAPS)
+        check_choice("decay", decay, _DECAYS)
+        check_choice("output_norm", output_norm or "none", ("srms", "rms", "none"))
         self.feature_map = FEATURE_MAPS[feature_map]
         self.scale = scale
 
         num_heads = config.num_attention_heads
         self.num_heads_per_tp = num_heads // self.tp_group.size()
-        if isinstance(decay_index, Sequence):
-            decay_index = decay_index[layer_number - 1]
-        index = layer_number - 1 if decay_index is None else decay_index
-        check_choice("decay", decay, _DECAYS)
-        log_decay = _DECAYS[decay](num_heads, index, num_decay_layers or config.num_layers)
+        if decay in _SAME_IN_ALL_LAYERS:
+            log_decay = _DECAYS[decay](num_heads, 0, 1)
+        else:
+            layer = decay_layer(decay_index, num_decay_layers, layer_number, config)
+            log_decay = _DECAYS[decay](num_heads, *layer)
         first = self.tp_group.rank() * self.num_heads_per_tp
         # A plain attribute: Float16Module would cast a buffer to bfloat16.
         self._log_decay = None if log_decay is None else log_decay[first:][: self.num_heads_per_tp]
-        if output_norm:
-            width = config.kv_channels * num_heads
-            self.norm = HeadsNorm(width, config.layernorm_epsilon, self.tp_group)
+        if output_norm in ("srms", "rms"):
+            self.norm = HeadsNorm(
+                config.kv_channels * num_heads,
+                config.layernorm_epsilon if output_norm_eps is None else output_norm_eps,
+                self.tp_group,
+                num_groups=output_norm_groups,
+                config=config if output_norm == "rms" else None,
+            )
 
     def attend(self, q, k, v, **options: Any) -> torch.Tensor:
         """q [b, s, H, D], k and v [b, s, G, D] -> [b, s, H, D], without the norm."""
@@ -202,13 +253,16 @@ class LaspSoftmaxAttention(_CoreAttention):
 
     For the softmax layers of a hybrid without Transformer Engine: Megatron's own
     DotProductAttention refuses context parallelism. Each rank gathers all keys and values (LASP-2H,
-    arXiv 2502.07563). It has no parameters.
+    arXiv 2502.07563). Values may be narrower than keys, as in latent attention (MLA). It has no
+    parameters.
 
     Args:
-        layout: "zigzag" or "contiguous", as in `LaspCoreAttention`. The rest is Megatron's.
+        layout: "zigzag" or "contiguous", as in `LaspCoreAttention`. The rest is Megatron's;
+            cp_comm_type may be "all_gather", which it is, or "p2p", Megatron-LM's default.
 
     Raises:
-        ValueError: dropout, a window, an attention sink or a mask other than causal.
+        ValueError: dropout, a window, an attention sink, a mask other than causal, or an exchange
+            of heads (cp_comm_type "a2a").
     """
 
     def __init__(
@@ -217,22 +271,29 @@ class LaspSoftmaxAttention(_CoreAttention):
         layer_number: int,
         attn_mask_type: AttnMaskType | None = None,
         *,
+        cp_comm_type: str | None = None,
         softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__(config, layer_number, attn_mask_type, **options)
-        if config.softmax_type != "vanilla":
+        if cp_comm_type not in _EXCHANGES:
             raise ValueError(
-                f"config.softmax_type is {config.softmax_type!r}: only 'vanilla' is supported."
+                f"cp_comm_type is {cp_comm_type!r}: softmax layers gather keys and values "
+                "('all_gather', or 'p2p', which means the same here)."
             )
         self.scale = softmax_scale
 
     def attend(self, q, k, v, **options: Any) -> torch.Tensor:
-        """q [b, s, H, D], k and v [b, s, G, D] -> [b, s, H, D]."""
+        """q [b, s, H, D], k [b, s, G, D], v [b, s, G, E], E <= D -> [b, s, H, E]."""
         if "group" in options:
             # Megatron shards evenly, so the ranks need not exchange their lengths.
             options["shard_lengths"] = [q.shape[1]] * self.cp_group.size()
-        return lasp.softmax_attention(q, k, v, scale=self.scale, **options)
+        missing = k.shape[-1] - v.shape[-1]
+        padded = F.pad(v, (0, missing)) if missing else v
+        o = lasp.softmax_attention(q, k, padded, scale=self.scale, **options)
+        return o[..., : v.shape[-1]]
 
 
 def process_groups(pg_collection: ProcessGroupCollection | None) -> ProcessGroupCollection:

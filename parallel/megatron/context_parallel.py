@@ -17,50 +17,21 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import (
     RotaryEmbedding,
 )
 from megatron.core.parallel_state import get_context_parallel_group
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.attention import Attention
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from lasp.shard import LAYOUTS, token_ranges
-from parallel.megatron.validation import check_choice
+from parallel.megatron.layout import segments
+from parallel.megatron.multi_token import follow_layout
+from parallel.megatron.rotary import ShardedRotaryEmbedding
+from parallel.megatron.self_attention import PackedAttention
 
-__all__ = [
-    "BatchSplitter",
-    "ContiguousRotaryEmbedding",
-    "segments",
-    "sequence_layout",
-    "split_batch",
-]
+__all__ = ["BatchSplitter", "split_batch"]
 
 # Entries of a batch that have no token dimension.
 _NOT_SHARDED = frozenset(
     ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hybrid_cp_group")
 )
-
-
-def segments(total: int, layout: str, rank: int, size: int) -> tuple[tuple[int, int], ...]:
-    """(start, stop) of the tokens that a rank of `size` holds, in local order.
-
-    Raises:
-        ValueError: an unknown layout, or a length that it does not shard evenly, as Megatron needs.
-    """
-    layout = sequence_layout(None, layout)
-    count = size * (2 if layout == "zigzag" else 1)
-    if size == 1:
-        return ((0, total),)
-    if total % count:
-        raise ValueError(
-            f"a sequence of {total} tokens does not split into {count} equal chunks ({layout} over "
-            f"{size} context-parallel ranks): choose a multiple of {count}."
-        )
-    return token_ranges(total, size, rank, layout)
-
-
-def sequence_layout(config: TransformerConfig | None, layout: str | None) -> str:
-    """`layout`, or if None that of Megatron's config, or zigzag; ValueError for an unknown one."""
-    layout = layout or getattr(config, "linear_cp_layout", None) or "zigzag"
-    check_choice("layout", layout, LAYOUTS)
-    return layout
 
 
 def split_batch(
@@ -93,8 +64,10 @@ class BatchSplitter:
         split = BatchSplitter(model)          # once, after building the model
         batch = split(batch)                  # in place of Megatron's get_batch_on_this_cp_rank
 
-    Reads the layout from the model's lasp attention layers. For "contiguous" it also replaces the
-    model's rotary embedding, since Megatron's own always counts positions in zigzag.
+    Reads the layout from the model's lasp attention layers. Over several ranks it also replaces the
+    model's rotary embedding: Megatron's own always counts positions in zigzag, and those of packed
+    documents as if each was cut over the ranks by itself. Multi-token prediction then follows the
+    layout too (`multi_token.py`).
 
     Args:
         model: a model or a list of model chunks, wrapped in DDP and the like or not.
@@ -117,13 +90,23 @@ class BatchSplitter:
             )
         self.layout = layouts.pop()
         self.cp_group = cores[0].cp_group if cores else get_context_parallel_group()
-        if self.layout == "contiguous" and self.cp_group.size() > 1:
-            for module in modules:
-                _check_contiguous(module)
+        if self.cp_group.size() > 1:
+            if self.layout == "contiguous":
+                for module in modules:
+                    _check_contiguous(module)
+            # Layers of Megatron's classes cut each packed document over the ranks by itself.
+            stock = [
+                module
+                for module in modules
+                if isinstance(module, Attention) and not isinstance(module, PackedAttention)
+            ]
             for module in modules:
                 rotary = getattr(module, "rotary_pos_emb", None)
                 if isinstance(rotary, RotaryEmbedding):
-                    module.rotary_pos_emb = ContiguousRotaryEmbedding(rotary)
+                    module.rotary_pos_emb = ShardedRotaryEmbedding(
+                        rotary, self.layout, by_document=not stock
+                    )
+            follow_layout(self.cp_group, self.layout)
         for core in cores:
             core.layout_confirmed = True
 
@@ -145,35 +128,3 @@ def _check_contiguous(module: nn.Module) -> None:
             f"the model has a {zigzag_only}, which supports zigzag only, beside layers with "
             "layout='contiguous': use layout='zigzag'."
         )
-
-
-class ContiguousRotaryEmbedding(nn.Module):
-    """Megatron's RotaryEmbedding, sharded contiguously over the context-parallel ranks."""
-
-    def __init__(self, stock: RotaryEmbedding) -> None:
-        super().__init__()
-        self.stock = stock
-
-    def forward(
-        self,
-        max_seq_len: int,
-        offset: int = 0,
-        packed_seq: bool = False,
-        cp_group: ProcessGroup | None = None,
-    ) -> torch.Tensor:
-        """Angles [s / cp, 1, 1, dim] of this rank's tokens of a sequence of max_seq_len."""
-        group = cp_group or self.stock.cp_group
-        if group is None or group.size() == 1:
-            return self.stock.get_emb(max_seq_len, offset)
-        if packed_seq:
-            # Megatron selects angles document by document, in zigzag.
-            raise ValueError(
-                f"packed_seq_params (thd) over {group.size()} context-parallel ranks with rotary "
-                "positions: Megatron counts them in zigzag. Use position_embedding_type='none', "
-                "or one context-parallel rank."
-            )
-        ((start, stop),) = segments(max_seq_len, "contiguous", group.rank(), group.size())
-        return self.stock.get_emb(stop - start, offset + start)
-
-    def get_rotary_seq_len(self, *args, **kwargs) -> int:
-        return self.stock.get_rotary_seq_len(*args, **kwargs)

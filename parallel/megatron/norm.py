@@ -1,22 +1,30 @@
-"""SRMSNorm in Megatron's slots: over the hidden size, and over the heads of all TP ranks.
+"""Norms in Megatron's slots: over the hidden size, and over the heads of all TP ranks.
 
-Neither has a weight, so neither needs a gradient reduced over the tensor-parallel ranks when
-Megatron's sequence_parallel shards the activations.
+SRMSNorm has no weight, so it needs no gradient reduced over the tensor-parallel ranks when
+Megatron's sequence_parallel shards the activations. The weight of `MegatronRMSNorm` is marked for
+that; the weight of `HeadsNorm` is sharded by heads, and its gradient is complete on its rank.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
+)
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
 )
 from torch import nn
 
 from lasp.tnl.layers import SRMSNorm
 from parallel.megatron.apex import require_apex
 
-__all__ = ["ApexSRMSNorm", "HeadsNorm", "MegatronSRMSNorm"]
+__all__ = ["ApexSRMSNorm", "HeadsNorm", "MegatronRMSNorm", "MegatronSRMSNorm"]
 
 
 class MegatronSRMSNorm(SRMSNorm):
@@ -24,6 +32,17 @@ class MegatronSRMSNorm(SRMSNorm):
 
     def __init__(self, config=None, hidden_size: int = 0, eps: float = 1e-6, **unused) -> None:
         super().__init__(hidden_size, eps)
+
+
+class MegatronRMSNorm(nn.RMSNorm):
+    """torch's RMSNorm with a weight, for Megatron's norm slots without Transformer Engine.
+
+    Megatron's own wrapper of torch's norms refuses sequence parallelism.
+    """
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **unused) -> None:
+        super().__init__(hidden_size, eps, **parameter_options(config))
+        self.weight.sequence_parallel = config.sequence_parallel
 
 
 class ApexSRMSNorm:
@@ -41,23 +60,57 @@ class ApexSRMSNorm:
 
 
 class HeadsNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + eps) with the mean over the heads of all tensor-parallel ranks.
+    """y = weight * x / sqrt(mean(x^2) + eps) on the concatenated heads of all tensor-parallel
+    ranks; the mean is over groups of heads, or all of them.
 
-    arXiv 2405.17381 eq. 14 on the concatenated heads. x [..., width / tp] -> the same.
+    Without a weight and with one group it is TNL's (arXiv 2405.17381 eq. 14), with a weight
+    MiniMax-01's (arXiv 2501.08313), with groups that of Ling and Ring linear (arXiv 2510.19338).
+    x [..., width / tp] -> the same.
 
     Args:
         width: features of all heads on all ranks.
         group: the tensor-parallel ranks.
+        num_groups: groups of neighbouring heads, each normalized by itself.
+        config: Megatron's, for the weight's dtype and device; None: no weight.
+
+    Raises:
+        ValueError: groups that do not divide the width, or that the ranks would have to share.
     """
 
-    def __init__(self, width: int, eps: float, group: torch.distributed.ProcessGroup) -> None:
+    def __init__(
+        self,
+        width: int,
+        eps: float,
+        group: torch.distributed.ProcessGroup,
+        *,
+        num_groups: int = 1,
+        config=None,
+    ) -> None:
         super().__init__()
+        if num_groups < 1 or width % num_groups or (num_groups > 1 and num_groups % group.size()):
+            raise ValueError(
+                f"output_norm_groups is {num_groups}: it must divide the {width} features of all "
+                f"heads, and be 1 or a multiple of the {group.size()} tensor-parallel ranks, so "
+                "that each group lies on one rank."
+            )
         self.width, self.eps, self.group = width, eps, group
-        self.local_norm = SRMSNorm(width, eps) if group.size() == 1 else None
+        self.local_width = width // group.size()
+        self.group_width = width // num_groups
+        self.is_shared = num_groups == 1 and group.size() > 1
+        self.weight = None
+        if config is not None:
+            self.weight = nn.Parameter(torch.ones(self.local_width, **parameter_options(config)))
+            set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.local_norm is not None:
-            return self.local_norm(x)
+        if self.is_shared:
+            x = self._over_all_ranks(x)
+        else:
+            groups = x.unflatten(-1, (-1, self.group_width))
+            x = F.rms_norm(groups, (self.group_width,), eps=self.eps).flatten(-2)
+        return x if self.weight is None else x * self.weight
+
+    def _over_all_ranks(self, x):
         wide = x.double() if x.dtype == torch.float64 else x.float()
         squares = wide.square().sum(-1, keepdim=True)
         # Every rank's output depends on the sum, so its gradient is summed over the ranks too: the
@@ -65,3 +118,26 @@ class HeadsNorm(nn.Module):
         squares = reduce_from_tensor_model_parallel_region(squares, group=self.group)
         squares = copy_to_tensor_model_parallel_region(squares, group=self.group)
         return (wide * torch.rsqrt(squares / self.width + self.eps)).to(x.dtype)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Megatron's checkpoint entries; the weight is sharded by heads."""
+        if self.weight is None:
+            return {}
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        return make_sharded_tensors_for_checkpoint(
+            {"weight": self.weight},
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            tp_group=self.group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+
+
+def parameter_options(config) -> dict:
+    """dtype and device of a parameter that Megatron's config asks for."""
+    on_cpu = config.use_cpu_initialization
+    device = torch.device("cpu") if on_cpu else torch.cuda.current_device()
+    return dict(dtype=config.params_dtype, device=device)

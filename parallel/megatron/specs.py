@@ -13,19 +13,15 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import (
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import (
-    TransformerLayerSubmodules,
-    get_transformer_layer_offset,
-)
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from lasp.tnl import TNLConfig
 from parallel.megatron.attention import LaspCoreAttention, LaspSoftmaxAttention
+from parallel.megatron.layout import layers_of_stage
 from parallel.megatron.norm import ApexSRMSNorm, MegatronSRMSNorm
+from parallel.megatron.self_attention import LaspSelfAttention
 from parallel.megatron.tnl import (
     TNLSelfAttention,
     TNLSelfAttentionSubmodules,
@@ -69,6 +65,9 @@ def get_lasp_gpt_layer_spec(base: ModuleSpec, **core_params: Any) -> ModuleSpec:
             "Megatron's GPT layer specs have."
         )
     attention.core_attention = ModuleSpec(module=LaspCoreAttention, params=core_params)
+    if spec.submodules.self_attention.module is SelfAttention:
+        # The same, with packed documents over ranks.
+        spec.submodules.self_attention.module = LaspSelfAttention
     return spec
 
 
@@ -144,10 +143,9 @@ def get_tnl_block_spec(
             scale_embedding=layer_params.get("scale_embedding", True),
         )
         config.hetereogenous_dist_checkpoint = True
-    first = get_transformer_layer_offset(config, vp_stage, pp_rank)
-    numbers = range(first, first + get_num_layers_to_build(config, vp_stage, pp_rank))
+    specs = [layers[kind] for kind in layer_types * (config.num_layers // len(layer_types))]
     return TransformerBlockSubmodules(
-        layer_specs=[layers[layer_types[i % len(layer_types)]] for i in numbers],
+        layer_specs=layers_of_stage(config, specs, vp_stage, pp_rank),
         layer_norm=srms_norm(norm),
     )
 
@@ -203,7 +201,7 @@ def softmax_spec(core, backend, layout) -> ModuleSpec:
     """The spec of Megatron's softmax attention around a core; None: `LaspSoftmaxAttention`."""
     core = core or ModuleSpec(module=LaspSoftmaxAttention, params=dict(layout=layout))
     return ModuleSpec(
-        module=SelfAttention,
+        module=LaspSelfAttention,
         params=dict(attn_mask_type=AttnMaskType.causal),
         submodules=SelfAttentionSubmodules(
             linear_qkv=backend.column_parallel_linear(),

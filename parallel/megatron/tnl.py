@@ -22,7 +22,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
-    get_transformer_layer_offset,
 )
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
@@ -31,7 +30,10 @@ from megatron.core.transformer.utils import (
 
 from lasp.tnl.positions import LRPE
 from parallel.megatron.attention import FEATURE_MAPS, process_groups
-from parallel.megatron.context_parallel import segments
+from parallel.megatron.documents import Documents
+from parallel.megatron.layout import segments
+from parallel.megatron.residual import resolve_comm_type
+from parallel.megatron.validation import MEGATRON_ONLY, check_options
 
 __all__ = [
     "TNLSelfAttention",
@@ -73,9 +75,11 @@ class TNLSelfAttention(MegatronModule):
         *,
         feature_map: str = "silu",
         lrpe_layers: tuple[int, ...] = (0,),
-        **unused,
+        **others: Any,
     ) -> None:
         super().__init__(config=config)
+        unknown = {name: others[name] for name in others if name not in MEGATRON_ONLY}
+        check_options("TNLSelfAttention", unknown, ("feature_map", "lrpe_layers"))
         self.layer_number = layer_number
         self.pg_collection = process_groups(pg_collection)
         self.tp_group, self.cp_group = self.pg_collection.tp, self.pg_collection.cp
@@ -144,7 +148,7 @@ class TNLSelfAttention(MegatronModule):
                 )
             q, k = self._with_positions(q, k)
         if packed_seq_params is not None:
-            q, k, v = (x.squeeze(1) for x in (q, k, v))
+            packed_seq_params = Documents.of(packed_seq_params)
         o = self.core_attention(
             q,
             k,
@@ -232,15 +236,7 @@ class TNLTransformerLayer(TransformerLayer):
         scale_embedding: bool = True,
         **kwargs: Any,
     ) -> None:
-        config = tnl_layer_config(config)
-        if isinstance(config.cp_comm_type, list | tuple):
-            # Megatron 0.16 indexes this list by a number that counts from 1.
-            offset = 0
-            if kwargs.get("add_layer_offset", True):
-                groups = kwargs.get("pg_collection")
-                pp_rank = None if groups is None else groups.pp.rank()
-                offset = get_transformer_layer_offset(config, kwargs.get("vp_stage"), pp_rank)
-            config.cp_comm_type = config.cp_comm_type[layer_number - 1 + offset]
+        config = resolve_comm_type(tnl_layer_config(config), layer_number, kwargs)
         super().__init__(config, submodules, layer_number, *args, **kwargs)
         is_first = self.layer_number == 1
         self.input_scale = math.sqrt(config.hidden_size) if is_first and scale_embedding else None

@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import re
 import runpy
+import sys
 import warnings
 from pathlib import Path
 from unittest import mock
@@ -55,7 +56,7 @@ ROOT = Path(__file__).parents[3]
 _kept_groups = []
 
 
-def set_up_groups(tp, cp, pp=1):
+def set_up_groups(tp, cp, pp=1, ep=1):
     """Create Megatron's groups over the four ranks; the remaining axis is data parallel."""
     if parallel_state.model_parallel_is_initialized():
         dist.barrier()
@@ -68,7 +69,13 @@ def set_up_groups(tp, cp, pp=1):
         dist.barrier()
     else:
         _kept_groups.extend(dist.distributed_c10d._world.pg_map)
-    parallel_state.initialize_model_parallel(tp, pp, context_parallel_size=cp)
+    parallel_state.initialize_model_parallel(
+        tp,
+        pp,
+        context_parallel_size=cp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=1 if ep > 1 else None,
+    )
     model_parallel_cuda_manual_seed(0)
 
 
@@ -339,16 +346,21 @@ def half_precision(tnl, tokens):
     return decay, expected, attention.lrpe.theta.detach(), loss.item()
 
 
-def example(sizes, argv):
-    """Losses of examples/megatron_gpt.py with these options."""
+def example(sizes, argv, name="megatron_gpt.py"):
+    """Losses of an example with these options."""
     set_up_groups(*sizes)
     tp, cp, *pp = sizes
+    if len(pp) > 1:
+        argv = [*argv, f"--expert-model-parallel-size={pp[1]}"]
     argv = [*argv, "--device=cpu", "--data-path=random", "--seq-length=64", "--lr=2e-3"]
     argv += [f"--tensor-model-parallel-size={tp}", f"--context-parallel-size={cp}"]
     argv += [f"--pipeline-model-parallel-size={pp[0] if pp else 1}"]
     # Megatron writes in processes, and daemons may not start any.
     multiprocessing.current_process()._config["daemon"] = False
-    script = runpy.run_path(str(ROOT / "examples" / "megatron_gpt.py"))
+    folder = str(ROOT / "examples")
+    # As if Python had started it.
+    with mock.patch("sys.path", [folder, *sys.path]):
+        script = runpy.run_path(f"{folder}/{name}")
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             return script["train"](script["parse_arguments"](argv))

@@ -3,13 +3,29 @@
 For test processes only, installed before Megatron builds anything.
 """
 
+import contextlib
+
 import torch
 from torch.overrides import TorchFunctionMode
 
 
 class _Stream:
-    def wait_stream(self, other):
+    """A CUDA stream or event: nothing to wait for."""
+
+    def __init__(self, *args, **kwargs):
         pass
+
+    def wait_stream(self, *others):
+        pass
+
+    def record_event(self, *others):
+        return _Stream()
+
+    wait_event = wait = record = synchronize = wait_stream
+
+
+def _to_cpu(x, as_numpy=False, record_stream=False):
+    return x.numpy() if as_numpy and torch.is_tensor(x) else x
 
 
 def _is_cuda(value):
@@ -38,6 +54,16 @@ def install():
 
     megatron.core.jit.disable_jit_fuser()
     import megatron.core.tensor_parallel.random as random
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+    import megatron.core.transformer.multi_latent_attention as latent
+
+    # It converts tensors from GPUs only, and all_to_all takes no tensors of sizes.
+    token_dispatcher.maybe_move_tensor_to_cpu = _to_cpu
+    # What Megatron lacks without Transformer Engine.
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+    latent.HAVE_TE = isinstance(latent.TELinear, type)
 
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
@@ -47,5 +73,8 @@ def install():
     torch.cuda.manual_seed = torch.manual_seed
     torch.cuda.synchronize = lambda *args, **kwargs: None
     torch.cuda.current_stream = torch.cuda.default_stream = lambda *args, **kwargs: _Stream()
+    torch.cuda.Stream = torch.cuda.Event = _Stream
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()
+    torch.Tensor.record_stream = lambda self, stream: None
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     _CudaToCpu().__enter__()

@@ -1,4 +1,6 @@
-"""examples/megatron_gpt.py trains, and resumes from its checkpoint with other parallel sizes."""
+"""The examples train, and resume from their checkpoints with other parallel sizes."""
+
+import json
 
 import pytest
 
@@ -25,3 +27,23 @@ def test_it_refuses_before_training_what_it_could_not_save(megatron, tmp_path):
     options = [f"--save={tmp_path}", "--use-distributed-optimizer"]
     for message in megatron.run("example", (1, 2), options):
         assert "--save with --use-distributed-optimizer" in message
+
+
+SHAPE = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=4)
+SHAPE |= dict(head_dim=8, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4)
+SHAPE |= dict(v_head_dim=8, num_experts=8, moe_intermediate_size=16, group_norm_size=2)
+SHAPE |= dict(num_hidden_layers=4, layer_group_size=4)
+
+
+def test_the_hybrid_with_experts_resumes_with_other_parallel_sizes(megatron, tmp_path):
+    """TP, CP and EP; MLA, MoE and MTP."""
+    options, name = [f"--shape={json.dumps(SHAPE)}"], "megatron_hybrid_moe.py"
+    save = [*options, f"--save={tmp_path}"]
+    expected = megatron.run("example", (1, 2, 1, 2), [*options, "--train-iters=4"], name)[0]
+    assert len(expected) == 4
+    first = megatron.run("example", (1, 2, 1, 2), [*save, "--train-iters=2"], name)
+    more = [*save, "--train-iters=4", "--sequence-parallel"]
+    second = megatron.run("example", (2, 2, 1, 2), more, name)
+    for before, after in zip(first, second, strict=True):
+        assert before == expected[:2]
+        assert after == pytest.approx(expected[2:], rel=1e-5)

@@ -16,7 +16,7 @@ MESSAGES = {
     "exchange": "exchange is 'p2p': choose one of all_gather, auto, doubling, ring",
     "comm type": "cp_comm_type is 'a2a'",
     "decay": "decay is 'alibi': choose one of tnl, minimax, ling, retention, none",
-    "decay index": "layer is 3: layers are counted from 0 to num_layers - 1 = 2",
+    "decay index": "decay_index is 3: layers are counted from 0 to 2",
     "feature map": "feature_map is 'relu'",
     "unconfirmed layout": "layout='contiguous' over 2 context-parallel ranks",
     "key-value cache": "4 queries and 8 keys are given",
@@ -26,7 +26,39 @@ MESSAGES = {
     "packed over ranks": r"packed_seq_params \(thd\) over 2 context-parallel ranks in zigzag",
     "packed rotary positions": r"packed_seq_params \(thd\) over 2 .* with rotary positions",
     "other rotary positions": "has a MultimodalRotaryEmbedding, which supports zigzag only",
-    "latent attention": "config.multi_latent_attention is True",
+    "latent attention": r"latent attention \(MLA\).*get_lightning_hybrid_block_spec",
+    "documents of Megatron's splitter": r"packed_seq_params \(thd\) over 2 .*is cut as a whole",
+    "longest document": "max_seqlen_q=3 and a document of 4 tokens",
+    "padding mask": r"an attention_mask of shape \(1, 1, 4, 4\) is given",
+    "misspelt decay": "decays='ling' is no option of LaspCoreAttention: did you mean 'decay'",
+    "misspelt feature map": "featuremap='none' is no option.*did you mean 'feature_map'",
+    "option of softmax core": "decay='tnl' is no option of LaspSoftmaxAttention",
+    "option of a layer": "output_gates='sigmoid' is no option.*did you mean 'output_gate'",
+    "option of a TNL layer": r"lrpe_layer=\(0,\) is no option of LaspCoreAttention",
+    "option of a TNL mixer": "featuremap='none' is no option of TNLSelfAttention",
+    "softmax scale": "softmax_scale is 0.5: linear attention has no softmax",
+    "softmax type": "config.softmax_type is 'learnable'",
+    "largest logit": "config.log_max_attention_logit is True",
+    "softmax comm type": "cp_comm_type is 'a2a': softmax layers gather",
+    "no decay layers": "num_decay_layers is 0",
+    "short decay index": "decay_index has 2 entries and none for layer 3",
+    "no decay index": "decay_index has 3 entries and none for layer 2",
+    "decay indices of a hybrid": r"decay_index has 2 entries: it needs one per layer \(3\)",
+    "multi-token prediction": "config.mtp_num_layers is 1 and decay_index is not given",
+    "prediction without decay": "decay_index is None for linear layers of multi-token prediction",
+    "output norm": "output_norm is 'layer': choose one of srms, rms, none",
+    "output norm groups": "output_norm_groups is 3: it must divide the 32 features",
+    "output gate": "output_gate is 'tanh': choose one of sigmoid, silu, none",
+    "own rotary": "rotary_percent is 0.5.*with rotary='model'",
+    "key heads": "num_query_groups is 3: it must divide the 4 heads",
+    "hybrid pattern": r"pattern is '3:1': .*a divisor of that \(3\)",
+    "latent softmax": "softmax is 'mla' and config.multi_latent_attention False",
+    "dense first": "dense_first is 1 with None experts",
+    "qk norm": "qk_norm is True and config.qk_layernorm False",
+    "residual": "residual has no factors for softmax",
+    "residual name": "lineer=.* is no option of residual: did you mean 'linear'",
+    "fused latent rotary": "config.apply_rope_fusion is True with latent attention over 2",
+    "inference in a hybrid": "a linear-attention layer has no key-value cache",
     "softmax": "config.softmax_type is 'off-by-one'",
     "packed otherwise": "qkv_format is 'sbhd'",
     "two layouts": "name the layouts .*zigzag.*: there must be exactly one",
@@ -135,3 +167,23 @@ def test_virtual_pipeline_stages_continue_the_layer_count(megatron):
             assert torch.equal(seen_decay, decay.tnl(4, number, 4))
             assert with_lrpe == (number in (0, 2))
             assert scale == (32**0.5 if number == 0 else None)
+
+
+def test_one_spec_object_gives_each_layer_its_kind(megatron):
+    """As Megatron-LM's --spec needs it, over pipeline stages too."""
+    stages = megatron.run("traps.layers_of_one_spec", "LLSLLS")
+    seen = stages[0] + stages[-1]
+    assert [number for number, *_ in seen] == [1, 2, 3, 4, 5, 6]
+    for number, kind, log_decay in seen:
+        if number % 3 == 0:
+            assert kind == "LaspSelfAttention" and log_decay is None
+        else:
+            assert kind == "LightningSelfAttention"
+            torch.testing.assert_close(log_decay, decay.tnl(4, number - 1, 6), rtol=0, atol=0)
+
+
+def test_spec_objects_of_released_models(megatron):
+    assert megatron.run("traps.released_spec_objects")[0] == [
+        ("LightningSelfAttention", "LaspMLASelfAttention", 8),
+        ("LightningSelfAttention", "LaspSelfAttention", 1),
+    ]

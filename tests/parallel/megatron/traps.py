@@ -1,6 +1,7 @@
 """Wrong configurations and calls that the ranks run, and what else could go wrong silently."""
 
 import copy
+import dataclasses
 import inspect
 import sys
 import types
@@ -13,8 +14,11 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import transformer_block
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 import lasp
@@ -24,13 +28,18 @@ from parallel.megatron import (
     LaspCoreAttention,
     LaspSoftmaxAttention,
     get_lasp_gpt_layer_spec,
+    get_lightning_hybrid_block_spec,
+    get_lightning_hybrid_layer_spec,
+    get_lightning_hybrid_mtp_spec,
     get_tnl_block_spec,
+    get_tnl_layer_spec,
     split_batch,
     tnl_layer_spec,
     tnl_transformer_config,
     to_megatron,
 )
 from parallel.megatron.apex import require_apex
+from parallel.megatron.lightning_hybrid import ling_layer_spec, minimax_layer_spec
 from tests.parallel.megatron.cases import build_tnl, hybrid_host, set_up_groups, sizes_here, step
 
 TINY = dict(vocab_size=64, dim=32, num_layers=3, num_heads=4, glu_dim=48)
@@ -83,10 +92,65 @@ def pattern_without_linear_layers():
     get_tnl_hybrid_stack_spec("*-*-")
 
 
+def hybrid(pattern="LLS", fields=None, **options):
+    return get_lightning_hybrid_block_spec(config(**(fields or {})), pattern, **options)
+
+
+def latent_config(num_layers=3):
+    """Of a model with MLA."""
+    return MLATransformerConfig(
+        **sizes_here(),
+        num_layers=num_layers,
+        hidden_size=32,
+        num_attention_heads=4,
+        kv_channels=8,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_head_dim=8,
+        qk_pos_emb_head_dim=4,
+        v_head_dim=8,
+        rope_type="rope",
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+    )
+
+
 def latent_attention():
+    spec = get_gpt_layer_local_spec(multi_latent_attention=True, normalization="RMSNorm")
+    TransformerBlock(latent_config(), get_lasp_gpt_layer_spec(spec))
+
+
+def fused_latent_rotary():
+    fields = latent_config()
+    fields.apply_rope_fusion = True
+    TransformerBlock(fields, get_lightning_hybrid_block_spec(fields, "LLS"))
+
+
+def prediction_layer(**core):
+    """A GPT of lasp layers with a layer of multi-token prediction of the same kind."""
+    fields = config(mtp_num_layers=1)
+    spec = get_lasp_gpt_layer_spec(get_gpt_layer_local_spec(), **core)
+    TransformerBlock(fields, spec)
+
+
+def inference_in_a_lightning_layer():
     fields = config()
-    fields.multi_latent_attention = True
-    LaspCoreAttention(fields, 1)
+    block = TransformerBlock(fields, hybrid("L"))
+    block.layers[0].self_attention(torch.ones(4, 1, 32), None, inference_context=object())
+
+
+def built(pattern="LLS", fields=None, **options):
+    """The block of a hybrid."""
+    fields = config(**(fields or {}))
+    TransformerBlock(fields, get_lightning_hybrid_block_spec(fields, pattern, **options))
+
+
+def tnl_mixer_with_unknown_option():
+    spec = get_tnl_layer_spec()
+    spec.submodules.self_attention.params["featuremap"] = "none"
+    TransformerBlock(config(), spec)
 
 
 def odd_vocabulary():
@@ -104,12 +168,27 @@ def variant():
     to_megatron(lasp.tnl.TNL(tnl).state_dict(), tnl)
 
 
-def rotary(kind="RotaryEmbedding"):
+def rotary(kind="RotaryEmbedding", stock_layer=False):
     model = torch.nn.Module()
+    if stock_layer:
+        spec = get_gpt_layer_local_spec().submodules.self_attention.submodules
+        spec = dataclasses.replace(spec, core_attention=ModuleSpec(module=LaspCoreAttention))
+        model.attention = SelfAttention(config(), spec, 1, AttnMaskType.causal)
+        model.attention.core_attention = torch.nn.Identity()
     model.rotary_pos_emb = getattr(rotary_pos_embedding, kind)(8, 1.0)
     model.core = core(layout="contiguous")
     BatchSplitter(model)
     return model.rotary_pos_emb
+
+
+def packed_in_a_layer(longest=4, confirm=True):
+    """Two documents of 4 tokens over two ranks, through a layer with rotary positions."""
+    block = TransformerBlock(config(), hybrid("L", rotary="own"))
+    if confirm:
+        BatchSplitter(block)
+    cu_seqlens = torch.tensor([0, 4, 8], dtype=torch.int32)
+    packed = PackedSeqParams("thd", cu_seqlens, cu_seqlens, None, None, longest, longest)
+    block.layers[0](torch.ones(4, 1, 32), packed_seq_params=packed)
 
 
 # All run at context-parallel size 2.
@@ -130,7 +209,47 @@ WRONG = {
     "bias": lambda: called(core(), attention_bias=torch.zeros(1)),
     "mask in the call": lambda: called(core(), attn_mask_type=AttnMaskType.no_mask),
     "packed over ranks": lambda: packed(core()),
-    "packed rotary positions": lambda: rotary()(8, packed_seq=True),
+    "packed rotary positions": lambda: rotary(stock_layer=True)(8, packed_seq=True),
+    "documents of Megatron's splitter": lambda: packed_in_a_layer(confirm=False),
+    "longest document": lambda: packed_in_a_layer(longest=3),
+    "padding mask": lambda: called(
+        core(),
+        attention_mask=torch.zeros(1, 1, 4, 4, dtype=torch.bool),
+        attn_mask_type=AttnMaskType.padding_causal,
+    ),
+    "misspelt decay": lambda: core(decays="ling"),
+    "misspelt feature map": lambda: core(featuremap="none"),
+    "option of softmax core": lambda: LaspSoftmaxAttention(config(), 1, decay="tnl"),
+    "option of a layer": lambda: built(output_gates="sigmoid"),
+    "option of a TNL layer": lambda: TransformerBlock(
+        config(), get_tnl_layer_spec(lrpe_layer=(0,))
+    ),
+    "option of a TNL mixer": tnl_mixer_with_unknown_option,
+    "softmax scale": lambda: core(dict(softmax_scale=0.5), softmax_scale=0.5),
+    "softmax type": lambda: core(dict(softmax_type="learnable")),
+    "largest logit": lambda: core(dict(log_max_attention_logit=True)),
+    "softmax comm type": lambda: LaspSoftmaxAttention(config(), 1, cp_comm_type="a2a"),
+    "no decay layers": lambda: core(num_decay_layers=0),
+    "short decay index": lambda: LaspCoreAttention(config(), 3, decay_index=[0, 1]),
+    "no decay index": lambda: LaspCoreAttention(config(), 2, decay_index=[0, None, 1]),
+    "decay indices of a hybrid": lambda: hybrid(decay_index=[0, 1]),
+    "multi-token prediction": prediction_layer,
+    "prediction without decay": lambda: get_lightning_hybrid_mtp_spec(
+        config(mtp_num_layers=1), "L"
+    ),
+    "output norm": lambda: core(output_norm="layer"),
+    "output norm groups": lambda: core(output_norm_groups=3),
+    "output gate": lambda: built(output_gate="tanh"),
+    "own rotary": lambda: built(rotary_percent=0.5),
+    "key heads": lambda: built(num_query_groups=3),
+    "hybrid pattern": lambda: hybrid("3:1"),
+    "latent softmax": lambda: hybrid(softmax="mla"),
+    "dense first": lambda: hybrid(dense_first=1),
+    "qk norm": lambda: hybrid(qk_norm=True),
+    "residual": lambda: hybrid(residual=dict(linear=(1.0, 1.0), mlp=(1.0, 1.0))),
+    "residual name": lambda: hybrid(residual=dict(lineer=(1.0, 1.0))),
+    "fused latent rotary": fused_latent_rotary,
+    "inference in a hybrid": inference_in_a_lightning_layer,
     "other rotary positions": lambda: rotary("MultimodalRotaryEmbedding"),
     "latent attention": latent_attention,
     "softmax": lambda: LaspSoftmaxAttention(config(softmax_type="off-by-one"), 1),
@@ -327,4 +446,35 @@ def layers_of_virtual_stages(tnl):
             decay = mixer.core_attention.log_decay(torch.device("cpu"))
             number = layer.layer_number - 1
             seen.append((number, decay, mixer.lrpe is not None, layer.input_scale))
+    return seen
+
+
+def layers_of_one_spec(pattern):
+    """(number, attention, log decay or None) of each layer of this stage, built from one object."""
+    set_up_groups(1, 1, 2)
+    fields = config(num_layers=len(pattern))
+    spec = get_lightning_hybrid_layer_spec(pattern, output_norm="rms", output_gate="sigmoid")
+    seen = []
+    for layer in TransformerBlock(fields, spec).layers:
+        core = layer.self_attention.core_attention
+        is_linear = isinstance(core, LaspCoreAttention)
+        decay = core.log_decay(torch.device("cpu")) if is_linear else None
+        seen.append((layer.layer_number, type(layer.self_attention).__name__, decay))
+    return seen
+
+
+def released_spec_objects():
+    """(attention of the first layer, of the last, groups of the first one's output norm) of the
+    objects for Ling 2.5 and MiniMax-01."""
+    set_up_groups(1, 1)
+    blocks = [
+        TransformerBlock(latent_config(8), ling_layer_spec),
+        TransformerBlock(config(num_layers=8), minimax_layer_spec),
+    ]
+    seen = []
+    for block in blocks:
+        first, last = (block.layers[i].self_attention for i in (0, 7))
+        norm = first.core_attention.norm
+        groups = norm.width // norm.group_width
+        seen.append((type(first).__name__, type(last).__name__, groups))
     return seen
