@@ -97,15 +97,18 @@ def assert_equal_losses(folder, expected):
 
 
 def test_two_hosts_train_as_one(hosts, data, tmp_path):
-    changes = dict(training__steps=3, checkpoint__interval=2)
-    argv = arguments(tmp_path / "two", data, **changes)
+    def arguments_of(folder):
+        argv = arguments(tmp_path / folder, data, training__steps=3)
+        return [*argv, "--checkpoint.no_enable"]
+
+    argv = arguments_of("two")
 
     def command(number):
         script = [sys.executable, "-m", "tests.network.ranks"]
         return [*script, str(2 * number), "2", "4", "host0", PORT, *map(str, argv)]
 
     two = Started(hosts, tmp_path, command)
-    one = Job(tmp_path / "logs", arguments(tmp_path / "one", data, **changes), size=4)
+    one = Job(tmp_path / "logs", arguments_of("one"), size=4)
     try:
         assert one.wait(START) == [0] * 4, one.outputs()
     finally:
