@@ -39,10 +39,10 @@ test: setup lint
 test-all: setup lint
 	$(BIN)/python -m pytest -m 'not faults'
 
-# Kills, damaged files, full disks, hung ranks: all of them takes minutes, the quick part is in
-# `make test`.
+# Kills, damaged files, full disks, hung ranks, lost hosts: all of them takes minutes, the quick part
+# is in `make test`.
 test-faults: setup
-	$(BIN)/python -m pytest tests/faults
+	$(BIN)/python -m pytest tests/faults tests/network
 
 lint: setup
 	$(BIN)/ruff check .

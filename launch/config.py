@@ -40,6 +40,8 @@ class Job:
     """Print the resolved config, the mesh, tokens per step, shards and memory; take no step."""
     dry_run_gpus: int = 0
     """Simulate a job of this many GPUs, on any machine. 0: this job as it was started."""
+    dry_run_gpus_per_host: int = 0
+    """GPUs of each simulated host, to see which degrees cross hosts. 0: all are in one host."""
     dry_run_gpu_memory: float = 80.0
     """GiB of each simulated GPU."""
 
@@ -389,9 +391,10 @@ _AT_LEAST = {
         "comm.train_timeout_seconds"
     ),
     0: (
-        "job.dry_run_gpus job.dry_run_gpu_memory training.segment_len training.max_norm "
-        "training.seed optimizer.lr optimizer.weight_decay optimizer.eps lr_scheduler.warmup_steps "
-        "lr_scheduler.min_lr_factor checkpoint.keep_latest_k checkpoint.max_failed_saves"
+        "job.dry_run_gpus job.dry_run_gpus_per_host job.dry_run_gpu_memory training.segment_len "
+        "training.max_norm training.seed optimizer.lr optimizer.weight_decay optimizer.eps "
+        "lr_scheduler.warmup_steps lr_scheduler.min_lr_factor checkpoint.keep_latest_k "
+        "checkpoint.max_failed_saves"
     ),
 }
 
@@ -423,6 +426,12 @@ def _check(config: Config) -> None:
             require(value >= bound, name, f"it must be at least {bound}")
             require(value < math.inf, name, "it must be a finite number")
     require(config.job.dry_run_gpus <= 1 << 16, "job.dry_run_gpus", "it must be at most 65536")
+    gpus, per_host = config.job.dry_run_gpus, config.job.dry_run_gpus_per_host
+    require(
+        not per_host or (gpus > 0 and gpus % per_host == 0),
+        "job.dry_run_gpus_per_host",
+        f"job.dry_run_gpus, which is {gpus}, must be a multiple of it",
+    )
     require(training.seed < 1 << 63, "training.seed", "it must be below 2^63")
     check_sampling("sample.", sample.max_new_tokens, sample.temperature, sample.top_k)
     batch = training.global_batch_size

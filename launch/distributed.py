@@ -29,6 +29,7 @@ from launch.exit_codes import (
     UserError,
 )
 from launch.heartbeat import NCCL_MARGIN, Heartbeat
+from launch.hosts import Hosts
 from launch.rendezvous import difference, differs_error, meet, settings, versions
 from parallel.mesh import ParallelDims, build_mesh, gradient_group
 
@@ -37,13 +38,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RankInfo:
-    """What the environment and the config say before any socket opens."""
+    """What the environment and the config say before any socket opens.
+
+    Attributes:
+        ranks_per_host: of this host, or of each simulated one; None: all ranks are on one host.
+    """
 
     rank: int
     local_rank: int
     backend: str
     device: torch.device
     dims: ParallelDims
+    ranks_per_host: int | None = None
 
     @property
     def dp_rank(self) -> int:
@@ -73,7 +79,10 @@ def get_rank_info(config: Config) -> RankInfo:
     if backend == "auto":
         backend = "nccl" if gpus >= local_size else "gloo"
     device = torch.device("cuda", local_rank) if backend == "nccl" else torch.device("cpu")
-    return RankInfo(rank, local_rank, backend, device, dims)
+    per_host = config.job.dry_run_gpus_per_host if simulated else local_size
+    if per_host in (0, dims.world_size):
+        per_host = None
+    return RankInfo(rank, local_rank, backend, device, dims, per_host)
 
 
 def _parallel_dims(config: Config, world_size: int) -> ParallelDims:
@@ -125,12 +134,18 @@ class DistContext:
             tokens, so only one of them counts.)
         cp_group: the ranks that share a sequence; None if this rank holds all of it.
         gradient_group: the ranks whose gradients are summed; None for a single process.
+        hosts: of the ranks; None where they have not met (a single process, a simulation).
     """
 
     def __init__(
-        self, info: RankInfo, mesh: DeviceMesh | None, heartbeat: Heartbeat | None = None
+        self,
+        info: RankInfo,
+        mesh: DeviceMesh | None,
+        heartbeat: Heartbeat | None = None,
+        hosts: Hosts | None = None,
     ) -> None:
         self.info = info
+        self.hosts = hosts
         self._heartbeat = heartbeat
         self._seconds: int | None = None
         self.rank = info.rank
@@ -333,9 +348,9 @@ def _collective_timeout(seconds: int, info: RankInfo) -> timedelta:
 
 def meet_ranks(
     config: Config, info: RankInfo, more: dict[str, Any] | None = None
-) -> dist.Store | None:
-    """The store of the job, once all ranks are known to have the same settings and versions (and
-    `more`); None for a single process.
+) -> tuple[dist.Store, Hosts] | None:
+    """The store and the hosts of the job, once all ranks are known to have the same settings and
+    versions (and `more`); None for a single process.
 
     Raises:
         ConfigError, HungRankError: see `launch.rendezvous.meet`.
@@ -393,15 +408,16 @@ def open_dist_context(
     if info.device.type == "cuda":
         torch.cuda.set_device(info.device)
     seconds = config.comm.init_timeout_seconds
-    store = meet_ranks(config, info, more)
-    if store is None:
+    met = meet_ranks(config, info, more)
+    if met is None:
         yield DistContext(info, None)
         return
+    store, hosts = met
     if not faulthandler.is_enabled():
         # A process that a signal ends, such as NCCL's abort, prints its stacks.
         faulthandler.enable()
     size, folder = info.dims.world_size, Path(config.job.dump_folder)
-    heartbeat = Heartbeat(store, info.rank, size, seconds=seconds, folder=folder)
+    heartbeat = Heartbeat(store, info.rank, hosts, seconds=seconds, folder=folder)
     try:
         # Not bound to a device: NCCL would then queue the ring's messages behind the gradients'
         # reductions.
@@ -412,7 +428,7 @@ def open_dist_context(
             world_size=size,
             timeout=_collective_timeout(seconds, info),
         )
-        ctx = DistContext(info, build_mesh(info.dims, info.device.type), heartbeat)
+        ctx = DistContext(info, build_mesh(info.dims, info.device.type), heartbeat, hosts)
         # The mesh's own groups may have started with the backend's default.
         ctx.set_timeout(seconds)
         yield ctx

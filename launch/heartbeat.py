@@ -12,7 +12,8 @@ something is wrong:
 To blame is a rank whose thread is silent too (it was stopped, it or its host died), one that has
 ended by an exception, or else the one that has made fewer calls than this rank. Its name goes to
 the store, so that all ranks end with the same reason, each with the stacks of its threads written
-to a file: a rank that hangs shows where.
+to a file: a rank that hangs shows where. If all ranks of a host are silent, the host is named; so
+is the one that holds the store if that does not answer.
 
 Processes whose torchrun has died end too: no other would ever end them.
 """
@@ -23,9 +24,11 @@ import contextlib
 import faulthandler
 import json
 import os
+import queue
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,6 +37,7 @@ import torch.distributed as dist
 
 from lasp.exchange.consistency import checks_started
 from launch.exit_codes import HUNG
+from launch.hosts import Hosts
 
 # Seconds between two reports of a rank. A rank is silent after _SILENT without one: a process that
 # is alive on a starved machine writes sooner.
@@ -55,18 +59,18 @@ class Heartbeat:
     """The thread of one rank. It ends the process if another rank keeps this one waiting.
 
     Args:
-        store: of this start of the job (`launch.rendezvous.meet`).
+        store, hosts: of this start of the job (`launch.rendezvous.meet`).
         seconds: the timeout, until `limit` is set.
         folder: for the stacks; they go to stderr if it cannot be written.
     """
 
     def __init__(
-        self, store: dist.Store, rank: int, size: int, *, seconds: float, folder: Path
+        self, store: dist.Store, rank: int, hosts: Hosts, *, seconds: float, folder: Path
     ) -> None:
         # A connection of its own: one that waits blocks all who use it.
-        self._store = store.clone()
-        self._store.set_timeout(timedelta(seconds=_STORE_SECONDS))
-        self._rank, self._size, self._folder = rank, size, folder
+        self._store = _PatientStore(store.clone())
+        self._rank, self._hosts, self._folder = rank, hosts, folder
+        self._size = size = hosts.num_ranks
         self._least = size / _REPORTS_PER_SECOND
         self._interval = max(_INTERVAL, self._least)
         self.limit = seconds
@@ -92,6 +96,7 @@ class Heartbeat:
         self._thread.join()
         with contextlib.suppress(RuntimeError):
             self._report(ended=problem or "")
+        self._store.close()
 
     def explain(self, error: BaseException) -> None:
         """End the process, with code HUNG, if the error is another rank's doing; else return."""
@@ -99,14 +104,17 @@ class Heartbeat:
             return
         text = f"{type(error).__name__}: {error}"
         waits = any(word in text.lower() for word in _WAITING)
-        with contextlib.suppress(RuntimeError):
+        is_lost = isinstance(error, dist.DistStoreError | dist.DistNetworkError)
+        try:
             reason = self._verdict()
             if reason is None:
                 reason = self._find_cause(needs_silence=not waits, ended_too=True)
             if reason is not None:
                 self._end(reason, text)
-        if waits and isinstance(error, dist.DistStoreError | dist.DistNetworkError):
-            self._end("the store of the job does not answer: the process that holds it died", text)
+        except RuntimeError:
+            is_lost = True
+        if waits and is_lost:
+            self._end(self._lost_store(), text)
 
     def _run(self) -> None:
         position, since = self._position(), time.monotonic()
@@ -127,8 +135,10 @@ class Heartbeat:
                 if reason is None and time.monotonic() - since > self.limit + _GRACE:
                     reason = self._find_cause()
             except RuntimeError:
-                # Without a store no rank can be named; the collectives' own timeouts remain.
-                continue
+                # Without a store no rank can be named.
+                if time.monotonic() - since <= self.limit + _GRACE:
+                    continue
+                reason = self._lost_store()
             if reason is not None:
                 self._end(reason)
 
@@ -191,17 +201,14 @@ class Heartbeat:
         reports = self._read()
         if failed:
             report = reports[failed[0]]
-            return f"rank {failed[0]} failed in {report['where']} ({report['ended']})"
+            who = self._hosts.rank(failed[0])
+            return f"{who} failed in {report['where']} ({report['ended']})"
         for rank in sorted(silent):
-            report = reports[rank]
-            others = f" (and {len(silent) - 1} other ranks)" if len(silent) > 1 else ""
-            if report is None:
-                return f"rank {rank}{others} did not start"
-            if report["ended"] is None:
-                where = f"it was last seen in {report['where']}"
-                return f"rank {rank}{others} is stopped or dead: {where}"
+            report, who = reports[rank], self._hosts.rank(rank)
+            if report is None or report["ended"] is None:
+                return self._name_silent(sorted(silent), rank, report)
             if ended_too:
-                return f"rank {rank} has ended its part of the job"
+                return f"{who} has ended its part of the job"
         running = [
             (tuple(report["position"]), rank, report["where"])
             for rank, report in enumerate(reports)
@@ -210,7 +217,38 @@ class Heartbeat:
         position, rank, where = min(running, default=(self._position(), self._rank, ""))
         if needs_silence or position >= self._position():
             return None
-        return f"rank {rank} hangs in {where}: others wait for a call that it has not made"
+        who = self._hosts.rank(rank)
+        return f"{who} hangs in {where}: others wait for a call that it has not made"
+
+    def _name_silent(self, silent: Sequence[int], rank: int, report: dict[str, Any] | None) -> str:
+        """A sentence on the first of the silent ranks, or on its host if all ranks there are."""
+        number = self._hosts.number_of(rank)
+        of_host = self._hosts.ranks_of(number)
+        others = len(silent) - 1
+        if self._hosts.are_several and set(of_host) <= set(silent):
+            others = len(silent) - len(of_host)
+            who, what = self._hosts.host(number), "is down or cannot be reached"
+            seen = f"rank {rank}"
+        else:
+            who, what, seen = self._hosts.rank(rank), "is stopped or dead", "it"
+        if others:
+            who += f" (and {others} other rank{'s' if others > 1 else ''})"
+        if report is None:
+            return f"{who} {'did not start' if seen == 'it' else what}: no rank there started"
+        return f"{who} {what}: {seen} was last seen in {report['where']}"
+
+    def _lost_store(self) -> str:
+        """A sentence on the store, which does not answer."""
+        if not self._hosts.are_several:
+            return "the store of the job does not answer: the process that holds it died"
+        holder = os.environ.get("MASTER_ADDR", "")
+        for number, host in enumerate(self._hosts.hosts):
+            if holder in (host.name, host.address):
+                holder = self._hosts.host(number)
+        return (
+            f"the store of the job, on {holder}, does not answer: that host is down or cannot be "
+            "reached, or its torchrun has died"
+        )
 
     def _end(self, reason: str, error: str | None = None) -> NoReturn:
         """Print why and end the process; torchrun, or the heartbeat, ends the other ranks."""
@@ -221,7 +259,7 @@ class Heartbeat:
             if not self._store.check(["verdict of the ranks"]):
                 self._store.set("verdict of the ranks", reason)
         stacks = self._write_stacks()
-        here = f"rank {self._rank} waited in {self._where()}"
+        here = f"{self._hosts.rank(self._rank)} waited in {self._where()}"
         text = f"error: {reason}. {here} (timeout {self.limit:g} s); stacks: {stacks}."
         if error is not None:
             text += f" What ended the wait: {error}"
@@ -241,3 +279,56 @@ class Heartbeat:
             faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
             return "above"
         return str(path)
+
+
+class _PatientStore:
+    """A store of which no call waits for longer than _STORE_SECONDS: then it raises.
+
+    The store's own timeout applies to few calls, and after a host was cut off none of them returns.
+    """
+
+    def __init__(self, store: dist.Store) -> None:
+        self._store = store
+        self._store.set_timeout(timedelta(seconds=_STORE_SECONDS))
+        self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        # When the call that has not returned began.
+        self._since: float | None = None
+        threading.Thread(target=self._serve, name="heartbeat's store", daemon=True).start()
+
+    def set(self, key: str, value: str) -> None:
+        self._call("set", key, value)
+
+    def get(self, key: str) -> bytes:
+        return self._call("get", key)
+
+    def check(self, keys: list[str]) -> bool:
+        return self._call("check", keys)
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        return self._call("multi_get", keys)
+
+    def close(self) -> None:
+        """No call follows."""
+        self._requests.put(None)
+
+    def _call(self, name: str, *args: Any) -> Any:
+        answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        began = self._since or time.monotonic()
+        self._requests.put((name, args, answer))
+        try:
+            result, error = answer.get(timeout=max(0.1, began + _STORE_SECONDS - time.monotonic()))
+        except queue.Empty:
+            raise dist.DistStoreError(f"no answer within {_STORE_SECONDS} s") from None
+        if error is not None:
+            raise error
+        return result
+
+    def _serve(self) -> None:
+        while (request := self._requests.get()) is not None:
+            name, args, answer = request
+            self._since = time.monotonic()
+            try:
+                answer.put((getattr(self._store, name)(*args), None))
+            except BaseException as error:
+                answer.put((None, error))
+            self._since = None

@@ -171,7 +171,12 @@ def format_estimate(
         f"logits, {own.states / _GIB:.2f} for states)"
     )
     if own.kept_states:
-        where = " of host memory, not in the total" if own.kept_on_host else ""
+        where = ""
+        if own.kept_on_host:
+            where = " of host memory, not in the total"
+            if config.job.dry_run_gpus_per_host:
+                of_host = own.kept_states * config.job.dry_run_gpus_per_host / _GIB
+                where = f" of host memory, {of_host:.2f} for all ranks of a host, not in the total"
         lines.append(
             f"  {'states':<12}{own.kept_states / _GIB:9.2f}  (of {_num_kept(config):,} "
             f"segments{where})"

@@ -1,9 +1,10 @@
 """Where the ranks of a job meet: a store of their own, and a comparison of their settings.
 
-    store = meet(rank, size, facts, problem=None, timeout_seconds=300)
+    store, hosts = meet(rank, size, facts, problem=None, timeout_seconds=300)
 
 Before any process group exists, every rank publishes its facts (settings, versions) in the store
-that torchrun provides, rank 0 compares them, and all ranks raise the same error or none.
+that torchrun provides, rank 0 compares them, and all ranks raise the same error or none. If they
+are on several hosts, these try whether they reach each other (launch/hosts.py).
 
 torchrun keeps that store over restarts, with all keys of the processes before, among them the
 addresses by which process groups connect. So the ranks of each start agree on a prefix: a rank
@@ -14,8 +15,10 @@ after a node was lost, torchrun's agents count differently.)
 
 import dataclasses
 import json
+import os
 import platform
 import secrets
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -26,6 +29,7 @@ import torch.distributed as dist
 
 import lasp
 from launch.exit_codes import ConfigError, HungRankError, RemoteRankError, UserError
+from launch.hosts import Host, Hosts, connect_hosts, list_ranks, unreachable
 from launch.toml_config import flat
 
 # Settings that may differ between ranks: where a host mounts a folder or file. What model.config
@@ -63,7 +67,7 @@ def difference(of_ranks: Sequence[Mapping[str, Any]]) -> str | None:
             value = json.dumps(facts[name]) if name in facts else "absent"
             ranks.setdefault(value, []).append(rank)
         if len(ranks) > 1:
-            seen = ", ".join(f"{value} on {_ranks(of)}" for value, of in ranks.items())
+            seen = ", ".join(f"{value} on {list_ranks(of)}" for value, of in ranks.items())
             different.append(f"{name} is {seen}")
     if not different:
         return None
@@ -86,16 +90,17 @@ def meet(
     *,
     problem: UserError | None = None,
     timeout_seconds: float,
-) -> dist.Store:
-    """The store of this start of the job. All ranks call this, also one that cannot run.
+) -> tuple[dist.Store, Hosts]:
+    """The store of this start of the job, and its hosts. All ranks call this, also one that cannot
+    run.
 
     Args:
         facts: what must be equal on all ranks, by name: values that JSON holds.
         problem: why this rank cannot run; then all ranks raise, this one its own error.
 
     Raises:
-        ConfigError: ranks have different facts (RemoteRankError on all but rank 0), or the
-            environment does not say where they meet.
+        ConfigError: ranks have different facts, or hosts cannot reach each other (RemoteRankError
+            on all but rank 0); or the environment does not say where they meet.
         HungRankError: a rank does not come within `timeout_seconds`.
     """
     deadline = time.monotonic() + timeout_seconds
@@ -106,19 +111,29 @@ def meet(
         announced = dist.PrefixStore("lasp.start", root)
         word = secrets.token_hex(8)
         announced.set(f"word/{rank}", word)
-        mine = json.dumps([facts, problem and [str(problem), problem.exit_code]])
+        # All ranks on this host: it need not be reached.
+        here = Host.here(is_alone=os.environ.get("LOCAL_WORLD_SIZE") == str(size))
+        report = [facts, problem and [str(problem), problem.exit_code], dataclasses.astuple(here)]
+        mine = json.dumps(report)
         if rank == 0:
             store = dist.PrefixStore(f"lasp.{word}", root)
             store.set("facts/0", mine)
             _gather_starts(announced, store, word, size, deadline)
             everyone = [json.loads(store.get(f"facts/{each}")) for each in range(size)]
-            verdict = _verdict(everyone)
+            hosts = Hosts([Host(*host) for *_, host in everyone])
+            store.set("hosts", hosts.to_json())
+            verdict = _verdict(everyone, hosts)
             store.set("verdict", json.dumps(verdict))
         else:
             prefix = announced.get(f"prefix/{word}").decode()
             store = dist.PrefixStore(f"lasp.{prefix}", root)
             store.set(f"facts/{rank}", mine)
             verdict = json.loads(store.get("verdict"))
+            hosts = Hosts.from_json(store.get("hosts"))
+        if verdict is None and hosts.are_several:
+            text = connect_hosts(store, rank, hosts, deadline)
+            verdict = text and [None, text, ConfigError.exit_code]
+        if rank != 0:
             store.set(f"read/{rank}", "")
     except ValueError as error:
         raise ConfigError(
@@ -126,11 +141,11 @@ def meet(
         ) from None
     except dist.DistError as error:
         raise HungRankError(
-            f"rank {rank} cannot meet the others within {timeout_seconds:g} s "
-            f"(comm.init_timeout_seconds): {error}."
+            f"rank {rank} on {socket.gethostname()} cannot meet the others within "
+            f"{timeout_seconds:g} s (comm.init_timeout_seconds): {error}."
         ) from None
     if verdict is None:
-        return store
+        return store, hosts
     if rank == 0:
         # The store may end with this process.
         _wait_for([f"read/{each}" for each in range(1, size)], store, deadline)
@@ -138,7 +153,7 @@ def meet(
     if problem is not None and failed == rank:
         raise problem
     if failed is None and rank == 0:
-        raise differs_error(message)
+        raise ConfigError(message)
     raise RemoteRankError(message, code)
 
 
@@ -155,7 +170,7 @@ def _gather_starts(announced, store, prefix: str, size: int, deadline: float) ->
         missing = {rank for rank in missing if not store.check([f"facts/{rank}"])}
         if missing and time.monotonic() > deadline:
             raise HungRankError(
-                f"{_ranks(sorted(missing))} of {size} did not start in time "
+                f"{list_ranks(sorted(missing))} of {size} did not start in time "
                 "(comm.init_timeout_seconds): see whether their processes and hosts run."
             )
         if missing:
@@ -167,23 +182,16 @@ def _wait_for(keys: list[str], store, deadline: float) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def _verdict(everyone: list[Any]) -> list[Any] | None:
+def _verdict(everyone: list[Any], hosts: Hosts) -> list[Any] | None:
     """[the rank that refuses or None, the message, the exit code]; None: nothing is wrong."""
-    for rank, (_, problem) in enumerate(everyone):
+    for rank, (_, problem, _) in enumerate(everyone):
         if problem is not None:
             return [rank, *problem]
-    text = difference([facts for facts, _ in everyone])
-    if text is None:
-        return None
-    error = differs_error(text)
-    return [None, str(error), error.exit_code]
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    """Ranks for a message: "rank 1", "ranks 0, 1 and 3", "ranks 0 to 62"."""
-    if len(ranks) == 1:
-        return f"rank {ranks[0]}"
-    if len(ranks) > 3 and list(ranks) == list(range(ranks[0], ranks[-1] + 1)):
-        return f"ranks {ranks[0]} to {ranks[-1]}"
-    *most, last = map(str, ranks)
-    return f"ranks {', '.join(most)} and {last}"
+    text = difference([facts for facts, *_ in everyone])
+    if text is not None:
+        return [None, str(differs_error(text)), ConfigError.exit_code]
+    if hosts.are_several:
+        for number in range(len(hosts.hosts)):
+            if (text := unreachable(hosts, number)) is not None:
+                return [None, text, ConfigError.exit_code]
+    return None

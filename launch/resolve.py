@@ -1,6 +1,7 @@
 """What follows from a config and the number of ranks: the batch, what cannot run, the summary."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,6 +178,31 @@ def without_effect(config: Config, dims: ParallelDims) -> list[str]:
     return found
 
 
+def describe_hosts(info: RankInfo) -> str:
+    """The hosts of a job, which axes of the mesh cross them, and what is slow about it."""
+    per_host, dims = info.ranks_per_host, info.dims
+    assert per_host is not None
+    crossed = dims.hosts_of_groups(per_host)
+    axes = (
+        f"{axis} {dims.degrees[axis]} " + (f"crosses {n} hosts" if n > 1 else "stays in one")
+        for axis, n in crossed.items()
+    )
+    text = f"{-(-dims.world_size // per_host)} of {per_host} ranks each; {', '.join(axes)}"
+    sequence = dims.cp * dims.tp
+    if crossed.get("tp", 1) > 1:
+        text += (
+            ". Tensor parallelism sends the activations of all tokens several times per layer, "
+            "which is slow between hosts: use a parallelism.tensor_parallel_degree that divides "
+            f"{per_host}, such as {math.gcd(per_host, dims.tp)}"
+        )
+    elif crossed.get("cp", 1) > 1 and sequence % per_host and per_host % sequence:
+        text += (
+            f". Sequences, of cp {dims.cp} x tp {dims.tp} = {sequence} ranks each, do not start or "
+            f"end with hosts: use a product that divides {per_host} or is a multiple of it"
+        )
+    return text
+
+
 def _in_segments(config: Config) -> str:
     training = config.training
     if not training.segment_len:
@@ -203,6 +229,7 @@ def describe(config: Config, info: RankInfo, shape: Any, batch: Batching) -> str
     lines = {
         "model": f"{config.model.preset}: {parameters:,} parameters ({family.describe(shape)})",
         "mesh": f"{dims.equation} ({info.backend}, {info.device.type}, {dtype})",
+        "hosts": describe_hosts(info) if info.ranks_per_host is not None else "",
         "sequence": f"{training.seq_len:,} tokens {ranks}{_in_segments(config)}",
         "batch": (
             f"{batch.tokens_per_step:,} tokens per step = {sequences} = "
@@ -220,6 +247,8 @@ def describe(config: Config, info: RankInfo, shape: Any, batch: Batching) -> str
     }
     if config.job.dry_run:
         del lines["memory"]
+    if info.ranks_per_host is None:
+        del lines["hosts"]
     if idle := without_effect(config, dims):
         lines["no effect"] = "; ".join(idle)
     return "\n".join(f"{name + ':':<13}{text}" for name, text in lines.items())

@@ -6,9 +6,10 @@ Every flag of `launch/config.py` overrides the file. Exit codes: 0 done; 75 stop
 SIGINT or SIGHUP with all steps saved (run the same command again, with checkpoint.resume auto or
 must); 143 stopped likewise with checkpoints switched off, nothing saved; 69 another rank died or
 hangs, or torchrun died; 70 no valid checkpoint or one of another model; 72 NaN or infinite loss;
-73 a config or data that cannot be trained on or that differs between ranks, or a dry run that does
-not fit; 74 checkpoints cannot be written; 130 interrupted before training began; 1
-anything else, with a traceback. torchrun itself exits with 1 and shows the ranks' codes.
+73 a config or data that cannot be trained on or that differs between ranks, hosts that cannot reach
+each other, or a dry run that does not fit; 74 checkpoints cannot be written; 130 interrupted before
+training began; 1 anything else, with a traceback. torchrun itself exits with 1 and shows the ranks'
+codes; launch/torchrun.py exits with the code of the rank that failed first.
 """
 
 import dataclasses
@@ -45,7 +46,7 @@ from launch.distributed import (
     refuse_start,
     report_error,
 )
-from launch.dump_folder import open_dump_folder
+from launch.dump_folder import check_shared, open_dump_folder
 from launch.exit_codes import (
     DISK_FAILED,
     INTERRUPTED,
@@ -190,6 +191,8 @@ def set_up(config: Config, ctx: DistContext, batch: Batching) -> TrainState:
         ctx.all_or_raise(lambda: stream_length(batch.global_batch_size, train_source.num_samples))
     folder = Path(config.job.dump_folder)
     lock = ctx.all_or_raise(lambda: open_dump_folder(folder) if ctx.is_rank0 else None)
+    if config.checkpoint.enable:
+        check_shared(ctx, folder)
 
     torch.manual_seed(training.seed)
     loss_model = ctx.all_or_raise(lambda: build_model(config, ctx, shape))

@@ -112,6 +112,21 @@ class ParallelDims:
         wrong = "" if product == self.world_size else f" != {self.world_size}"
         return f"{terms} = {product}{wrong} processes"
 
+    def hosts_of_groups(self, ranks_per_host: int) -> dict[str, int]:
+        """By axis with a degree above 1: over how many hosts its groups extend, at most."""
+        found, stride = {}, self.world_size
+        for axis, degree in self.degrees.items():
+            block, stride = stride, stride // degree
+            if degree == 1:
+                continue
+            # A group's ranks are `stride` apart; the first ones are the first of each block.
+            found[axis] = max(
+                len({(first + i * stride) // ranks_per_host for i in range(degree)})
+                for start in range(0, self.world_size, block)
+                for first in range(start, start + stride)
+            )
+        return found
+
     def dp_rank(self, rank: int) -> int:
         """Index, among the `dp`, of the sequences that a global rank reads."""
         return rank // (self.cp * self.tp)

@@ -17,6 +17,7 @@ import contextlib
 import mmap
 import os
 import secrets
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -168,9 +169,14 @@ def join(
 
 
 def host_id() -> str:
-    """Equal on all ranks of one host and different between hosts; "" if it is not known."""
+    """Equal on all ranks of one host and different between hosts; "" if it is not known.
+
+    Containers of one machine with host names of their own are hosts of their own: they reach each
+    other over the network only.
+    """
     with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        started = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {started}"
     return ""
 
 

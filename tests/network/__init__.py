@@ -1,0 +1,1 @@
+"""Jobs over several hosts, which are namespaces of this machine (tests/network/hosts.py)."""
