@@ -9,7 +9,7 @@ or, on the command line, one command of a shell per host:
 
     python -m tests.network.hosts 'hostname; ping -c1 host1' 'sleep 5'
 
-A host is a process that sleeps, with namespaces of its own: network, host name, processes, mounts.
+A host is a process that waits, with namespaces of its own: network, host name, processes, mounts.
 It has its own /etc/hosts and /dev/shm, and shares all other files, as hosts with a network file
 system do. `eth0` leads to a bridge, in a namespace of its own too; `docker0` leads nowhere and has
 the same address on each host, as with Docker. Nothing has a name outside: when the processes have
@@ -32,8 +32,9 @@ ROOT = Path(__file__).parents[2]
 # Seconds for a command that sets up or changes a host.
 _PATIENCE = 60
 _TOOLS = ("ip", "mount", "nsenter", "tc", "unshare")
-# In the namespaces of a host: what sleeps is its process 1, and all others end with it.
-_SLEEP = ["sleep", "infinity"]
+# In the namespaces of a host, process 1: all others end with it. It ends when its input is
+# closed, as by the end of this process.
+_WAIT = ["cat"]
 
 
 def why_not() -> str | None:
@@ -186,12 +187,13 @@ class Hosts(Sequence):
 
 
 class _Holder:
-    """A sleeping process in namespaces of its own, which `options` of unshare name."""
+    """A waiting process in namespaces of its own, which `options` of unshare name."""
 
     def __init__(self, options: list[str]) -> None:
         self._process = subprocess.Popen(
-            ["unshare", *options, *_SLEEP],
-            stdin=subprocess.DEVNULL,
+            ["unshare", *options, *_WAIT],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
@@ -203,13 +205,13 @@ class _Holder:
             raise
 
     def _pid_inside(self, forks: bool) -> int:
-        """The process that sleeps, once it does."""
+        """The process that waits, once it does."""
         pid, deadline = self._process.pid, time.monotonic() + _PATIENCE
         while self._process.poll() is None and time.monotonic() < deadline:
             children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
             inside = int(children[0]) if forks and children else pid
             with contextlib.suppress(FileNotFoundError):
-                if Path(f"/proc/{inside}/comm").read_text().strip() == _SLEEP[0]:
+                if Path(f"/proc/{inside}/comm").read_text().strip() == _WAIT[0]:
                     return inside
             time.sleep(0.005)
         self.end()
@@ -219,6 +221,7 @@ class _Holder:
     def end(self) -> None:
         self._process.kill()
         self._process.wait()
+        self._process.stdin.close()
 
 
 def _in_namespace(pid: int, *commands: Sequence[str]) -> None:
