@@ -225,17 +225,20 @@ class Heartbeat:
         number = self._hosts.number_of(rank)
         of_host = self._hosts.ranks_of(number)
         others = len(silent) - 1
-        if self._hosts.are_several and set(of_host) <= set(silent):
+        is_host = self._hosts.are_several and set(of_host) <= set(silent)
+        if is_host:
             others = len(silent) - len(of_host)
-            who, what = self._hosts.host(number), "is down or cannot be reached"
-            seen = f"rank {rank}"
-        else:
-            who, what, seen = self._hosts.rank(rank), "is stopped or dead", "it"
+        who = self._hosts.host(number) if is_host else self._hosts.rank(rank)
         if others:
             who += f" (and {others} other rank{'s' if others > 1 else ''})"
+        if is_host:
+            who += " is down or cannot be reached"
+            if report is None:
+                return f"{who}: no rank there started"
+            return f"{who}: rank {rank} was last seen in {report['where']}"
         if report is None:
-            return f"{who} {'did not start' if seen == 'it' else what}: no rank there started"
-        return f"{who} {what}: {seen} was last seen in {report['where']}"
+            return f"{who} did not start"
+        return f"{who} is stopped or dead: it was last seen in {report['where']}"
 
     def _lost_store(self) -> str:
         """A sentence on the store, which does not answer."""
