@@ -115,4 +115,7 @@ def test_a_wrong_name_is_refused(tmp_path, data, capsys):
     path = tmp_path / "model.json"
     path.write_text('{"decay": "learnt"}')
     assert run_here(tmp_path / "out", data, model__config=path) == 73
-    assert 'decay is \'learnt\': it must be "fixed" or "learned"' in capsys.readouterr().err
+    assert (
+        'decay is \'learnt\': it must be "fixed", "learned", "per_head" or "none"'
+        in capsys.readouterr().err
+    )
