@@ -78,13 +78,13 @@ class Decay:
         if self.by_token:
             rows = self._partition.state_rows(entering=False, reverse=reverse)
             if rows not in self._factors:
-                shape = (*states.shape[:2], 1, 1)
-                factors = torch.empty(shape, dtype=states.dtype, device=states.device)
-                sums = partial(
-                    self._backend.decay_sums,
-                    cu_seqlens=self._partition.cu_seqlens,
-                    state_rows=rows,
-                )
+                cu_seqlens = self._partition.cu_seqlens
+                # Of the partition that is bound, which may have other rows than `states`.
+                count, heads = states.shape[:2]
+                if cu_seqlens is not None:
+                    count = len(cu_seqlens) - 1 if rows is None else len(rows)
+                factors = torch.empty(count, heads, 1, 1, dtype=states.dtype, device=states.device)
+                sums = partial(self._backend.decay_sums, cu_seqlens=cu_seqlens, state_rows=rows)
                 replay.note_call(partial(_write_factors, sums), self.operand, factors)
                 self._factors[rows] = factors
             return self._factors[rows]
