@@ -179,13 +179,17 @@ def positions_of(lengths, layout):
 
 
 def documents_that(meet, lengths, layout):
-    """Boundaries of documents: on those of chunks, across them, or both with empty ones."""
+    """Boundaries of documents: on those of chunks, across them, or both with empty ones; "through":
+    in the chunk after the middle alone, so that a document goes through all of those before."""
     edges = boundaries(lengths, layout)
     total = edges[-1]
     if meet == "on":
         return edges
     if meet == "across":
         return (0, *sorted({(3 * a + b) // 4 + 1 for a, b in pairwise(edges) if a < b}), total)
+    if meet == "through":
+        middle = (len(edges) - 1) // 2
+        return (0, (edges[middle] + edges[middle + 1] + 1) // 2, total)
     inner = sorted([0, *edges[1:-1:2], total // 3, total // 3, total // 3 + 1, total])
     return (0, *(min(x, total) for x in inner), total)
 

@@ -144,6 +144,7 @@ VARIANTS = {
     "zigzag_packed_uneven": Variant(
         layout="zigzag", shards="uneven", documents="across", initial=True
     ),
+    "zigzag_packed_through": Variant(layout="zigzag", documents="through"),
     "by_token": Variant(decay=by_token, initial=True, final=True),
     "by_token_plain": Variant(decay=by_token),
     "by_token_weak": Variant(decay=weak_by_token, initial=True, final=True),
@@ -164,6 +165,9 @@ VARIANTS = {
     "by_token_zigzag_plain": Variant(decay=weak_by_token, layout="zigzag"),
     "by_token_zigzag_packed": Variant(
         decay=weak_by_token, layout="zigzag", documents="both", initial=True, final=True
+    ),
+    "by_token_zigzag_packed_through": Variant(
+        decay=weak_by_token, layout="zigzag", documents="through"
     ),
     "by_token_zigzag_uneven": Variant(
         decay=by_token, layout="zigzag", shards="uneven", documents="across"
