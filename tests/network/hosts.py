@@ -45,8 +45,8 @@ def why_not() -> str | None:
     try:
         with Hosts(1):
             return None
-    except subprocess.CalledProcessError as error:
-        reason = (error.stderr or "").strip().splitlines()
+    except (subprocess.CalledProcessError, OSError) as error:
+        reason = (getattr(error, "stderr", None) or "").strip().splitlines()
         return f"namespaces are not allowed here: {reason[0] if reason else error}"
 
 
