@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,10 +110,26 @@ def prepare(
         coder = work.train_bpe(vocab_size)
     else:
         coder = read_tokenizer(Path(tokenizer), eod_token, pad_token)
+    return write_data_folder(output, coder, lambda staging: work.write(staging, coder))
+
+
+def write_data_folder(
+    output: Path, coder: Tokenizer, write: Callable[[Path], dict[str, Any]]
+) -> DataFolder:
+    """Make a data folder that appears at once; nothing is left if it fails.
+
+    Args:
+        coder: the tokenizer of its tokens.
+        write: write(folder) makes the folder and the files of tokens in it, and returns what
+            meta.json has of them.
+
+    Raises:
+        DataError: `output` cannot be written, and what `write` raises.
+    """
     staging = staging_folder(output)
     remove_leftovers(output)
     try:
-        about = work.write(staging, coder)
+        about = write(staging)
         meta: dict[str, Any] = {
             "format": 2,
             "tokenizer": coder.spec(),

@@ -11,10 +11,8 @@ usual for Wikitext. Any text in these files and this form will do.
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,11 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from launch.command_line import parse
 from launch.config import check_path
-from launch.data_digests import seal_meta
 from launch.encode import encode
 from launch.exit_codes import DataError, UserError
-from launch.files import remove_leftovers, staging_folder
 from launch.indexed_dataset import IndexedWriter, token_dtype
+from launch.prepare_data import write_data_folder
 from launch.progress import progress
 from launch.tokenizer import ByteTokenizer, Tokenizer, train_bpe
 from launch.tokenizer_file import read_tokenizer
@@ -87,32 +84,16 @@ def prepare_wikitext(
         coder = train_bpe((text for _, text in articles), vocab_size)
     else:
         coder = read_tokenizer(Path(tokenizer), eod_token)
-    staging = staging_folder(output)
-    remove_leftovers(output)
-    try:
-        staging.mkdir(parents=True)
-        meta: dict[str, Any] = {
-            "format": 2,
-            "tokenizer": coder.spec(),
-            "vocab_size": coder.vocab_size,
-            "eod_id": coder.eod_id,
-            "pad_id": coder.pad_id,
-            "skipped": [],
-            "files": {},
-        }
-        for split, path in files.items():
-            meta[split], digests = _write(staging / split, path, coder)
-            meta["files"] |= digests
-        (staging / "meta.json").write_text(json.dumps(seal_meta(meta)), encoding="utf-8")
-        os.rename(staging, output)
-    except OSError as error:
-        raise DataError(f"{output} cannot be written: {error}.") from None
-    finally:
-        # Does nothing after the rename.
-        shutil.rmtree(staging, ignore_errors=True)
-    from launch.data import DataFolder
 
-    return DataFolder(output)
+    def write(staging: Path) -> dict[str, Any]:
+        staging.mkdir(parents=True)
+        about: dict[str, Any] = {"skipped": [], "files": {}}
+        for split, path in files.items():
+            about[split], digests = _write(staging / split, path, coder)
+            about["files"] |= digests
+        return about
+
+    return write_data_folder(output, coder, write)
 
 
 def find_splits(folder: Path) -> dict[str, Path]:
