@@ -287,6 +287,12 @@ def restore(folder, model, optimizer):
     optimizer.load_state_dict(state["optimizer"])
 
 
+def loss_and_count(losses):
+    """What Megatron's schedule asks of a loss: the sum, the number of tokens, a report."""
+    total, count = losses.sum(), torch.tensor(losses.numel(), dtype=torch.int)
+    return total, count, {"loss": torch.stack([total.detach(), count.float()])}
+
+
 def megatron_step(model, split, tokens, micro):
     """One forward and backward by Megatron's schedule; the loss over all tokens."""
     rows = batch_of(tokens)
@@ -301,10 +307,6 @@ def megatron_step(model, split, tokens, micro):
         batch = split(next(batches))
         losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
         return losses, loss_and_count
-
-    def loss_and_count(losses):
-        total, count = losses.sum(), torch.tensor(losses.numel(), dtype=torch.int)
-        return total, count, {"loss": torch.stack([total.detach(), count.float()])}
 
     reports = get_forward_backward_func()(
         forward_step_func=forward_step,

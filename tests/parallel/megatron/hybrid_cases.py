@@ -23,7 +23,7 @@ from parallel.megatron import (
     get_lightning_hybrid_block_spec,
     get_lightning_hybrid_mtp_spec,
 )
-from tests.parallel.megatron.cases import hybrid_host, set_up_groups, sizes_here
+from tests.parallel.megatron.cases import hybrid_host, loss_and_count, set_up_groups, sizes_here
 
 VOCABULARY = 64
 
@@ -147,10 +147,6 @@ def step(model, split, tokens, lengths=None):
             more["loss_mask"] = batch["loss_mask"]
         losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], **more)
         return losses, loss_and_count
-
-    def loss_and_count(losses):
-        total, count = losses.sum(), torch.tensor(losses.numel(), dtype=torch.int)
-        return total, count, {"loss": torch.stack([total.detach(), count.float()])}
 
     reports = get_forward_backward_func()(
         forward_step_func=forward_step,
