@@ -70,7 +70,12 @@ from parallel.megatron.apex import has_apex  # noqa: E402
 if "norms" in ASKED_OF_APEX and "optimizer" not in ASKED_OF_APEX:
     del sys.modules["apex"]
 
-LAYOUTS = ("tp", "cp")
+# Options of the example.
+LAYOUT_OPTIONS = {
+    "tp": ("--sequence-parallel",),
+    "cp": ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
+}
+LAYOUTS = tuple(LAYOUT_OPTIONS)
 MODELS = ("TNL", "launcher", "softmax")
 PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "apex")
 
@@ -120,7 +125,11 @@ def measure_megatron(
             *("--device", "cuda" if ON_GPU else "cpu", *(["--bf16"] if ON_GPU else [])),
             *("--tensor-model-parallel-size", str(sizes["tp"])),
             *("--context-parallel-size", str(sizes["cp"])),
-            *(["--sequence-parallel"] if layout == "tp" else ["--use-distributed-optimizer"]),
+            *LAYOUT_OPTIONS[layout],
+            # Megatron's fused loss is compiled, which takes long on a CPU.
+            *(["--cross-entropy-loss-fusion"] if ON_GPU else []),
+            # Linear layers have no need to balance the chunks.
+            *(["--linear-cp-layout", "contiguous"] if not softmax else []),
             *apex_options(),
         ]
     )

@@ -65,6 +65,9 @@ def argument_parser(description):
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--recompute", action="store_true", help="all layers; repeats no exchange")
     parser.add_argument("--use-distributed-optimizer", action="store_true")
+    parser.add_argument("--overlap-grad-reduce", action="store_true")
+    parser.add_argument("--overlap-param-gather", action="store_true", help="also needs the above")
+    parser.add_argument("--cross-entropy-loss-fusion", action="store_true")
     parser.add_argument("--gradient-accumulation-fusion", action="store_true", help="needs apex")
     parser.add_argument("--save", type=Path, help="folder of checkpoints, also to resume from")
     parser.add_argument("--save-interval", type=int, default=50)
@@ -158,11 +161,19 @@ def set_up(args, softmax_core=None, *, build=None, vocab_size=None):
             bf16=args.bf16,
             params_dtype=torch.bfloat16 if args.bf16 else torch.float32,
             use_distributed_optimizer=args.use_distributed_optimizer,
+            overlap_param_gather=args.overlap_param_gather,
         ),
         [model],
     )
+    if isinstance(Adam, type) and issubclass(Adam, torch.optim.AdamW):
+        # Megatron leaves it at torch's default, which is several kernels.
+        for group in optimizer.param_groups:
+            group.update(foreach=False, fused=True)
     bare.config.finalize_model_grads_func = finalize_model_grads
     bare.config.grad_scale_func = optimizer.scale_loss
+    bare.config.no_sync_func = model.no_sync
+    if args.overlap_param_gather:
+        bare.config.param_sync_func = model.start_param_sync
     if dist.get_rank() == 0 and build is None:
         print(" | ".join(f"{part}: {which}" for part, which in ingredients(args).items()))
     # Shards batches in the layout of the model's layers; see parallel/megatron/context_parallel.py.
@@ -212,6 +223,9 @@ def config_fields(args):
         bf16=args.bf16,
         params_dtype=torch.bfloat16 if args.bf16 else torch.float32,
         gradient_accumulation_fusion=args.gradient_accumulation_fusion,
+        cross_entropy_loss_fusion=args.cross_entropy_loss_fusion,
+        # Compiled, which pays on a GPU.
+        bias_dropout_fusion=args.device == "cuda",
         use_cpu_initialization=args.device == "cpu",
         # The loss function returns sums, and Megatron divides by the tokens of all ranks.
         calculate_per_token_loss=True,
@@ -259,6 +273,8 @@ def wrap(args, bare):
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=args.use_distributed_optimizer,
+        overlap_grad_reduce=args.overlap_grad_reduce,
+        overlap_param_gather=args.overlap_param_gather,
     )
     return DistributedDataParallel(bare.config, ddp, model)
 

@@ -7,16 +7,17 @@ attention operators and LRPE are opaque to the compiler, so a block has no graph
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+import functools
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import nn
 
-__all__ = ["compile_blocks", "compiler_options", "eagerly"]
+__all__ = ["compile_blocks", "compiler_options", "eagerly", "fused"]
 
 # The gradients of the keys and values of softmax layers are stacked. One kernel for both would
 # branch at every element; for q, k, v and u it took more than twice the time of one kernel each.
@@ -72,3 +73,22 @@ def eagerly(blocks: Sequence[nn.Module]) -> Iterator[None]:
         return
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+def fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates an element-wise function of tensors for layers that cannot be compiled as a whole.
+
+    Compiles it if its first argument is on a GPU. Inside a compiled block it is part of the block.
+    """
+
+    @functools.cache
+    def compiled() -> Callable[..., Any]:
+        return torch.compile(function, options={**compiler_options()})
+
+    @functools.wraps(function)
+    def call(x: torch.Tensor, *args: Any) -> Any:
+        if x.is_cuda and not torch.compiler.is_compiling():
+            return compiled()(x, *args)
+        return function(x, *args)
+
+    return call

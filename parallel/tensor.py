@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from parallel.compile import fused
+
 if TYPE_CHECKING:
     from torch.distributed import DeviceMesh, ProcessGroup
     from torch.distributed.tensor.placement_types import Placement
@@ -83,8 +85,9 @@ class ShardedSRMSNorm(nn.Module):
         self.eps = eps
         self.group = group
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _ShardedSRMSNorm.apply(x, self.dim, self.eps, self.group)
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """gate [..., dim / ranks]: multiplied to y; None: 1."""
+        return _ShardedSRMSNorm.apply(x, gate, self.dim, self.eps, self.group)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}, ranks={self.group.size()}"
@@ -92,23 +95,51 @@ class ShardedSRMSNorm(nn.Module):
 
 class _ShardedSRMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, eps: float, group: ProcessGroup) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        squares = wide.square().sum(-1, keepdim=True)
+    def forward(
+        ctx: Any, x: Tensor, gate: Tensor | None, dim: int, eps: float, group: ProcessGroup
+    ) -> Tensor:
+        squares = _squares(x)
         dist.all_reduce(squares, group=group)
-        scale = torch.rsqrt(squares / dim + eps)
-        ctx.save_for_backward(x, scale)
+        y, scale = _scaled(x, gate, squares / dim, eps)
+        ctx.save_for_backward(x, gate, scale)
         ctx.dim, ctx.group = dim, group
-        return (wide * scale).to(x.dtype)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        # y = x s with s = (|x|^2 / dim + eps)^(-1/2), so dx = s (dy - x s^2 (x . dy) / dim), where
-        # |x|^2 and x . dy are over the features of all ranks.
-        x, scale = ctx.saved_tensors
-        wide, dy = x.to(scale.dtype), dy.to(scale.dtype)
-        product = (wide * dy).sum(-1, keepdim=True)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        # y = g x s with s = (|x|^2 / dim + eps)^(-1/2), so dx = s (g dy - x s^2 (x . g dy) / dim),
+        # where |x|^2 and x . g dy are over the features of all ranks.
+        x, gate, scale = ctx.saved_tensors
+        product = _product(x, gate, dy, scale)
         dist.all_reduce(product, group=ctx.group)
-        dx = scale * (dy - wide * (scale.square() * product / ctx.dim))
-        return dx.to(x.dtype), None, None, None
+        return *_gradients(x, gate, dy, scale, product / ctx.dim), None, None, None
+
+
+@fused
+def _squares(x: Tensor) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide.square().sum(-1, keepdim=True)
+
+
+@fused
+def _scaled(x: Tensor, gate: Tensor | None, mean: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    scale = torch.rsqrt(mean + eps)
+    y = x * scale
+    return (y if gate is None else y * gate).to(x.dtype), scale
+
+
+@fused
+def _product(x: Tensor, gate: Tensor | None, dy: Tensor, scale: Tensor) -> Tensor:
+    dy = dy.to(scale.dtype)
+    return ((dy if gate is None else dy * gate) * x).sum(-1, keepdim=True)
+
+
+@fused
+def _gradients(
+    x: Tensor, gate: Tensor | None, dy: Tensor, scale: Tensor, product: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    dy = dy.to(scale.dtype)
+    inner = dy if gate is None else dy * gate
+    dx = scale * (inner - x * (scale.square() * product))
+    return dx.to(x.dtype), None if gate is None else (dy * x * scale).to(gate.dtype)

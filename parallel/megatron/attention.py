@@ -103,6 +103,7 @@ class _CoreAttention(MegatronModule):
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
+        gate: torch.Tensor | None = None,
         **unused,
     ) -> torch.Tensor:
         """query [s, b, H, D], key and value [s, b, G, D] -> [s, b, H * D].
@@ -113,6 +114,7 @@ class _CoreAttention(MegatronModule):
 
         Args:
             attention_mask: must be None: attention is causal.
+            gate: [s, b, H * D], multiplied to the output, after a norm; None: 1.
 
         Raises:
             ValueError: a call that is not supported.
@@ -132,7 +134,9 @@ class _CoreAttention(MegatronModule):
             o = self.attend(q, k, v, cu_seqlens=cu_seqlens, **sharding)
         o = o.transpose(0, 1).flatten(2)
         if self.norm is not None:
-            o = self.norm(o)
+            o = self.norm(o, gate)
+        elif gate is not None:
+            o = gate * o
         return o if has_batch_dim else o.squeeze(1)
 
 

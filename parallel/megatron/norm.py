@@ -11,10 +11,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
     make_sharded_tensors_for_checkpoint,
@@ -22,7 +18,9 @@ from megatron.core.transformer.utils import (
 from torch import nn
 
 from lasp.tnl.layers import SRMSNorm
+from parallel.compile import fused
 from parallel.megatron.apex import require_apex
+from parallel.tensor import ShardedSRMSNorm
 
 __all__ = ["ApexSRMSNorm", "HeadsNorm", "MegatronRMSNorm", "MegatronSRMSNorm"]
 
@@ -93,31 +91,23 @@ class HeadsNorm(nn.Module):
                 f"heads, and be 1 or a multiple of the {group.size()} tensor-parallel ranks, so "
                 "that each group lies on one rank."
             )
-        self.width, self.eps, self.group = width, eps, group
+        self.eps, self.group = eps, group
         self.local_width = width // group.size()
         self.group_width = width // num_groups
-        self.is_shared = num_groups == 1 and group.size() > 1
+        is_shared = num_groups == 1 and group.size() > 1
+        self.shared = ShardedSRMSNorm(width, eps, group) if is_shared else None
         self.weight = None
         if config is not None:
             self.weight = nn.Parameter(torch.ones(self.local_width, **parameter_options(config)))
             set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.is_shared:
-            x = self._over_all_ranks(x)
-        else:
-            groups = x.unflatten(-1, (-1, self.group_width))
-            x = F.rms_norm(groups, (self.group_width,), eps=self.eps).flatten(-2)
-        return x if self.weight is None else x * self.weight
-
-    def _over_all_ranks(self, x):
-        wide = x.double() if x.dtype == torch.float64 else x.float()
-        squares = wide.square().sum(-1, keepdim=True)
-        # Every rank's output depends on the sum, so its gradient is summed over the ranks too: the
-        # backward of the reduce alone is the identity, which leaves each rank a partial gradient.
-        squares = reduce_from_tensor_model_parallel_region(squares, group=self.group)
-        squares = copy_to_tensor_model_parallel_region(squares, group=self.group)
-        return (wide * torch.rsqrt(squares / self.width + self.eps)).to(x.dtype)
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        """gate [..., width / tp]: multiplied to y; None: 1."""
+        if self.shared is None:
+            return _grouped_norm(x, gate, self.weight, self.group_width, self.eps)
+        if self.weight is None:
+            return self.shared(x, gate)
+        return _product(self.shared(x), gate, self.weight)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -134,6 +124,20 @@ class HeadsNorm(nn.Module):
             tp_group=self.group,
             dp_cp_group=metadata["dp_cp_group"],
         )
+
+
+@fused
+def _grouped_norm(x, gate, weight, group_width, eps):
+    groups = x.unflatten(-1, (-1, group_width))
+    return _product(F.rms_norm(groups, (group_width,), eps=eps).flatten(-2), gate, weight)
+
+
+@fused
+def _product(x, *factors):
+    for factor in factors:
+        if factor is not None:
+            x = x * factor
+    return x
 
 
 def parameter_options(config) -> dict:

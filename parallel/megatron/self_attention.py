@@ -22,6 +22,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from parallel.compile import fused
 from parallel.megatron.attention import process_groups
 from parallel.megatron.documents import Documents
 from parallel.megatron.rotary import ShardedRotaryEmbedding, document_positions
@@ -302,7 +303,12 @@ class LightningSelfAttention(LaspSelfAttention):
 
     def _apply_output_gate(self, x, gate):
         """Megatron's, with this layer's function: x, gate [s, b, width] -> the same."""
-        return (x * self.gate_function(gate.reshape(x.shape).float())).to(x.dtype)
+        return _gated(x, gate.reshape(x.shape), self.gate_function)
+
+
+@fused
+def _gated(x, gate, function):
+    return (x * function(gate.float())).to(x.dtype)
 
 
 def linear_layer_config(

@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -28,14 +29,17 @@ from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
 )
 
+from lasp.tnl.heads import split_heads
 from lasp.tnl.positions import LRPE
-from parallel.megatron.attention import FEATURE_MAPS, process_groups
+from parallel.compile import fused
+from parallel.megatron.attention import process_groups
 from parallel.megatron.documents import Documents
 from parallel.megatron.layout import segments
 from parallel.megatron.residual import resolve_comm_type
-from parallel.megatron.validation import MEGATRON_ONLY, check_options
+from parallel.megatron.validation import MEGATRON_ONLY, check_choice, check_options
 
 __all__ = [
+    "SGLU",
     "TNLSelfAttention",
     "TNLSelfAttentionSubmodules",
     "TNLTransformerLayer",
@@ -60,7 +64,7 @@ class TNLSelfAttention(MegatronModule):
     head q, k, v, u, as in `lasp.tnl`: any tensor-parallel size shards one checkpoint by rows.
 
     Args:
-        feature_map: on queries and keys, before the positions ("silu" or "none").
+        feature_map: on queries and keys, before the positions: "silu" or "none".
         lrpe_layers: layers, from 0, whose queries and keys carry LRPE positions.
     """
 
@@ -84,7 +88,8 @@ class TNLSelfAttention(MegatronModule):
         self.pg_collection = process_groups(pg_collection)
         self.tp_group, self.cp_group = self.pg_collection.tp, self.pg_collection.cp
         self.head_dim = config.kv_channels
-        self.feature_map = FEATURE_MAPS[feature_map]
+        check_choice("feature_map", feature_map, ("silu", "none"))
+        self.feature_map = feature_map
         width = config.kv_channels * config.num_attention_heads
         common = dict(config=config, bias=False, is_expert=False, tp_group=self.tp_group)
         self.linear_qkvu = build_module(
@@ -138,8 +143,7 @@ class TNLSelfAttention(MegatronModule):
                 "Generate with the native model (parallel.megatron.from_megatron)."
             )
         qkvu, _ = self.linear_qkvu(hidden_states)
-        q, k, v, u = qkvu.unflatten(-1, (-1, 4, self.head_dim)).unbind(dim=-2)
-        q, k, v = self.feature_map(q, k, v)
+        q, k, v, u = split_heads(qkvu.unflatten(-1, (-1, 4, self.head_dim)), self.feature_map)
         if self.lrpe is not None:
             if packed_seq_params is not None:
                 raise ValueError(
@@ -157,8 +161,9 @@ class TNLSelfAttention(MegatronModule):
             attn_mask_type=AttnMaskType.causal,
             attention_bias=None,
             packed_seq_params=packed_seq_params,
+            gate=u.flatten(-2),
         )
-        return self.linear_proj(u.flatten(-2) * o.view(*u.shape[:2], -1))
+        return self.linear_proj(o)
 
     def sharded_state_dict(
         self,
@@ -238,6 +243,9 @@ class TNLTransformerLayer(TransformerLayer):
     ) -> None:
         config = resolve_comm_type(tnl_layer_config(config), layer_number, kwargs)
         super().__init__(config, submodules, layer_number, *args, **kwargs)
+        if type(self.mlp) is MLP:
+            # Not in the spec: 0.16 gives its groups to MLP itself only.
+            self.mlp.__class__ = SGLU
         is_first = self.layer_number == 1
         self.input_scale = math.sqrt(config.hidden_size) if is_first and scale_embedding else None
 
@@ -246,6 +254,23 @@ class TNLTransformerLayer(TransformerLayer):
         if self.input_scale is not None:
             hidden_states = hidden_states * self.input_scale
         return super().forward(hidden_states, *args, **kwargs)
+
+
+class SGLU(MLP):
+    """Megatron's MLP as TNL's channel mixer: y = W_2(a * b), where a, b = W_1 x."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, *unused: Any, **others: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[s, b, d] -> ([s, b, d], None), as MLP.forward."""
+        halves, _ = self.linear_fc1(hidden_states)
+        return self.linear_fc2(_product_of_halves(halves))
+
+
+@fused
+def _product_of_halves(x: torch.Tensor) -> torch.Tensor:
+    a, b = x.chunk(2, dim=-1)
+    return a * b
 
 
 def tnl_layer_config(config: TransformerConfig) -> TransformerConfig:

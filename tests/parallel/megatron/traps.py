@@ -475,6 +475,6 @@ def released_spec_objects():
     for block in blocks:
         first, last = (block.layers[i].self_attention for i in (0, 7))
         norm = first.core_attention.norm
-        groups = norm.width // norm.group_width
+        groups = norm.local_width // norm.group_width
         seen.append((type(first).__name__, type(last).__name__, groups))
     return seen
