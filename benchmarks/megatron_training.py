@@ -1,6 +1,8 @@
 """Training speed in megatron-core: TNL, the same model with softmax attention, and the launcher.
 
     torchrun --nproc_per_node 2 benchmarks/megatron_training.py
+    CUDA_DEVICE_MAX_CONNECTIONS=1 torchrun --nproc_per_node 2 benchmarks/megatron_training.py \
+        --keep --layouts tp --models TNL softmax
     torchrun --nproc_per_node 2 benchmarks/megatron_training.py --apex --keep   # where apex is
     torchrun --nproc_per_node 2 benchmarks/megatron_training.py --apex norms --keep  # only norms
     torchrun --nproc_per_node 2 benchmarks/megatron_training.py --preset tiny --lengths 256 \
@@ -16,6 +18,9 @@ most.
 "softmax" is the same GPT with Megatron's SelfAttention in every layer, with Transformer Engine's
 core attention where that is installed and LaspSoftmaxAttention (torch's flash kernels) elsewhere.
 Megatron's own DotProductAttention stores all scores and refuses context parallelism.
+
+Megatron-LM asks for CUDA_DEVICE_MAX_CONNECTIONS=1 under tensor parallelism, so that messages start
+before the products that hide them.
 
 --apex uses apex's FusedAdam (and clipping), FusedRMSNorm and fused weight gradients, or only those
 that are named. What is not named or not installed is torch's, and the row says so. Without --apex
@@ -134,6 +139,7 @@ def measure_megatron(
         ]
     )
     core = transformer_engine_core() if softmax else None
+    torch._dynamo.reset()
     reset_peak()
     run = megatron_gpt.set_up(args, core)
     seconds, losses = [], []
@@ -146,10 +152,13 @@ def measure_megatron(
         losses.append(loss)
     # Model and optimizer refer to each other, also through autograd hooks that Python's garbage
     # collector cannot see. Without this they would stay in memory during the next row.
-    run.bare.config.grad_scale_func = None
+    for name in ("grad_scale_func", "no_sync_func", "param_sync_func"):
+        setattr(run.bare.config, name, None)
     used = megatron_gpt.ingredients(args)
     if softmax:
         used["core attention"] = "LaspSoftmaxAttention" if core is None else core.__name__
+    if connections := os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"):
+        used["CUDA_DEVICE_MAX_CONNECTIONS"] = connections
     row = row_of(arguments, model, layout, length, seconds) | dict(used=used, losses=losses)
     # This also frees a buffer for gathered activations.
     parallel_state.destroy_model_parallel()

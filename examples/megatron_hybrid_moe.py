@@ -63,6 +63,8 @@ def build_model(args, vocab_size, softmax_core=None):
         expert_model_parallel_size=experts,
         expert_tensor_parallel_size=1 if experts > 1 else args.tensor_model_parallel_size,
         mtp_loss_scaling_factor=0.1,
+        # Compiled, which pays on a GPU.
+        bias_activation_fusion=args.device == "cuda",
     )
     if args.hf:
         preset = from_hf_folder(args.hf, megatron=fields)

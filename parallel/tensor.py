@@ -86,7 +86,7 @@ class ShardedSRMSNorm(nn.Module):
         self.group = group
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        """gate [..., dim / ranks]: multiplied to y; None: 1."""
+        """gate, of as many features in any shape: multiplied to y; None: 1."""
         return _ShardedSRMSNorm.apply(x, gate, self.dim, self.eps, self.group)
 
     def extra_repr(self) -> str:
@@ -126,13 +126,13 @@ def _squares(x: Tensor) -> Tensor:
 def _scaled(x: Tensor, gate: Tensor | None, mean: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     scale = torch.rsqrt(mean + eps)
     y = x * scale
-    return (y if gate is None else y * gate).to(x.dtype), scale
+    return (y if gate is None else y * gate.reshape(x.shape)).to(x.dtype), scale
 
 
 @fused
 def _product(x: Tensor, gate: Tensor | None, dy: Tensor, scale: Tensor) -> Tensor:
     dy = dy.to(scale.dtype)
-    return ((dy if gate is None else dy * gate) * x).sum(-1, keepdim=True)
+    return ((dy if gate is None else dy * gate.reshape(x.shape)) * x).sum(-1, keepdim=True)
 
 
 @fused
@@ -140,6 +140,8 @@ def _gradients(
     x: Tensor, gate: Tensor | None, dy: Tensor, scale: Tensor, product: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     dy = dy.to(scale.dtype)
-    inner = dy if gate is None else dy * gate
-    dx = scale * (inner - x * (scale.square() * product))
-    return dx.to(x.dtype), None if gate is None else (dy * x * scale).to(gate.dtype)
+    inner = dy if gate is None else dy * gate.reshape(x.shape)
+    dx = (scale * (inner - x * (scale.square() * product))).to(x.dtype)
+    if gate is None:
+        return dx, None
+    return dx, (dy * x * scale).to(gate.dtype).reshape(gate.shape)

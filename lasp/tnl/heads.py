@@ -8,6 +8,8 @@ Shapes: B batch, T tokens, H heads, D head dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from lasp.tnl.variants import ACTIVATIONS
@@ -15,36 +17,41 @@ from lasp.tnl.variants import ACTIVATIONS
 __all__ = ["split_heads"]
 
 
-def split_heads(qkvu: torch.Tensor, activation: str) -> tuple[torch.Tensor, ...]:
+def split_heads(
+    qkvu: torch.Tensor,
+    activation: str,
+    function: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, ...]:
     """[B, T, H, 4, D] -> q, k, v, u [B, T, H, D] of its dtype; of [B, T, H, 3, D] q, k, v.
 
     Args:
         activation: of q and k, a key of `ACTIVATIONS`. What is not activated is a view of `qkvu`.
+        function: computes the activation; None: that of `ACTIVATIONS`.
     """
+    function = function or ACTIVATIONS[activation]
     has_own_backward = qkvu.shape[-2] == 4 and activation in ("silu", "none")
     if torch.is_grad_enabled() and has_own_backward:
-        return _SplitHeads.apply(qkvu, activation)
-    return _split(qkvu, activation)
+        return _SplitHeads.apply(qkvu, activation, function)
+    return _split(qkvu, function)
 
 
-def _split(qkvu, activation):
+def _split(qkvu, function):
     q, k, *others = qkvu.unbind(dim=-2)
-    act = ACTIVATIONS[activation]
-    return act(q), act(k), *others
+    return function(q), function(k), *others
 
 
 class _SplitHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkvu, activation):
+    def forward(ctx, qkvu, activation, function):
         ctx.save_for_backward(qkvu)
         ctx.activated = activation == "silu"
-        return _split(qkvu, activation)
+        return _split(qkvu, function)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dq, dk, dv, du):
         (qkvu,) = ctx.saved_tensors
-        return torch.ops.lasp.split_heads_backward(dq, dk, dv, du, qkvu, ctx.activated), None
+        return torch.ops.lasp.split_heads_backward(dq, dk, dv, du, qkvu, ctx.activated), None, None
 
 
 torch.library.define(

@@ -114,7 +114,7 @@ class _CoreAttention(MegatronModule):
 
         Args:
             attention_mask: must be None: attention is causal.
-            gate: [s, b, H * D], multiplied to the output, after a norm; None: 1.
+            gate: [s, b, H, D], multiplied to the output, after a norm; None: 1.
 
         Raises:
             ValueError: a call that is not supported.
@@ -136,7 +136,7 @@ class _CoreAttention(MegatronModule):
         if self.norm is not None:
             o = self.norm(o, gate)
         elif gate is not None:
-            o = gate * o
+            o = gate.flatten(2) * o
         return o if has_batch_dim else o.squeeze(1)
 
 

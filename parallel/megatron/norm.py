@@ -102,7 +102,7 @@ class HeadsNorm(nn.Module):
             set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
-        """gate [..., width / tp]: multiplied to y; None: 1."""
+        """gate, of as many features in any shape: multiplied to y; None: 1."""
         if self.shared is None:
             return _grouped_norm(x, gate, self.weight, self.group_width, self.eps)
         if self.weight is None:
@@ -136,7 +136,7 @@ def _grouped_norm(x, gate, weight, group_width, eps):
 def _product(x, *factors):
     for factor in factors:
         if factor is not None:
-            x = x * factor
+            x = x * factor.reshape(-1 if factor.dim() == 1 else x.shape)
     return x
 
 

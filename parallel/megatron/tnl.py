@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
@@ -89,7 +90,7 @@ class TNLSelfAttention(MegatronModule):
         self.tp_group, self.cp_group = self.pg_collection.tp, self.pg_collection.cp
         self.head_dim = config.kv_channels
         check_choice("feature_map", feature_map, ("silu", "none"))
-        self.feature_map = feature_map
+        self.feature_map = (feature_map, _silu if feature_map == "silu" else None)
         width = config.kv_channels * config.num_attention_heads
         common = dict(config=config, bias=False, is_expert=False, tp_group=self.tp_group)
         self.linear_qkvu = build_module(
@@ -143,7 +144,8 @@ class TNLSelfAttention(MegatronModule):
                 "Generate with the native model (parallel.megatron.from_megatron)."
             )
         qkvu, _ = self.linear_qkvu(hidden_states)
-        q, k, v, u = split_heads(qkvu.unflatten(-1, (-1, 4, self.head_dim)), self.feature_map)
+        qkvu = qkvu.unflatten(-1, (-1, 4, self.head_dim))
+        q, k, v, u = split_heads(qkvu, *self.feature_map)
         if self.lrpe is not None:
             if packed_seq_params is not None:
                 raise ValueError(
@@ -161,7 +163,7 @@ class TNLSelfAttention(MegatronModule):
             attn_mask_type=AttnMaskType.causal,
             attention_bias=None,
             packed_seq_params=packed_seq_params,
-            gate=u.flatten(-2),
+            gate=u,
         )
         return self.linear_proj(o)
 
@@ -265,6 +267,11 @@ class SGLU(MLP):
         """[s, b, d] -> ([s, b, d], None), as MLP.forward."""
         halves, _ = self.linear_fc1(hidden_states)
         return self.linear_fc2(_product_of_halves(halves))
+
+
+@fused
+def _silu(x: torch.Tensor) -> torch.Tensor:
+    return F.silu(x)
 
 
 @fused
