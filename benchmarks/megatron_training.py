@@ -131,8 +131,6 @@ def measure_megatron(
             *("--tensor-model-parallel-size", str(sizes["tp"])),
             *("--context-parallel-size", str(sizes["cp"])),
             *LAYOUT_OPTIONS[layout],
-            # Megatron's fused loss is compiled, which takes long on a CPU.
-            *(["--cross-entropy-loss-fusion"] if ON_GPU else []),
             # Linear layers have no need to balance the chunks.
             *(["--linear-cp-layout", "contiguous"] if not softmax else []),
             *apex_options(),

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from lasp.exchange.comm import all_gather_flat
 
-__all__ = ["chunked_cross_entropy"]
+__all__ = ["chunked_cross_entropy", "log_norm_and_label", "over_ranks"]
 
 
 def chunked_cross_entropy(
@@ -115,7 +115,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden_ND, weight_VD, labels_N, options):
         ignore_index, chunk_size, dtype, with_gradients, group, compiled, per_token = options
         first_row = 0 if group is None else group.rank() * weight_VD.shape[0]
-        log_norm_and_label, softmax_minus_one_hot = _passes(compiled)
+        norm_and_label, softmax_minus_one_hot = _passes(compiled)
         with _no_autocast(hidden_ND):
             weight = weight_VD.to(dtype)
             wide = torch.promote_types(dtype, torch.float32)
@@ -135,11 +135,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 # -1 matches no row.
                 labels_C1 = labels_C1.masked_fill(~local_C1, -1)
                 logits_CV = hidden_CD @ weight.T
-                log_norm_C1, label_C1 = log_norm_and_label(logits_CV, labels_C1)
+                log_norm_C1, label_C1 = norm_and_label(logits_CV, labels_C1)
                 if group is not None:
                     # A label that no rank holds stays at -inf, so its loss is infinite, not wrong.
                     label_C1 = label_C1.masked_fill(~local_C1, -torch.inf)
-                    log_norm_C1, label_C1 = _over_ranks(log_norm_C1, label_C1, group)
+                    log_norm_C1, label_C1 = over_ranks(log_norm_C1, label_C1, group)
                 loss_C1 = (log_norm_C1 - label_C1).masked_fill(~valid_C1, 0)
                 if per_token:
                     total[chunk] = loss_C1.squeeze(1)
@@ -183,9 +183,7 @@ def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def _over_ranks(
-    log_norm_C1: Tensor, label_C1: Tensor, group: ProcessGroup
-) -> tuple[Tensor, Tensor]:
+def over_ranks(log_norm_C1: Tensor, label_C1: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
     """Log-sum-exp and the label's logit over the full vocabulary, the same bits on every rank."""
     local_C2 = torch.cat([log_norm_C1, label_C1], 1)
     gathered, work = all_gather_flat(local_C2.flatten(), group)
@@ -194,7 +192,7 @@ def _over_ranks(
     return torch.logsumexp(norms_RC1, 0), labels_RC1.amax(0)
 
 
-def _log_norm_and_label(logits_CV: Tensor, labels_C1: Tensor) -> tuple[Tensor, Tensor]:
+def log_norm_and_label(logits_CV: Tensor, labels_C1: Tensor) -> tuple[Tensor, Tensor]:
     """log(sum(exp(logits))) and the label's logit, [C, 1] in float32 at least."""
     wide = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
     sums = wide
@@ -221,5 +219,5 @@ def _softmax_minus_one_hot(
 
 @functools.cache
 def _passes(compiled: bool):
-    passes = _log_norm_and_label, _softmax_minus_one_hot
+    passes = log_norm_and_label, _softmax_minus_one_hot
     return tuple(map(torch.compile, passes)) if compiled else passes

@@ -21,6 +21,7 @@ from parallel.megatron.lightning_hybrid import (
     get_lightning_hybrid_layer_spec,
     get_lightning_hybrid_mtp_spec,
 )
+from parallel.megatron.loss import fuse_cross_entropy, vocab_parallel_cross_entropy
 from parallel.megatron.norm import HeadsNorm, MegatronRMSNorm, MegatronSRMSNorm
 from parallel.megatron.residual import LightningHybridLayer
 from parallel.megatron.rotary import ShardedRotaryEmbedding
@@ -53,6 +54,7 @@ __all__ = [
     "TNLSelfAttention",
     "TNLTransformerLayer",
     "from_megatron",
+    "fuse_cross_entropy",
     "get_lasp_gpt_layer_spec",
     "get_lightning_hybrid_block_spec",
     "get_lightning_hybrid_layer_spec",
@@ -64,4 +66,5 @@ __all__ = [
     "tnl_layer_spec",
     "tnl_transformer_config",
     "to_megatron",
+    "vocab_parallel_cross_entropy",
 ]

@@ -17,6 +17,7 @@ from parallel.loss import chunked_cross_entropy
 from parallel.megatron import (
     BatchSplitter,
     from_megatron,
+    fuse_cross_entropy,
     get_tnl_block_spec,
     tnl_transformer_config,
     to_megatron,
@@ -67,6 +68,7 @@ def in_megatron(weights, tokens, fields, layout):
         share_embeddings_and_output_weights=True,
         position_embedding_type="none",
     ).cuda()
+    fuse_cross_entropy(model)
     rank = parallel_state.get_tensor_model_parallel_rank()
     model.load_state_dict(to_megatron(weights, TNL_CONFIG, tp_rank=rank, tp_size=tp))
     positions = torch.arange(TOKENS).expand(tokens.shape[0], -1)

@@ -1,0 +1,62 @@
+"""The fused loss of Megatron's models is their own."""
+
+import pytest
+import torch
+
+S, B, V = 21, 2, 48
+TINY = dict(vocab_size=64, dim=32, num_layers=2, num_heads=4, glu_dim=48, init_std=0.2)
+TOKENS = torch.randint(64, (4, 33), generator=torch.Generator().manual_seed(3))
+
+
+def problem(dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = 6 * torch.randn(S, B, V, generator=generator)
+    # A softmax without large logits overflows nothing.
+    logits[3, 0, 5], logits[4, 1, V - 1] = 300, -300
+    labels = torch.randint(V, (S, B), generator=generator)
+    labels[3, 0], labels[4, 1] = 7, V - 1
+    weights = torch.rand(S, B, generator=generator)
+    return logits.to(dtype), labels, weights
+
+
+@pytest.mark.parametrize("most", [1 << 30, 7 * V, 1], ids=["one part", "parts", "tokens"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_losses_and_gradients_are_megatrons(megatron, tp, dtype, most):
+    logits, labels, weights = problem(dtype)
+    wanted = torch.nn.functional.cross_entropy(
+        logits.double().movedim(-1, 1), labels, reduction="none"
+    )
+    for ours, theirs in megatron.run(
+        "loss_cases.token_losses", (tp, 1), logits, labels, weights, most
+    ):
+        losses, grads = ours
+        assert losses.dtype == torch.float32 and grads.dtype == dtype
+        torch.testing.assert_close(losses.double(), wanted, rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(losses, theirs[0], rtol=1e-6, atol=1e-5)
+        rtol = 1e-5 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(grads, theirs[1], rtol=rtol, atol=1e-6)
+
+
+def test_negative_labels_add_nothing(megatron):
+    logits, labels, weights = problem(torch.float32)
+    logits[0] = torch.inf
+    labels[0] = -100
+    for (losses, grads), _ in megatron.run(
+        "loss_cases.token_losses", (2, 1), logits, labels, weights, 1 << 30
+    ):
+        assert (losses[0] == 0).all() and (grads[0] == 0).all()
+        assert losses[1:].isfinite().all() and grads.isfinite().all() and (grads[1:] != 0).any()
+
+
+@pytest.mark.parametrize("sizes", [(1, 2), (2, 1)])
+def test_a_model_has_the_gradients_of_its_own_loss(megatron, sizes):
+    for ours, own in megatron.run("loss_cases.model_losses", sizes, "tnl", TINY, TOKENS, {}):
+        assert ours[0] == pytest.approx(own[0], rel=1e-6)
+        for name, x in own[1].items():
+            assert (ours[1][name] - x).norm() <= 3e-6 * x.norm(), name
+
+
+def test_what_is_no_language_model_is_refused(megatron):
+    for message in megatron.run("loss_cases.refused"):
+        assert "needs a language model of Megatron's inside" in message
