@@ -14,12 +14,12 @@ def table(report: dict) -> str:
     """The report as Markdown."""
     gpus = report["gpus"]
     lines = [
-        f"{gpus} x {report['device']}, {versions.line(report['versions'])}, {report['date']}. One "
-        "sequence per step, all layers recomputed, memory per GPU.",
+        f"{gpus} x {report['device']}. One sequence per step, all layers recomputed, memory per "
+        "GPU.",
         "",
         "| model | layout | sequence | tokens/s | per GPU | memory, GiB | steps | first, last loss "
-        "| used |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| used | measured with |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in report["rows"]:
         host = {"TNL": "TNL, megatron-core", "softmax": "softmax, megatron-core"}
@@ -31,7 +31,8 @@ def table(report: dict) -> str:
         lines.append(
             f"| {row['preset']} {name} | {row['layout']} | {row['seq_len']:,} "
             f"| {row['tokens_per_second']:,.0f} | {row['tokens_per_second'] / gpus:,.0f} "
-            f"| {memory} | {len(row['steps'])} | {losses} | {used} |"
+            f"| {memory} | {len(row['steps'])} | {losses} | {used} "
+            f"| {versions.line(row['versions'])}, {row['date']} |"
         )
     if report.get("note"):
         lines += ["", report["note"]]

@@ -204,6 +204,8 @@ def row_of(
         "step_seconds": median,
         "tokens_per_second": length / median,
         "memory_gib": memory.item(),
+        "versions": versions.installed(*PACKAGES),
+        "date": datetime.date.today().isoformat(),
     }
 
 
@@ -246,8 +248,6 @@ def begin(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if ON_GPU else "CPU",
         "gpus": dist.get_world_size(),
-        "versions": versions.installed(*PACKAGES),
-        "date": datetime.date.today().isoformat(),
         "rows": kept["rows"],
         "note": kept.get("note", ""),
     }

@@ -56,6 +56,8 @@ def in_megatron(weights, tokens, fields, layout):
     """(loss, gradients by native names) with all ranks along one axis."""
     size = dist.get_world_size()
     fields = {name: size if value == "all" else value for name, value in fields.items()}
+    # Megatron refuses it without tensor parallelism.
+    fields["sequence_parallel"] = fields.get("sequence_parallel", False) and size > 1
     tp, cp = (fields.get(f"{axis}_parallel_size", 1) for axis in ("tensor_model", "context"))
     parallel_state.initialize_model_parallel(tp, context_parallel_size=cp)
     model_parallel_cuda_manual_seed(0)
