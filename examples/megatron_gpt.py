@@ -229,8 +229,6 @@ def config_fields(args):
         bf16=args.bf16,
         params_dtype=torch.bfloat16 if args.bf16 else torch.float32,
         gradient_accumulation_fusion=args.gradient_accumulation_fusion,
-        # Compiled, which pays on a GPU.
-        bias_dropout_fusion=args.device == "cuda",
         use_cpu_initialization=args.device == "cpu",
         # The loss function returns sums, and Megatron divides by the tokens of all ranks.
         calculate_per_token_loss=True,

@@ -79,16 +79,24 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates an element-wise function of tensors for layers that cannot be compiled as a whole.
 
     Compiles it if its first argument is on a GPU. Inside a compiled block it is part of the block.
+    Without gradients, one graph serves tensors that require them and tensors that do not.
     """
 
     @functools.cache
     def compiled() -> Callable[..., Any]:
-        return torch.compile(function, options={**compiler_options()})
+        return torch.compile(function, fullgraph=True, options={**compiler_options()})
 
     @functools.wraps(function)
     def call(x: torch.Tensor, *args: Any) -> Any:
-        if x.is_cuda and not torch.compiler.is_compiling():
-            return compiled()(x, *args)
-        return function(x, *args)
+        if torch.compiler.is_compiling() or not _pays_to_compile(x):
+            return function(x, *args)
+        if not torch.is_grad_enabled():
+            x = x.detach()
+            args = tuple(each.detach() if torch.is_tensor(each) else each for each in args)
+        return compiled()(x, *args)
 
     return call
+
+
+def _pays_to_compile(x: torch.Tensor) -> bool:
+    return x.is_cuda

@@ -128,8 +128,9 @@ class HeadsNorm(nn.Module):
 
 @fused
 def _grouped_norm(x, gate, weight, group_width, eps):
-    groups = x.unflatten(-1, (-1, group_width))
-    return _product(F.rms_norm(groups, (group_width,), eps=eps).flatten(-2), gate, weight)
+    groups = x.reshape(*x.shape[:-1], -1, group_width)
+    y = F.rms_norm(groups, (group_width,), eps=eps).reshape(x.shape)
+    return _product(y, gate, weight)
 
 
 @fused

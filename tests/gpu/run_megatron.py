@@ -61,7 +61,7 @@ def in_megatron(weights, tokens, fields, layout):
     tp, cp = (fields.get(f"{axis}_parallel_size", 1) for axis in ("tensor_model", "context"))
     parallel_state.initialize_model_parallel(tp, context_parallel_size=cp)
     model_parallel_cuda_manual_seed(0)
-    config = tnl_transformer_config(TNL_CONFIG, bias_dropout_fusion=True, **fields)
+    config = tnl_transformer_config(TNL_CONFIG, **fields)
     model = GPTModel(
         config,
         get_tnl_block_spec(config, TNL_CONFIG, layout=layout),

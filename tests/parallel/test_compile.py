@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from lasp import SequenceShard, exchange
 from lasp.tnl import TNL, TNLConfig
 from parallel.activation_checkpoint import checkpoint_blocks
-from parallel.compile import compile_blocks, compiler_options, eagerly
+from parallel.compile import compile_blocks, compiler_options, eagerly, fused
 from parallel.mesh import full_tensor
 from parallel.tnl import tensor_parallel
 from tests.compiler import needs_compiler
@@ -45,6 +45,14 @@ def gradients(model, length=T, group=None, dtype=None):
     return [p.grad.double() for p in model.parameters()]
 
 
+def fuse_everywhere(monkeypatch):
+    """Compile fused functions on the CPU too, without a compiler of C++."""
+    compile = torch.compile
+    monkeypatch.setattr("parallel.compile._pays_to_compile", lambda x: True)
+    monkeypatch.setattr(torch, "compile", lambda f, options, **other: compile(
+        f, backend="aot_eager", **other))  # fmt: skip
+
+
 def errors(actual, truth):
     return [((a - b).norm() / b.norm()).item() for a, b in zip(actual, truth, strict=True)]
 
@@ -56,6 +64,27 @@ def test_blocks_of_one_kind_share_a_graph_without_breaks(mode, decay):
     # The first layer has LRPE, the others do not.
     assert counters["stats"]["unique_graphs"] == 2
     assert max(errors(actual, gradients(make(decay=decay)))) < 1e-6
+
+
+def test_a_fused_function_has_one_graph_without_gradients(monkeypatch):
+    fuse_everywhere(monkeypatch)
+
+    @fused
+    def scaled(x, factor, into, power):
+        into.copy_(x)
+        return x**power * factor
+
+    x, factor, into = torch.randn(3, 5), torch.randn(5), torch.zeros(3, 5)
+    with torch.no_grad():
+        for inputs in (x, x.clone().requires_grad_()):
+            into.zero_()
+            assert torch.equal(scaled(inputs, factor, into, 2), x**2 * factor)
+            assert torch.equal(into, x)
+    assert counters["stats"]["unique_graphs"] == 1
+    x.requires_grad_()
+    scaled(x, factor, into.detach(), 2).sum().backward()
+    torch.testing.assert_close(x.grad, (2 * x * factor).detach())
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 def test_other_lengths_share_one_more_graph():

@@ -1,4 +1,4 @@
-"""The fused loss of Megatron's models is their own."""
+"""Fused parts of a model in Megatron compute what they replace."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def test_losses_and_gradients_are_megatrons(megatron, tp, dtype, most):
         logits.double().movedim(-1, 1), labels, reduction="none"
     )
     for ours, theirs in megatron.run(
-        "loss_cases.token_losses", (tp, 1), logits, labels, weights, most
+        "fused_cases.token_losses", (tp, 1), logits, labels, weights, most
     ):
         losses, grads = ours
         assert losses.dtype == torch.float32 and grads.dtype == dtype
@@ -43,7 +43,7 @@ def test_negative_labels_add_nothing(megatron):
     logits[0] = torch.inf
     labels[0] = -100
     for (losses, grads), _ in megatron.run(
-        "loss_cases.token_losses", (2, 1), logits, labels, weights, 1 << 30
+        "fused_cases.token_losses", (2, 1), logits, labels, weights, 1 << 30
     ):
         assert (losses[0] == 0).all() and (grads[0] == 0).all()
         assert losses[1:].isfinite().all() and grads.isfinite().all() and (grads[1:] != 0).any()
@@ -51,12 +51,32 @@ def test_negative_labels_add_nothing(megatron):
 
 @pytest.mark.parametrize("sizes", [(1, 2), (2, 1)])
 def test_a_model_has_the_gradients_of_its_own_loss(megatron, sizes):
-    for ours, own in megatron.run("loss_cases.model_losses", sizes, "tnl", TINY, TOKENS, {}):
+    for ours, own in megatron.run("fused_cases.model_losses", sizes, "tnl", TINY, TOKENS, {}):
         assert ours[0] == pytest.approx(own[0], rel=1e-6)
         for name, x in own[1].items():
             assert (ours[1][name] - x).norm() <= 3e-6 * x.norm(), name
 
 
 def test_what_is_no_language_model_is_refused(megatron):
-    for message in megatron.run("loss_cases.refused"):
+    for message in megatron.run("fused_cases.refused"):
         assert "needs a language model of Megatron's inside" in message
+
+
+RECOMPUTED = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+EVERYWHERE = {"_silu", "_product_of_halves", "log_norm_and_label", "_write_gradient"}
+
+
+@pytest.mark.parametrize(
+    "sizes, norm",
+    [((1, 2), {"_grouped_norm"}), ((2, 1), {"_squares", "_scaled", "_product", "_gradients"})],
+    ids=["cp", "tp"],
+)
+def test_fused_parts_compile_without_breaks_and_change_nothing(megatron, sizes, norm):
+    """As on a GPU. Each graph takes seconds of the first step."""
+    options = dict(megatron=RECOMPUTED)
+    run = ("fused_cases.fused_gradients", sizes, TINY | dict(num_layers=3), TOKENS, options)
+    for (value, grads, compiled), (eager_value, eager, nothing) in megatron.run(*run):
+        assert compiled == EVERYWHERE | norm and not nothing
+        assert value == pytest.approx(eager_value, rel=1e-6)
+        for name, x in eager.items():
+            assert (grads[name] - x).norm() <= 3e-6 * x.norm(), name

@@ -1,8 +1,10 @@
-"""Functions that the ranks run: the fused loss beside Megatron's own."""
+"""Functions that the ranks run: fused parts beside those that they replace."""
 
 # ruff: noqa: E402 (Megatron is imported after the shim)
 
 from unittest import mock
+
+from torch._dynamo.backends.debugging import aot_eager
 
 from tests.parallel.megatron.cases import (
     build_gpt,
@@ -17,6 +19,9 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 
 from parallel.megatron import fuse_cross_entropy, loss
+
+# Names of functions for which graphs were made. The fused functions keep their first compiler.
+_graphs = []
 
 
 def token_losses(sizes, logits, labels, weights, most):
@@ -56,6 +61,32 @@ def model_losses(sizes, kind, fields, tokens, options):
         fuse([model])
         value, grads, _ = step(model, tokens)
         results.append((value, full(model, grads)))
+    return results
+
+
+def fused_gradients(sizes, tnl, tokens, options):
+    """[(loss, gradients, names of compiled functions)]: first as on a GPU, then as on a CPU."""
+    set_up_groups(*sizes)
+    compile, results = torch.compile, []
+
+    def by_aot(function, options, **others):
+        def backend(graph, inputs):
+            _graphs.append(function.__name__)
+            return aot_eager(graph, inputs)
+
+        return compile(function, backend=backend, **others)
+
+    for how in (lambda x: True, lambda x: False):
+        torch._dynamo.reset()
+        _graphs.clear()
+        with (
+            mock.patch("parallel.compile._pays_to_compile", how),
+            mock.patch.object(torch, "compile", by_aot),
+        ):
+            model = build_tnl(tnl, **options)
+            fuse_cross_entropy(model)
+            value, grads, _ = step(model, tokens)
+        results.append((value, full(model, grads), set(_graphs)))
     return results
 
 
