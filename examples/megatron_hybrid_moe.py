@@ -8,8 +8,8 @@ multi-token prediction, over tensor, context, pipeline and expert parallel ranks
 A restart resumes from the newest checkpoint, also with other parallel sizes; but Megatron has one
 optimizer with an expert parallel size of 1 and two with more, and reads no state of the other kind.
 With --hf FOLDER the model has the shape of a published one, and with --load-weights CHECKPOINT the
-weights that `python -m parallel.megatron.hf_weights import` has made of them. The training loop is
-that of megatron_gpt.py beside this file.
+weights that megatron_weights.py beside this file has made of them. The training loop is that of
+megatron_gpt.py.
 """
 
 import json
@@ -45,7 +45,7 @@ def parse_arguments(argv=None):
     parser = megatron_gpt.argument_parser("Train a Ling-like hybrid with megatron-core.")
     parser.add_argument("--expert-model-parallel-size", type=int, default=1)
     parser.add_argument("--hf", help="Hugging Face folder, for the shape of its config.json")
-    parser.add_argument("--load-weights", help="checkpoint to start from, of hf_weights import")
+    parser.add_argument("--load-weights", help="checkpoint to start from, of megatron_weights.py")
     parser.add_argument("--shape", type=json.loads, default={}, help="JSON that overrides SMALL")
     return parser.parse_args(argv)
 

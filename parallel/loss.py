@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from lasp.exchange.comm import all_gather_flat
 
-__all__ = ["chunked_cross_entropy", "log_norm_and_label", "over_ranks"]
+__all__ = ["chunked_cross_entropy", "log_norm_and_label", "reduce_over_vocabulary"]
 
 
 def chunked_cross_entropy(
@@ -139,7 +139,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if group is not None:
                     # A label that no rank holds stays at -inf, so its loss is infinite, not wrong.
                     label_C1 = label_C1.masked_fill(~local_C1, -torch.inf)
-                    log_norm_C1, label_C1 = over_ranks(log_norm_C1, label_C1, group)
+                    log_norm_C1, label_C1 = reduce_over_vocabulary(log_norm_C1, label_C1, group)
                 loss_C1 = (log_norm_C1 - label_C1).masked_fill(~valid_C1, 0)
                 if per_token:
                     total[chunk] = loss_C1.squeeze(1)
@@ -183,7 +183,9 @@ def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def over_ranks(log_norm_C1: Tensor, label_C1: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+def reduce_over_vocabulary(
+    log_norm_C1: Tensor, label_C1: Tensor, group: ProcessGroup
+) -> tuple[Tensor, Tensor]:
     """Log-sum-exp and the label's logit over the full vocabulary, the same bits on every rank."""
     local_C2 = torch.cat([log_norm_C1, label_C1], 1)
     gathered, work = all_gather_flat(local_C2.flatten(), group)

@@ -101,7 +101,7 @@ def _read_object(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): copy it again.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): copy or download it again.") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} is not a JSON object: copy or download it again.")

@@ -1,26 +1,20 @@
 """Weights of published Ling, Ring and MiniMax models to a Megatron checkpoint and back.
 
-    python -m parallel.megatron.hf_weights import --input FOLDER --output CHECKPOINT
-    python -m parallel.megatron.hf_weights export --checkpoint CHECKPOINT --output FOLDER
-
-import reads a Hugging Face folder in safetensors and writes what `load_weights` reads, at any
-tensor, pipeline and expert parallel size, into a model of `parallel.megatron.presets`. export reads
-such a checkpoint, or one that training has saved. No number changes. In memory is at most one file
-of 500 MB on import, and one tensor (or one expert's) on export. No GPU and no process group is
-needed.
+`import_folder` reads a Hugging Face folder in safetensors and writes what `load_weights` reads, at
+any tensor, pipeline and expert parallel size, into a model of `parallel.megatron.presets`.
+`export_checkpoint` reads such a checkpoint, or one that training has saved. No number changes. In
+memory is at most one file of 500 MB on import, and one tensor (or one expert's) on export. No GPU
+and no process group is needed. examples/megatron_weights.py does both from a command line.
 
 As every checkpoint of torch.distributed, one of Megatron's holds pickles: read only your own.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
-import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,7 +65,6 @@ __all__ = ["export_checkpoint", "import_folder", "load_weights"]
 _FILE_BYTES, _CHECKPOINT_FILE_BYTES = 5 * 10**9, 5 * 10**8
 # In a checkpoint: the files of the Hugging Face folder beside its weights.
 _OTHER_FILES = "hf"
-_SIZE = re.compile(r"([1-9]\d*)(KB|MB|GB)")
 
 
 def _silent(line: str) -> None:
@@ -399,55 +392,3 @@ class _ExportPlanner(LoadPlanner):
 
     def load_bytes(self, read_item: Any, value: Any) -> None:
         raise NotImplementedError
-
-
-def _parse_arguments(argv):
-    parser = argparse.ArgumentParser(
-        prog="python -m parallel.megatron.hf_weights",
-        description="Weights of published Ling, Ring and MiniMax models to Megatron and back.",
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("import", help="Hugging Face folder -> Megatron checkpoint")
-    command.add_argument("--input", type=Path, required=True, help="Hugging Face folder")
-    command.add_argument("--output", type=Path, required=True, help="checkpoint to create")
-    command = commands.add_parser("export", help="Megatron checkpoint -> Hugging Face folder")
-    command.add_argument("--checkpoint", type=Path, required=True)
-    command.add_argument("--output", type=Path, required=True, help="folder to create")
-    command.add_argument("--like", type=Path, help="folder with the model's config and tokenizer")
-    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
-    command.add_argument("--max-shard-size", default="5GB", help="of a file, in KB, MB or GB")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run a command line; return the exit code."""
-    args = _parse_arguments(argv)
-    try:
-        if args.command == "import":
-            import_folder(args.input, args.output, report=print)
-        else:
-            dtype = None if args.dtype is None else getattr(torch, args.dtype)
-            export_checkpoint(
-                args.checkpoint,
-                args.output,
-                like=args.like,
-                dtype=dtype,
-                file_bytes=_bytes(args.max_shard_size),
-                report=print,
-            )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"written: {args.output}")
-    return 0
-
-
-def _bytes(size: str) -> int:
-    match = _SIZE.fullmatch(size)
-    if match is None:
-        raise ValueError(f"--max-shard-size is {size!r}: give a whole number of KB, MB or GB.")
-    return int(match[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2]]
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from parallel.compile import fused
-from parallel.loss import log_norm_and_label, over_ranks
+from parallel.loss import log_norm_and_label, reduce_over_vocabulary
 
 __all__ = ["fuse_cross_entropy", "vocab_parallel_cross_entropy"]
 
@@ -90,7 +90,7 @@ class _CrossEntropy(torch.autograd.Function):
         # A label that no rank holds gives an infinite loss, not a wrong one.
         label_N1 = label_N1.masked_fill(~local_N1, -torch.inf)
         if group.size() > 1:
-            log_norm_N1, label_N1 = over_ranks(log_norm_N1, label_N1, group)
+            log_norm_N1, label_N1 = reduce_over_vocabulary(log_norm_N1, label_N1, group)
         ctx.save_for_backward(logits_NV, log_norm_N1, labels_N1, valid_N1)
         return (log_norm_N1 - label_N1).masked_fill(~valid_N1, 0)
 

@@ -6,7 +6,7 @@
 or config, block spec and the arguments of GPTModel one by one. Each preset takes overrides of
 fields of the published config.json (`num_hidden_layers=4`), for tests and for models of other
 sizes, and `megatron`, fields of Megatron's TransformerConfig. `from_hf_folder` reads config.json
-itself. Weights: `python -m parallel.megatron.hf_weights`.
+itself. Weights: `parallel.megatron.hf_weights`.
 
 Which public code each follows: Ling and Ring, modeling_bailing_moe_v2_5.py of inclusionAI/Ring-V2.5
 and of the published folders; their decay counts layer - 1 (`lasp.decay.ling`), which vLLM's does

@@ -17,6 +17,7 @@ from tests.parallel.megatron.published import (
 )
 
 pytest.importorskip("megatron.core")
+from examples import megatron_weights  # noqa: E402
 from parallel.megatron import hf_weights  # noqa: E402
 
 KINDS = {"ling 2.0": LING_2_0, "ling 2.6": LING_2_6, "minimax": MINIMAX}
@@ -119,6 +120,7 @@ EMBEDDING, GATE = "model.word_embeddings.weight", "model.layers.0.mlp.gate_proj.
 BAD = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json cannot be read"),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
+    "deep JSON": (lambda f: (f / "config.json").write_text("[" * 10**6), "is not JSON"),
     "another model": (config(model_type="llama"), "model_type is 'llama'"),
     "Ling 3": (config(kda_lower_bound=-5), "Kimi Delta Attention"),
     "scaled rotary": (config(rope_scaling={"type": "yarn"}), "rope_scaling is"),
@@ -139,20 +141,21 @@ BAD = {
 
 
 @pytest.mark.parametrize("damage, message", BAD.values(), ids=BAD)
-def test_bad_folders_are_refused_in_a_sentence(tmp_path, damage, message, capsys):
+def test_bad_folders_are_refused_in_a_sentence(tmp_path, damage, message):
     source = write_folder(tmp_path / "source", LING_2_0, random_weights(LING_2_0))
     damage(source)
     output = tmp_path / "megatron"
-    assert hf_weights.main(["import", f"--input={source}", f"--output={output}"]) == 1
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    with pytest.raises(SystemExit) as stopped:
+        megatron_weights.main(["import", f"--input={source}", f"--output={output}"])
+    assert message in stopped.value.code and "\n" not in stopped.value.code
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
 def test_exports_that_cannot_be_right_are_refused(tmp_path, capsys):
     source = write_folder(tmp_path / "source", LING_2_0, random_weights(LING_2_0))
     checkpoint, output = tmp_path / "megatron", tmp_path / "back"
-    assert hf_weights.main(["import", f"--input={source}", f"--output={checkpoint}"]) == 0
+    megatron_weights.main(["import", f"--input={source}", f"--output={checkpoint}"])
+    assert f"written: {checkpoint}" in capsys.readouterr().out
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text(json.dumps(LING_2_0 | dict(num_hidden_layers=10)))
@@ -163,11 +166,12 @@ def test_exports_that_cannot_be_right_are_refused(tmp_path, capsys):
     for extra, message in [
         ([f"--like={other}"], "of another model"),
         ([f"--like={wide}"], "is (8, 48), but (16, 48) by config.json"),
-        (["--max-shard-size=much"], "--max-shard-size is 'much'"),
+        (["--max-shard-size=much"], "'much' is not a whole number of KB, MB or GB"),
         ([f"--checkpoint={source}", f"--like={source}"], "no Megatron checkpoint"),
         ([f"--output={source}"], "exists already"),
         ([f"--like={tmp_path}"], "has no config.json"),
     ]:
-        assert hf_weights.main(["export", *arguments, *extra]) == 1
-        assert message in capsys.readouterr().err
+        with pytest.raises(SystemExit) as stopped:
+            megatron_weights.main(["export", *arguments, *extra])
+        assert message in f"{stopped.value.code}{capsys.readouterr().err}"
     assert not output.exists()
