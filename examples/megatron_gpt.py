@@ -156,7 +156,6 @@ def set_up(args, softmax_core=None, *, build=None, vocab_size=None):
     model_parallel_cuda_manual_seed(args.seed)
     source, vocab_size = open_data(args, vocab_size)
     model, bare = (build or build_model)(args, vocab_size, softmax_core)
-    # A third of the memory of Megatron's own loss, and faster.
     fuse_cross_entropy(bare)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -171,10 +170,7 @@ def set_up(args, softmax_core=None, *, build=None, vocab_size=None):
         ),
         [model],
     )
-    if isinstance(Adam, type) and issubclass(Adam, torch.optim.AdamW):
-        # Megatron leaves it at torch's default, which is several kernels.
-        for group in optimizer.param_groups:
-            group.update(foreach=False, fused=True)
+    use_one_kernel(optimizer)
     bare.config.finalize_model_grads_func = finalize_model_grads
     bare.config.grad_scale_func = optimizer.scale_loss
     bare.config.no_sync_func = model.no_sync
@@ -185,6 +181,13 @@ def set_up(args, softmax_core=None, *, build=None, vocab_size=None):
     # Shards batches in the layout of the model's layers; see parallel/megatron/context_parallel.py.
     split = BatchSplitter(model, args.linear_cp_layout)
     return Run(model, bare, optimizer, split, source)
+
+
+def use_one_kernel(optimizer):
+    """torch's AdamW as one kernel: Megatron leaves it at torch's default, which is several."""
+    if isinstance(Adam, type) and issubclass(Adam, torch.optim.AdamW):
+        for group in optimizer.param_groups:
+            group.update(foreach=False, fused=True)
 
 
 def ingredients(args):

@@ -56,10 +56,7 @@ def compile_blocks(
         precision_casts: see `compiler_options`.
     """
     options = compiler_options(precision_casts=precision_casts) if backend == "inductor" else None
-    # Blocks share one compiled function. Where sequences run in segments it has a variant for each
-    # of: with and without LRPE, with gradients and without, the last block, a shorter last segment,
-    # the first position. Beyond the limit (8 in torch), blocks run uncompiled.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+    _raise_recompile_limit()
     for block in blocks:
         block.compile(fullgraph=fullgraph, backend=backend, options=options)
 
@@ -76,7 +73,7 @@ def eagerly(blocks: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates an element-wise function of tensors for layers that cannot be compiled as a whole.
+    """Decorates a function of a few tensors, in layers that cannot be compiled as a whole.
 
     Compiles it if its first argument is on a GPU. Inside a compiled block it is part of the block.
     Without gradients, one graph serves tensors that require them and tensors that do not.
@@ -84,7 +81,8 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.cache
     def compiled() -> Callable[..., Any]:
-        return torch.compile(function, fullgraph=True, options={**compiler_options()})
+        _raise_recompile_limit()
+        return torch.compile(function, options={**compiler_options()})
 
     @functools.wraps(function)
     def call(x: torch.Tensor, *args: Any) -> Any:
@@ -96,6 +94,13 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
         return compiled()(x, *args)
 
     return call
+
+
+def _raise_recompile_limit() -> None:
+    # Blocks share one compiled function. Where sequences run in segments it has a variant for each
+    # of: with and without LRPE, with gradients and without, the last block, a shorter last segment,
+    # the first position. Beyond the limit (8 in torch), what was compiled runs uncompiled.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
 
 
 def _pays_to_compile(x: torch.Tensor) -> bool:

@@ -11,7 +11,8 @@ Shapes: B batch, T tokens, d features.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -77,17 +78,21 @@ class ShardedSRMSNorm(nn.Module):
         dim: features of all ranks together.
         eps: added to the mean square.
         group: the ranks that hold the features.
+        compiles: compile its parts on a GPU, for layers that are not compiled as a whole.
     """
 
-    def __init__(self, dim: int, eps: float, group: ProcessGroup) -> None:
+    def __init__(
+        self, dim: int, eps: float, group: ProcessGroup, *, compiles: bool = False
+    ) -> None:
         super().__init__()
         self.dim = dim
         self.eps = eps
         self.group = group
+        self._parts = _FUSED if compiles else _PLAIN
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """gate, of as many features in any shape: multiplied to y; None: 1."""
-        return _ShardedSRMSNorm.apply(x, gate, self.dim, self.eps, self.group)
+        return _ShardedSRMSNorm.apply(x, gate, self.dim, self.eps, self.group, self._parts)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}, ranks={self.group.size()}"
@@ -96,13 +101,19 @@ class ShardedSRMSNorm(nn.Module):
 class _ShardedSRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gate: Tensor | None, dim: int, eps: float, group: ProcessGroup
+        ctx: Any,
+        x: Tensor,
+        gate: Tensor | None,
+        dim: int,
+        eps: float,
+        group: ProcessGroup,
+        parts: _Parts,
     ) -> Tensor:
-        squares = _squares(x)
+        squares = parts.squares(x)
         dist.all_reduce(squares, group=group)
-        y, scale = _scaled(x, gate, squares / dim, eps)
+        y, scale = parts.scaled(x, gate, squares / dim, eps)
         ctx.save_for_backward(x, gate, scale)
-        ctx.dim, ctx.group = dim, group
+        ctx.dim, ctx.group, ctx.parts = dim, group, parts
         return y
 
     @staticmethod
@@ -111,31 +122,28 @@ class _ShardedSRMSNorm(torch.autograd.Function):
         # y = g x s with s = (|x|^2 / dim + eps)^(-1/2), so dx = s (g dy - x s^2 (x . g dy) / dim),
         # where |x|^2 and x . g dy are over the features of all ranks.
         x, gate, scale = ctx.saved_tensors
-        product = _product(x, gate, dy, scale)
+        product = ctx.parts.inner_product(x, gate, dy, scale)
         dist.all_reduce(product, group=ctx.group)
-        return *_gradients(x, gate, dy, scale, product / ctx.dim), None, None, None
+        gradients = ctx.parts.gradients(x, gate, dy, scale, product / ctx.dim)
+        return *gradients, None, None, None, None
 
 
-@fused
 def _squares(x: Tensor) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return wide.square().sum(-1, keepdim=True)
 
 
-@fused
 def _scaled(x: Tensor, gate: Tensor | None, mean: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     scale = torch.rsqrt(mean + eps)
     y = x * scale
     return (y if gate is None else y * gate.reshape(x.shape)).to(x.dtype), scale
 
 
-@fused
-def _product(x: Tensor, gate: Tensor | None, dy: Tensor, scale: Tensor) -> Tensor:
+def _inner_product(x: Tensor, gate: Tensor | None, dy: Tensor, scale: Tensor) -> Tensor:
     dy = dy.to(scale.dtype)
     return ((dy if gate is None else dy * gate.reshape(x.shape)) * x).sum(-1, keepdim=True)
 
 
-@fused
 def _gradients(
     x: Tensor, gate: Tensor | None, dy: Tensor, scale: Tensor, product: Tensor
 ) -> tuple[Tensor, Tensor | None]:
@@ -145,3 +153,16 @@ def _gradients(
     if gate is None:
         return dx, None
     return dx, (dy * x * scale).to(gate.dtype).reshape(gate.shape)
+
+
+class _Parts(NamedTuple):
+    """What happens between the sums over ranks."""
+
+    squares: Callable[..., Tensor]
+    scaled: Callable[..., tuple[Tensor, Tensor]]
+    inner_product: Callable[..., Tensor]
+    gradients: Callable[..., tuple[Tensor, Tensor | None]]
+
+
+_PLAIN = _Parts(_squares, _scaled, _inner_product, _gradients)
+_FUSED = _Parts(*map(fused, _PLAIN))

@@ -136,7 +136,7 @@ class _CoreAttention(MegatronModule):
         if self.norm is not None:
             o = self.norm(o, gate)
         elif gate is not None:
-            o = gate.flatten(2) * o
+            o = gate.reshape(o.shape) * o
         return o if has_batch_dim else o.squeeze(1)
 
 

@@ -49,7 +49,7 @@ def fuse_cross_entropy(model: nn.Module | Iterable[nn.Module]) -> None:
         names = [type(chunk).__name__ for chunk in chunks]
         raise ValueError(f"the model is {names}: it needs a language model of Megatron's inside.")
     for each in models:
-        each.compute_language_model_loss = functools.partial(_model_loss, each.pg_collection.tp)
+        each.compute_language_model_loss = functools.partial(_model_loss, each.tp_group)
 
 
 def _model_loss(group, labels, logits):
@@ -109,9 +109,10 @@ class _CrossEntropy(torch.autograd.Function):
 def _parts(logits_NV: torch.Tensor) -> Iterator[slice]:
     """Ranges of tokens, all but the last of one length."""
     total, rows = logits_NV.shape
-    number = -(-total * rows // _MOST_LOGITS)
-    length = max(-(-total // max(number, 1)), 1)
-    return (slice(start, start + length) for start in range(0, total, length))
+    number = max(-(-total * rows // _MOST_LOGITS), 1)
+    length = max(-(-total // number), 1)
+    # One part, an empty one, of no tokens.
+    return (slice(start, start + length) for start in range(0, max(total, 1), length))
 
 
 _log_norm_and_label = fused(log_norm_and_label)

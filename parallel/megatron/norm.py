@@ -95,7 +95,7 @@ class HeadsNorm(nn.Module):
         self.local_width = width // group.size()
         self.group_width = width // num_groups
         is_shared = num_groups == 1 and group.size() > 1
-        self.shared = ShardedSRMSNorm(width, eps, group) if is_shared else None
+        self.shared = ShardedSRMSNorm(width, eps, group, compiles=True) if is_shared else None
         self.weight = None
         if config is not None:
             self.weight = nn.Parameter(torch.ones(self.local_width, **parameter_options(config)))
@@ -128,7 +128,7 @@ class HeadsNorm(nn.Module):
 
 @fused
 def _grouped_norm(x, gate, weight, group_width, eps):
-    groups = x.reshape(*x.shape[:-1], -1, group_width)
+    groups = x.reshape(*x.shape[:-1], x.shape[-1] // group_width, group_width)
     y = F.rms_norm(groups, (group_width,), eps=eps).reshape(x.shape)
     return _product(y, gate, weight)
 

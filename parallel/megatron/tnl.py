@@ -246,6 +246,7 @@ class TNLTransformerLayer(TransformerLayer):
         config = resolve_comm_type(tnl_layer_config(config), layer_number, kwargs)
         super().__init__(config, submodules, layer_number, *args, **kwargs)
         if type(self.mlp) is MLP:
+            _check_plain(self.config)
             # Not in the spec: 0.16 gives its groups to MLP itself only.
             self.mlp.__class__ = SGLU
         is_first = self.layer_number == 1
@@ -267,6 +268,16 @@ class SGLU(MLP):
         """[s, b, d] -> ([s, b, d], None), as MLP.forward."""
         halves, _ = self.linear_fc1(hidden_states)
         return self.linear_fc2(_product_of_halves(halves))
+
+
+def _check_plain(config):
+    for field, plain in (("glu_linear_offset", 0.0), ("activation_func_clamp_value", None)):
+        value = getattr(config, field, plain)
+        if value != plain:
+            raise ValueError(
+                f"config.{field} is {value}: TNL's channel mixer is a product and nothing else. "
+                f"Leave it at {plain}."
+            )
 
 
 @fused

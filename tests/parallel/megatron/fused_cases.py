@@ -13,6 +13,7 @@ from tests.parallel.megatron.cases import (
     set_up_groups,
     step,
 )
+from tests.parallel.megatron.hybrid_cases import build_hybrid
 
 # isort: split
 import torch
@@ -20,6 +21,11 @@ from megatron.core import parallel_state, tensor_parallel
 
 from parallel.megatron import fuse_cross_entropy, loss
 
+BUILD = {
+    "tnl": lambda fields, options: build_tnl(fields, **options),
+    "gpt": lambda fields, options: build_gpt(fields, **options),
+    "hybrid": build_hybrid,
+}
 # Names of functions for which graphs were made. The fused functions keep their first compiler.
 _graphs = []
 
@@ -57,14 +63,14 @@ def model_losses(sizes, kind, fields, tokens, options):
     set_up_groups(*sizes)
     results = []
     for fuse in (fuse_cross_entropy, lambda model: None):
-        model = {"tnl": build_tnl, "gpt": build_gpt}[kind](fields, **options)
+        model = BUILD[kind](fields, options)
         fuse([model])
         value, grads, _ = step(model, tokens)
         results.append((value, full(model, grads)))
     return results
 
 
-def fused_gradients(sizes, tnl, tokens, options):
+def fused_gradients(sizes, kind, fields, tokens, options):
     """[(loss, gradients, names of compiled functions)]: first as on a GPU, then as on a CPU."""
     set_up_groups(*sizes)
     compile, results = torch.compile, []
@@ -74,7 +80,7 @@ def fused_gradients(sizes, tnl, tokens, options):
             _graphs.append(function.__name__)
             return aot_eager(graph, inputs)
 
-        return compile(function, backend=backend, **others)
+        return compile(function, backend=backend, fullgraph=True, **others)
 
     for how in (lambda x: True, lambda x: False):
         torch._dynamo.reset()
@@ -83,7 +89,7 @@ def fused_gradients(sizes, tnl, tokens, options):
             mock.patch("parallel.compile._pays_to_compile", how),
             mock.patch.object(torch, "compile", by_aot),
         ):
-            model = build_tnl(tnl, **options)
+            model = BUILD[kind](fields, options)
             fuse_cross_entropy(model)
             value, grads, _ = step(model, tokens)
         results.append((value, full(model, grads), set(_graphs)))

@@ -19,6 +19,7 @@ def test_it_resumes_with_other_parallel_sizes(megatron, tmp_path):
 
 def test_it_trains_in_bfloat16_with_pipelines_recomputation_and_softmax_layers(megatron):
     options = ["--bf16", "--recompute", "--layer-types=LS", "--use-distributed-optimizer"]
+    options += ["--overlap-grad-reduce", "--overlap-param-gather"]
     for losses in megatron.run("example", (1, 2, 2), [*options, "--train-iters=4"]):
         assert losses[3] < losses[0]
 
