@@ -21,7 +21,7 @@ from megatron.core.transformer.attention import Attention
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from parallel.megatron.layout import segments
+from parallel.megatron.layout import modules_of, segments
 from parallel.megatron.multi_token import follow_layout
 from parallel.megatron.rotary import ShardedRotaryEmbedding
 from parallel.megatron.self_attention import PackedAttention
@@ -79,8 +79,7 @@ class BatchSplitter:
     """
 
     def __init__(self, model: nn.Module | Iterable[nn.Module], layout: str | None = None) -> None:
-        chunks = [model] if isinstance(model, nn.Module) else list(model)
-        modules = [module for chunk in chunks for module in chunk.modules()]
+        modules = modules_of(model)
         cores = [module for module in modules if hasattr(module, "sequence_layout")]
         layouts = {core.sequence_layout for core in cores} | ({layout} - {None})
         if len(layouts) != 1:

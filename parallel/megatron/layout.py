@@ -1,18 +1,27 @@
-"""Which tokens of a sequence a context-parallel rank holds, and which layers a pipeline stage."""
+"""Which tokens of a sequence a context-parallel rank holds, which layers a pipeline stage, and
+which modules a model."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import nn
 
 from lasp.shard import LAYOUTS, token_ranges
 from parallel.megatron.validation import check_choice
 
-__all__ = ["layers_of_stage", "segments", "sequence_layout"]
+__all__ = ["layers_of_stage", "modules_of", "segments", "sequence_layout"]
+
+
+def modules_of(model: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
+    """All modules of a model or of a list of model chunks."""
+    chunks = [model] if isinstance(model, nn.Module) else model
+    return [module for chunk in chunks for module in chunk.modules()]
 
 
 def segments(total: int, layout: str, rank: int, size: int) -> tuple[tuple[int, int], ...]:

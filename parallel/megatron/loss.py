@@ -21,6 +21,7 @@ from torch.distributed import ProcessGroup
 
 from parallel.compile import fused
 from parallel.loss import log_norm_and_label, reduce_over_vocabulary
+from parallel.megatron.layout import modules_of
 
 __all__ = ["fuse_cross_entropy", "vocab_parallel_cross_entropy"]
 
@@ -42,12 +43,11 @@ def fuse_cross_entropy(model: nn.Module | Iterable[nn.Module]) -> None:
     Raises:
         ValueError: no such model.
     """
-    chunks = [model] if isinstance(model, nn.Module) else list(model)
-    modules = [module for chunk in chunks for module in chunk.modules()]
+    modules = modules_of(model)
     models = [module for module in modules if isinstance(module, LanguageModule)]
     if not models:
-        names = [type(chunk).__name__ for chunk in chunks]
-        raise ValueError(f"the model is {names}: it needs a language model of Megatron's inside.")
+        names = sorted({type(module).__name__ for module in modules})
+        raise ValueError(f"the model has {names}: it needs a language model of Megatron's inside.")
     for each in models:
         each.compute_language_model_loss = functools.partial(_model_loss, each.tp_group)
 
