@@ -25,10 +25,11 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import Adam, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import Adam, OptimizerConfig, clip_grads, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import local_multi_tensor_l2_norm
 
 from lasp import SequenceShard
 from lasp.tnl import TNLConfig
@@ -170,7 +171,7 @@ def set_up(args, softmax_core=None, *, build=None, vocab_size=None):
         ),
         [model],
     )
-    use_one_kernel(optimizer)
+    use_few_kernels(optimizer)
     bare.config.finalize_model_grads_func = finalize_model_grads
     bare.config.grad_scale_func = optimizer.scale_loss
     bare.config.no_sync_func = model.no_sync
@@ -183,11 +184,19 @@ def set_up(args, softmax_core=None, *, build=None, vocab_size=None):
     return Run(model, bare, optimizer, split, source)
 
 
-def use_one_kernel(optimizer):
-    """torch's AdamW as one kernel: Megatron leaves it at torch's default, which is several."""
+def use_few_kernels(optimizer):
+    """Without Transformer Engine and apex, Megatron takes torch's AdamW in its default form, of
+    several kernels, and waits for the norm of each tensor's gradient before that of the next."""
     if isinstance(Adam, type) and issubclass(Adam, torch.optim.AdamW):
         for group in optimizer.param_groups:
             group.update(foreach=False, fused=True)
+    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = l2_norm
+
+
+def l2_norm(chunk_size, noop_flag, tensor_lists, per_tensor):
+    """As Megatron's local_multi_tensor_l2_norm: (norm of all tensors [1], nothing per tensor)."""
+    return torch.nn.utils.get_total_norm(tensor_lists[0]).reshape(1), None
 
 
 def ingredients(args):

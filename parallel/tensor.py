@@ -111,55 +111,62 @@ class _ShardedSRMSNorm(torch.autograd.Function):
     ) -> Tensor:
         squares = parts.squares(x)
         dist.all_reduce(squares, group=group)
-        y, scale = parts.scaled(x, gate, squares / dim, eps)
-        ctx.save_for_backward(x, gate, scale)
-        ctx.dim, ctx.group, ctx.parts = dim, group, parts
-        return y
+        ctx.save_for_backward(x, gate, squares)
+        ctx.dim, ctx.eps, ctx.group, ctx.parts = dim, eps, group, parts
+        return parts.scaled(x, gate, squares, dim, eps)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         # y = g x s with s = (|x|^2 / dim + eps)^(-1/2), so dx = s (g dy - x s^2 (x . g dy) / dim),
         # where |x|^2 and x . g dy are over the features of all ranks.
-        x, gate, scale = ctx.saved_tensors
-        product = ctx.parts.inner_product(x, gate, dy, scale)
+        x, gate, squares = ctx.saved_tensors
+        product = ctx.parts.inner_product(x, gate, dy)
         dist.all_reduce(product, group=ctx.group)
-        gradients = ctx.parts.gradients(x, gate, dy, scale, product / ctx.dim)
+        gradients = ctx.parts.gradients(x, gate, dy, squares, product, ctx.dim, ctx.eps)
         return *gradients, None, None, None, None
 
 
 def _squares(x: Tensor) -> Tensor:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return wide.square().sum(-1, keepdim=True)
+    return _widened(x).square().sum(-1, keepdim=True)
 
 
-def _scaled(x: Tensor, gate: Tensor | None, mean: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    scale = torch.rsqrt(mean + eps)
-    y = x * scale
-    return (y if gate is None else y * gate.reshape(x.shape)).to(x.dtype), scale
+def _scaled(x: Tensor, gate: Tensor | None, squares: Tensor, dim: int, eps: float) -> Tensor:
+    y = x * torch.rsqrt(squares / dim + eps)
+    return (y if gate is None else y * gate.reshape(x.shape)).to(x.dtype)
 
 
-def _inner_product(x: Tensor, gate: Tensor | None, dy: Tensor, scale: Tensor) -> Tensor:
-    dy = dy.to(scale.dtype)
+def _inner_product(x: Tensor, gate: Tensor | None, dy: Tensor) -> Tensor:
+    dy = _widened(dy)
     return ((dy if gate is None else dy * gate.reshape(x.shape)) * x).sum(-1, keepdim=True)
 
 
 def _gradients(
-    x: Tensor, gate: Tensor | None, dy: Tensor, scale: Tensor, product: Tensor
+    x: Tensor,
+    gate: Tensor | None,
+    dy: Tensor,
+    squares: Tensor,
+    product: Tensor,
+    dim: int,
+    eps: float,
 ) -> tuple[Tensor, Tensor | None]:
-    dy = dy.to(scale.dtype)
+    dy, scale = _widened(dy), torch.rsqrt(squares / dim + eps)
     inner = dy if gate is None else dy * gate.reshape(x.shape)
-    dx = (scale * (inner - x * (scale.square() * product))).to(x.dtype)
+    dx = (scale * (inner - x * (scale.square() * (product / dim)))).to(x.dtype)
     if gate is None:
         return dx, None
     return dx, (dy * x * scale).to(gate.dtype).reshape(gate.shape)
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class _Parts(NamedTuple):
     """What happens between the sums over ranks."""
 
     squares: Callable[..., Tensor]
-    scaled: Callable[..., tuple[Tensor, Tensor]]
+    scaled: Callable[..., Tensor]
     inner_product: Callable[..., Tensor]
     gradients: Callable[..., tuple[Tensor, Tensor | None]]
 

@@ -359,15 +359,27 @@ def example(sizes, argv, name="megatron_gpt.py"):
     argv += [f"--pipeline-model-parallel-size={pp[0] if pp else 1}"]
     # Megatron writes in processes, and daemons may not start any.
     multiprocessing.current_process()._config["daemon"] = False
-    folder = str(ROOT / "examples")
-    # As if Python had started it.
-    with mock.patch("sys.path", [folder, *sys.path]):
-        script = runpy.run_path(f"{folder}/{name}")
+    script = load_example(name)
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             return script["train"](script["parse_arguments"](argv))
         except ValueError as error:
             return str(error)
+
+
+def load_example(name):
+    """The names that an example defines, as if Python had started it."""
+    folder = str(ROOT / "examples")
+    with mock.patch("sys.path", [folder, *sys.path]):
+        return runpy.run_path(f"{folder}/{name}")
+
+
+def norms_of_example(tensors):
+    """The norm of all tensors by the example's function, and by Megatron's that it replaces."""
+    from megatron.core.utils import local_multi_tensor_l2_norm
+
+    functions = load_example("megatron_gpt.py")["l2_norm"], local_multi_tensor_l2_norm
+    return [function(0, None, [tensors], False)[0] for function in functions]
 
 
 def hybrid_model_gradients(sizes, tnl, weights, tokens):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 
 @pytest.mark.slow
@@ -28,6 +29,14 @@ def test_it_refuses_before_training_what_it_could_not_save(megatron, tmp_path):
     options = [f"--save={tmp_path}", "--use-distributed-optimizer"]
     for message in megatron.run("example", (1, 2), options):
         assert "--save with --use-distributed-optimizer" in message
+
+
+def test_its_norm_of_gradients_is_that_of_megatron(megatron):
+    tensors = [torch.randn(5, 7), torch.full((3,), 1e3)]
+    for ours, theirs in megatron.run("norms_of_example", tensors):
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs)
+        assert ours.item() == pytest.approx(torch.cat([x.flatten() for x in tensors]).norm().item())
 
 
 SHAPE = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=4)
