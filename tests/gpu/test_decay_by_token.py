@@ -17,11 +17,11 @@ NAMES = ("o", "dq", "dk", "dv", "dlog_decay")
 LENGTHS = [1024, 8192]
 
 
-def make_inputs(T, H=16, seed=0, weakest=-1e-5, strongest=-0.05):
+def make_inputs(T, H=16, seed=0, weakest=-1e-5, strongest=-0.05, D=128):
     """(q, k, v, log_decay) that need gradients, and do; decays of every token between these two."""
     generator = torch.Generator("cuda").manual_seed(seed)
     options = dict(device="cuda", generator=generator)
-    q, k, v, do = (torch.randn(1, T, H, 128, **options).div(8).bfloat16() for _ in range(4))
+    q, k, v, do = (torch.randn(1, T, H, D, **options).div(8).bfloat16() for _ in range(4))
     spread = torch.rand(1, T, H, **options)
     log_decay = -((-weakest) ** (1 - spread)) * (-strongest) ** spread
     return [x.requires_grad_() for x in (q, k, v, log_decay)], do
@@ -105,6 +105,17 @@ def test_short_sequences_equal_float64_in_the_hopper_scan(T, hopper_launches):
             assert cases.relative_error(x, want) <= 0.03, name
     else:
         check(found, truth, 0.03)
+
+
+@pytest.mark.parametrize("boundaries", [None, (0, 1, 65, 65, 700, 20000, 32768)])
+def test_heads_of_64_equal_float64(boundaries):
+    leaves, do = make_inputs(32768, H=8, D=64, strongest=-2.0)
+    options = {}
+    if boundaries is not None:
+        options["cu_seqlens"] = torch.tensor(boundaries, dtype=torch.int32)
+    found = run(leaves, do, **options)
+    assert equal(found, run(leaves, do, **options))
+    check(found, in_float64(leaves, do, **options | dict(cu_seqlens=boundaries)), 0.03)
 
 
 def test_heads_may_share_keys_and_queries():

@@ -50,17 +50,15 @@ def run_kernels(kernels, q, k, v, do, S0, dS, log_decay, cu_seqlens=None):
     kept = torch.exp(log_decay[None, :] * lengths[:, None])[..., None, None]
     common["scale"] = SCALE
 
-    def back(a, b, x, initial, segments):
-        options = dict(initial_state=initial, segment_states=segments, reverse=True)
-        return kernels.scan(a, b, x, log_decay, **options, **common)
-
+    back = dict(initial_state=dS, segment_states=grads, **common)
+    dk, dv, _ = kernels.scan_dkdv(q, k, v, do, log_decay, **back)
     return dict(
         o=kernels.scan(q, k, v, log_decay, initial_state=S0, segment_states=states, **common),
         dq=kernels.scan(
             do, v, k, log_decay, initial_state=S0.mT, segment_states=_mT(states), **common
         ),
-        dk=back(v, do, q, dS.mT, _mT(grads)),
-        dv=back(k, q, do, dS, grads),
+        dk=dk,
+        dv=dv,
         final=local + kept * S0,
         dS0=local_grad + kept * dS,
     )
@@ -93,6 +91,8 @@ def check(kernels, operands, dtype, cu_seqlens=None):
     [
         (1, 16, 16, BF16),
         (63, 64, 64, BF16),
+        (4097, 64, 64, BF16),
+        (1000, 33, 64, FP16),
         (100, 48, 80, BF16),
         (1000, 96, 96, BF16),
         (4097, 128, 128, BF16),
@@ -140,7 +140,7 @@ def test_no_decay_gives_the_bits_of_decay_0(kernels):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize(("D", "E"), [(128, 128), (256, 128)])
+@pytest.mark.parametrize(("D", "E"), [(64, 64), (128, 128), (256, 128)])
 def test_repeats_give_equal_bits(kernels, D, E):
     operands = make_operands(1000, D, E, BF16, B=2)
     log_decay = torch.tensor(DECAYS, device="cuda")

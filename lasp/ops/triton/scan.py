@@ -6,6 +6,7 @@ The same kernel computes o, dq, dk and dv; only the roles of the operands change
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -45,55 +46,18 @@ from lasp.ops.triton.segments import (
 from lasp.replay import on_device_of, spec
 
 
-@triton.jit(do_not_specialize=["scale", "T", "segments_per_row", "segment_length"])
-def scan_kernel(
-    p_a, p_b, p_x, p_y, p_initial, p_segment, p_log_decay, p_table, p_c, p_dots,
-    stride_ab, stride_at, stride_ah, stride_bb, stride_bt, stride_bh,
-    stride_xb, stride_xt, stride_xh, stride_cb, stride_ct, stride_ch,
+@triton.jit
+def _entering_state(
+    p_initial, p_segment, p_log_decay, b_log_decay, i_n, i_h, i_boundary, count, outside,
+    segment_length, o_a, o_x, m_a, m_x,
     stride_in, stride_ih, stride_ia, stride_ix, stride_sn, stride_sh, stride_sa, stride_sx,
-    scale, T, segments_per_row, segment_length, H,
-    A: tl.constexpr, X: tl.constexpr, BA: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr,
-    REVERSE: tl.constexpr, PACKED: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    HAS_SEGMENT: tl.constexpr, FOLDED: tl.constexpr, BY_TOKEN: tl.constexpr,
-    WITH_DOTS: tl.constexpr, PRECISION: tl.constexpr,
+    A: tl.constexpr, BA: tl.constexpr, BX: tl.constexpr, REVERSE: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, HAS_SEGMENT: tl.constexpr, FOLDED: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
 ):  # fmt: skip
-    NX: tl.constexpr = (X + BX - 1) // BX
-    # Value blocks of one head run next to each other: a and b come from L2 for all but the first.
-    i_p = tl.program_id(0)
-    i_x = i_p % NX
-    i_h = (i_p // NX % H).to(tl.int64)
-    i_s = i_p // (NX * H)
-    i_n, i_b, start, count, outside, i_boundary = locate_segment(
-        p_table, i_s, T, segments_per_row, segment_length, PACKED, REVERSE
-    )
-
-    o_c = tl.arange(0, BC)
-    o_a = tl.arange(0, BA)
-    o_x = i_x * BX + tl.arange(0, BX)
-    m_a = o_a < A
-    m_x = o_x < X
+    """The block [BA, BX] of the state that enters a segment of `count` tokens, `outside` of whose
+    document come before it (reverse: after it)."""
     m_state = m_a[:, None] & m_x[None, :]  # [BA, BX]
-
-    # A head's decay is constant, so its matrix is built once. Chunks are aligned to the start of
-    # the scan, so only the last can be partial, and its outgoing state is not used: these factors
-    # hold for every chunk. Masking comes before exp: no exponent is ever positive.
-    if BY_TOKEN:
-        p_log_decay = row_of_decay(p_log_decay, i_b, i_h, T, H) + start
-        b_log_decay = tl.full([], 0.0, tl.float32)
-    else:
-        b_log_decay = tl.load(p_log_decay + i_h)
-    if REVERSE:
-        b_distance = o_c[None, :] - o_c[:, None]  # [BC, BC]
-        b_row = tl.exp(b_log_decay * (BC - 1 - o_c))  # [BC]
-        b_column = scale * tl.exp(b_log_decay * (o_c + 1))  # [BC]
-    else:
-        b_distance = o_c[:, None] - o_c[None, :]  # [BC, BC]
-        b_row = scale * tl.exp(b_log_decay * (o_c + 1))  # [BC]
-        b_column = tl.exp(b_log_decay * (BC - 1 - o_c))  # [BC]
-    b_decay = scale * tl.exp(b_log_decay * tl.maximum(b_distance, 0))  # [BC, BC]
-    b_decay = tl.where(b_distance >= 0, b_decay, 0.0)
-    b_chunk_decay = tl.exp(b_log_decay * BC)
-
     b_state = tl.zeros([BA, BX], dtype=tl.float32)
     if HAS_SEGMENT:
         p_segment += i_boundary * stride_sn + i_h * stride_sh
@@ -122,6 +86,118 @@ def scan_kernel(
         else:
             b_outside_decay = remaining(p_log_decay - outside, p_log_decay)
         b_state += b_initial * b_outside_decay
+    return b_state
+
+
+@triton.jit
+def _constant_weights(b_log_decay, scale, o_c, BC: tl.constexpr, REVERSE: tl.constexpr):
+    """What a chunk multiplies by: (row [BC], of what the state adds to y; column [BC], of what each
+    token adds to the state; between [BC, BC] tokens; of the state over the whole chunk)."""
+    if REVERSE:
+        b_distance = o_c[None, :] - o_c[:, None]  # [BC, BC]
+        b_row = tl.exp(b_log_decay * (BC - 1 - o_c))  # [BC]
+        b_column = scale * tl.exp(b_log_decay * (o_c + 1))  # [BC]
+    else:
+        b_distance = o_c[:, None] - o_c[None, :]  # [BC, BC]
+        b_row = scale * tl.exp(b_log_decay * (o_c + 1))  # [BC]
+        b_column = tl.exp(b_log_decay * (BC - 1 - o_c))  # [BC]
+    # Masking comes before exp: no exponent is ever positive.
+    b_decay = scale * tl.exp(b_log_decay * tl.maximum(b_distance, 0))  # [BC, BC]
+    b_decay = tl.where(b_distance >= 0, b_decay, 0.0)
+    return b_row, b_column, b_decay, tl.exp(b_log_decay * BC)
+
+
+@triton.jit
+def _token_weights(
+    p_log_decay, t, count, m_c, scale, o_c, BC: tl.constexpr, REVERSE: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """`_constant_weights` of tokens t + o_c with a decay per token; EXACT: products are float32."""
+    # `chunk_of_decay` without its clamps: what tokens outside get reaches only their own rows,
+    # which are not stored, and the state after the last chunk.
+    b_sums = tl.load(p_log_decay + tl.cast(t, tl.int64) + 1 + o_c, mask=m_c, other=0.0)  # [BC]
+    before = tl.load(p_log_decay + tl.maximum(t, 0))
+    last = tl.load(p_log_decay + tl.minimum(t + BC, count))
+    b_sums -= before
+    last -= before
+    if not EXACT:
+        # Products in 16 bits lose more than differences of these sums do.
+        b_sums = b_sums.to(tl.float32)
+        last = last.to(tl.float32)
+    # Base-2 logarithms, which the exponentials take.
+    b_sums *= 1.4426950408889634
+    last *= 1.4426950408889634
+    b_from_start = tl.exp2(b_sums.to(tl.float32))
+    b_to_end = tl.exp2((last - b_sums).to(tl.float32))
+    if REVERSE:
+        b_row = b_to_end
+        b_column = scale * b_from_start
+        b_distance = o_c[None, :] - o_c[:, None]  # [BC, BC]
+        b_between = b_sums[None, :] - b_sums[:, None]
+    else:
+        b_row = scale * b_from_start
+        b_column = b_to_end
+        b_distance = o_c[:, None] - o_c[None, :]  # [BC, BC]
+        b_between = b_sums[:, None] - b_sums[None, :]
+    b_between = tl.where(b_distance >= 0, b_between.to(tl.float32), -float("inf"))
+    return b_row, b_column, scale * tl.exp2(b_between), tl.exp2(last.to(tl.float32))
+
+
+@triton.jit
+def _first_and_mask(i_c, count, o_c, BC: tl.constexpr, REVERSE: tl.constexpr):
+    """The first token of a segment's chunk i_c, and which of its tokens are in the segment. Chunks
+    are aligned to the start of the scan, so that only the last can be partial: its outgoing state
+    is not used, and the weights of a constant decay hold for every chunk."""
+    if REVERSE:
+        t = count - (i_c + 1) * BC
+        m_c = o_c >= -t
+    else:
+        t = i_c * BC
+        m_c = o_c < count - t
+    return t, m_c
+
+
+@triton.jit(do_not_specialize=["scale", "T", "segments_per_row", "segment_length"])
+def scan_kernel(
+    p_a, p_b, p_x, p_y, p_initial, p_segment, p_log_decay, p_table, p_c, p_dots,
+    stride_ab, stride_at, stride_ah, stride_bb, stride_bt, stride_bh,
+    stride_xb, stride_xt, stride_xh, stride_cb, stride_ct, stride_ch,
+    stride_in, stride_ih, stride_ia, stride_ix, stride_sn, stride_sh, stride_sa, stride_sx,
+    scale, T, segments_per_row, segment_length, H,
+    A: tl.constexpr, X: tl.constexpr, BA: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr,
+    REVERSE: tl.constexpr, PACKED: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    HAS_SEGMENT: tl.constexpr, FOLDED: tl.constexpr, BY_TOKEN: tl.constexpr,
+    WITH_DOTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    NX: tl.constexpr = (X + BX - 1) // BX
+    # Value blocks of one head run next to each other: a and b come from L2 for all but the first.
+    i_p = tl.program_id(0)
+    i_x = i_p % NX
+    i_h = (i_p // NX % H).to(tl.int64)
+    i_s = i_p // (NX * H)
+    i_n, i_b, start, count, outside, i_boundary = locate_segment(
+        p_table, i_s, T, segments_per_row, segment_length, PACKED, REVERSE
+    )
+
+    o_c = tl.arange(0, BC)
+    o_a = tl.arange(0, BA)
+    o_x = i_x * BX + tl.arange(0, BX)
+    m_a = o_a < A
+    m_x = o_x < X
+    if BY_TOKEN:
+        p_log_decay = row_of_decay(p_log_decay, i_b, i_h, T, H) + start
+        b_log_decay = tl.full([], 0.0, tl.float32)
+    else:
+        b_log_decay = tl.load(p_log_decay + i_h)
+    b_row, b_column, b_decay, b_chunk_decay = _constant_weights(
+        b_log_decay, scale, o_c, BC, REVERSE
+    )
+    b_state = _entering_state(
+        p_initial, p_segment, p_log_decay, b_log_decay, i_n, i_h, i_boundary, count, outside,
+        segment_length, o_a, o_x, m_a, m_x,
+        stride_in, stride_ih, stride_ia, stride_ix, stride_sn, stride_sh, stride_sa, stride_sx,
+        A, BA, BX, REVERSE, HAS_INITIAL, HAS_SEGMENT, FOLDED, BY_TOKEN,
+    )  # fmt: skip
 
     p_a += i_b * stride_ab + start * stride_at + i_h * stride_ah
     p_b += i_b * stride_bb + start * stride_bt + i_h * stride_bh
@@ -136,12 +212,7 @@ def scan_kernel(
     o_xt = o_c[:, None] * stride_xt + o_x[None, :]  # [BC, BX]
     o_yt = o_c[:, None] * (H * X) + o_x[None, :]  # [BC, BX]
     for i_c in range(tl.cdiv(count, BC)):
-        if REVERSE:
-            t = count - (i_c + 1) * BC
-            m_c = o_c >= -t
-        else:
-            t = i_c * BC
-            m_c = o_c < count - t
+        t, m_c = _first_and_mask(i_c, count, o_c, BC, REVERSE)
         i_t = tl.cast(t, tl.int64)
         m_ca = m_c[:, None] & m_a[None, :]  # [BC, BA]
         m_cx = m_c[:, None] & m_x[None, :]  # [BC, BX]
@@ -149,33 +220,10 @@ def scan_kernel(
         b_b = tl.load(p_b + i_t * stride_bt + o_bt, mask=m_ca, other=0.0)  # [BC, BA]
         b_x = tl.load(p_x + i_t * stride_xt + o_xt, mask=m_cx, other=0.0)  # [BC, BX]
         if BY_TOKEN:
-            # `chunk_of_decay` without its clamps: what tokens outside get reaches only their own
-            # rows, which are not stored, and the state after the last chunk.
-            b_sums = tl.load(p_log_decay + i_t + 1 + o_c, mask=m_c, other=0.0)  # [BC]
-            before = tl.load(p_log_decay + tl.maximum(t, 0))
-            last = tl.load(p_log_decay + tl.minimum(t + BC, count))
-            b_sums -= before
-            last -= before
-            if p_a.dtype.element_ty != tl.float32:
-                # Products in 16 bits lose more than differences of these sums do.
-                b_sums = b_sums.to(tl.float32)
-                last = last.to(tl.float32)
-            # Base-2 logarithms, which the exponentials take.
-            b_sums *= 1.4426950408889634
-            last *= 1.4426950408889634
-            b_from_start = tl.exp2(b_sums.to(tl.float32))
-            b_to_end = tl.exp2((last - b_sums).to(tl.float32))
-            b_chunk_decay = tl.exp2(last.to(tl.float32))
-            if REVERSE:
-                b_row = b_to_end
-                b_column = scale * b_from_start
-                b_between = b_sums[None, :] - b_sums[:, None]
-            else:
-                b_row = scale * b_from_start
-                b_column = b_to_end
-                b_between = b_sums[:, None] - b_sums[None, :]
-            b_between = tl.where(b_distance >= 0, b_between.to(tl.float32), -float("inf"))
-            b_decay = scale * tl.exp2(b_between)
+            b_row, b_column, b_decay, b_chunk_decay = _token_weights(
+                p_log_decay, t, count, m_c, scale, o_c, BC, REVERSE,
+                p_a.dtype.element_ty == tl.float32,
+            )  # fmt: skip
         if WITH_DOTS:
             b_c = tl.load(p_c + i_t * stride_ct + o_ct, mask=m_cx, other=0.0)  # [BC, BX]
         b_s = tl.dot(b_a, tl.trans(b_b), input_precision=PRECISION) * b_decay  # [BC, BC]
@@ -189,6 +237,85 @@ def scan_kernel(
         b_state = tl.dot(
             tl.trans(b_b), b_weighted, acc=b_state * b_chunk_decay, input_precision=PRECISION
         )  # [BA, BX]
+
+
+@triton.jit(do_not_specialize=["scale", "T", "segments_per_row", "segment_length"])
+def scan_dkdv_kernel(
+    p_k, p_q, p_do, p_v, p_dv, p_dk, p_initial, p_segment, p_log_decay, p_table, p_dots,
+    stride_kb, stride_kt, stride_kh, stride_qb, stride_qt, stride_qh,
+    stride_ob, stride_ot, stride_oh, stride_vb, stride_vt, stride_vh,
+    stride_in, stride_ih, stride_ia, stride_ix, stride_sn, stride_sh, stride_sa, stride_sx,
+    scale, T, segments_per_row, segment_length, H,
+    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BC: tl.constexpr,
+    PACKED: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_SEGMENT: tl.constexpr,
+    FOLDED: tl.constexpr, BY_TOKEN: tl.constexpr, WITH_DOTS: tl.constexpr,
+):  # fmt: skip
+    """Both reverse scans of a backward, dv = scan(k, q, do, G) and dk = scan(v, do, q, G^T), of
+    heads that are one block: they share G, the weights, and what they read."""
+    i_p = tl.program_id(0)
+    i_h = (i_p % H).to(tl.int64)
+    i_s = i_p // H
+    i_n, i_b, start, count, outside, i_boundary = locate_segment(
+        p_table, i_s, T, segments_per_row, segment_length, PACKED, True
+    )
+
+    o_c = tl.arange(0, BC)
+    o_d = tl.arange(0, BD)
+    o_e = tl.arange(0, BE)
+    m_d = o_d < D
+    m_e = o_e < E
+    if BY_TOKEN:
+        p_log_decay = row_of_decay(p_log_decay, i_b, i_h, T, H) + start
+        b_log_decay = tl.full([], 0.0, tl.float32)
+    else:
+        b_log_decay = tl.load(p_log_decay + i_h)
+    b_row, b_column, b_decay, b_chunk_decay = _constant_weights(b_log_decay, scale, o_c, BC, True)
+    b_state = _entering_state(
+        p_initial, p_segment, p_log_decay, b_log_decay, i_n, i_h, i_boundary, count, outside,
+        segment_length, o_d, o_e, m_d, m_e,
+        stride_in, stride_ih, stride_ia, stride_ix, stride_sn, stride_sh, stride_sa, stride_sx,
+        D, BD, BE, True, HAS_INITIAL, HAS_SEGMENT, FOLDED, BY_TOKEN,
+    )  # fmt: skip
+
+    p_k += i_b * stride_kb + start * stride_kt + i_h * stride_kh
+    p_q += i_b * stride_qb + start * stride_qt + i_h * stride_qh
+    p_do += i_b * stride_ob + start * stride_ot + i_h * stride_oh
+    p_v += i_b * stride_vb + start * stride_vt + i_h * stride_vh
+    p_dk += ((i_b * T + start) * H + i_h) * D
+    p_dv += ((i_b * T + start) * H + i_h) * E
+    if WITH_DOTS:
+        p_dots += (i_b * H + i_h) * T + start
+    o_kt = o_c[:, None] * stride_kt + o_d[None, :]  # [BC, BD]
+    o_qt = o_c[:, None] * stride_qt + o_d[None, :]  # [BC, BD]
+    o_ot = o_c[:, None] * stride_ot + o_e[None, :]  # [BC, BE]
+    o_vt = o_c[:, None] * stride_vt + o_e[None, :]  # [BC, BE]
+    for i_c in range(tl.cdiv(count, BC)):
+        t, m_c = _first_and_mask(i_c, count, o_c, BC, True)
+        i_t = tl.cast(t, tl.int64)
+        m_cd = m_c[:, None] & m_d[None, :]  # [BC, BD]
+        m_ce = m_c[:, None] & m_e[None, :]  # [BC, BE]
+        b_k = tl.load(p_k + i_t * stride_kt + o_kt, mask=m_cd, other=0.0)  # [BC, BD]
+        b_q = tl.load(p_q + i_t * stride_qt + o_qt, mask=m_cd, other=0.0)  # [BC, BD]
+        b_do = tl.load(p_do + i_t * stride_ot + o_ot, mask=m_ce, other=0.0)  # [BC, BE]
+        b_v = tl.load(p_v + i_t * stride_vt + o_vt, mask=m_ce, other=0.0)  # [BC, BE]
+        if BY_TOKEN:
+            b_row, b_column, b_decay, b_chunk_decay = _token_weights(
+                p_log_decay, t, count, m_c, scale, o_c, BC, True, False
+            )
+        b_rounded = b_state.to(b_k.dtype)  # [BD, BE]
+        b_s = (tl.dot(b_k, tl.trans(b_q)) * b_decay).to(b_k.dtype)  # [BC, BC]
+        b_dv = tl.dot(b_s, b_do, acc=tl.dot(b_k, b_rounded) * b_row[:, None])  # [BC, BE]
+        o_dv = i_t * H * E + o_c[:, None] * (H * E) + o_e[None, :]  # [BC, BE]
+        tl.store(p_dv + o_dv, b_dv.to(p_dv.dtype.element_ty), mask=m_ce)
+        b_s = (tl.dot(b_v, tl.trans(b_do)) * b_decay).to(b_k.dtype)  # [BC, BC]
+        b_dk = tl.dot(b_s, b_q, acc=tl.dot(b_v, tl.trans(b_rounded)) * b_row[:, None])  # [BC, BD]
+        o_dk = i_t * H * D + o_c[:, None] * (H * D) + o_d[None, :]  # [BC, BD]
+        tl.store(p_dk + o_dk, b_dk.to(p_dk.dtype.element_ty), mask=m_cd)
+        if WITH_DOTS:
+            b_dots = tl.sum(b_dk * b_k.to(tl.float32), axis=1)  # [BC]
+            tl.store(p_dots + i_t + o_c, b_dots, mask=m_c)
+        b_weighted = (b_do * b_column[:, None]).to(b_do.dtype)  # [BC, BE]
+        b_state = tl.dot(tl.trans(b_q), b_weighted, acc=b_state * b_chunk_decay)  # [BD, BE]
 
 
 def scan(
@@ -316,7 +443,8 @@ class ScanPlan(NamedTuple):
         log_decay = decay_or_zeros(log_decay, a.shape[2], a.device)
         others = initial, segment if self.has_segment else None, log_decay, table
         if not self.describes:
-            return (*operands, *results, *others, dot_with, dots)
+            read = (dot_with,) if len(results) == 1 else ()
+            return (*operands, *results, *others, *read, dots)
         if len(results) == 1:
             operands, results = (*operands, dot_with), (*results, None)
         return (*operands, *results, *results, *others, dots)
@@ -415,35 +543,37 @@ def _prepare(
     kind: tuple[bool, TensorSpec | None],
     device: torch.device,
 ) -> tuple[int, CachedLaunch, int]:
-    """(number of programs, launch, blocks of columns) of the Triton scan."""
-    a, b, x = operands[:3]
+    """(number of programs, launch, blocks of columns of dots) of the Triton scan, as the Hopper
+    scan's `prepare`."""
+    pair = len(operands) == 4
     by_token, dot_with = kind
     initial, segment = states
-    (_, seq_len, num_heads, key_dim), _, dtype = a
-    value_dim = x[0][-1]
+    (_, seq_len, num_heads, key_dim), _, dtype = operands[0]
+    value_dim = operands[2][0][-1]
+    read = operands if pair else (*operands, dot_with)
     numbers = (
-        *strides(a, (0, 1, 2)),
-        *strides(b, (0, 1, 2)),
-        *strides(x, (0, 1, 2)),
-        *(strides(dot_with, (0, 1, 2)) if dot_with is not None else (0, 0, 0)),
+        *itertools.chain(
+            *((0,) * 3 if each is None else strides(each, (0, 1, 2)) for each in read)
+        ),
         *state_numbers(states, scale, segments, seq_len, num_heads),
     )
     constants = dict(
-        A=key_dim,
-        X=value_dim,
-        BA=tiles.key,
-        BX=tiles.value,
-        BC=tiles.chunk,
-        REVERSE=reverse,
         PACKED=segments.packed,
         HAS_INITIAL=initial is not None,
         HAS_SEGMENT=segment is not None,
         FOLDED=segments.folded,
         BY_TOKEN=by_token,
         WITH_DOTS=dot_with is not None,
-        PRECISION="ieee",
+        BC=tiles.chunk,
     )
+    if pair:
+        assert reverse
+        kernel, num_blocks = scan_dkdv_kernel, 1
+        constants |= dict(D=key_dim, E=value_dim, BD=tiles.key, BE=tiles.value)
+    else:
+        kernel, num_blocks = scan_kernel, triton.cdiv(value_dim, tiles.value)
+        constants |= dict(A=key_dim, X=value_dim, BA=tiles.key, BX=tiles.value)
+        constants |= dict(REVERSE=reverse, PRECISION="ieee")
     options = dict(num_warps=tiles.num_warps, num_stages=tiles.num_stages)
-    launch = cached_launch(scan_kernel, numbers, constants, dtype, **options)
-    num_blocks = triton.cdiv(value_dim, tiles.value)
+    launch = cached_launch(kernel, numbers, constants, dtype, **options)
     return segments.num_segments * num_heads * num_blocks, launch, num_blocks

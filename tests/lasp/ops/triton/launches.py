@@ -47,6 +47,7 @@ def all_launches() -> list[Launch]:
     for dtype, dims in itertools.product(DTYPES, DIMS):
         for launches in (
             _scan_launches,
+            _dkdv_launches,
             _state_launches,
             _by_token_launches,
             _gradient_launches,
@@ -67,6 +68,8 @@ QUICK = {
     *(("scan", "bf16", dims, f"{_MOST} token dots") for dims in DIMS),
     ("scan", "fp16", "128", f"{_MOST} token dots"),
     ("scan", "fp32", "128", f"{_MOST} token dots"),
+    ("dkdv", "bf16", "64", "packed initial segment token dots"),
+    ("dkdv", "bf16", "64", "initial folded"),
     *(("state", "bf16", dims, "reverse packed total token segment=64") for dims in DIMS),
     ("state", "bf16", "128", "reverse total token segment=512"),
     ("state", "fp32", "128", "packed total token segment=64"),
@@ -123,6 +126,34 @@ def _scan_launches(dtype: str, dims: str) -> Iterator[Launch]:
             partial(kernels.scan, k, k, v, None, **options),
             max_fold=15 if segment == "folded" else 0,
         )
+
+
+def _dkdv_launches(dtype: str, dims: str) -> Iterator[Launch]:
+    """Of heads so small that one launch computes dk and dv, on the chips that do."""
+    if dims != "64" or dtype == "fp32":
+        return
+    (D, E), (k, v) = DIMS[dims], _operands(dtype, dims)
+    sums = torch.empty(1, H, T + 1, dtype=torch.float64)
+    entering = {"none": None, "segment": torch.empty(3, H, D, E), "folded": torch.empty(3, H, D, E)}
+    flags = (False, True)
+    choices = itertools.product(flags, flags, entering, flags, flags)
+    for packed, has_initial, segment, token, dots in choices:
+        if (segment == "folded" and (packed or token)) or (dots and not token):
+            continue
+        call = partial(
+            kernels.scan_dkdv,
+            *(k, k, v, v),
+            sums if token else None,
+            scale=0.3,
+            initial_state=torch.empty(1 + packed, H, D, E) if has_initial else None,
+            segment_states=entering[segment],
+            cu_seqlens=(0, 300, T) if packed else None,
+            with_dots=dots,
+        )
+        names = dict(packed=packed, initial=has_initial) | {segment: segment != "none"}
+        names = _variant(**names, token=token, dots=dots)
+        max_fold = 15 if segment == "folded" else 0
+        yield Launch("dkdv", dtype, dims, names, call, max_fold=max_fold)
 
 
 def _state_launches(dtype: str, dims: str) -> Iterator[Launch]:

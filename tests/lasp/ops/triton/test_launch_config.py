@@ -44,6 +44,20 @@ def test_large_16_bit_heads_get_the_hopper_scan(
         assert choice.segments == other.segments
 
 
+def test_one_launch_computes_dk_and_dv_of_small_heads():
+    for seq_len, key_dim, value_dim, dtype, wanted in (
+        (131072, 64, 64, BF16, 2),
+        (100, 33, 64, torch.float16, 2),
+        (131072, 64, 65, BF16, 1),
+        (131072, 64, 64, FP32, 1),
+    ):
+        shape = ScanShape(1, seq_len, 16, key_dim, value_dim, packed=False)
+        for copyable in (True, False):
+            choice = choose_scan(shape, dtype, GPU, 2, copyable=copyable)
+            assert (choice.kernel, choice.num_results) == ("triton", wanted)
+            assert choose_scan(shape, dtype, GPU, 1, copyable=copyable).num_results == 1
+
+
 @pytest.mark.parametrize(
     "shape, boundaries, folded",
     [

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lasp.ops import triton as kernels
-from lasp.ops.triton.launch_config import MAX_FOLD
+from lasp.ops.triton.launch_config import MAX_FOLD, ScanShape, choose_scan
 from tests.lasp.cases import relative_error
 from tests.lasp.ops.triton import interpreter
 from tests.lasp.ops.triton.compiler import assert_tensor_cores_used_well, spilled_bytes
@@ -201,6 +201,54 @@ def check_gradients():
         assert error < FP32_BOUND, f"{name}: {error:.3g}"
 
 
+def check_dkdv(*, T, D, E, B=1, cu_seqlens=None, segment=None, by_token=False, initial=False):
+    """Both results of one launch in fp16, against the definition; dk . k too."""
+    H = len(DECAYS)
+    generator = torch.Generator().manual_seed(T)
+    # q and k, v and do as slices of one projection; a batch of one is expanded.
+    qk = torch.randn(B, T, H, 2 * D, generator=generator).half()
+    vo = torch.randn(1, T, H, 2 * E, generator=generator).half().expand(B, T, H, 2 * E)
+    (q, k), (v, do) = qk.split(D, -1), vo.split(E, -1)
+    decay = rates = torch.tensor(DECAYS)
+    if by_token:
+        rates = -2 * torch.rand(B, T, H, generator=generator) * torch.tensor([0.0, 0.03, 1, 50])
+        decay = kernels.prepare_decay(rates)
+    documents = documents_of(T, cu_seqlens, B)
+    G = torch.randn(len(documents), H, E, D, generator=generator).mT if initial else None
+    common = dict(scale=0.3, cu_seqlens=cu_seqlens)
+    with launch_constants(segment_length=segment, MAX_FOLD=MAX_FOLD):
+        states, _ = kernels.chunk_states(q, do, decay, reverse=True, **common)
+        options = dict(initial_state=G, segment_states=states, **common)
+        results = kernels.scan_dkdv(q, k, v, do, decay, with_dots=True, **options)
+        without = kernels.scan_dkdv(q, k, v, do, decay, **options)
+        launched = choose_scan(
+            ScanShape(*q.shape, E, cu_seqlens is not None), half, q.device, 2, by_token=by_token
+        )
+    assert (launched.kernel, launched.num_results) == ("triton", 2)
+    dk, dv, dots = results
+    assert torch.equal(dk, without[0]) and torch.equal(dv, without[1]) and without[2] is None
+
+    want_dk, want_dv = torch.zeros(2, *q.shape[:3], max(D, E), dtype=torch.float64).unbind()
+    factors = rates.double().exp().expand(B, T, H)
+    for n, (row, start, stop) in enumerate(documents):
+        state = torch.zeros(H, D, E, dtype=torch.float64) if G is None else G[n].double()
+        for t in range(stop - 1, start - 1, -1):
+            qt, kt, vt, ot = (x[row, t].double() for x in (q, k, v, do))
+            state = state + 0.3 * qt[:, :, None] * ot[:, None, :]
+            want_dv[row, t, :, :E] = torch.einsum("hd,hde->he", kt, state)
+            want_dk[row, t, :, :D] = torch.einsum("he,hde->hd", vt, state)
+            state = factors[row, t][:, None, None] * state
+    want_dots = (want_dk[..., :D] * k.double()).sum(-1).transpose(1, 2)
+    for h in range(H):
+        for name, got, want, bound in (
+            ("dk", dk[:, :, h], want_dk[:, :, h, :D], 1e-3),
+            ("dv", dv[:, :, h], want_dv[:, :, h, :E], 1e-3),
+            ("dots", dots[:, h, 0], want_dots[:, h], 2e-3),
+        ):
+            error = relative_error(got, want)
+            assert error <= bound, f"{name}, head {h}: {error:.3g}, allowed {bound:.3g}"
+
+
 def check_empty():
     """No tokens: totals are zero and nothing is launched on an empty grid."""
     for cu_seqlens, documents in ((None, 2), ((0, 0, 0, 0), 3)):
@@ -316,6 +364,19 @@ GROUPS = {
         "head dims 256 and 128": scan_case(T=70, D=256, E=128, dtype=half),
         "step": lambda: check_step(dtype=half),
     },
+    "dk and dv in one launch": {
+        "63 tokens, a state enters": lambda: check_dkdv(T=63, D=64, E=40, B=2, initial=True),
+        "200 tokens, segments added up": lambda: check_dkdv(T=200, D=33, E=64, B=2, segment=64),
+        "packed": lambda: check_dkdv(
+            T=203, D=64, E=64, cu_seqlens=LONG_PACKED, segment=64, initial=True
+        ),
+        "decay per token": lambda: check_dkdv(
+            T=200, D=64, E=33, B=2, segment=64, by_token=True, initial=True
+        ),
+        "packed, decay per token": lambda: check_dkdv(
+            T=203, D=16, E=64, cu_seqlens=LONG_PACKED, segment=64, by_token=True
+        ),
+    },
     "gradients and step": {
         "dq, dk, dv and the state's gradient": check_gradients,
         "step": check_step,
@@ -356,6 +417,20 @@ def test_scan_compiles_to_tensor_cores(key_dim, value_dim, reverse, packed, comp
     (kernel,) = compiled
     assert_tensor_cores_used_well(kernel)
     assert spilled_bytes(kernel) <= SPILL_LIMIT[key_dim]
+
+
+@pytest.mark.parametrize(("by_token", "limit"), [(False, 64), (True, 96)])
+def test_one_launch_for_dk_and_dv_compiles_to_tensor_cores(by_token, limit, compiled):
+    x = torch.zeros(1, 512, 16, 64, dtype=torch.bfloat16)
+    decay = torch.zeros(1, 16, 513, dtype=torch.float64) if by_token else None
+    states = dict(initial_state=torch.zeros(1, 16, 64, 64))
+    states["segment_states"] = torch.zeros(3, 16, 64, 64)
+    with launch_constants(segment_length=128):
+        kernels.scan_dkdv(x, x, x, x, decay, scale=0.3, with_dots=by_token, **states)
+    (kernel,) = compiled
+    if not by_token:  # Its sums are copied eight bytes at a time.
+        assert_tensor_cores_used_well(kernel)
+    assert spilled_bytes(kernel) <= limit
 
 
 def test_step_does_not_spill(compiled):
