@@ -10,7 +10,8 @@ accumulated, so that the settings that differ only in that do differ. Products a
 and bfloat16 on GPUs (--dtype).
 
 Text: the sources of Python's standard library, one byte per token. Writes
-convergence_DEVICE_PROCESSES.json and a table after every row.
+convergence_DEVICE_PROCESSES.json and a table after every row; the same command goes on from there,
+and starts anew where its settings differ.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import contextlib
 import datetime
 import gc
 import io
+import json
 import os
 import tempfile
 import time
@@ -155,18 +157,13 @@ def main() -> None:
         waiting = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=2))
     if is_first and not arguments.data.exists():
         prepare(arguments.data)
-    report = {
-        "device": torch.cuda.get_device_name() if gpus else "CPU",
-        "processes": size,
-        "model": f"TNL {arguments.preset}",
-        "settings": {
-            name: getattr(arguments, name) for name in ("preset", "steps", "seq_len", "lr", "dtype")
-        },
-        "versions": versions.installed("torch", "triton"),
-        "date": datetime.date.today().isoformat(),
-        "rows": [],
-    }
+    report = begin(arguments, gpus)
+    kept = [[case_of(row) for row in report["rows"]]]
+    if waiting is not None:
+        dist.broadcast_object_list(kept, group=waiting)
     for case in cases(size):
+        if (case.name, case.cp, case.tp) in kept[0]:
+            continue
         if waiting is not None:
             dist.barrier(waiting)
         with tempfile.TemporaryDirectory() as folder:
@@ -183,6 +180,31 @@ def main() -> None:
         dist.destroy_process_group()
 
 
+def begin(arguments: argparse.Namespace, gpus: int) -> dict[str, Any]:
+    """The report on disk if it has the same settings, else one without rows."""
+    names = ("preset", "steps", "seq_len", "lr", "dtype")
+    report = {
+        "device": torch.cuda.get_device_name() if gpus else "CPU",
+        "processes": arguments.processes,
+        "model": f"TNL {arguments.preset}",
+        "settings": {name: getattr(arguments, name) for name in names},
+        "versions": versions.installed("torch", "triton"),
+        "date": datetime.date.today().isoformat(),
+        "rows": [],
+    }
+    path = convergence_report.path_of(report, arguments.out)
+    if path.exists() and not arguments.anew:
+        before = json.loads(path.read_text())
+        same = ("device", "processes", "settings", "versions")
+        if all(before.get(name) == report[name] for name in same):
+            return before
+    return report
+
+
+def case_of(row: dict[str, Any]) -> tuple[str, int, int]:
+    return row["name"], row["cp"], row["tp"]
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--preset", default="tiny", help="model preset; tiny: smaller than it")
@@ -191,6 +213,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--data", type=Path, default=Path("data/stdlib"), help="text, made if none")
+    parser.add_argument("--anew", action="store_true", help="forget the rows on disk")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     return parser.parse_args()
 

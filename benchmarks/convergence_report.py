@@ -8,7 +8,7 @@ from typing import Any
 
 import versions
 
-__all__ = ["docs_table", "line", "read", "table", "write"]
+__all__ = ["docs_table", "line", "path_of", "read", "table", "write"]
 
 # arXiv 2404.02882, table 2: loss of TNL-0.4B after 50,000 steps without and with LASP.
 PAPER = {
@@ -74,10 +74,15 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return sorted(reports, key=lambda each: (each["device"] == "CPU", -each["processes"]))
 
 
+def path_of(report: dict[str, Any], folder: Path) -> Path:
+    """The report's JSON file."""
+    device = "cpu" if report["device"] == "CPU" else "gpu"
+    return folder / f"convergence_{device}_{report['processes']}.json"
+
+
 def write(report: dict[str, Any], folder: Path) -> None:
     """The report as JSON and as a table."""
     folder.mkdir(parents=True, exist_ok=True)
-    device = "cpu" if report["device"] == "CPU" else "gpu"
-    name = f"convergence_{device}_{report['processes']}"
-    (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-    (folder / f"{name}.md").write_text(table(report))
+    path = path_of(report, folder)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.with_suffix(".md").write_text(table(report))

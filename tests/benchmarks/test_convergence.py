@@ -93,3 +93,20 @@ def test_rows_over_ranks_have_the_losses_of_one_process(pair, convergence, data,
     text = convergence.convergence_report.table(report)
     assert "from that of one process is 2.5e-01:" in text
     assert "| 2.5e-01 | 3.719, 3.715 (-0.004) |" in text
+
+
+def test_rows_on_disk_are_kept_if_the_settings_are_the_same(convergence, data, tmp_path):
+    arguments = options(data)
+    arguments.out, arguments.anew = tmp_path, False
+    report = convergence.begin(arguments, 0)
+    assert report["rows"] == []
+    row = dict(name="one process", cp=1, tp=1, losses=[1.0, 0.5], validation=0.7, seconds=1.0)
+    report["rows"].append(row)
+    convergence.convergence_report.write(report, tmp_path)
+    assert convergence.begin(arguments, 0)["rows"] == [row]
+    assert convergence.case_of(row) == ("one process", 1, 1)
+    for name, value in (("lr", 1e-3), ("processes", 4), ("anew", True)):
+        other = options(data)
+        other.out, other.anew = tmp_path, False
+        setattr(other, name, value)
+        assert convergence.begin(other, 0)["rows"] == []
