@@ -196,7 +196,7 @@ def use_few_kernels(optimizer):
 
 def l2_norm(chunk_size, noop_flag, tensor_lists, per_tensor):
     """As Megatron's local_multi_tensor_l2_norm: (norm of all tensors [1], nothing per tensor)."""
-    return torch.nn.utils.get_total_norm(tensor_lists[0]).reshape(1), None
+    return torch.nn.utils.get_total_norm(tensor_lists[0]).float().reshape(1), None
 
 
 def ingredients(args):

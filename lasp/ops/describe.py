@@ -85,7 +85,9 @@ def _describe_gpu(device: torch.device) -> list[str]:
     ):
         for kernel, group in itertools.groupby(_HEAD_DIMS, lambda d: kernels(d, dtype)):  # noqa: B023
             lines.append(f"  {names}, head dims to {max(group)}: {kernel}")
-    lines.append("all smaller calls, and tensors that TMA cannot address: Triton scan")
+    joint = ", dk and dv in one launch" in kernels(64, torch.bfloat16)
+    small = " (16 bits, head dims to 64: dk and dv in one launch)" if joint else ""
+    lines.append(f"all smaller calls, and tensors that TMA cannot address: Triton scan{small}")
     reason = why_not(device)
     if reason is not None:
         lines.append(f"The Hopper scan cannot run here: {reason}.")

@@ -2,7 +2,7 @@
 
     k, v -> state kernel -> combine kernel -> segment states, total      (chunk_states)
     a, b, x, states -> scan kernel -> y                                  (scan: o, dq, dk and dv)
-    q, k, v, do, states -> Hopper scan -> dk, dv                         (scan_dkdv)
+    q, k, v, do, states -> Hopper scan or dkdv kernel -> dk, dv          (scan_dkdv)
     log_decay of every token -> cumulative sums                          (prepare_decay)
     q, k, v, state -> step kernel -> o, new state                        (step: decoding)
     state of the previous rank -> kernel -> state for the following one  (send_recv_state)

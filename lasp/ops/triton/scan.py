@@ -1,6 +1,7 @@
 """Scan: one pass over the tokens with the state in registers, forward or reverse.
 
-The same kernel computes o, dq, dk and dv; only the roles of the operands change (see `scan`).
+One kernel computes o, dq, dk and dv: only the roles of the operands change (see `scan`). A second
+one computes dk and dv of small heads together.
 """
 
 from __future__ import annotations
@@ -341,7 +342,7 @@ def scan(
 
     So o = scan(q, k, v, S0) and dq = scan(do, v, k, S0^T); with the gradient G of the final state,
     dk = scan(v, do, q, G^T, reverse) and dv = scan(k, q, do, G, reverse). These are the recurrences
-    of Lightning Attention-2 (arXiv 2401.04658) with exchanged roles instead of further kernels.
+    of Lightning Attention-2 (arXiv 2401.04658) with exchanged roles.
 
     `initial_state` S [N, H, A, X] float32 (any strides) enters each document, None is zero; with
     `state_rows` it has a row for each of those packed documents, in this order, and a last one of
@@ -543,8 +544,8 @@ def _prepare(
     kind: tuple[bool, TensorSpec | None],
     device: torch.device,
 ) -> tuple[int, CachedLaunch, int]:
-    """(number of programs, launch, blocks of columns of dots) of the Triton scan, as the Hopper
-    scan's `prepare`."""
+    """(number of programs, launch, blocks of columns of dots) of the Triton scan of a, b, x, or of
+    k, q, do, v for dv and dk."""
     pair = len(operands) == 4
     by_token, dot_with = kind
     initial, segment = states

@@ -146,8 +146,8 @@ def _resource_usage(compiled) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def assert_tensor_cores_used_well(compiled) -> None:
-    """Of a kernel in Triton with 16-bit operands."""
+def assert_tensor_cores_used_well(compiled, copy_sizes: frozenset[int] = frozenset({16})) -> None:
+    """Of a kernel in Triton with 16-bit operands, whose loads copy so many bytes at a time."""
     ptx, ttgir = compiled.asm["ptx"], compiled.asm["ttgir"]
     assert "wgmma.mma_async" in ptx
     assert "mma.sync" not in ptx, "a product fell back to the instructions before Hopper"
@@ -157,7 +157,7 @@ def assert_tensor_cores_used_well(compiled) -> None:
     assert "tt.trans" not in ttgir
     assert not re.search(r"local_alloc.*#linear", ttgir)
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], (0x\w+|\d+)", ptx)
-    assert copies and {int(size, 0) for size in copies} == {16}, "loads are not whole vectors"
+    assert {int(size, 0) for size in copies} == copy_sizes, "loads are not whole vectors"
     assert compiled.metadata.shared <= SHARED_MEMORY_LIMIT
 
 

@@ -68,8 +68,6 @@ QUICK = {
     *(("scan", "bf16", dims, f"{_MOST} token dots") for dims in DIMS),
     ("scan", "fp16", "128", f"{_MOST} token dots"),
     ("scan", "fp32", "128", f"{_MOST} token dots"),
-    ("dkdv", "bf16", "64", "packed initial segment token dots"),
-    ("dkdv", "bf16", "64", "initial folded"),
     *(("state", "bf16", dims, "reverse packed total token segment=64") for dims in DIMS),
     ("state", "bf16", "128", "reverse total token segment=512"),
     ("state", "fp32", "128", "packed total token segment=64"),

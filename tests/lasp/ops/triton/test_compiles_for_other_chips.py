@@ -20,6 +20,7 @@ SPILL_LIMIT = {
     "cumulate_kernel": 16,
     "boundary_gradient_kernel": 8,
     "decay_gradient_kernel": 56,
+    "scan_dkdv_kernel": 96,
 }
 SCAN_SPILL_LIMIT = {"64": 64, "128": 144, "256": 136, "odd": 640}
 SPILLING = {("fp32", "256", chip) for chip in TARGETS}
@@ -51,6 +52,7 @@ def test_the_quick_ones_exist():
 
 
 SLOW = [("send_recv_state", "", ""), ("cumulate", "", "")]
+SLOW += [("dkdv", "bf16", "64"), ("dkdv", "fp16", "64")]
 SLOW += itertools.product(("scan", "state", "gradient", "step", "lrpe"), DTYPES, DIMS)
 
 
