@@ -6,6 +6,7 @@ Imported on the ranks only; importing it makes Megatron run on the CPU.
 # ruff: noqa: E402 (Megatron is imported after the shim)
 
 import contextlib
+import gc
 import io
 import logging
 import multiprocessing
@@ -60,7 +61,9 @@ def set_up_groups(tp, cp, pp=1, ep=1):
     """Create Megatron's groups over the four ranks; the remaining axis is data parallel."""
     if parallel_state.model_parallel_is_initialized():
         dist.barrier()
-        # Megatron does not destroy its groups: their threads would pile up.
+        # Megatron does not destroy its groups: their threads would pile up, also of those that a
+        # model in a reference cycle holds.
+        gc.collect()
         ours = {id(group) for group in _kept_groups}
         for group in list(dist.distributed_c10d._world.pg_map):
             if id(group) not in ours:
@@ -69,6 +72,8 @@ def set_up_groups(tp, cp, pp=1, ep=1):
         dist.barrier()
     else:
         _kept_groups.extend(dist.distributed_c10d._world.pg_map)
+        # Of all that was imported: collecting is fast then.
+        gc.freeze()
     parallel_state.initialize_model_parallel(
         tp,
         pp,

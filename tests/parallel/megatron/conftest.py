@@ -36,7 +36,8 @@ class MegatronPool:
         return self.pool.run(call, name, args, keywords, size=4, timeout=300)
 
 
-@pytest.fixture(scope="session")
+# Not for the session: threads of its groups would slow down all tests that follow.
+@pytest.fixture(scope="package")
 def megatron():
     pool = Pool((4,))
     yield MegatronPool(pool)
