@@ -105,6 +105,11 @@ def run_hybrid(sizes, fields, options, tokens, folder, *, first=False, lengths=N
     with torch.no_grad():
         for p in inner.parameters():
             p.copy_(p.main_grad)
+    # It keeps a tensor with its graph, whose hooks refer to the model, from where the garbage
+    # collector does not look: the process groups and their threads would live on.
+    for module in inner.modules():
+        if hasattr(module, "token_dispatcher"):
+            module.token_dispatcher.probs = None
     name = folder / ("gradients-" + "-".join(map(str, sizes)) + options.get("layout", ""))
     save(inner, name)
     if not first:
