@@ -9,6 +9,7 @@ import torch
 _HEAD_DIMS = range(8, 257, 8)
 # Of a large call; see `launch_config.ScanShape.is_large`.
 _SEQ_LEN, _NUM_HEADS = 131072, 16
+_JOINT = "dk and dv in one launch"
 
 
 def describe_kernels(device: torch.device | str | int | None = None) -> str:
@@ -74,8 +75,7 @@ def _describe_gpu(device: torch.device) -> list[str]:
     def kernels(head_dim: int, dtype: torch.dtype) -> str:
         shape = launch_config.ScanShape(1, _SEQ_LEN, _NUM_HEADS, head_dim, head_dim, packed=False)
         one, two = (launch_config.choose_scan(shape, dtype, device, n) for n in (1, 2))
-        joint = ", dk and dv in one launch" if two.num_results == 2 else ""
-        return f"{one.kernel.capitalize()} scan{joint}"
+        return f"{one.kernel.capitalize()} scan{', ' + _JOINT if two.num_results == 2 else ''}"
 
     least = launch_config.large_values(launch_config.chip_of(device))
     lines = [f"calls of {least:,} values of q or v and more:"]
@@ -85,8 +85,9 @@ def _describe_gpu(device: torch.device) -> list[str]:
     ):
         for kernel, group in itertools.groupby(_HEAD_DIMS, lambda d: kernels(d, dtype)):  # noqa: B023
             lines.append(f"  {names}, head dims to {max(group)}: {kernel}")
-    joint = ", dk and dv in one launch" in kernels(64, torch.bfloat16)
-    small = " (16 bits, head dims to 64: dk and dv in one launch)" if joint else ""
+    shape = launch_config.ScanShape(1, 1, 1, 64, 64, packed=False)
+    two = launch_config.choose_scan(shape, torch.bfloat16, device, 2, copyable=False)
+    small = f" (16 bits, head dims to 64: {_JOINT})" if two.num_results == 2 else ""
     lines.append(f"all smaller calls, and tensors that TMA cannot address: Triton scan{small}")
     reason = why_not(device)
     if reason is not None:

@@ -17,6 +17,18 @@ def row_of_decay(p_cumulative, i_b, i_h, T, H):
 
 
 @triton.jit
+def decay_of_segment(p_log_decay, i_b, i_h, start, T, H, BY_TOKEN: tl.constexpr):
+    """(pointer, log decay) of a head in a segment: to the cumulative sums from token `start` on,
+    and zero, for a decay per token; else as given, and the constant."""
+    if BY_TOKEN:
+        p_log_decay = row_of_decay(p_log_decay, i_b, i_h, T, H) + start
+        b_log_decay = tl.full([], 0.0, tl.float32)
+    else:
+        b_log_decay = tl.load(p_log_decay + i_h)
+    return p_log_decay, b_log_decay
+
+
+@triton.jit
 def remaining(p_from, p_to):
     """exp of the log decays between two entries of the cumulative sums."""
     return tl.exp((tl.load(p_to) - tl.load(p_from)).to(tl.float32))

@@ -225,9 +225,14 @@ def strides(spec: TensorSpec, dims: tuple[int, ...]) -> tuple[int, ...]:
 def state_numbers(states, scale, segments, seq_len, num_heads) -> tuple[int | float, ...]:
     """The numbers that both scans take after the strides of their operands: the strides of initial
     and segment states [S, H, D, E], zeros where there are none, the scale and the segments."""
-    state_strides = ((0,) * 4 if each is None else strides(each, (0, 1, 2, 3)) for each in states)
     numbers = scale, seq_len, segments.per_row, segments.length, num_heads
-    return (*itertools.chain(*state_strides), *numbers)
+    return (*strides_or_zeros(states, (0, 1, 2, 3)), *numbers)
+
+
+def strides_or_zeros(tensors: Iterable[TensorSpec | None], dims: tuple[int, ...]) -> list[int]:
+    """The strides of all tensors along these dims, one after the other; zeros for None."""
+    each = ((0,) * len(dims) if spec is None else strides(spec, dims) for spec in tensors)
+    return list(itertools.chain.from_iterable(each))
 
 
 def is_by_token(log_decay: torch.Tensor | None) -> bool:

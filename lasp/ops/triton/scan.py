@@ -7,7 +7,6 @@ one computes dk and dv of small heads together.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lasp.ops.triton.cumulative import remaining, row_of_decay
+from lasp.ops.triton.cumulative import decay_of_segment, remaining
 from lasp.ops.triton.hopper import scan as hopper_scan
 from lasp.ops.triton.launch_config import (
     COPY_STEP,
@@ -34,7 +33,7 @@ from lasp.ops.triton.launcher import (
     is_by_token,
     is_copyable,
     state_numbers,
-    strides,
+    strides_or_zeros,
 )
 from lasp.ops.triton.segments import (
     ALL,
@@ -185,11 +184,7 @@ def scan_kernel(
     o_x = i_x * BX + tl.arange(0, BX)
     m_a = o_a < A
     m_x = o_x < X
-    if BY_TOKEN:
-        p_log_decay = row_of_decay(p_log_decay, i_b, i_h, T, H) + start
-        b_log_decay = tl.full([], 0.0, tl.float32)
-    else:
-        b_log_decay = tl.load(p_log_decay + i_h)
+    p_log_decay, b_log_decay = decay_of_segment(p_log_decay, i_b, i_h, start, T, H, BY_TOKEN)
     b_row, b_column, b_decay, b_chunk_decay = _constant_weights(
         b_log_decay, scale, o_c, BC, REVERSE
     )
@@ -265,11 +260,7 @@ def scan_dkdv_kernel(
     o_e = tl.arange(0, BE)
     m_d = o_d < D
     m_e = o_e < E
-    if BY_TOKEN:
-        p_log_decay = row_of_decay(p_log_decay, i_b, i_h, T, H) + start
-        b_log_decay = tl.full([], 0.0, tl.float32)
-    else:
-        b_log_decay = tl.load(p_log_decay + i_h)
+    p_log_decay, b_log_decay = decay_of_segment(p_log_decay, i_b, i_h, start, T, H, BY_TOKEN)
     b_row, b_column, b_decay, b_chunk_decay = _constant_weights(b_log_decay, scale, o_c, BC, True)
     b_state = _entering_state(
         p_initial, p_segment, p_log_decay, b_log_decay, i_n, i_h, i_boundary, count, outside,
@@ -553,9 +544,7 @@ def _prepare(
     value_dim = operands[2][0][-1]
     read = operands if pair else (*operands, dot_with)
     numbers = (
-        *itertools.chain(
-            *((0,) * 3 if each is None else strides(each, (0, 1, 2)) for each in read)
-        ),
+        *strides_or_zeros(read, (0, 1, 2)),
         *state_numbers(states, scale, segments, seq_len, num_heads),
     )
     constants = dict(

@@ -13,7 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
-from lasp.ops.triton.cumulative import chunk_of_decay, remaining, row_of_decay
+from lasp.ops.triton.cumulative import (
+    chunk_of_decay,
+    decay_of_segment,
+    remaining,
+    row_of_decay,
+)
 from lasp.ops.triton.launch_config import (
     COMBINE_BLOCK,
     COMBINE_STAGES,
@@ -91,11 +96,7 @@ def state_kernel(
     m_e = o_e < E
     # The partial chunk comes first, while the state is zero, and is aligned so that all chunks
     # share the same weights, if the decay is constant.
-    if BY_TOKEN:
-        p_log_decay = row_of_decay(p_log_decay, i_b, i_h, T, H) + start
-        b_log_decay = tl.full([], 0.0, tl.float32)
-    else:
-        b_log_decay = tl.load(p_log_decay + i_h)
+    p_log_decay, b_log_decay = decay_of_segment(p_log_decay, i_b, i_h, start, T, H, BY_TOKEN)
     if REVERSE:
         b_weight = tl.exp(b_log_decay * o_c)  # [BC]
     else:

@@ -32,10 +32,11 @@ def token_loop(a, b, x, log_decay, scale, initial, documents, reverse, dtype):
 
     In float64 this is the definition. In fp16 it is the plain low-precision version: products see
     fp16 operands and round to fp16, the state stays in float32.
+    log_decay: [H], or [B, T, H].
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     a, b, x = a.to(dtype), b.to(dtype), x.to(dtype)
-    factor = log_decay.double().exp().to(wide)[:, None, None]
+    factors = log_decay.double().exp().to(wide).expand(a.shape[:3])[..., None, None]
     y = torch.zeros(x.shape, dtype=dtype)
     totals = []
     for n, (row, start, stop) in enumerate(documents):
@@ -43,6 +44,7 @@ def token_loop(a, b, x, log_decay, scale, initial, documents, reverse, dtype):
         carried = initial[n].to(wide).clone()
         order = range(stop - 1, start - 1, -1) if reverse else range(start, stop)
         for t in order:
+            factor = factors[row, t]
             outer = (b[row, t, :, :, None] * x[row, t, :, None, :]).to(wide)
             if reverse:
                 # The carried gradient is that of the state after token t: it already holds `scale`.
@@ -228,21 +230,15 @@ def check_dkdv(*, T, D, E, B=1, cu_seqlens=None, segment=None, by_token=False, i
     dk, dv, dots = results
     assert torch.equal(dk, without[0]) and torch.equal(dv, without[1]) and without[2] is None
 
-    want_dk, want_dv = torch.zeros(2, *q.shape[:3], max(D, E), dtype=torch.float64).unbind()
-    factors = rates.double().exp().expand(B, T, H)
-    for n, (row, start, stop) in enumerate(documents):
-        state = torch.zeros(H, D, E, dtype=torch.float64) if G is None else G[n].double()
-        for t in range(stop - 1, start - 1, -1):
-            qt, kt, vt, ot = (x[row, t].double() for x in (q, k, v, do))
-            state = state + 0.3 * qt[:, :, None] * ot[:, None, :]
-            want_dv[row, t, :, :E] = torch.einsum("hd,hde->he", kt, state)
-            want_dk[row, t, :, :D] = torch.einsum("he,hde->hd", vt, state)
-            state = factors[row, t][:, None, None] * state
-    want_dots = (want_dk[..., :D] * k.double()).sum(-1).transpose(1, 2)
+    G = torch.zeros(len(documents), H, D, E) if G is None else G
+    about = documents, True, torch.float64
+    want_dv, _ = token_loop(k, q, do, rates, 0.3, G, *about)
+    want_dk, _ = token_loop(v, do, q, rates, 0.3, G.mT, *about)
+    want_dots = (want_dk * k.double()).sum(-1).transpose(1, 2)
     for h in range(H):
         for name, got, want, bound in (
-            ("dk", dk[:, :, h], want_dk[:, :, h, :D], 1e-3),
-            ("dv", dv[:, :, h], want_dv[:, :, h, :E], 1e-3),
+            ("dk", dk[:, :, h], want_dk[:, :, h], 1e-3),
+            ("dv", dv[:, :, h], want_dv[:, :, h], 1e-3),
             ("dots", dots[:, h, 0], want_dots[:, h], 2e-3),
         ):
             error = relative_error(got, want)
