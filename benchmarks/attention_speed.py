@@ -290,7 +290,8 @@ def measure(
     """The figures of a call: its time and its memory, or a note why there are none.
 
     Args:
-        expected: seconds, from a shorter length with the same kernels; None: there is none.
+        expected: seconds, from a shorter length whose kernels this process has compiled; a slow
+            first call near it counts. None: there is none.
         may_fail: an error of the call is a note too.
     """
     if device.type == "cuda":
@@ -352,6 +353,7 @@ class Run:
         length of a case and returns its call."""
         rows = self.report["rows"]
         last: dict[str, Any] | None = None
+        is_warm = False
         for length in lengths or self.arguments.lengths:
             key = (part, name, length)
             row = next((r for r in rows if (r["part"], r["name"], r["seq_len"]) == key), None)
@@ -362,7 +364,8 @@ class Run:
             if row is None:
                 if self.out_of_time():
                     return
-                row = self._row(part, name, quadratic, length, last, make)
+                row = self._row(part, name, quadratic, length, last, make, is_warm)
+                is_warm = True
                 rows.append(row)
                 self.write()
                 print(json.dumps(row), flush=True)
@@ -370,7 +373,7 @@ class Run:
                 return
             last = row
 
-    def _row(self, part, name, quadratic, length, last, make):
+    def _row(self, part, name, quadratic, length, last, make, is_warm):
         sequences = max(1, self.arguments.tokens // length)
         row = {"part": part, "name": name, "seq_len": length, "sequences": sequences}
         expected = None
@@ -384,7 +387,9 @@ class Run:
         case = functools.partial(make, sequences, length)
         # Of what others wrote, an error is their result.
         may_fail = name.startswith("fla ")
-        found = measure(case, expected, self.arguments.device, may_fail=may_fail)
+        # A row of an earlier process says how long a call takes, not that its kernels are compiled.
+        known = expected if is_warm else None
+        found = measure(case, known, self.arguments.device, may_fail=may_fail)
         release()
         if "seconds" in found:
             found["tokens_per_second"] = sequences * length / found["seconds"]

@@ -3,7 +3,8 @@
     python benchmarks/kernels.py                       # everything; a few minutes
     python benchmarks/kernels.py --shapes 1,131072,16,128 --only lasp
 
-One run measures everything, baselines and copy bandwidth included. A fraction is
+One run measures everything, baselines and copy bandwidth included; with --shapes, the rows of other
+shapes, and the errors with --no-errors, are kept from the last run. A fraction is
 
     (least traffic / time) / copy bandwidth
 
@@ -314,6 +315,30 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def begin(arguments: argparse.Namespace) -> dict:
+    """The rows and errors of the last run that this one keeps; none of another GPU or version."""
+    head = {
+        "device": torch.cuda.get_device_name(),
+        "versions": versions.installed("torch", "triton", "fla-core"),
+    }
+    path = arguments.out / "kernels.json"
+    if arguments.shapes and path.exists():
+        before = json.loads(path.read_text())
+        if all(before[name] == head[name] for name in head):
+            errors = before["errors"] if arguments.no_errors else []
+            return before | {"errors": errors}
+    return head | {"errors": [], "rows": []}
+
+
+def replaced(rows: list[dict], measured: list[dict]) -> list[dict]:
+    """The rows with those just measured, of one shape and decay, in place of the old ones."""
+    case = measured[0]["shape"], measured[0]["decay"]
+    same = [(row["shape"], row["decay"]) == case for row in rows]
+    where = same.index(True) if True in same else len(rows)
+    kept = [row for row, is_same in zip(rows, same, strict=True) if not is_same]
+    return kept[:where] + measured + kept[where:]
+
+
 def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/kernels.py needs a CUDA GPU; this machine has none.")
@@ -326,23 +351,21 @@ def main() -> None:
             print("fla-core is not installed: its rows are left out.")
         baselines.compile_ahead([shape for shape in shapes if shape not in MANY_HEADS])
     bandwidth = copy_bandwidth()
-    report = {
-        "device": torch.cuda.get_device_name(),
+    report = begin(arguments) | {
         "copy_bandwidth": bandwidth,
-        "versions": versions.installed("torch", "triton", "fla-core"),
         "date": datetime.date.today().isoformat(),
         "step": measure_step(bandwidth),
         "packed": measure_packed(),
         "graph": measure_graph(),
-        "errors": [],
-        "rows": [],
     }
     for shape in shapes:
         for decay in arguments.decays:
+            measured = []
             for name, function in implementations(shape, arguments.only).items():
                 row = measure(name, function, shape, decay, bandwidth)
-                report["rows"].append(dataclasses.asdict(row) | {"shape": list(shape)})
-                print(json.dumps(report["rows"][-1]), flush=True)
+                measured.append(dataclasses.asdict(row) | {"shape": list(shape)})
+                print(json.dumps(measured[-1]), flush=True)
+            report["rows"] = replaced(report["rows"], measured)
         # After every shape, so that an interrupted run keeps its rows.
         kernels_report.write(report, arguments.out)
     # Last, because it leaves the baselines with untuned variants.

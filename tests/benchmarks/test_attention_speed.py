@@ -110,6 +110,22 @@ def test_a_curve_ends_at_the_time_limit_and_goes_on_with_a_larger_one(
     assert [row["seconds"] for row in report["rows"]] == [2.0, 2.0]
 
 
+def test_the_first_slow_call_of_a_process_is_a_warm_up(benchmark, monkeypatch, tmp_path):
+    calls = []
+
+    def seconds_of(call, count, device):
+        calls.append(count)
+        return 5.0
+
+    monkeypatch.setattr(benchmark, "seconds_of", seconds_of)
+    flags = ("--parts", "attention", "--only", "token loop", "--lengths")
+    run(benchmark, monkeypatch, tmp_path, *flags, "64")
+    calls.clear()
+    run(benchmark, monkeypatch, tmp_path, *flags, "64", "128", "256")
+    # 128 is the first of this process and is called twice, 256 once.
+    assert len(calls) == 3
+
+
 def test_a_wrong_attention_ends_the_run(benchmark, monkeypatch, tmp_path):
     found = {"lasp": benchmark.Attention(lambda q, k, v, log_decay: q + k + v)}
     monkeypatch.setattr(benchmark, "attentions", lambda device: found)
