@@ -12,18 +12,18 @@ __all__ = ["table", "write"]
 
 def table(report: dict) -> str:
     """The report as Markdown."""
-    gpus = report["gpus"]
     lines = [
-        f"{gpus} x {report['device']}. One sequence per step, all layers recomputed, memory per "
-        "GPU.",
+        f"{report['device']}, as many as the layout says. One sequence per step, all layers "
+        "recomputed, memory per GPU.",
         "",
         "| model | layout | sequence | tokens/s | per GPU | memory, GiB | steps | first, last loss "
         "| used | measured with |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in report["rows"]:
-        host = {"TNL": "TNL, megatron-core", "softmax": "softmax, megatron-core"}
-        name = host.get(row["model"], "TNL, launch/train.py")
+        is_native = row["model"] == "launcher"
+        name = "TNL, launch/train.py" if is_native else f"{row['model']}, megatron-core"
+        gpus = int(row["layout"].split()[1])
         losses = row.get("losses")
         losses = f"{losses[0]:.4f}, {losses[-1]:.4f}" if losses else ""
         used = "; ".join(f"{part} {which}" for part, which in row["used"].items())

@@ -5,6 +5,8 @@
         --keep --layouts tp --models TNL softmax
     torchrun --nproc_per_node 2 benchmarks/megatron_training.py --apex --keep   # where apex is
     torchrun --nproc_per_node 2 benchmarks/megatron_training.py --apex norms --keep  # only norms
+    torchrun --nproc_per_node 1 benchmarks/megatron_training.py --layouts cp --keep \
+        --models TNL TNL-TE TNL-FP8 launcher --lengths 32768   # where Transformer Engine is
     torchrun --nproc_per_node 2 benchmarks/megatron_training.py --preset tiny --lengths 256 \
         --iterations 4 --softmax_iterations 4 --out outputs/try                   # a try on CPUs
 
@@ -15,9 +17,11 @@ benchmarks/training.py (float32 weights, bfloat16 products, FSDP under context p
 the median over the steps after warm-up; memory is what the allocator reserved, on the rank with the
 most.
 
-"softmax" is the same GPT with Megatron's SelfAttention in every layer, with Transformer Engine's
-core attention where that is installed and LaspSoftmaxAttention (torch's flash kernels) elsewhere.
-Megatron's own DotProductAttention stores all scores and refuses context parallelism.
+"TNL-TE" has Transformer Engine's linear layers, and "TNL-FP8" multiplies in FP8 there, scaled by
+the current tensor. "softmax" is the same GPT with Megatron's SelfAttention in every layer, with
+Transformer Engine's core attention where that is installed and LaspSoftmaxAttention (torch's flash
+kernels) elsewhere. Megatron's own DotProductAttention stores all scores and refuses context
+parallelism.
 
 Megatron-LM asks for CUDA_DEVICE_MAX_CONNECTIONS=1 under tensor parallelism, so that messages start
 before the products that hide them.
@@ -81,6 +85,11 @@ LAYOUT_OPTIONS = {
     "cp": ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
 }
 LAYOUTS = tuple(LAYOUT_OPTIONS)
+TNL_OPTIONS = {
+    "TNL": (),
+    "TNL-TE": ("--transformer-impl", "transformer_engine"),
+    "TNL-FP8": ("--transformer-impl", "transformer_engine", "--fp8-format", "hybrid"),
+}
 MODELS = ("TNL", "launcher", "softmax")
 PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "apex")
 
@@ -133,6 +142,7 @@ def measure_megatron(
             *LAYOUT_OPTIONS[layout],
             # Linear layers have no need to balance the chunks.
             *(["--linear-cp-layout", "contiguous"] if not softmax else []),
+            *TNL_OPTIONS.get(model, ()),
             *apex_options(),
         ]
     )
@@ -247,7 +257,6 @@ def begin(arguments: argparse.Namespace) -> dict[str, Any]:
         kept = json.loads(path.read_text())
     return {
         "device": torch.cuda.get_device_name() if ON_GPU else "CPU",
-        "gpus": dist.get_world_size(),
         "rows": kept["rows"],
         "note": kept.get("note", ""),
     }
@@ -260,7 +269,8 @@ def key(row: dict[str, Any]) -> tuple:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], parents=[apex_parser])
-    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
+    names = [*TNL_OPTIONS, *MODELS[1:]]
+    parser.add_argument("--models", nargs="*", choices=names, default=list(MODELS))
     parser.add_argument("--layouts", nargs="*", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--lengths", nargs="*", type=int, default=[32768, 131072])
     parser.add_argument("--preset", default="1b", help="model preset")

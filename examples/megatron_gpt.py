@@ -24,10 +24,12 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import Adam, OptimizerConfig, clip_grads, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import local_multi_tensor_l2_norm
 
@@ -41,6 +43,9 @@ from parallel.megatron import (
     tnl_transformer_config,
 )
 from parallel.megatron.apex import require_apex
+
+# Whose linear layers, by Megatron-LM's names.
+IMPLEMENTATIONS = ("local", "transformer_engine")
 
 
 def parse_arguments(argv=None):
@@ -69,11 +74,17 @@ def argument_parser(description):
     parser.add_argument("--clip-grad", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--transformer-impl", choices=IMPLEMENTATIONS, default="local")
+    parser.add_argument("--fp8-format", choices=["hybrid", "e4m3"], help="transformer_engine's")
+    parser.add_argument("--fp8-recipe", default="tensorwise", help="delayed, blockwise, ...")
+    parser.add_argument("--attention-backend", choices=AttnBackend.__members__, default="auto")
     parser.add_argument("--recompute", action="store_true", help="all layers; repeats no exchange")
     parser.add_argument("--use-distributed-optimizer", action="store_true")
     parser.add_argument("--overlap-grad-reduce", action="store_true")
     parser.add_argument("--overlap-param-gather", action="store_true", help="also needs the above")
-    parser.add_argument("--gradient-accumulation-fusion", action="store_true", help="needs apex")
+    parser.add_argument(
+        "--gradient-accumulation-fusion", action="store_true", help="local: needs apex"
+    )
     parser.add_argument("--save", type=Path, help="folder of checkpoints, also to resume from")
     parser.add_argument("--save-interval", type=int, default=50)
     parser.add_argument("--device", default="cuda", help="cpu: only if CUDA's calls are redirected")
@@ -206,6 +217,8 @@ def ingredients(args):
         "optimizer": f"{Adam.__module__.partition('.')[0]}'s {Adam.__name__}",
         "norms": f"{args.norm}'s",
         "weight gradients": "apex's, fused with their sum" if fused else "torch's",
+        "linear layers": args.transformer_impl,
+        "products": f"FP8, {args.fp8_recipe}" if args.fp8_format else "as the weights",
     }
 
 
@@ -215,7 +228,8 @@ def take_step(args, run, iteration):
     run.optimizer.zero_grad()
     loss = forward_backward(args, run.model, run.split, run.source, iteration)
     updated, grad_norm, _ = run.optimizer.step()
-    return loss, grad_norm, updated
+    # With Transformer Engine or apex it is a tensor on the GPU.
+    return loss, float(grad_norm), updated
 
 
 def open_data(args, vocab_size=None):
@@ -241,6 +255,9 @@ def config_fields(args):
         bf16=args.bf16,
         params_dtype=torch.bfloat16 if args.bf16 else torch.float32,
         gradient_accumulation_fusion=args.gradient_accumulation_fusion,
+        fp8=args.fp8_format,
+        fp8_recipe=args.fp8_recipe,
+        attention_backend=AttnBackend[args.attention_backend],
         use_cpu_initialization=args.device == "cpu",
         # The loss function returns sums, and Megatron divides by the tokens of all ranks.
         calculate_per_token_loss=True,
@@ -255,11 +272,12 @@ def build_model(args, vocab_size, softmax_core=None):
         tnl,
         **config_fields(args),
     )
-    if args.gradient_accumulation_fusion:
+    if args.gradient_accumulation_fusion and args.transformer_impl == "local":
         require_apex("gradient accumulation fusion")
     spec = get_tnl_block_spec(
         config,
         tnl,
+        backend=backend(args),
         norm=args.norm,
         softmax_core=softmax_core,
         layout=args.linear_cp_layout,
@@ -278,6 +296,15 @@ def build_model(args, vocab_size, softmax_core=None):
         post_process=parallel_state.is_pipeline_last_stage(),
     )
     return wrap(args, bare), bare
+
+
+def backend(args):
+    """Megatron's provider of linear layers."""
+    if args.transformer_impl == "local":
+        return LocalSpecProvider()
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+    return TESpecProvider()
 
 
 def wrap(args, bare):

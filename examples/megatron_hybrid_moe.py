@@ -71,7 +71,11 @@ def build_model(args, vocab_size, softmax_core=None):
         vocab_size = max(vocab_size, preset.model.hf["vocab_size"])
     else:
         preset = ling_2_6_flash(vocab_size=vocab_size, megatron=fields, **SMALL | args.shape)
-    preset.spec.update(layout=args.linear_cp_layout, exchange=args.cp_exchange)
+    preset.spec.update(
+        layout=args.linear_cp_layout,
+        exchange=args.cp_exchange,
+        use_transformer_engine=args.transformer_impl == "transformer_engine",
+    )
     bare = preset.gpt_model(max_sequence_length=args.seq_length, vocab_size=vocab_size)
     if args.load_weights:
         load_weights(bare, args.load_weights)

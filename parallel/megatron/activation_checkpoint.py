@@ -3,6 +3,9 @@
 Megatron's own checkpoint is reentrant and takes no policy. So a core attention saves the results of
 its exchanges in the first forward, and recomputation replays them. The backwards of a layer come in
 the order of its forwards, also in pipeline schedules: hence a queue.
+
+With FP8 or FP4 products Megatron takes Transformer Engine's checkpoint instead, which does not say
+that it is running. There a layer goes by the config, which Megatron's blocks follow in training.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from collections.abc import Iterator
 
 import torch
 from megatron.core.tensor_parallel.random import is_checkpointing
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from parallel.activation_checkpoint import ReplayExchanges
 
@@ -22,23 +26,27 @@ __all__ = ["SavedExchanges"]
 class SavedExchanges:
     """The results of one layer's exchanges, from the first forward to its recomputation."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         self._queue: deque = deque()
+        quantized = config.fp8 or getattr(config, "fp4", None)
+        self._by_transformer_engine = bool(quantized) and config.recompute_granularity == "full"
 
     @contextlib.contextmanager
-    def around(self, k: torch.Tensor) -> Iterator[None]:
+    def around(self, k: torch.Tensor, *, training: bool) -> Iterator[None]:
         """Run the core attention inside; does nothing outside Megatron's checkpoints.
 
         Args:
             k: [B, T, G, D], the keys. Their first and last tokens identify the forward: they must
                 match those saved with the next result in the queue.
+            training: whether the layer is in training mode.
 
         Raises:
             RuntimeError: they do not.
         """
         recomputing = torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1
         recording = not torch.is_grad_enabled()
-        if not is_checkpointing() or not (recording or (recomputing and self._queue)):
+        checkpointed = is_checkpointing() or (self._by_transformer_engine and training)
+        if not checkpointed or not (recording or (recomputing and self._queue)):
             yield
             return
         ends = k.detach()[:, :: max(1, k.shape[1] - 1)]

@@ -91,7 +91,7 @@ class _CoreAttention(MegatronModule):
         # Set by `BatchSplitter`, which shards batches in the same layout.
         self.layout_confirmed = False
         self.norm = None
-        self.saved_exchanges = SavedExchanges()
+        self.saved_exchanges = SavedExchanges(config)
 
     def forward(
         self,
@@ -129,7 +129,7 @@ class _CoreAttention(MegatronModule):
         sharding, saving = {}, contextlib.nullcontext()
         if self.cp_group.size() > 1:
             sharding = dict(group=self.cp_group, layout=self.sequence_layout)
-            saving = self.saved_exchanges.around(k)
+            saving = self.saved_exchanges.around(k, training=self.training)
         with saving:
             o = self.attend(q, k, v, cu_seqlens=cu_seqlens, **sharding)
         o = o.transpose(0, 1).flatten(2)

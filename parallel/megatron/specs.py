@@ -28,7 +28,7 @@ from parallel.megatron.tnl import (
     TNLTransformerLayer,
     identity,
 )
-from parallel.megatron.validation import check_choice
+from parallel.megatron.validation import check_choice, check_products
 
 __all__ = [
     "get_lasp_gpt_layer_spec",
@@ -118,24 +118,26 @@ def get_tnl_block_spec(
             without which Megatron's checkpoints assume that all layers are alike.
         softmax_core: core attention of softmax layers; None: `LaspSoftmaxAttention`.
         vp_stage, pp_rank: as in Megatron's own block specs.
-        layer_params: options of `get_tnl_layer_spec`.
+        backend, norm, layer_params: options of `get_tnl_layer_spec`.
 
     Raises:
-        ValueError: layer types of other letters, or whose number does not divide the layers.
+        ValueError: layer types of other letters, or whose number does not divide the layers; FP8
+            or FP4 with Megatron's local linear layers.
     """
     if tnl is not None:
         of_model = dict(lrpe_layers=tnl.lrpe_layers, feature_map=tnl.activation)
         layer_params = of_model | dict(scale_embedding=tnl.scale_embedding) | layer_params
         layer_types = layer_types or tnl.layer_types
     layer_types = layer_types or "L"
+    provider = backend or LocalSpecProvider()
+    check_products(config, type(provider) is LocalSpecProvider)
     if layer_types.strip("LS") or config.num_layers % len(layer_types):
         raise ValueError(
             f"layer_types is {layer_types!r}: it must be letters L (linear) and S (softmax), as "
             f"many as there are layers or a divisor of that ({config.num_layers})."
         )
-    layers = {"L": get_tnl_layer_spec(backend=backend, norm=norm, **layer_params)}
+    layers = {"L": get_tnl_layer_spec(backend=provider, norm=norm, **layer_params)}
     if "S" in layer_types:
-        provider = backend or LocalSpecProvider()
         layers["S"] = tnl_style_layer(
             softmax_spec(softmax_core, provider, layer_params.get("layout")),
             mlp_spec(provider),

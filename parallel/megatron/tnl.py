@@ -36,6 +36,7 @@ from parallel.compile import fused
 from parallel.megatron.attention import process_groups
 from parallel.megatron.documents import Documents
 from parallel.megatron.layout import segments
+from parallel.megatron.optimizer import save_float32_parameters
 from parallel.megatron.residual import resolve_comm_type
 from parallel.megatron.validation import MEGATRON_ONLY, check_choice, check_options
 
@@ -203,6 +204,7 @@ class TNLSelfAttention(MegatronModule):
         if not self.config.use_cpu_initialization:
             lrpe.to(torch.cuda.current_device())
         set_tensor_model_parallel_attributes(lrpe.theta, True, 0, 1)
+        save_float32_parameters()
         return lrpe
 
     def _with_positions(self, q, k):

@@ -17,6 +17,7 @@ __all__ = [
     "check_config",
     "check_linear_config",
     "check_options",
+    "check_products",
     "decay_layer",
 ]
 
@@ -64,6 +65,19 @@ def check_config(config, attn_mask_type, attention_type, attention_dropout) -> N
             raise ValueError(
                 f"config.{field} is True: these layers compute no largest attention logit. Set it "
                 "to False."
+            )
+
+
+def check_products(config, is_local: bool) -> None:
+    """Refuse FP8 and FP4 for Megatron's local linear layers, which would ignore it."""
+    for field in ("fp8", "fp4"):
+        value = getattr(config, field, None)
+        if is_local and value:
+            raise ValueError(
+                f"config.{field} is {value!r}: Megatron's local linear layers multiply in the "
+                "dtype of their weights all the same. Use those of Transformer Engine "
+                "(backend=TESpecProvider() of a TNL, use_transformer_engine=True of a hybrid), or "
+                "leave it at None."
             )
 
 

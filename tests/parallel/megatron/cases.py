@@ -387,6 +387,14 @@ def norms_of_example(tensors):
     return [function(0, None, [tensors], False)[0] for function in functions]
 
 
+def step_of_example(grad_norm):
+    """What the example's take_step returns if the optimizer gives this norm."""
+    script = load_example("megatron_gpt.py")
+    run = mock.Mock(**{"optimizer.step.return_value": (True, grad_norm, None)})
+    with mock.patch.dict(script["take_step"].__globals__, forward_backward=lambda *args: 0.5):
+        return script["take_step"](None, run, 1)
+
+
 def hybrid_model_gradients(sizes, tnl, weights, tokens):
     """As native_gradients, of the model in Megatron's hybrid stack."""
     from parallel.megatron.hybrid import LINEAR, get_tnl_hybrid_stack_spec

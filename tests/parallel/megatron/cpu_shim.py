@@ -4,8 +4,10 @@ For test processes only, installed before Megatron builds anything.
 """
 
 import contextlib
+import importlib.util
 
 import torch
+import torch.utils.checkpoint
 from torch.overrides import TorchFunctionMode
 
 
@@ -26,6 +28,11 @@ class _Stream:
 
 def _to_cpu(x, as_numpy=False, record_stream=False):
     return x.numpy() if as_numpy and torch.is_tensor(x) else x
+
+
+def _te_checkpoint(function, distribute, get_rng_states, group, *args):
+    """Transformer Engine's: reentrant, without Megatron's flag."""
+    return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=True)
 
 
 def _is_cuda(value):
@@ -57,6 +64,7 @@ def install():
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
     import megatron.core.transformer.multi_latent_attention as latent
+    import megatron.core.transformer.transformer_block as transformer_block
 
     # It converts tensors from GPUs only, and all_to_all takes no tensors of sizes.
     token_dispatcher.maybe_move_tensor_to_cpu = _to_cpu
@@ -64,6 +72,10 @@ def install():
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
     latent.HAVE_TE = isinstance(latent.TELinear, type)
+    # Taken with FP8, here without it. Since 0.17 in a module of its own.
+    has_module = importlib.util.find_spec("megatron.core.recompute") is not None
+    recompute = "megatron.core.recompute" if has_module else transformer_block.__name__
+    importlib.import_module(recompute).te_checkpoint = _te_checkpoint
 
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)

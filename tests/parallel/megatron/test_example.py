@@ -18,6 +18,20 @@ def test_it_resumes_with_other_parallel_sizes(megatron, tmp_path):
         assert after == pytest.approx(expected[2:], rel=1e-5)
 
 
+def test_it_resumes_in_bfloat16(megatron, tmp_path):
+    """The rates of LRPE stay in float32, which Megatron's optimizer by itself cannot save."""
+    options, save = ["--bf16", "--layer-types=LS"], [f"--save={tmp_path}", "--save-interval=2"]
+    expected = megatron.run("example", (1, 2), [*options, "--train-iters=4"])[0]
+    first = megatron.run("example", (1, 2), [*options, *save, "--train-iters=2"])
+    again = megatron.run("example", (1, 2), [*options, *save, "--train-iters=4"])
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
+    resharded = megatron.run("example", (2, 1), [*options, *save, "--train-iters=4"])
+    for before, after, other in zip(first, again, resharded, strict=True):
+        assert before == expected[:2]
+        assert after == expected[2:]
+        assert other == pytest.approx(expected[2:], rel=1e-3)
+
+
 def test_it_trains_in_bfloat16_with_pipelines_recomputation_and_softmax_layers(megatron):
     options = ["--bf16", "--recompute", "--layer-types=LS", "--use-distributed-optimizer"]
     options += ["--overlap-grad-reduce", "--overlap-param-gather"]
@@ -37,6 +51,14 @@ def test_its_norm_of_gradients_is_that_of_megatron(megatron):
         assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs)
         assert ours.item() == pytest.approx(torch.cat([x.flatten() for x in tensors]).norm().item())
+
+
+@pytest.mark.parametrize("grad_norm", [2.0, torch.tensor([2.0])], ids=["number", "tensor"])
+def test_its_steps_report_numbers(megatron, grad_norm):
+    """With Transformer Engine or apex, Megatron's optimizer gives a tensor of one element."""
+    for step in megatron.run("step_of_example", grad_norm):
+        assert step == (0.5, 2.0, True)
+        assert f"{step[1]:.3f}" == "2.000"
 
 
 SHAPE = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=4)

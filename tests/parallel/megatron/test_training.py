@@ -41,6 +41,7 @@ def test_pipeline_stages_and_micro_batches(megatron, one_rank):
 
 
 FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=2)
+FP8 = FULL | dict(fp8="hybrid")
 SELECTIVE = dict(recompute_granularity="selective")
 
 
@@ -50,9 +51,11 @@ SELECTIVE = dict(recompute_granularity="selective")
         ("tnl", TINY, FULL),
         ("gpt", GPT, SELECTIVE),
         ("tnl", TINY | dict(layer_types="LS"), FULL),
+        # By Transformer Engine's checkpoint; the products stay as they are on a CPU.
+        ("gpt", GPT, FP8),
         pytest.param("gpt", GPT, FULL, marks=slow),
     ],
-    ids=["tnl, full", "gpt, selective", "hybrid, full", "gpt, full"],
+    ids=["tnl, full", "gpt, selective", "hybrid, full", "gpt, FP8", "gpt, full"],
 )
 def test_recomputation_repeats_no_exchange(megatron, kind, fields, recompute):
     run = ("gradients", (1, 2), kind, fields, TOKENS)

@@ -67,6 +67,8 @@ MESSAGES = {
     "length": "a sequence of 6 tokens does not split into 4 equal chunks",
     "inference": "does not support Megatron's inference",
     "layer types": "layer_types is 'LLLS'.*a divisor of that \\(3\\)",
+    "products": r"config.fp8 is 'hybrid': .*backend=TESpecProvider\(\)",
+    "products of a hybrid": "config.fp8 is 'e4m3': .*use_transformer_engine=True",
     "base spec": "it needs submodules.self_attention.submodules.core_attention",
     "norm": "norm is 'fused': choose one of torch, apex",
     "apex norm": "apex's FusedRMSNorm is requested.*fused_layer_norm_cuda.*PyPI is another program",

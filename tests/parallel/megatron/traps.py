@@ -262,6 +262,8 @@ WRONG = {
     ),
     "inference": inference_in_a_tnl_layer,
     "layer types": lambda: get_tnl_block_spec(config(), layer_types="LLLS"),
+    "products": lambda: get_tnl_block_spec(config(fp8="hybrid")),
+    "products of a hybrid": lambda: get_lightning_hybrid_block_spec(config(fp8="e4m3"), "2:1"),
     "base spec": base_without_slot,
     "norm": lambda: get_tnl_block_spec(config(), norm="fused"),
     "apex norm": lambda: TransformerBlock(config(), get_tnl_block_spec(config(), norm="apex")),
