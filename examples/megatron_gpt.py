@@ -26,7 +26,13 @@ from megatron.core.distributed import (
 )
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import Adam, OptimizerConfig, clip_grads, get_megatron_optimizer
+from megatron.core.optimizer import (
+    Adam,
+    OptimizerConfig,
+    clip_grads,
+    distrib_optimizer,
+    get_megatron_optimizer,
+)
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.enums import AttnBackend
@@ -46,6 +52,8 @@ from parallel.megatron.apex import require_apex
 
 # Whose linear layers, by Megatron-LM's names.
 IMPLEMENTATIONS = ("local", "transformer_engine")
+# The distributed optimizer's default format cannot be saved any more.
+FORMAT = dict(metadata=dict(distrib_optim_sharding_type="fully_reshardable"))
 
 
 def parse_arguments(argv=None):
@@ -159,10 +167,11 @@ def set_up(args, softmax_core=None, *, build=None, vocab_size=None):
         build: builds another model than build_model, which also says what it takes and returns.
         vocab_size: of random data; None: the preset's.
     """
-    if args.save and args.use_distributed_optimizer:
+    if args.save and args.use_distributed_optimizer and not distrib_optimizer.HAVE_APEX_OR_TE:
         raise ValueError(
-            "--save with --use-distributed-optimizer: megatron-core 0.16 cannot save that "
-            "optimizer in its default format. Leave out one of them."
+            "--save with --use-distributed-optimizer: megatron-core 0.16 to 0.19 cannot load the "
+            "state of that optimizer with torch's Adam. Install Transformer Engine or apex, or "
+            "leave out one of them."
         )
     torch.manual_seed(args.seed)
     model_parallel_cuda_manual_seed(args.seed)
@@ -373,7 +382,7 @@ def save_checkpoint(args, model, optimizer, iteration):
         folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     weights = sharded_weights(model)
-    state = {"model": weights, "optimizer": optimizer.sharded_state_dict(weights)}
+    state = dict(model=weights, optimizer=optimizer.sharded_state_dict(weights, **FORMAT))
     dist_checkpointing.save(state, folder)
     if dist.get_rank() == 0:
         (args.save / "latest_checkpointed_iteration.txt").write_text(str(iteration))
@@ -386,7 +395,8 @@ def load_checkpoint(args, model, optimizer):
         return 0
     iteration = int(latest.read_text())
     weights = sharded_weights(model)
-    state = {"model": weights, "optimizer": optimizer.sharded_state_dict(weights, is_loading=True)}
+    empty = optimizer.sharded_state_dict(weights, is_loading=True, **FORMAT)
+    state = dict(model=weights, optimizer=empty)
     state = dist_checkpointing.load(state, args.save / f"iter_{iteration:07d}")
     model.load_state_dict(state["model"], strict=False)
     optimizer.load_state_dict(state["optimizer"])

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
@@ -129,6 +130,17 @@ def fp8():
     return losses
 
 
+def distributed():
+    """Losses of the same steps with the distributed optimizer, without and with a restart."""
+    options = (*TE, "--use-distributed-optimizer")
+    losses = {"at once": example(*options, "--train-iters=4")}
+    with tempfile.TemporaryDirectory() as folder:
+        save = f"--save={folder}"
+        losses["resumed"] = example(*options, save, "--train-iters=2")
+        losses["resumed"] += example(*options, save, "--train-iters=4")
+    return losses
+
+
 def hybrid_fp8():
     # The only one of Transformer Engine's that needs no library beside it.
     options = (f"--shape={json.dumps(HYBRID)}", "--train-iters=4", "--attention-backend=unfused")
@@ -145,6 +157,7 @@ CASES = {
     "GPT": lambda: same_as_local(gpt),
     "hybrid": lambda: same_as_local(hybrid),
     "TNL in FP8": fp8,
+    "distributed optimizer": distributed,
     "hybrid in FP8": hybrid_fp8,
 }
 
@@ -159,6 +172,7 @@ def main():
     for name in parser.parse_args().cases:
         parallel_state.initialize_model_parallel(1)
         model_parallel_cuda_manual_seed(0)
+        began = time.perf_counter()
         # Megatron sets them by the first model's attention backend and refuses another.
         for kind in ("FLASH", "FUSED", "UNFUSED"):
             os.environ.pop(f"NVTE_{kind}_ATTN", None)
@@ -166,6 +180,7 @@ def main():
             report[name] = CASES[name]()
         except Exception:
             report[name] = {"failed": traceback.format_exc()[-1500:]}
+        print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
         parallel_state.destroy_model_parallel()
     if dist.get_rank() == 0:
         print("report: " + json.dumps(report), flush=True)
