@@ -502,7 +502,8 @@ def main() -> None:
         elif part == "fla":
             sizes = arguments.heads, arguments.head_size
             found = fla_attentions(*sizes, arguments.device)
-            if found:
+            # Of the linear form; the other has few variants.
+            if any(_wanted(name, arguments) and not each.quadratic for name, each in found.items()):
                 baselines.compile_ahead([(1, 2**20, *sizes, sizes[1])], timeout_s=120)
             attention_part(run, found)
         else:
