@@ -290,8 +290,8 @@ def measure(
     """The figures of a call: its time and its memory, or a note why there are none.
 
     Args:
-        expected: seconds, from a shorter length whose kernels this process has compiled; a slow
-            first call near it counts. None: there is none.
+        expected: seconds, from a shorter length whose kernels this process has compiled: a slow
+            first call close to it is the measurement, not a warm-up. None: unknown.
         may_fail: an error of the call is a note too.
     """
     if device.type == "cuda":
@@ -502,7 +502,7 @@ def main() -> None:
         elif part == "fla":
             sizes = arguments.heads, arguments.head_size
             found = fla_attentions(*sizes, arguments.device)
-            # Of the linear form; the other has few variants.
+            # The linear form has many variants, the quadratic one few.
             if any(_wanted(name, arguments) and not each.quadratic for name, each in found.items()):
                 baselines.compile_ahead([(1, 2**20, *sizes, sizes[1])], timeout_s=120)
             attention_part(run, found)

@@ -3,8 +3,8 @@
     python benchmarks/kernels.py                       # everything; a few minutes
     python benchmarks/kernels.py --shapes 1,131072,16,128 --only lasp
 
-One run measures everything, baselines and copy bandwidth included; with --shapes, the rows of other
-shapes, and the errors with --no-errors, are kept from the last run. A fraction is
+One run measures everything, baselines and copy bandwidth included. With --shapes, the rest of the
+last run is kept, apart from the errors unless --no-errors is given. A fraction is
 
     (least traffic / time) / copy bandwidth
 
@@ -236,7 +236,7 @@ def measure_step(bandwidth) -> dict:
     return {"ms": ms, "fraction": 2 * state.numel() * 4 / (ms / 1000) / bandwidth}
 
 
-def measure_packed() -> dict:
+def measure_packed(bandwidth) -> dict:
     """Log-normal documents of mean 2048 in 131,072 tokens against one document."""
     shape = (1, 131072, 16, 128, 128)
     q, k, v, do, log_decay = make_inputs(shape, "middle")
@@ -258,7 +258,7 @@ def measure_packed() -> dict:
     return result
 
 
-def measure_graph() -> dict:
+def measure_graph(bandwidth) -> dict:
     """A launch-bound call under a CUDA graph: its time without the host."""
     q, k, v, do, log_decay = make_inputs((1, 2048, 16, 128, 128), "middle")
     leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -281,6 +281,9 @@ def measure_graph() -> dict:
             function()
         result[name] = call_ms(graph.replay)
     return result
+
+
+OTHERS = {"step": measure_step, "packed": measure_packed, "graph": measure_graph}
 
 
 def measure_errors(only: str | None) -> list[dict]:
@@ -316,7 +319,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def begin(arguments: argparse.Namespace) -> dict:
-    """The rows and errors of the last run that this one keeps; none of another GPU or version."""
+    """What this run keeps of the last one; nothing of another GPU or version."""
     head = {
         "device": torch.cuda.get_device_name(),
         "versions": versions.installed("torch", "triton", "fla-core"),
@@ -325,18 +328,19 @@ def begin(arguments: argparse.Namespace) -> dict:
     if arguments.shapes and path.exists():
         before = json.loads(path.read_text())
         if all(before[name] == head[name] for name in head):
-            errors = before["errors"] if arguments.no_errors else []
-            return before | {"errors": errors}
+            return before | ({} if arguments.no_errors else {"errors": []})
     return head | {"errors": [], "rows": []}
 
 
 def replaced(rows: list[dict], measured: list[dict]) -> list[dict]:
-    """The rows with those just measured, of one shape and decay, in place of the old ones."""
-    case = measured[0]["shape"], measured[0]["decay"]
-    same = [(row["shape"], row["decay"]) == case for row in rows]
-    where = same.index(True) if True in same else len(rows)
-    kept = [row for row, is_same in zip(rows, same, strict=True) if not is_same]
-    return kept[:where] + measured + kept[where:]
+    """The rows with those just measured in place of the old ones of their case, or at the end."""
+
+    def case(row):
+        return tuple(row["shape"]), row["decay"], row["name"]
+
+    new = {case(row): row for row in measured}
+    kept = [new.pop(case(row), row) for row in rows]
+    return kept + list(new.values())
 
 
 def main() -> None:
@@ -351,19 +355,17 @@ def main() -> None:
             print("fla-core is not installed: its rows are left out.")
         baselines.compile_ahead([shape for shape in shapes if shape not in MANY_HEADS])
     bandwidth = copy_bandwidth()
-    report = begin(arguments) | {
-        "copy_bandwidth": bandwidth,
-        "date": datetime.date.today().isoformat(),
-        "step": measure_step(bandwidth),
-        "packed": measure_packed(),
-        "graph": measure_graph(),
-    }
+    report = begin(arguments)
+    for name, measure_other in OTHERS.items():
+        if name not in report:
+            report[name] = measure_other(bandwidth)
+    run = {"date": datetime.date.today().isoformat(), "copy_bandwidth": bandwidth}
     for shape in shapes:
         for decay in arguments.decays:
             measured = []
             for name, function in implementations(shape, arguments.only).items():
                 row = measure(name, function, shape, decay, bandwidth)
-                measured.append(dataclasses.asdict(row) | {"shape": list(shape)})
+                measured.append(dataclasses.asdict(row) | {"shape": list(shape)} | run)
                 print(json.dumps(measured[-1]), flush=True)
             report["rows"] = replaced(report["rows"], measured)
         # After every shape, so that an interrupted run keeps its rows.

@@ -29,8 +29,9 @@ IN_DOCS = (
 def table(report: dict) -> str:
     """The report as Markdown."""
     parts = [
-        f"{report['device']}, copy {report['copy_bandwidth'] / 1e12:.2f} TB/s, "
-        f"{versions.line(report['versions'])}, {report['date']}. bfloat16, medians, caches cold.",
+        f"{report['device']}, copy {_copy(report['rows'])} TB/s, "
+        f"{versions.line(report['versions'])}, {_dates(report['rows'])}. bfloat16, medians, caches "
+        "cold.",
         _times(report["rows"]),
         _others(report),
         _per_token(report["rows"]),
@@ -38,6 +39,16 @@ def table(report: dict) -> str:
         report.get("note", ""),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _copy(rows: list[dict]) -> str:
+    """Copy bandwidth of the runs, TB/s."""
+    found = sorted({f"{row['copy_bandwidth'] / 1e12:.2f}" for row in rows})
+    return " to ".join(dict.fromkeys((found[0], found[-1])))
+
+
+def _dates(rows: list[dict]) -> str:
+    return ", ".join(sorted({row["date"] for row in rows}))
 
 
 def docs_table(report: dict) -> str:

@@ -13,8 +13,8 @@ __all__ = ["table", "write"]
 def table(report: dict) -> str:
     """The report as Markdown."""
     lines = [
-        f"{report['device']}, as many as the layout says. One sequence per step, all layers "
-        "recomputed, memory per GPU.",
+        f"{report['device']}. The number in the layout is the number of GPUs. One sequence per "
+        "step, all layers recomputed, memory per GPU.",
         "",
         "| model | layout | sequence | tokens/s | per GPU | memory, GiB | steps | first, last loss "
         "| used | measured with |",
