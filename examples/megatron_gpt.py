@@ -50,7 +50,7 @@ from parallel.megatron import (
 )
 from parallel.megatron.apex import require_apex
 
-# Whose linear layers, by Megatron-LM's names.
+# Megatron's own linear layers, or Transformer Engine's.
 IMPLEMENTATIONS = ("local", "transformer_engine")
 # The distributed optimizer's default format cannot be saved any more.
 FORMAT = dict(metadata=dict(distrib_optim_sharding_type="fully_reshardable"))
@@ -83,15 +83,26 @@ def argument_parser(description):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--transformer-impl", choices=IMPLEMENTATIONS, default="local")
-    parser.add_argument("--fp8-format", choices=["hybrid", "e4m3"], help="transformer_engine's")
-    parser.add_argument("--fp8-recipe", default="tensorwise", help="delayed, blockwise, ...")
-    parser.add_argument("--attention-backend", choices=AttnBackend.__members__, default="auto")
+    parser.add_argument(
+        "--fp8-format",
+        choices=["hybrid", "e4m3"],
+        help="with --transformer-impl transformer_engine",
+    )
+    parser.add_argument("--fp8-recipe", help="of --fp8-format: tensorwise (default), delayed, ...")
+    parser.add_argument(
+        "--attention-backend",
+        choices=AttnBackend.__members__,
+        default="auto",
+        help="of Transformer Engine's softmax attention, which only the hybrid has",
+    )
     parser.add_argument("--recompute", action="store_true", help="all layers; repeats no exchange")
     parser.add_argument("--use-distributed-optimizer", action="store_true")
     parser.add_argument("--overlap-grad-reduce", action="store_true")
     parser.add_argument("--overlap-param-gather", action="store_true", help="also needs the above")
     parser.add_argument(
-        "--gradient-accumulation-fusion", action="store_true", help="local: needs apex"
+        "--gradient-accumulation-fusion",
+        action="store_true",
+        help="needs apex or Transformer Engine",
     )
     parser.add_argument("--save", type=Path, help="folder of checkpoints, also to resume from")
     parser.add_argument("--save-interval", type=int, default=50)
@@ -170,9 +181,16 @@ def set_up(args, softmax_core=None, *, build=None, vocab_size=None):
     if args.save and args.use_distributed_optimizer and not distrib_optimizer.HAVE_APEX_OR_TE:
         raise ValueError(
             "--save with --use-distributed-optimizer: megatron-core 0.16 to 0.19 cannot load the "
-            "state of that optimizer with torch's Adam. Install Transformer Engine or apex, or "
-            "leave out one of them."
+            "state of that optimizer with torch's Adam. Drop one of these options, or install "
+            "Transformer Engine or apex."
         )
+    if args.fp8_format and args.transformer_impl == "local":
+        raise ValueError(
+            "--fp8-format needs --transformer-impl transformer_engine: Megatron's local linear "
+            "layers ignore FP8."
+        )
+    if args.fp8_recipe and not args.fp8_format:
+        raise ValueError("--fp8-recipe without --fp8-format: give the format, such as hybrid.")
     torch.manual_seed(args.seed)
     model_parallel_cuda_manual_seed(args.seed)
     source, vocab_size = open_data(args, vocab_size)
@@ -221,14 +239,19 @@ def l2_norm(chunk_size, noop_flag, tensor_lists, per_tensor):
 
 def ingredients(args):
     """Where apex is used: Megatron takes its Adam if it is installed."""
-    fused = args.gradient_accumulation_fusion
+    whose = "apex" if args.transformer_impl == "local" else "Transformer Engine"
+    fused, dtype = args.gradient_accumulation_fusion, "bfloat16" if args.bf16 else "float32"
     return {
         "optimizer": f"{Adam.__module__.partition('.')[0]}'s {Adam.__name__}",
         "norms": f"{args.norm}'s",
-        "weight gradients": "apex's, fused with their sum" if fused else "torch's",
-        "linear layers": args.transformer_impl,
-        "products": f"FP8, {args.fp8_recipe}" if args.fp8_format else "as the weights",
+        "weight gradients": f"fused with their sum by {whose}" if fused else "not fused",
+        "linear layers": "Megatron's" if whose == "apex" else f"{whose}'s",
+        "matmuls": f"FP8 ({fp8_recipe(args)})" if args.fp8_format else dtype,
     }
+
+
+def fp8_recipe(args):
+    return args.fp8_recipe or "tensorwise"
 
 
 def take_step(args, run, iteration):
@@ -265,7 +288,7 @@ def config_fields(args):
         params_dtype=torch.bfloat16 if args.bf16 else torch.float32,
         gradient_accumulation_fusion=args.gradient_accumulation_fusion,
         fp8=args.fp8_format,
-        fp8_recipe=args.fp8_recipe,
+        fp8_recipe=fp8_recipe(args),
         attention_backend=AttnBackend[args.attention_backend],
         use_cpu_initialization=args.device == "cpu",
         # The loss function returns sums, and Megatron divides by the tokens of all ranks.

@@ -4,8 +4,8 @@ Megatron's own checkpoint is reentrant and takes no policy. So a core attention 
 its exchanges in the first forward, and recomputation replays them. The backwards of a layer come in
 the order of its forwards, also in pipeline schedules: hence a queue.
 
-With FP8 or FP4 products Megatron takes Transformer Engine's checkpoint instead, which does not say
-that it is running. There a layer goes by the config, which Megatron's blocks follow in training.
+With FP8 or FP4, Megatron uses Transformer Engine's checkpoint instead, which sets no flag while it
+runs. There the config decides, which Megatron's blocks follow in training.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ class SavedExchanges:
     """The results of one layer's exchanges, from the first forward to its recomputation."""
 
     def __init__(self, config: TransformerConfig) -> None:
+        self._config = config
         self._queue: deque = deque()
-        quantized = config.fp8 or getattr(config, "fp4", None)
-        self._by_transformer_engine = bool(quantized) and config.recompute_granularity == "full"
 
     @contextlib.contextmanager
     def around(self, k: torch.Tensor, *, training: bool) -> Iterator[None]:
@@ -45,7 +44,11 @@ class SavedExchanges:
         """
         recomputing = torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1
         recording = not torch.is_grad_enabled()
-        checkpointed = is_checkpointing() or (self._by_transformer_engine and training)
+        by_transformer_engine = training and self._uses_transformer_engine()
+        if by_transformer_engine and not (recording or recomputing):
+            # This layer is not checkpointed: what a forward without gradients left is not needed.
+            self._queue.clear()
+        checkpointed = is_checkpointing() or by_transformer_engine
         if not checkpointed or not (recording or (recomputing and self._queue)):
             yield
             return
@@ -59,6 +62,11 @@ class SavedExchanges:
         _check_same(saved_ends, ends)
         with ReplayExchanges(results):
             yield
+
+    def _uses_transformer_engine(self):
+        config = self._config
+        is_quantized = config.fp8 or getattr(config, "fp4", None)
+        return bool(is_quantized) and config.recompute_granularity == "full"
 
 
 def _check_same(saved: torch.Tensor, actual: torch.Tensor) -> None:

@@ -39,7 +39,7 @@ from parallel.megatron.self_attention import (
     LaspSelfAttention,
     LightningSelfAttention,
 )
-from parallel.megatron.validation import check_choice, check_options, check_products
+from parallel.megatron.validation import check_choice, check_options
 
 __all__ = [
     "PatternLayer",
@@ -123,7 +123,7 @@ def get_lightning_hybrid_block_spec(
 
     Raises:
         ValueError: an unknown option, a pattern that does not fit, or options that contradict the
-            config (FP8 without Transformer Engine, for one).
+            config.
     """
     chosen = _Options.sort(options)
     kinds = layer_kinds(pattern, config.num_layers)
@@ -242,7 +242,6 @@ def layer_kinds(pattern: str | Sequence[str], num_layers: int) -> str:
 
 def _base_specs(config, chosen):
     """Megatron's own spec of each layer of the model."""
-    check_products(config, not chosen.use_transformer_engine)
     has_mla = config.multi_latent_attention
     softmax = chosen.softmax or ("mla" if has_mla else "gqa")
     check_choice("softmax", softmax, ("mla", "gqa"))

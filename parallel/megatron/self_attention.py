@@ -26,7 +26,12 @@ from parallel.compile import fused
 from parallel.megatron.attention import process_groups
 from parallel.megatron.documents import Documents
 from parallel.megatron.rotary import ShardedRotaryEmbedding, document_positions
-from parallel.megatron.validation import MEGATRON_ONLY, check_choice, check_options
+from parallel.megatron.validation import (
+    MEGATRON_ONLY,
+    check_choice,
+    check_options,
+    check_precision,
+)
 
 __all__ = [
     "LaspMLASelfAttention",
@@ -82,7 +87,15 @@ class PackedAttention:
 
 
 class LaspSelfAttention(PackedAttention, SelfAttention):
-    """Megatron's SelfAttention, with packed documents over ranks; see `PackedAttention`."""
+    """Megatron's SelfAttention, with packed documents over ranks; see `PackedAttention`.
+
+    Raises:
+        ValueError: FP8 or FP4 with Megatron's local linear layers.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **keywords: Any) -> None:
+        super().__init__(config, *args, **keywords)
+        check_precision(config, self.linear_proj)
 
     def forward(
         self,
@@ -126,11 +139,13 @@ class LaspMLASelfAttention(PackedAttention, MLASelfAttention):
 
     Raises:
         ValueError: apply_rope_fusion over context-parallel ranks, whose kernel counts in zigzag;
-            tensor parallelism without sequence parallelism.
+            tensor parallelism without sequence parallelism; FP8 or FP4 with Megatron's local linear
+            layers.
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, **keywords: Any) -> None:
         super().__init__(config, *args, **keywords)
+        check_precision(config, self.linear_proj)
         if self.pg_collection.tp.size() > 1:
             self._correct_rotary_keys()
         layout = getattr(self.core_attention, "sequence_layout", None)

@@ -28,7 +28,7 @@ from parallel.megatron.tnl import (
     TNLTransformerLayer,
     identity,
 )
-from parallel.megatron.validation import check_choice, check_products
+from parallel.megatron.validation import check_choice
 
 __all__ = [
     "get_lasp_gpt_layer_spec",
@@ -121,8 +121,7 @@ def get_tnl_block_spec(
         backend, norm, layer_params: options of `get_tnl_layer_spec`.
 
     Raises:
-        ValueError: layer types of other letters, or whose number does not divide the layers; FP8
-            or FP4 with Megatron's local linear layers.
+        ValueError: layer types of other letters, or whose number does not divide the layers.
     """
     if tnl is not None:
         of_model = dict(lrpe_layers=tnl.lrpe_layers, feature_map=tnl.activation)
@@ -130,7 +129,6 @@ def get_tnl_block_spec(
         layer_types = layer_types or tnl.layer_types
     layer_types = layer_types or "L"
     provider = backend or LocalSpecProvider()
-    check_products(config, type(provider) is LocalSpecProvider)
     if layer_types.strip("LS") or config.num_layers % len(layer_types):
         raise ValueError(
             f"layer_types is {layer_types!r}: it must be letters L (linear) and S (softmax), as "

@@ -38,7 +38,12 @@ from parallel.megatron.documents import Documents
 from parallel.megatron.layout import segments
 from parallel.megatron.optimizer import save_float32_parameters
 from parallel.megatron.residual import resolve_comm_type
-from parallel.megatron.validation import MEGATRON_ONLY, check_choice, check_options
+from parallel.megatron.validation import (
+    MEGATRON_ONLY,
+    check_choice,
+    check_options,
+    check_precision,
+)
 
 __all__ = [
     "SGLU",
@@ -123,6 +128,7 @@ class TNLSelfAttention(MegatronModule):
             tp_comm_buffer_name="proj",
             **common,
         )
+        check_precision(config, self.linear_proj)
         self.lrpe = self._build_lrpe() if layer_number - 1 in lrpe_layers else None
 
     def forward(
@@ -177,7 +183,7 @@ class TNLSelfAttention(MegatronModule):
         """Megatron's checkpoint entries; LRPE rates are sharded by heads."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         state = {}
-        for name in ("linear_qkvu", "linear_proj"):
+        for name in ("linear_qkvu", "core_attention", "linear_proj"):
             module = getattr(self, name)
             state |= module.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata)
         if self.lrpe is not None:

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
 
 from parallel.megatron.documents import Documents
@@ -17,7 +18,7 @@ __all__ = [
     "check_config",
     "check_linear_config",
     "check_options",
-    "check_products",
+    "check_precision",
     "decay_layer",
 ]
 
@@ -68,16 +69,15 @@ def check_config(config, attn_mask_type, attention_type, attention_dropout) -> N
             )
 
 
-def check_products(config, is_local: bool) -> None:
-    """Refuse FP8 and FP4 for Megatron's local linear layers, which would ignore it."""
+def check_precision(config, linear: torch.nn.Module) -> None:
+    """Refuse FP8 and FP4 in a layer with Megatron's local linear layers, which ignore them."""
     for field in ("fp8", "fp4"):
         value = getattr(config, field, None)
-        if is_local and value:
+        if value and isinstance(linear, RowParallelLinear):
             raise ValueError(
-                f"config.{field} is {value!r}: Megatron's local linear layers multiply in the "
-                "dtype of their weights all the same. Use those of Transformer Engine "
-                "(backend=TESpecProvider() of a TNL, use_transformer_engine=True of a hybrid), or "
-                "leave it at None."
+                f"config.{field} is {value!r} with Megatron's local linear layers, which ignore "
+                "it. Use Transformer Engine's (backend=TESpecProvider() of a TNL, "
+                "use_transformer_engine=True of a hybrid), or leave it at None."
             )
 
 

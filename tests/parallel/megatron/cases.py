@@ -6,6 +6,8 @@ Imported on the ranks only; importing it makes Megatron run on the CPU.
 # ruff: noqa: E402 (Megatron is imported after the shim)
 
 import contextlib
+import copy
+import functools
 import gc
 import io
 import logging
@@ -27,6 +29,8 @@ cpu_shim.install()
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -46,9 +50,11 @@ from lasp.exchange import comm
 from lasp.tnl import TNL, TNLConfig
 from parallel.megatron import (
     BatchSplitter,
+    activation_checkpoint,
     from_megatron,
     get_lasp_gpt_layer_spec,
     get_tnl_block_spec,
+    presets,
     tnl_transformer_config,
     to_megatron,
 )
@@ -124,12 +130,16 @@ def tp_shard():
     )
 
 
-def build_gpt(fields, *, positions="rope", megatron=None, **core):
-    """A GPTModel of Megatron's layers with our core attention."""
+def build_gpt(fields, *, positions="rope", megatron=None, late=None, **core):
+    """A GPTModel of Megatron's layers with our core attention; `late`: fields of the config that
+    are set after it is built."""
     config = TransformerConfig(**sizes_here(), **fields, **(megatron or {}))
     torch.manual_seed(1)
     spec = get_lasp_gpt_layer_spec(get_gpt_layer_local_spec(normalization="RMSNorm"), **core)
-    return gpt_model(config, spec, 64, positions)
+    model = gpt_model(config, spec, 64, positions)
+    for name, value in (late or {}).items():
+        setattr(config, name, value)
+    return model
 
 
 def gpt_model(config, spec, vocab_size, positions):
@@ -327,6 +337,28 @@ def megatron_step(model, split, tokens, micro):
     return (total[0] / total[1]).item()
 
 
+def unsaved_parameters(tnl, gpt, hybrid):
+    """Parameters that sharded_state_dict leaves out, of models with every optional weight."""
+    set_up_groups(1, 2)
+    norm = dict(output_norm="rms")
+    tnl = TNLConfig(**tnl)
+    config = tnl_transformer_config(tnl, **sizes_here())
+    preset = presets.ling_2_6_flash(megatron=sizes_here(), **hybrid)
+    models = {
+        "TNL": gpt_model(config, get_tnl_block_spec(config, tnl, **norm), tnl.vocab_size, "rope"),
+        "GPT": build_gpt(gpt, **norm),
+        "hybrid": preset.gpt_model(64, vocab_size=64),
+    }
+    found = {}
+    for kind, model in models.items():
+        kept, _ = extract_sharded_tensors_and_factories(model.sharded_state_dict())
+        kept = {id(entry.data) for entry in nested_values(kept)}
+        parameters = dict(model.named_parameters())
+        assert any("core_attention.norm" in name for name in parameters), kind
+        found[kind] = [name for name, x in parameters.items() if id(x) not in kept]
+    return found
+
+
 def recompute_after_a_lost_forward(tnl, tokens):
     """The error of a backward after a forward in training mode without one."""
     set_up_groups(1, 2)
@@ -377,6 +409,71 @@ def load_example(name):
     folder = str(ROOT / "examples")
     with mock.patch("sys.path", [folder, *sys.path]):
         return runpy.run_path(f"{folder}/{name}")
+
+
+def optimizer_states(sizes, folder, *, save):
+    """Float32 copies and moments of the example's optimizer in bfloat16, each by the name of the
+    whole parameter: as saved and as loaded from a plain state dict (save=True), or as loaded from
+    the checkpoint. Weights with and without weight decay beside LRPE's float32 rates."""
+    set_up_groups(*sizes)
+    multiprocessing.current_process()._config["daemon"] = False
+    script = load_example("megatron_gpt.py")
+    options = ["--bf16", "--device=cpu", "--data-path=random", "--seq-length=64"]
+    options += [f"--tensor-model-parallel-size={sizes[0]}", f"--save={folder}"]
+    options += [f"--context-parallel-size={sizes[1]}"]
+    normed = functools.partial(get_tnl_block_spec, output_norm="rms")
+
+    def set_up(seed):
+        args = script["parse_arguments"]([*options, f"--seed={seed}"])
+        with mock.patch.dict(script["set_up"].__globals__, get_tnl_block_spec=normed):
+            return args, script["set_up"](args)
+
+    (args, run), found = set_up(0), {}
+    if save:
+        for iteration in (1, 2):
+            script["take_step"](args, run, iteration)
+        found["saved"] = _optimizer_state(run)
+        script["save_checkpoint"](args, run.bare, run.optimizer, 2)
+        other = set_up(1)[1]
+        other.bare.load_state_dict(run.bare.state_dict())
+        other.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+        found["from a plain state dict"] = _optimizer_state(other)
+    else:
+        script["load_checkpoint"](args, run.bare, run.optimizer)
+        found["from the checkpoint"] = _optimizer_state(run)
+    return found
+
+
+def _optimizer_state(run):
+    (optimizer,) = run.optimizer.chained_optimizers
+    found = {"copies": {}, "exp_avg": {}, "exp_avg_sq": {}}
+    for name, parameter in run.bare.named_parameters():
+        copy_of_it = getattr(parameter, "main_param", parameter)
+        found["copies"][name] = copy_of_it.detach().clone()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            found[moment][name] = optimizer.optimizer.state[copy_of_it][moment].clone()
+    return {name: full(run.bare, tensors) for name, tensors in found.items()}
+
+
+def saved_without_gradients():
+    """Numbers of saved exchanges of a layer in FP8, whose checkpoint is Transformer Engine's."""
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+    config.fp8, config.recompute_granularity = "hybrid", "full"
+    exchanges, keys, lengths = (
+        activation_checkpoint.SavedExchanges(config),
+        torch.ones(1, 4, 1, 8),
+        [],
+    )
+    for grad, training in ((False, False), (False, True), (False, True), (True, True)):
+        with (
+            # An earlier job may have failed inside a checkpoint of Megatron's.
+            mock.patch.object(activation_checkpoint, "is_checkpointing", lambda: False),
+            torch.set_grad_enabled(grad),
+            exchanges.around(keys, training=training),
+        ):
+            pass
+        lengths.append(len(exchanges._queue))
+    return lengths
 
 
 def norms_of_example(tensors):

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from tests.parallel.megatron.test_example import SHAPE
+
 TINY = dict(vocab_size=64, dim=32, num_layers=4, num_heads=4, glu_dim=48, init_std=0.2)
 TINY |= dict(lrpe_layers=(0, 2))
 GPT = dict(num_layers=4, hidden_size=32, num_attention_heads=4, attention_dropout=0.0)
@@ -41,26 +43,25 @@ def test_pipeline_stages_and_micro_batches(megatron, one_rank):
 
 
 FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=2)
-FP8 = FULL | dict(fp8="hybrid")
 SELECTIVE = dict(recompute_granularity="selective")
 
 
 @pytest.mark.parametrize(
-    "kind, fields, recompute",
+    "kind, fields, recompute, late",
     [
-        ("tnl", TINY, FULL),
-        ("gpt", GPT, SELECTIVE),
-        ("tnl", TINY | dict(layer_types="LS"), FULL),
-        # By Transformer Engine's checkpoint; the products stay as they are on a CPU.
-        ("gpt", GPT, FP8),
-        pytest.param("gpt", GPT, FULL, marks=slow),
+        ("tnl", TINY, FULL, {}),
+        ("gpt", GPT, SELECTIVE, {}),
+        ("tnl", TINY | dict(layer_types="LS"), FULL, {}),
+        # Transformer Engine's checkpoint, but not its FP8: the layers were built without.
+        ("gpt", GPT, FULL, dict(late=dict(fp8="hybrid"))),
+        pytest.param("gpt", GPT, FULL, {}, marks=slow),
     ],
     ids=["tnl, full", "gpt, selective", "hybrid, full", "gpt, FP8", "gpt, full"],
 )
-def test_recomputation_repeats_no_exchange(megatron, kind, fields, recompute):
+def test_recomputation_repeats_no_exchange(megatron, kind, fields, recompute, late):
     run = ("gradients", (1, 2), kind, fields, TOKENS)
     plain = megatron.run(*run, {})
-    again = megatron.run(*run, dict(megatron=recompute))
+    again = megatron.run(*run, dict(megatron=recompute) | late)
     for (loss, grads, count), (seen_loss, seen, seen_count) in zip(plain, again, strict=True):
         # One per layer in the forward, one in the backward.
         assert seen_count == count == 2 * fields["num_layers"]
@@ -81,6 +82,12 @@ def test_a_forward_without_its_backward_is_detected_by_the_next_recomputation(me
         assert "met the exchange of other tokens" in outcome
 
 
+def test_layers_that_are_not_checkpointed_keep_no_exchanges(megatron):
+    """Forwards in evaluation, then two without gradients in training mode, then one with them."""
+    for lengths in megatron.run("saved_without_gradients"):
+        assert lengths == [0, 1, 2, 0]
+
+
 @pytest.mark.parametrize(
     "hybrid", [False, pytest.param(True, marks=slow)], ids=["linear", "hybrid"]
 )
@@ -93,6 +100,12 @@ def test_a_checkpoint_reshards(megatron, tmp_path, hybrid):
     megatron.run(*run, save=folder)
     outcomes = megatron.run("train", (2, 1), fields, TOKENS, {}, load=folder)
     check(outcomes, (six_losses[3:], weights))
+
+
+def test_checkpoints_have_every_parameter(megatron):
+    tnl, hybrid = TINY | dict(layer_types="LS"), SHAPE | dict(vocab_size=64)
+    for unsaved in megatron.run("unsaved_parameters", tnl, GPT, hybrid):
+        assert unsaved == {"TNL": [], "GPT": [], "hybrid": []}
 
 
 def test_half_precision_keeps_decay_and_rates_in_float32(megatron):

@@ -122,6 +122,11 @@ def latent_attention():
     TransformerBlock(latent_config(), get_lasp_gpt_layer_spec(spec))
 
 
+def in_fp8(fields, spec_of, name="hybrid"):
+    fields.fp8 = name
+    TransformerBlock(fields, spec_of(fields))
+
+
 def fused_latent_rotary():
     fields = latent_config()
     fields.apply_rope_fusion = True
@@ -262,8 +267,16 @@ WRONG = {
     ),
     "inference": inference_in_a_tnl_layer,
     "layer types": lambda: get_tnl_block_spec(config(), layer_types="LLLS"),
-    "products": lambda: get_tnl_block_spec(config(fp8="hybrid")),
-    "products of a hybrid": lambda: get_lightning_hybrid_block_spec(config(fp8="e4m3"), "2:1"),
+    "FP8 in a TNL layer": lambda: in_fp8(config(), get_tnl_block_spec),
+    "FP8 in a GPT layer": lambda: in_fp8(
+        config(), lambda fields: get_lasp_gpt_layer_spec(get_gpt_layer_local_spec())
+    ),
+    "FP8 in a hybrid": lambda: in_fp8(
+        config(), lambda fields: get_lightning_hybrid_block_spec(fields, "2:1"), "e4m3"
+    ),
+    "FP8 in latent attention": lambda: in_fp8(
+        latent_config(), lambda fields: get_lightning_hybrid_block_spec(fields, "S")
+    ),
     "base spec": base_without_slot,
     "norm": lambda: get_tnl_block_spec(config(), norm="fused"),
     "apex norm": lambda: TransformerBlock(config(), get_tnl_block_spec(config(), norm="apex")),
