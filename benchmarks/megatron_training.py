@@ -269,8 +269,8 @@ def key(row: dict[str, Any]) -> tuple:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], parents=[apex_parser])
-    names = [*TNL_OPTIONS, *MODELS[1:]]
-    parser.add_argument("--models", nargs="*", choices=names, default=list(MODELS))
+    known = list(dict.fromkeys((*MODELS, *TNL_OPTIONS)))
+    parser.add_argument("--models", nargs="*", choices=known, default=list(MODELS))
     parser.add_argument("--layouts", nargs="*", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--lengths", nargs="*", type=int, default=[32768, 131072])
     parser.add_argument("--preset", default="1b", help="model preset")

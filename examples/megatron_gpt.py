@@ -239,13 +239,14 @@ def l2_norm(chunk_size, noop_flag, tensor_lists, per_tensor):
 
 def ingredients(args):
     """Where apex is used: Megatron takes its Adam if it is installed."""
-    whose = "apex" if args.transformer_impl == "local" else "Transformer Engine"
-    fused, dtype = args.gradient_accumulation_fusion, "bfloat16" if args.bf16 else "float32"
+    has_te = args.transformer_impl == "transformer_engine"
+    fused_by = f"fused with their sum by {'Transformer Engine' if has_te else 'apex'}"
+    dtype = "bfloat16" if args.bf16 else "float32"
     return {
         "optimizer": f"{Adam.__module__.partition('.')[0]}'s {Adam.__name__}",
         "norms": f"{args.norm}'s",
-        "weight gradients": f"fused with their sum by {whose}" if fused else "not fused",
-        "linear layers": "Megatron's" if whose == "apex" else f"{whose}'s",
+        "weight gradients": fused_by if args.gradient_accumulation_fusion else "not fused",
+        "linear layers": "Transformer Engine's" if has_te else "Megatron's",
         "matmuls": f"FP8 ({fp8_recipe(args)})" if args.fp8_format else dtype,
     }
 

@@ -116,6 +116,16 @@ def example(*options, module=megatron_gpt):
         return module.train(module.parse_arguments(argv))
 
 
+def restarted(*options, steps):
+    """Losses of an example that is started again after half of its steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        runs = [
+            example(*options, f"--save={folder}", f"--train-iters={end}")
+            for end in (steps // 2, steps)
+        ]
+    return runs[0] + runs[1]
+
+
 TE = ("--transformer-impl=transformer_engine",)
 
 
@@ -125,22 +135,17 @@ def fp8():
     losses = {"local": example("--train-iters=6"), "TE": example(*TE, "--train-iters=6")}
     for recipe in ("tensorwise", "delayed"):
         losses[recipe] = example(*eight, f"--fp8-recipe={recipe}", "--train-iters=6")
-    with tempfile.TemporaryDirectory() as folder:
-        save = f"--save={folder}"
-        losses["resumed"] = example(*eight, save, "--train-iters=3")
-        losses["resumed"] += example(*eight, save, "--train-iters=6")
+    losses["resumed"] = restarted(*eight, steps=6)
     return losses
 
 
 def distributed():
     """Losses of the same steps with the distributed optimizer, without and with a restart."""
     options = (*TE, "--use-distributed-optimizer")
-    losses = {"at once": example(*options, "--train-iters=4")}
-    with tempfile.TemporaryDirectory() as folder:
-        save = f"--save={folder}"
-        losses["resumed"] = example(*options, save, "--train-iters=2")
-        losses["resumed"] += example(*options, save, "--train-iters=4")
-    return losses
+    return {
+        "at once": example(*options, "--train-iters=4"),
+        "resumed": restarted(*options, steps=4),
+    }
 
 
 def hybrid_fp8():

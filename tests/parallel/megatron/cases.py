@@ -459,11 +459,8 @@ def saved_without_gradients():
     """Numbers of saved exchanges of a layer in FP8, whose checkpoint is Transformer Engine's."""
     config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
     config.fp8, config.recompute_granularity = "hybrid", "full"
-    exchanges, keys, lengths = (
-        activation_checkpoint.SavedExchanges(config),
-        torch.ones(1, 4, 1, 8),
-        [],
-    )
+    exchanges = activation_checkpoint.SavedExchanges(config)
+    keys, lengths = torch.ones(1, 4, 1, 8), []
     for grad, training in ((False, False), (False, True), (False, True), (True, True)):
         with (
             # An earlier job may have failed inside a checkpoint of Megatron's.
