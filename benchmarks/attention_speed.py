@@ -2,17 +2,19 @@
 
     python benchmarks/attention_speed.py                        # one GPU; about 10 minutes
     python benchmarks/attention_speed.py --parts attention      # without models
-    python benchmarks/attention_speed.py --lengths 64 128 --tokens 128 --heads 2 --head-size 16 \
-        --parts attention tiny                                  # on a CPU, to see it work
+    python benchmarks/attention_speed.py --lengths 64 128 --tokens 128 --model-tokens 128 \
+        --heads 2 --head-size 16 --parts attention tiny         # on a CPU, to see it work
 
 Forward and backward. Part "attention" is the operator alone, 16 heads of 128 (those of TNL-1b) in
 bfloat16; "fla" is the same for kernels of fla-core, where it is installed, which tune themselves
 for minutes. A preset of TNLConfig is the gradient of a model's loss with that attention: float32
 weights, bfloat16 products, eager, without an optimizer.
 
-Tokens: a call has `--tokens` of them (65,536), as many sequences as that makes, or one sequence
-where it is longer; so short lengths fill the GPU as long ones do. Of models all blocks are
-recomputed, but for quadratic attention and the cumulative sum, whose results are kept. "TNL, in
+Tokens: a call has `--tokens` of them (65,536), one of a model `--model-tokens` (131,072), as many
+sequences as that makes, or one sequence where it is longer; so short lengths fill the GPU as long
+ones do. (A model's call also casts every weight and adds to its gradient: with half the tokens,
+short lengths of TNL-1b would be 1% slower for that alone.) Of models all blocks are recomputed, but
+for quadratic attention and the cumulative sum, whose results are kept. "TNL, in
 segments" takes the sequence 32,768 tokens at a time instead (`parallel.streaming`; the same passes
 over each token), which only states of constant size allow, and one GPU needs for 1,048,576 tokens
 of TNL-1b.
@@ -66,7 +68,7 @@ SEGMENT = 32768
 # A larger relative error of o, dq, dk or dv is no rounding. In bfloat16 the gradients of 1 + elu,
 # small differences of large sums, have 0.026, others 0.006 at most.
 ERROR = 0.1
-# Rounds of calls behind a time, and seconds of one round.
+# Rounds of calls behind a time, and seconds of one round, of a call at least.
 ROUNDS, ROUND_SECONDS = 3, 0.2
 # A call that takes longer is measured once.
 SLOW = 3.0
@@ -305,7 +307,7 @@ def measure(
             times = [first]
         else:
             times = [seconds_of(call, 1, device)]
-            if times[0] < 1:
+            if times[0] < SLOW:
                 calls = max(1, int(ROUND_SECONDS / times[0]))
                 times = [seconds_of(call, calls, device) for _ in range(ROUNDS)]
     except Exception as error:
@@ -357,39 +359,50 @@ class Run:
         for length in lengths or self.arguments.lengths:
             key = (part, name, length)
             row = next((r for r in rows if (r["part"], r["name"], r["seq_len"]) == key), None)
-            # A larger limit may admit it.
-            if row is not None and row.get("expected_seconds", math.inf) <= self.arguments.limit:
-                rows.remove(row)
-                row = None
-            if row is None:
+            if row is None or self._is_outdated(row):
                 if self.out_of_time():
                     return
-                row = self._row(part, name, quadratic, length, last, make, is_warm)
+                measured = self._row(part, name, quadratic, length, last, make, is_warm)
                 is_warm = True
-                rows.append(row)
+                if row is None:
+                    rows.append(measured)
+                else:
+                    rows[rows.index(row)] = measured
+                row = measured
                 self.write()
                 print(json.dumps(row), flush=True)
             if row.get("note"):
                 return
             last = row
 
+    def _is_outdated(self, row: dict[str, Any]) -> bool:
+        """Whether this run would measure the row in another way: with other sequences, or under a
+        limit that admits it."""
+        sequences = attention_speed_report.sequences_of(row, self.report)
+        return (
+            row["sequences"] != sequences
+            or row.get("expected_seconds", math.inf) <= self.arguments.limit
+        )
+
     def _row(self, part, name, quadratic, length, last, make, is_warm):
-        sequences = max(1, self.arguments.tokens // length)
-        row = {"part": part, "name": name, "seq_len": length, "sequences": sequences}
+        arguments = self.arguments
+        row = {"part": part, "name": name, "seq_len": length}
+        sequences = row["sequences"] = attention_speed_report.sequences_of(row, self.report)
+        row["date"] = datetime.date.today().isoformat()
         expected = None
         if last is not None:
             grown = sequences * length / (last["sequences"] * last["seq_len"])
             expected = last["seconds"] * grown * (length / last["seq_len"] if quadratic else 1)
-            limit = self.arguments.limit
-            if expected > limit:
-                note = f"over the time limit: about {expected:.0f} s, limit {limit:g} s"
+            if expected > arguments.limit:
+                limit = f"limit {arguments.limit:g} s"
+                note = f"over the time limit: about {expected:.0f} s, {limit}"
                 return row | {"note": note, "expected_seconds": expected}
         case = functools.partial(make, sequences, length)
         # Of what others wrote, an error is their result.
         may_fail = name.startswith("fla ")
         # A row of an earlier process says how long a call takes, not that its kernels are compiled.
         known = expected if is_warm else None
-        found = measure(case, known, self.arguments.device, may_fail=may_fail)
+        found = measure(case, known, arguments.device, may_fail=may_fail)
         release()
         if "seconds" in found:
             found["tokens_per_second"] = sequences * length / found["seconds"]
@@ -406,6 +419,7 @@ def _begin(arguments: argparse.Namespace) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if arguments.device.type == "cuda" else "CPU",
         "versions": versions.installed("torch", "triton", "fla-core"),
         "tokens": arguments.tokens,
+        "model_tokens": arguments.model_tokens,
         "segment": arguments.segment,
         "heads": arguments.heads,
         "head_size": arguments.head_size,
@@ -413,14 +427,14 @@ def _begin(arguments: argparse.Namespace) -> dict[str, Any]:
     path = arguments.out / "attention_speed.json"
     if not arguments.again and path.exists():
         before = json.loads(path.read_text())
-        differing = [name for name in head if before[name] != head[name]]
+        differing = [name for name in head if before.get(name) != head[name]]
         if differing:
             raise SystemExit(
                 f"{path} is of a run with other {', '.join(differing)}: give another --out, or "
                 "--again to measure everything anew."
             )
         return before
-    return head | {"date": datetime.date.today().isoformat(), "errors": {}, "rows": []}
+    return head | {"errors": {}, "rows": []}
 
 
 def attention_part(run: Run, found: dict[str, Attention]) -> None:
@@ -472,6 +486,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--only", nargs="*", help="names of rows; default: all")
     add("--lengths", nargs="*", type=int, default=list(LENGTHS), help="in rising order")
     add("--tokens", type=int, default=65536, help="of a call, where sequences are shorter")
+    add("--model-tokens", type=int, default=131072, help="the same of a model's call")
     add("--segment", type=int, default=SEGMENT, help="tokens of a segment")
     add("--heads", type=int, default=16, help="of the part attention")
     add("--head-size", type=int, default=128, help="of the part attention")
@@ -493,7 +508,7 @@ def main() -> None:
     if arguments.device.type == "cpu" and (large or max(arguments.lengths) > 4096):
         raise SystemExit(
             "This machine has no CUDA GPU: try --parts attention tiny --lengths 64 128 "
-            "--tokens 128 --heads 2 --head-size 16."
+            "--tokens 128 --model-tokens 128 --heads 2 --head-size 16."
         )
     run = Run(arguments, began)
     for part in arguments.parts:

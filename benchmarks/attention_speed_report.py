@@ -8,7 +8,7 @@ from pathlib import Path
 import chart
 import versions
 
-__all__ = ["docs_table", "plot", "spreads", "table", "write", "write_json"]
+__all__ = ["docs_table", "plot", "sequences_of", "spreads", "table", "write", "write_json"]
 
 # Shorter lengths are left out of the spread: the papers' claim is about long ones.
 FROM = 2048
@@ -18,14 +18,16 @@ TNL, SEGMENTS = "TNL", "TNL, in segments"
 
 def table(report: dict) -> str:
     """The report as Markdown."""
+    dates = sorted({row["date"] for row in report["rows"]})
     head = (
-        f"{report['device']}, {versions.line(report['versions'])}, {report['date']}. Forward and "
-        f"backward; {report['tokens']:,} tokens in a call, or one longer sequence. Thousands of "
-        "tokens per second (GiB at the peak)."
+        f"{report['device']}, {versions.line(report['versions'])}, "
+        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}. Forward and backward; "
+        f"{report['tokens']:,} tokens in a call ({report['model_tokens']:,} of a model), or one "
+        "longer sequence. Thousands of tokens per second (GiB at the peak)."
     )
     parts = [head]
     for part in dict.fromkeys(row["part"] for row in report["rows"]):
-        parts += [f"## {title_of(part, report)}", _by_length(report, part), _ends(report, part)]
+        parts += [f"## {title_of(part, report)}", _by_length(report, part), _notes(report, part)]
     parts += ["## Spread", _spread_lines(report)]
     if report["errors"]:
         errors = ", ".join(f"{name} {error:.1e}" for name, error in report["errors"].items())
@@ -46,6 +48,12 @@ def docs_table(report: dict | None) -> str:
 
 def _chart_name(part: str) -> str:
     return f"attention_speed_{part}.png"
+
+
+def sequences_of(row: dict, report: dict) -> int:
+    """The sequences of a call, from the row's part and length."""
+    tokens = report["tokens" if row["part"] == "attention" else "model_tokens"]
+    return max(1, tokens // row["seq_len"])
 
 
 def title_of(part: str, report: dict) -> str:
@@ -72,7 +80,7 @@ def _by_length(report: dict, part: str) -> str:
         "|---|" + "---|" * len(lengths),
     ]
     for name, rows in series.items():
-        at = {row["seq_len"]: _cell(row) for row in rows}
+        at = {row["seq_len"]: _cell(row) + _mark(row, report) for row in rows}
         lines.append(f"| {name} | {' | '.join(at.get(length, '') for length in lengths)} |")
     return "\n".join(lines)
 
@@ -86,24 +94,39 @@ def _cell(row: dict) -> str:
     return thousands if row["memory_gib"] is None else f"{thousands} ({row['memory_gib']:.1f})"
 
 
-def _ends(report: dict, part: str) -> str:
-    """Why curves end before the longest length."""
+def _mark(row: dict, report: dict) -> str:
+    """A star on a row of an earlier run with other calls."""
+    return "" if row["sequences"] == sequences_of(row, report) else "*"
+
+
+def _notes(report: dict, part: str) -> str:
+    """What a star means, and why curves end before the longest length."""
+    starred = {
+        row["sequences"] * row["seq_len"]
+        for row in report["rows"]
+        if row["part"] == part and _mark(row, report)
+    }
+    notes = [f"\\* Calls of {tokens:,} tokens." for tokens in sorted(starred)]
     ends = [
         f"{name} at {rows[-1]['seq_len']:,} tokens: {rows[-1]['note']}."
         for name, rows in _series(report, part).items()
         if rows[-1].get("note")
     ]
-    return " ".join(ends)
+    return " ".join(notes + ends)
 
 
 def spreads(report: dict) -> list[tuple[str, str, int, int, float]]:
     """(part, name, first length, last length, fastest over slowest length - 1), of the lengths from
-    2,048 on at which a curve was measured, where there are several. A TNL's last row is the whole
-    of its curve: in segments beyond the lengths that fit without."""
+    2,048 on at which a curve was measured with the calls of this report, where there are several.
+    A TNL's last row is the whole of its curve: in segments beyond the lengths that fit without."""
     found = []
     for part in dict.fromkeys(row["part"] for row in report["rows"]):
         series = {
-            name: [row for row in rows if not row.get("note") and row["seq_len"] >= FROM]
+            name: [
+                row
+                for row in rows
+                if not row.get("note") and row["seq_len"] >= FROM and not _mark(row, report)
+            ]
             for name, rows in _series(report, part).items()
         }
         whole = series.get(TNL, [])

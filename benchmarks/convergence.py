@@ -1,7 +1,7 @@
 """Losses under every kind of parallelism: the same model, samples and steps, layout by layout.
 
     torchrun --nproc_per_node 4 benchmarks/convergence.py     # CPUs (gloo) or GPUs (NCCL)
-    torchrun --nproc_per_node 2 benchmarks/convergence.py --preset 385m --steps 100 --lr 3e-4
+    torchrun --nproc_per_node 2 benchmarks/convergence.py --preset 385m --lr 3e-4 --dtype float32
 
 LASP's table (arXiv 2404.02882, table 2) trains with and without sequence parallelism under each
 kind of data parallelism. Here every row trains the same model from the same weights on the same

@@ -10,7 +10,14 @@ import torch
 
 from tests.lasp.cases import relative_error
 
-SIZES = {"tokens": 64, "segment": 32, "heads": 2, "head-size": 8, "limit": 1000}
+SIZES = {
+    "tokens": 64,
+    "model-tokens": 128,
+    "segment": 32,
+    "heads": 2,
+    "head-size": 8,
+    "limit": 1000,
+}
 
 
 @pytest.fixture
@@ -45,7 +52,7 @@ def test_every_attention_and_model_is_measured_and_written(benchmark, monkeypatc
     cases = [("attention", name) for name in ["lasp", *alone]] + [("tiny", m) for m in models]
     # In segments only where there are two.
     wanted = [
-        (*case, length, 64 // length or 1)
+        (*case, length, max(1, (64 if case[0] == "attention" else 128) // length))
         for case in cases
         for length in (32, 80)
         if case[1] != "TNL, in segments" or length == 80
@@ -78,6 +85,21 @@ def test_another_run_measures_only_what_is_missing(benchmark, monkeypatch, tmp_p
     assert (
         run(benchmark, monkeypatch, tmp_path, *only, "--lengths", "16", "--seconds", "0") == after
     )
+
+
+def test_rows_of_other_calls_are_marked_and_measured_again(benchmark, monkeypatch, tmp_path):
+    flags = ("--parts", "tiny", "--only", "TNL", "--lengths", "32", "80")
+    run(benchmark, monkeypatch, tmp_path, *flags)
+    path = tmp_path / "attention_speed.json"
+    report = json.loads(path.read_text())
+    report["rows"][0] |= {"sequences": 2, "tokens_per_second": 123e3}
+    path.write_text(json.dumps(report))
+    table = benchmark.attention_speed_report.table(report)
+    assert "| TNL | 123* |" in table and "\\* Calls of 64 tokens." in table
+    again = run(benchmark, monkeypatch, tmp_path, *flags)
+    assert rows_of(again) == [("tiny", "TNL", 32, 4), ("tiny", "TNL", 80, 1)]
+    assert again["rows"][1] == report["rows"][1]
+    assert "*" not in (tmp_path / "attention_speed.md").read_text()
 
 
 def test_a_curve_ends_where_memory_does(benchmark, monkeypatch, tmp_path):
@@ -189,12 +211,12 @@ def test_a_model_attends_by_the_function_it_is_given(benchmark):
 
 
 def report_with(rows):
-    head = {"device": "a GPU", "versions": {}, "date": "today", "tokens": 8, "errors": {}}
+    head = {"device": "a GPU", "versions": {}, "tokens": 8, "model_tokens": 16, "errors": {}}
     return head | {"heads": 2, "head_size": 8, "rows": rows}
 
 
 def row(part, name, length, rate=None, note=None):
-    found = {"part": part, "name": name, "seq_len": length, "sequences": 1}
+    found = {"part": part, "name": name, "seq_len": length, "sequences": 1, "date": "2026-11-30"}
     if note:
         return found | {"note": note}
     return found | {"seconds": 1.0, "tokens_per_second": rate, "memory_gib": 3.0}
@@ -202,6 +224,8 @@ def row(part, name, length, rate=None, note=None):
 
 def test_the_spread_is_that_of_lengths_from_2k_on(benchmark):
     rows = [row("1b", "TNL", n, r) for n, r in ((1024, 1.0), (2048, 100.0), (4096, 104.0))]
+    # Of other calls.
+    rows += [row("1b", "TNL", 3072, 1.0) | {"sequences": 2}]
     rows += [row("1b", "TNL", 8192, note="out of memory")]
     rows += [row("1b", "TNL, in segments", n, r) for n, r in ((4096, 90.0), (8192, 95.0))]
     rows += [row("1b", "softmax", n, r) for n, r in ((2048, 90.0), (4096, 30.0))]
