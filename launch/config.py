@@ -1,4 +1,4 @@
-"""The configuration: defaults, a TOML file, and command-line flags, in rising precedence.
+"""The configuration: defaults, a TOML file, and command-line flags, each overriding the one before.
 
 Every field is a flag: `training.seq_len` is `--training.seq_len` (or `--training.seq-len`). Names
 follow torchtitan and flame.
@@ -81,9 +81,9 @@ class Model:
     """Linear layers multiply the output of attention by a projection of their input."""
     denominator: bool | None = None
     """Linear layers divide the output of attention by the sum of its weights, instead of norming
-    it; with activation 1+elu."""
+    it. Requires activation 1+elu."""
     dropout: float | None = None
-    """Probability of zero in training, of the embeddings and of each mixer's output."""
+    """Probability of dropout on the embeddings and on each mixer's output."""
 
 
 @dataclass(kw_only=True)
@@ -98,8 +98,8 @@ class Data:
     """Several folders, each with its share of the samples: a weight of any scale. On the command
     line: --data.folders data/code 0.7 data/books 0.3."""
     verify: bool = False
-    """Check the digests of all files before the first step. False: of files with more than 2^28
-    tokens, each block when it is first read."""
+    """Check the digests of all files before the first step. False: files of more than 2^28 tokens
+    are checked block by block, when first read."""
 
 
 @dataclass(kw_only=True)
@@ -110,8 +110,8 @@ class Training:
     """Process each sequence in segments of this many tokens, so that memory does not grow with
     seq_len. 0: whole sequences."""
     segment_gradient: Literal["exact", "truncated"] = "exact"
-    """exact: gradients are those of the whole sequence, for a second forward. truncated: no
-    gradient crosses from a segment to the one before."""
+    """exact: gradients are those of the whole sequence, at the cost of a second forward. truncated:
+    no gradient crosses from a segment to the one before."""
     segment_states: Literal["host", "device"] = "host"
     """Where the states between segments are kept until the backward."""
     carry_state: bool = False
@@ -206,7 +206,7 @@ class Checkpoint:
     """False: nothing is saved, and SIGTERM, SIGINT or SIGHUP end the run with code 143. The next
     run starts from scratch (an earlier metrics.jsonl is moved aside)."""
     folder: str = "checkpoint"
-    """Below dump_folder."""
+    """Relative to dump_folder."""
     interval: int = 500
     """Steps between checkpoints; the last step always saves one."""
     keep_latest_k: int = 3
@@ -219,7 +219,7 @@ class Checkpoint:
     """auto: the newest valid checkpoint, else from scratch. never. must: fail if there is none.
     PATH: that step folder."""
     allow_changes: bool = False
-    """Resume though model, data, tokenizer or another fixed setting is not that of the checkpoint
+    """Resume even if model, data, tokenizer or another fixed setting is not that of the checkpoint
     (docs/training.md lists them). False: such a checkpoint is refused."""
 
 
@@ -304,7 +304,7 @@ class Comm:
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """auto: nccl if every local rank has a GPU, else gloo on CPUs."""
     init_timeout_seconds: int = 300
-    """For start-up, the first step and checkpoints."""
+    """For start-up, the first step, validation, checkpoints and the final sample."""
     train_timeout_seconds: int = 100
     """For every later step. A step of a very long sequence takes long. Ranks agree to stop between
     steps, so lower this (or allow more time) where SIGKILL follows SIGTERM sooner than a step."""

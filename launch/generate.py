@@ -5,8 +5,9 @@
     torchrun --nproc_per_node 2 launch/generate.py --checkpoint ... --prompts book.txt
 
 A checkpoint has all that is needed: weights, model config and tokenizer. The text of one prompt is
-printed as it grows; of several, each as a line of JSON once it is complete. Several processes read
-a long prompt together, each a part of it, or share each layer (--tensor_parallel_degree).
+printed as it grows; those of a .jsonl file are printed as lines of JSON, batch by batch. Several
+processes read a long prompt together, each a part of it, or share each layer
+(--tensor_parallel_degree).
 """
 
 import dataclasses
@@ -293,12 +294,17 @@ def _run(arguments: Arguments, device: torch.device, ctx: DistContext) -> None:
             # All ranks decode, one prints.
             for _ in steps:
                 pass
-        elif len(prompts) == 1:
-            _print_growing(texts[0], streams[0], steps)
-        else:
+        elif _is_lines(arguments.prompts):
             _print_lines(texts[batch], streams, steps)
+        else:
+            _print_growing(texts[0], streams[0], steps)
     if arguments.stats and ctx.is_rank0:
         print(stats.summary(), file=sys.stderr)
+
+
+def _is_lines(path: Path | None) -> bool:
+    """Whether the file of prompts has one per line."""
+    return path is not None and path.suffix.lower() in LINES
 
 
 def _print_growing(text: str, stream: TextStream, steps: Iterator[list[int | None]]) -> None:
@@ -331,13 +337,12 @@ def _prompts(arguments: Arguments) -> list[str]:
         text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"prompts {path} cannot be read as UTF-8 text: {error}.") from None
-    kind = path.suffix.lower()
-    if kind == ".json":
+    if path.suffix.lower() == ".json":
         raise DataError(
             f"prompts {path} is .json: give .jsonl with an object per line, or a .txt whose text "
             "is the prompt."
         )
-    if kind not in LINES:
+    if not _is_lines(path):
         return [text]
     prompts = []
     for number, line in enumerate(text.split("\n"), 1):

@@ -50,6 +50,14 @@ def test_many_prompts_continue_as_each_alone(kind, size, run, tmp_path):
         assert each["text"].startswith(each["prompt"]) and each["text"] != each["prompt"]
 
 
+def test_a_file_with_one_line_is_printed_as_a_line_of_json(run, tmp_path):
+    path = tmp_path / "prompts.JSONL"
+    path.write_text('{"prompt": "x"}', encoding="utf-8")
+    out, _ = run("--prompts", str(path), "--temperature", "0")
+    alone, _ = run("--prompt", "x", "--temperature", "0")
+    assert json.loads(out) == {"prompt": "x", "text": alone.removesuffix("\n")}
+
+
 def test_a_text_file_is_one_prompt(run, tmp_path):
     path = tmp_path / "prompt.txt"
     path.write_text("several\nlines\n", encoding="utf-8")
