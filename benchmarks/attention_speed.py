@@ -1,6 +1,6 @@
 """Speed and memory over the length: lightning attention beside others, as the papers show it.
 
-    python benchmarks/attention_speed.py                        # one GPU; about 10 minutes
+    python benchmarks/attention_speed.py                        # one GPU; half an hour
     python benchmarks/attention_speed.py --parts attention      # without models
     python benchmarks/attention_speed.py --lengths 64 128 --tokens 128 --model-tokens 128 \
         --heads 2 --head-size 16 --parts attention tiny         # on a CPU, to see it work
@@ -14,16 +14,16 @@ Tokens: a call has `--tokens` of them (65,536), one of a model `--model-tokens` 
 sequences as that makes, or one sequence where it is longer; so short lengths fill the GPU as long
 ones do. (A model's call also casts every weight and adds to its gradient: with half the tokens,
 short lengths of TNL-1b would be 1% slower for that alone.) Of models all blocks are recomputed, but
-for quadratic attention and the cumulative sum, whose results are kept. "TNL, in
-segments" takes the sequence 32,768 tokens at a time instead (`parallel.streaming`; the same passes
-over each token), which only states of constant size allow, and one GPU needs for 1,048,576 tokens
-of TNL-1b.
+for quadratic attention and the cumulative sum, whose results are kept. "TNL, in segments" takes the
+sequence 32,768 tokens at a time instead (`parallel.streaming`; the same passes over each token),
+which only states of constant size allow, and one GPU needs for 1,048,576 tokens of TNL-1b.
 
 A curve ends at the first length that does not fit in memory, or whose call is expected to take
 longer than a limit, from the length before and the growth of its work. The row says which. Memory
 is the most that tensors took, inputs and weights included.
 
-Every row is written to the JSON file at once; another run measures what is missing there.
+Every row is written to the JSON file at once; another run measures what is missing there, and again
+what was measured with other sequences in a call.
 """
 
 from __future__ import annotations

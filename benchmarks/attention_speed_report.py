@@ -19,9 +19,10 @@ TNL, SEGMENTS = "TNL", "TNL, in segments"
 def table(report: dict) -> str:
     """The report as Markdown."""
     dates = sorted({row["date"] for row in report["rows"]})
+    span = " to ".join(dict.fromkeys(dates[:1] + dates[-1:]))
+    where = ", ".join(filter(None, (report["device"], versions.line(report["versions"]), span)))
     head = (
-        f"{report['device']}, {versions.line(report['versions'])}, "
-        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}. Forward and backward; "
+        f"{where}. Forward and backward; "
         f"{report['tokens']:,} tokens in a call ({report['model_tokens']:,} of a model), or one "
         "longer sequence. Thousands of tokens per second (GiB at the peak)."
     )

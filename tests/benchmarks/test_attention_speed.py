@@ -87,6 +87,13 @@ def test_another_run_measures_only_what_is_missing(benchmark, monkeypatch, tmp_p
     )
 
 
+def test_a_run_without_time_writes_an_empty_table(benchmark, monkeypatch, tmp_path):
+    flags = ("--parts", "tiny", "--lengths", "32", "--seconds", "0")
+    report = run(benchmark, monkeypatch, tmp_path, *flags)
+    assert report["rows"] == []
+    assert (tmp_path / "attention_speed.md").exists()
+
+
 def test_rows_of_other_calls_are_marked_and_measured_again(benchmark, monkeypatch, tmp_path):
     flags = ("--parts", "tiny", "--only", "TNL", "--lengths", "32", "80")
     run(benchmark, monkeypatch, tmp_path, *flags)
