@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import ablations_report
+import resume
 import torch
 import versions
 
@@ -259,15 +260,10 @@ def begin(arguments: argparse.Namespace, size: Size, data: Path) -> dict[str, An
         "date": datetime.date.today().isoformat(),
         "runs": [],
     }
+    if arguments.anew:
+        return report
     path = arguments.out / f"ablations_{arguments.size}.json"
-    if path.exists():
-        before = json.loads(path.read_text())
-        same = ("settings", "device", "text")
-        if all(before.get(name) == report[name] for name in same) and not arguments.anew:
-            print(f"{len(before['runs'])} runs of {path} are kept", flush=True)
-            return before
-        print(f"{path} has other settings and is replaced", flush=True)
-    return report
+    return resume.earlier_report(path, report, ("settings", "device", "text")) or report
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -45,6 +45,7 @@ from unittest import mock
 
 import attention_speed_report
 import baselines
+import resume
 import torch
 import versions
 from attention_baselines import BASELINES, KEPT_OPERATORS
@@ -427,10 +428,10 @@ def _begin(arguments: argparse.Namespace) -> dict[str, Any]:
     path = arguments.out / "attention_speed.json"
     if not arguments.again and path.exists():
         before = json.loads(path.read_text())
-        differing = [name for name in head if before.get(name) != head[name]]
-        if differing:
+        others = resume.differing(before, head, head)
+        if others:
             raise SystemExit(
-                f"{path} is of a run with other {', '.join(differing)}: give another --out, or "
+                f"{path} is of a run with other {', '.join(others)}: give another --out, or "
                 "--again to measure everything anew."
             )
         return before

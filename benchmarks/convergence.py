@@ -21,7 +21,6 @@ import contextlib
 import datetime
 import gc
 import io
-import json
 import os
 import tempfile
 import time
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import convergence_report
+import resume
 import torch
 import torch.distributed as dist
 import versions
@@ -157,7 +157,7 @@ def main() -> None:
         waiting = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=2))
     if is_first and not arguments.data.exists():
         prepare(arguments.data)
-    report = begin(arguments, gpus)
+    report = begin(arguments, gpus) if is_first else {"rows": []}
     kept = [[case_of(row) for row in report["rows"]]]
     if waiting is not None:
         dist.broadcast_object_list(kept, group=waiting)
@@ -192,13 +192,11 @@ def begin(arguments: argparse.Namespace, gpus: int) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "rows": [],
     }
+    if arguments.anew:
+        return report
     path = convergence_report.path_of(report, arguments.out)
-    if path.exists() and not arguments.anew:
-        before = json.loads(path.read_text())
-        same = ("device", "processes", "settings", "versions")
-        if all(before.get(name) == report[name] for name in same):
-            return before
-    return report
+    names = ("device", "processes", "settings", "versions")
+    return resume.earlier_report(path, report, names) or report
 
 
 def case_of(row: dict[str, Any]) -> tuple[str, int, int]:

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import baselines
 import kernels_report
+import resume
 import torch
 import versions
 
@@ -321,12 +322,12 @@ def begin(arguments: argparse.Namespace) -> dict:
         "device": torch.cuda.get_device_name(),
         "versions": versions.installed("torch", "triton", "fla-core"),
     }
-    path = arguments.out / "kernels.json"
-    if arguments.shapes and path.exists():
-        before = json.loads(path.read_text())
-        if all(before[name] == head[name] for name in head):
-            return before | ({} if arguments.no_errors else {"errors": []})
-    return head | {"errors": [], "rows": []}
+    before = None
+    if arguments.shapes:
+        before = resume.earlier_report(arguments.out / "kernels.json", head, head)
+    if before is None:
+        return head | {"errors": [], "rows": []}
+    return before | ({} if arguments.no_errors else {"errors": []})
 
 
 def replaced(rows: list[dict], measured: list[dict]) -> list[dict]:

@@ -95,7 +95,7 @@ def test_rows_over_ranks_have_the_losses_of_one_process(pair, convergence, data,
     assert "| 2.5e-01 | 3.719, 3.715 (-0.004) |" in text
 
 
-def test_rows_on_disk_are_kept_if_the_settings_are_the_same(convergence, data, tmp_path):
+def test_rows_on_disk_are_kept_if_the_settings_are_the_same(convergence, data, tmp_path, capsys):
     arguments = options(data)
     arguments.out, arguments.anew = tmp_path, False
     report = convergence.begin(arguments, 0)
@@ -103,10 +103,16 @@ def test_rows_on_disk_are_kept_if_the_settings_are_the_same(convergence, data, t
     row = dict(name="one process", cp=1, tp=1, losses=[1.0, 0.5], validation=0.7, seconds=1.0)
     report["rows"].append(row)
     convergence.convergence_report.write(report, tmp_path)
+    capsys.readouterr()
     assert convergence.begin(arguments, 0)["rows"] == [row]
+    path = tmp_path / "convergence_cpu_2.json"
+    assert capsys.readouterr().out == f"going on from {path}\n"
     assert convergence.case_of(row) == ("one process", 1, 1)
     for name, value in (("lr", 1e-3), ("processes", 4), ("anew", True)):
         other = options(data)
         other.out, other.anew = tmp_path, False
         setattr(other, name, value)
         assert convergence.begin(other, 0)["rows"] == []
+        if name == "lr":
+            said = f"{path} is of a run with other settings and is replaced\n"
+            assert capsys.readouterr().out == said
