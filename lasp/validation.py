@@ -299,7 +299,8 @@ def _group_problem(q, group, name="q"):
 def _group_state_problem(others, initial_state, cu_seqlens, group):
     if group is None or initial_state is None:
         return None
-    if initial_state.requires_grad and not any(x is not None and x.requires_grad for x in others):
+    needs_grad = torch.is_grad_enabled() and initial_state.requires_grad
+    if needs_grad and not any(x is not None and x.requires_grad for x in others):
         return (
             "initial_state requires a gradient, but neither k nor v does: other ranks would not "
             "send what it needs. Let k and v require gradients too."

@@ -56,6 +56,7 @@ class ModelFamily:
         flops_per_token: (config, training=, seq_len=) -> FLOPs of one token.
         state_bytes: config -> bytes of the recurrent states of one sequence, over all layers.
         streaming_problem: config -> why it cannot train in segments; None if it can.
+        supports_padding: config -> whether texts of a batch may be padded to one length.
         sequence_problem: (config, tokens, packed=) -> why it cannot read a sequence of so many
             tokens, or one of packed documents; None if it can.
         tensor_parallel: (model, mesh, shard_sequence=) shards the model in place.
@@ -76,6 +77,7 @@ class ModelFamily:
     flops_per_token: Callable[..., int]
     state_bytes: Callable[[Any], int]
     streaming_problem: Callable[[Any], str | None]
+    supports_padding: Callable[[Any], bool]
     sequence_problem: Callable[..., str | None]
     tensor_parallel: Callable[..., nn.Module]
     check_divides: Callable[[Any, int], None]
@@ -108,6 +110,7 @@ FAMILIES = {
         flops_per_token=TNLConfig.flops_per_token,
         state_bytes=_tnl_state_bytes,
         streaming_problem=TNLConfig.streaming_problem,
+        supports_padding=lambda c: not (c.num_softmax_layers or c.position_embeddings),
         sequence_problem=TNLConfig.sequence_problem,
         tensor_parallel=tensor_parallel,
         check_divides=check_divides,

@@ -39,7 +39,8 @@ def forward_backward(
         Interrupted: a rank was asked to stop; on all ranks. Gradients are incomplete.
     """
     loss_sum = torch.zeros((), dtype=torch.float64, device=state.ctx.device)
-    training = state.config.training
+    training, segments = state.config.training, state.segments
+    assert segments is not None
     watch = _Watch(state, len(batches))
     position, carried = stream_position(state), state.carried
     if position == 0:
@@ -56,7 +57,7 @@ def forward_backward(
             gradient=training.segment_gradient,
             loss_scale=1 / num_labels,
             initial_states=None if carried is None else carried[number - 1],
-            shard=state.shard,
+            shard=segments.shard(0),
             keep_on=training.segment_states,
             accumulate=accumulating,
             after_segment=watch.after_segment,
@@ -64,7 +65,7 @@ def forward_backward(
         watch.batches_done = number
         loss_sum += loss
         if training.carry_state:
-            leaving.append(move_states(last_states, state.shard))
+            leaving.append(move_states(last_states, segments.shard(segments.count - 1)))
     state.leaving = leaving if training.carry_state else None
     return loss_sum
 
@@ -79,8 +80,9 @@ def stream_position(state: TrainState) -> int:
 
 def evaluate(state: TrainState, batch: SegmentedBatch) -> Tensor:
     """Sum of the loss over this rank's tokens, without gradients."""
+    assert state.segments is not None
     run = segment_runner(state, batch)
-    return loss_in_segments(run, batch.num_segments, shard=state.shard)[0]
+    return loss_in_segments(run, batch.num_segments, shard=state.segments.shard(0))[0]
 
 
 def segment_runner(state: TrainState, batch: SegmentedBatch, first: int = 0) -> RunSegment:
@@ -88,12 +90,12 @@ def segment_runner(state: TrainState, batch: SegmentedBatch, first: int = 0) -> 
     token."""
     segments, device = state.segments, state.ctx.device
     assert segments is not None
-    # Zero tensors rather than None for the first segment: compiled blocks then see one kind of
-    # call.
-    zeros = state.model.initial_states(state.config.training.local_batch_size)
 
     def run(index: int, states: Sequence[Tensor] | None, *, states_only: bool):
         part = batch.read(index)
+        # Zero tensors rather than None for the first segment: compiled blocks then see one kind of
+        # call. A last validation batch may have fewer sequences than others.
+        zeros = state.model.initial_states(len(part.inputs))
         if states is None or not part.continues:
             with_grad = torch.is_grad_enabled()
             states = [each.detach().requires_grad_(with_grad) for each in zeros.layers]

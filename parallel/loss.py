@@ -129,16 +129,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 hidden_CD = hidden_ND[chunk].to(dtype)
                 valid_C1 = (labels_N[chunk] != ignore_index).unsqueeze(1)
                 labels_C1 = labels_N[chunk].unsqueeze(1) - first_row
-                local_C1 = valid_C1
+                local_C1 = valid_C1 & (labels_C1 >= 0)
                 if group is not None:
-                    local_C1 = valid_C1 & (labels_C1 >= 0) & (labels_C1 < weight.shape[0])
+                    local_C1 &= labels_C1 < weight.shape[0]
                 # -1 matches no row.
                 labels_C1 = labels_C1.masked_fill(~local_C1, -1)
                 logits_CV = hidden_CD @ weight.T
                 log_norm_C1, label_C1 = norm_and_label(logits_CV, labels_C1)
+                # A label that no rank holds stays at -inf, so its loss is infinite, not wrong.
+                label_C1 = label_C1.masked_fill(~local_C1, -torch.inf)
                 if group is not None:
-                    # A label that no rank holds stays at -inf, so its loss is infinite, not wrong.
-                    label_C1 = label_C1.masked_fill(~local_C1, -torch.inf)
                     log_norm_C1, label_C1 = reduce_over_vocabulary(log_norm_C1, label_C1, group)
                 loss_C1 = (log_norm_C1 - label_C1).masked_fill(~valid_C1, 0)
                 if per_token:

@@ -79,8 +79,8 @@ def backward_in_segments(
             time).
         loss_scale: the gradients are those of loss_scale times the sum of the losses.
         initial_states: before the first segment; no gradient reaches them. Read on the first rank.
-        shard: any segment's shard, if ranks share the sequence; every rank of its group makes this
-            call.
+        shard: that of a segment, if ranks share the sequence; every rank of its group makes this
+            call. All segments but the last must have tokens on the same ranks.
         keep_on: where pass 1 keeps the states, [num_segments - 1] times their size: "device", or
             "host", in pinned memory if they are on a GPU.
         accumulate: its result is entered around the forward and backward of a segment in the pass
@@ -90,7 +90,7 @@ def backward_in_segments(
 
     Returns:
         (sum of the loss over this rank's tokens, a float64 scalar on the loss's device; the states
-        after the last segment, detached: on the last rank those of the sequence).
+        after the last segment, detached: on the last rank with tokens, those of the sequence).
 
     Raises:
         ValueError: num_segments below 1, an unknown option, or no loss where one is needed.
@@ -133,7 +133,12 @@ def loss_in_segments(
 
 def move_states(states: States, shard: SequenceShard | None) -> list[torch.Tensor]:
     """The states after a sequence, on the rank that holds the first tokens of the next one; on
-    other ranks, tensors of the same shapes. Every rank of the shard's group makes this call."""
+    other ranks, tensors of the same shapes. Every rank of the shard's group makes this call.
+
+    Args:
+        states: after the sequence, or after its last segment.
+        shard: of the sequence, or of its last segment.
+    """
     moved = _Handover(shard).forward(states)
     return list(states) if moved is None else moved
 
@@ -257,13 +262,17 @@ class _Handover:
     def __init__(self, shard: SequenceShard | None) -> None:
         self._group = None if shard is None else shard.group
         self._is_first = shard is None or shard.is_first
-        self._is_last = shard is None or shard.is_last
+        self._holds_last = shard is None or shard.is_last
         # In zigzag the first rank holds the last tokens too.
         self._sends = shard is not None and shard.size > 1 and shard.layout == "contiguous"
         if self._sends:
             assert self._group is not None
             ranks = dist.get_process_group_ranks(self._group)
-            self._first, self._last = ranks[0], ranks[-1]
+            # Of packed documents, ranks after the last token have no state.
+            lengths = shard.lengths or (1,) * shard.size
+            last = max((rank for rank, tokens in enumerate(lengths) if tokens), default=0)
+            self._first, self._last = ranks[0], ranks[last]
+            self._holds_last = shard.rank == last
 
     def entering(self, states: States | None) -> States | None:
         """Initial states, on the rank that uses them."""
@@ -288,7 +297,7 @@ class _Handover:
             if gradients is None:
                 gradients = [torch.zeros_like(state) for state in like]
             gradients = self._move(gradients, self._first, self._last)
-        return gradients if self._is_last else None
+        return gradients if self._holds_last else None
 
     def _move(self, tensors: list[torch.Tensor], source: int, target: int) -> list[torch.Tensor]:
         """On `target`, the tensors of `source`: one message per dtype."""

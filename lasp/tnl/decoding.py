@@ -145,7 +145,7 @@ class Decoder:
             if own.dim() == 4:
                 own[rows] = new
             else:
-                own[:, rows, :, : new.shape[2]] = new.transpose(2, 3)
+                own[:, rows, :, : new.shape[2]] = new.transpose(2, 3).to(own.dtype)
         self.positions[rows] = states.position
 
     @torch.no_grad()
@@ -222,6 +222,8 @@ class Decoder:
         q = mixer.q_proj(x).unflatten(-1, (-1, mixer.head_dim))
         k, v = mixer.kv_proj(x).unflatten(-1, (-1, 2, mixer.head_dim)).unbind(dim=-2)
         q, k = (rotate_at(each, self.positions, mixer.config.rope_base) for each in (q, k))
+        # Under autocast, products have another dtype than the weights.
+        q, k, v = (each.to(cache.dtype) for each in (q, k, v))
         rows = torch.arange(len(q), device=q.device)
         cache[0, rows, :, self.positions], cache[1, rows, :, self.positions] = k[:, 0], v[:, 0]
         return _attend_to_cache(q[:, 0], cache, self.positions)[:, None]

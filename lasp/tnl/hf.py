@@ -260,15 +260,17 @@ class TNLForCausalLM(PreTrainedModel, GenerationMixin):
         if attention_mask is None:
             return None
         mask = attention_mask[:, -tokens:].bool()
-        # The host waits for this answer, which only softmax layers need: they take no mask at all.
-        if self.model.config.num_softmax_layers:
-            if not mask.all():
-                raise ValueError(
-                    "attention_mask has zeros, but this model's softmax layers do not support "
-                    "padding: pass texts of equal length, or one by one (batch size 1)."
-                )
-            return None
-        return mask
+        config = self.model.config
+        if not (config.num_softmax_layers or config.position_embeddings):
+            return mask
+        # The host waits for this answer; these models take no mask at all.
+        if not mask.all():
+            part = "softmax layers" if config.num_softmax_layers else "position embeddings"
+            raise ValueError(
+                f"attention_mask has zeros, but this model's {part} do not support padding: pass "
+                "texts of equal length, or one by one (batch size 1)."
+            )
+        return None
 
     def _prepare_cache_for_generation(
         self,

@@ -118,7 +118,8 @@ class TNL(nn.Module):
             cu_seqlens: packed documents, as in `lasp.lightning_attention` (B must be 1).
             cut_documents: with cu_seqlens, the global sequence is a segment of a longer one, which
                 may begin and end within a document. `states`, used on the first rank only, have one
-                entry, that of the first document; so have the states returned, of the last one.
+                entry, that of the first document; so have the states returned, of the last one, on
+                the last rank with tokens.
             dropout_seeds: int64 [B], which decide the dropout of each sequence together with the
                 positions of its tokens: the same on all ranks that share a sequence, and on those
                 of tensor parallelism. None: drawn by torch's global generator in training while

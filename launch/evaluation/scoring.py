@@ -46,8 +46,7 @@ class TextScorer:
     ) -> None:
         self._model, self._family, self._dtype = model, family, dtype
         self._device = model.head_weight.device
-        self._is_padded = family.streaming_problem(model.config) is None
-        self._batch_size = batch_size if self._is_padded else 1
+        self._batch_size = batch_size if family.supports_padding(model.config) else 1
         self._chunk = chunk
 
     @torch.no_grad()
@@ -66,7 +65,7 @@ class TextScorer:
             rows = [(row, n) for row, context in enumerate(batch) for n in by_context[context]]
             rows.sort(key=lambda each: len(requests[each[1]][1]))
             for part in _batches(rows, self._batch_size):
-                entering = _select(states, [row for row, _ in part])
+                entering = _select(states, len(batch), [row for row, _ in part])
                 scored = self._score([requests[n] for _, n in part], entering)
                 for (_, number), result in zip(part, scored, strict=True):
                     results[number] = result
@@ -84,6 +83,8 @@ class TextScorer:
         seed: int = 0,
     ) -> list[list[int]]:
         """The tokens that follow each context, up to the first end of document."""
+        if max_new_tokens == 0:
+            return [[] for _ in contexts]
         order = sorted(range(len(contexts)), key=lambda n: len(contexts[n]), reverse=True)
         generator = torch.Generator(self._device).manual_seed(seed)
         results: list[list[int]] = [[] for _ in contexts]
@@ -180,10 +181,10 @@ def _batches(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
     return (items[n : n + size] for n in range(0, len(items), size))
 
 
-def _select(states: Any, rows: list[int]) -> Any:
+def _select(states: Any, batch_size: int, rows: list[int]) -> Any:
     """The states of some rows of a batch, in that order."""
-    # A model with softmax layers has batches of one.
-    if states is None or rows == [0]:
+    # (Softmax layers have caches [2, B, S, G, D]: their batch, of one row, is taken as it is.)
+    if states is None or (batch_size == 1 and rows == [0]):
         return states
     index = torch.tensor(rows, device=states.layers[0].device)
     layers = [layer.index_select(0, index) for layer in states.layers]

@@ -20,10 +20,10 @@ VOCABULARY, END = 50, 49
 NO_HARNESS = "needs lm-evaluation-harness: pip install -e '.[eval]'"
 
 
-def make_model(layer_types="L"):
+def make_model(layer_types="L", **fields):
     torch.manual_seed(0)
     shape = dict(vocab_size=VOCABULARY, dim=32, num_layers=2, num_heads=2, glu_dim=48)
-    return TNL(TNLConfig(**shape, layer_types=layer_types, init_std=0.2)).eval()
+    return TNL(TNLConfig(**shape, layer_types=layer_types, init_std=0.2, **fields)).eval()
 
 
 def text(length, seed):
@@ -66,6 +66,18 @@ def test_scores_are_those_of_each_text_by_itself(layer_types, batch_size, chunk)
         score, is_greedy = by_itself(model, *request)
         assert found == (pytest.approx(score, rel=1e-5, abs=1e-5), is_greedy)
     assert scorer.score(requests[-1:])[0][1] is True
+
+
+@pytest.mark.parametrize("fields", [{}, {"position_embeddings": 64}])
+def test_a_batch_of_continuations_may_be_of_one_context(fields):
+    model = make_model(**fields)
+    scorer = TextScorer(model, get_family("tnl"), batch_size=2)
+    contexts = [text(5, 1), text(2, 2)]
+    # Sorted by length, the last of three is alone in its batch and follows the first context.
+    requests = [(contexts[0], text(1, 3)), (contexts[0], text(4, 4)), (contexts[1], text(1, 5))]
+    for (score, _), request in zip(scorer.score(requests), requests, strict=True):
+        assert score == pytest.approx(by_itself(model, *request)[0], rel=1e-5)
+    assert scorer.generate(contexts, 0, eos_token_id=END) == [[], []]
 
 
 def test_a_context_is_read_once_for_all_of_its_continuations():

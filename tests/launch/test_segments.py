@@ -16,7 +16,7 @@ from launch.data import read_batch, stream_order
 from launch.distributed import RankInfo
 from launch.exit_codes import REQUEUE
 from launch.memory_estimate import estimate, format_estimate
-from launch.trainer import step_indices, train_step
+from launch.trainer import step_indices, train_step, validate
 from parallel.mesh import ParallelDims
 from tests.launch.runs import STEPS, at_step, flags, losses, records, run_here
 from tests.launch.test_settings import make_run
@@ -48,6 +48,17 @@ def test_segments_train_and_validate_as_whole_sequences(tmp_path, data, whole, l
     expected, expected_validation = whole[varlen]
     assert losses(tmp_path) == pytest.approx(expected, rel=1e-5)
     assert validated(tmp_path) == pytest.approx(expected_validation, rel=1e-5)
+
+
+def test_a_last_validation_batch_may_be_smaller(tmp_path, data):
+    found = []
+    for length in (0, 30):
+        options = dict(training__local_batch_size=5, training__global_batch_size=5)
+        options |= dict(training__segment_len=length, validation__steps=1000)
+        run = make_run(tmp_path / str(length), data, **options)
+        assert run.val_source.num_samples % 5
+        found.append(validate(run))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 def test_a_truncated_gradient_trains_otherwise(tmp_path, data, whole):

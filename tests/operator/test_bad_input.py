@@ -183,6 +183,19 @@ def test_shards_that_do_not_fit_are_refused_on_every_rank(pool, what, message):
             raise outcome
 
 
+def trained_state_in_evaluation(group, mode):
+    q, k, v, log_decay, state = cases.make_inputs(10)
+    given = torch.nn.Parameter(state) if dist.get_rank(group) == 0 else None
+    with mode():
+        return lasp.lightning_attention(q, k, v, log_decay, initial_state=given, group=group)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_trained_initial_state_over_ranks_is_accepted_without_gradients(pool, mode):
+    for o in pool.run(trained_state_in_evaluation, mode, size=2):
+        assert o.shape[1] == 10 and o.isfinite().all()
+
+
 def with_decays(group, decays, gradients, of_keys):
     """A call of which ranks may have other decays, or want other gradients; its backward is run."""
     rank = dist.get_rank(group)

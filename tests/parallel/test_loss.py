@@ -125,6 +125,19 @@ def test_ignored_tokens_have_no_effect_even_if_infinite():
     assert (grad_hidden[labels == -100] == 0).all()
 
 
+@pytest.mark.parametrize("per_token", [False, True])
+@torch.no_grad()
+def test_a_negative_label_is_no_token(per_token):
+    hidden, weight, labels = make()
+    labels = labels.clone()
+    labels[0, 3] = -1
+    loss = chunked_cross_entropy(hidden, weight, labels, chunk_size=8, per_token=per_token)
+    if per_token:
+        assert loss[0, 3] == torch.inf and loss.isfinite().sum() == loss.numel() - 1
+    else:
+        assert loss == torch.inf
+
+
 @pytest.mark.parametrize("tokens", [0, T])
 def test_a_batch_without_labels_gives_zero(tokens):
     hidden, weight, labels = make(torch.float32)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lasp import SequenceShard, functional
+from lasp.shard import split_lengths
 from lasp.tnl import TNL, TNLConfig
 from parallel.activation_checkpoint import checkpoint_blocks
 from parallel.loss import chunked_cross_entropy
@@ -200,6 +201,9 @@ def on_one_rank(group, length, layout, packed, mode):
         # 300 = 149 + 149 + 2 tokens: the last rank has none of the last segment.
         (3, 149, "contiguous", False, "full"),
         (2, 63, "contiguous", True, "selective"),
+        # The last rank has no tokens at all.
+        (3, 2, "contiguous", False, "none"),
+        (3, 2, "contiguous", True, "none"),
         (3, 50, "zigzag", True, "none"),
     ],
 )
@@ -212,7 +216,8 @@ def test_segments_cut_over_ranks(pool, size, length, layout, packed, mode):
         check(model, loss, expected_loss, found, expected, 1e-12)
         # One in each pass and one of gradients, also with recomputed blocks.
         assert exchanges == ((2 * count - 1) * layers, count * layers)
-    _, _, states, _ = outcomes[0 if layout == "zigzag" else -1]
+    last = split_lengths(TOKENS % length or length, size)
+    _, _, states, _ = outcomes[0 if layout == "zigzag" else sum(n > 0 for n in last) - 1]
     for state, each in zip(states, final, strict=True):
         torch.testing.assert_close(state, each, rtol=1e-12, atol=1e-12)
 

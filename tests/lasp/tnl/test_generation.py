@@ -44,6 +44,24 @@ def test_decoding_gives_the_logits_of_one_pass(length, dtype, tolerance, config)
 
 
 @pytest.mark.parametrize("config", [CONFIG, HYBRID, LEARNED], ids=["linear", "hybrid", "learned"])
+@torch.no_grad()
+def test_decoding_under_autocast(config):
+    """The weights are float32, products bfloat16."""
+    model, tokens = make(config=config), prompt_of(2, 30)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(tokens).float()
+        decoder, logits = Decoder(model, 2, context=30), []
+        for rows, states in prefill(model, list(tokens[:, :20]), chunk=8):
+            decoder.load(states, rows)
+        for t in range(19, 30):
+            decoder.tokens.copy_(tokens[:, t])
+            decoder.step()
+            logits.append(decoder.logits.float())
+    error = (torch.stack(logits, 1) - expected[:, 19:]).abs().max()
+    assert error < 0.05 * expected.abs().max()
+
+
+@pytest.mark.parametrize("config", [CONFIG, HYBRID, LEARNED], ids=["linear", "hybrid", "learned"])
 @pytest.mark.parametrize("chunk", [7, 16, 1000])
 def test_prompts_of_any_lengths_continue_as_alone(config, chunk):
     model = make(torch.float64, config)

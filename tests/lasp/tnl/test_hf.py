@@ -26,6 +26,7 @@ CONFIGS = {
     "hybrid": dataclasses.replace(LINEAR, layer_types="LSL", num_key_value_heads=2),
     "variant": dataclasses.replace(LINEAR, norm="layer", output_gate=False, decay="none"),
 }
+POSITIONS = dataclasses.replace(LINEAR, position_embeddings=32, lrpe_layers=())
 ROOT = Path(__file__).parents[3]
 WITHOUT_PADDING = [CONFIGS["linear"], CONFIGS["learned"]]
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -174,6 +175,13 @@ def test_left_padding_changes_nothing(config, options):
         torch.testing.assert_close(logits[:, row], expected[:, 0])
 
 
+def test_position_embeddings_take_a_mask_without_padding():
+    model, tnl = wrapped(POSITIONS)
+    tokens = prompt_of(2, 9)
+    found = model(tokens, attention_mask=torch.ones_like(tokens)).logits
+    assert torch.equal(found, tnl(tokens))
+
+
 def test_right_padding_changes_no_logits_before_it():
     model, inner = wrapped(LINEAR)
     tokens = prompt_of(1, 12)
@@ -242,6 +250,11 @@ BAD = {
         lambda model: model(prompt_of(2, 5), attention_mask=torch.eye(2, 5)),
         "softmax layers do not support padding",
     ),
+    "padding with position embeddings": (
+        "positions",
+        lambda model: model(prompt_of(2, 5), attention_mask=torch.eye(2, 5)),
+        "position embeddings do not support padding",
+    ),
     "another cache": (
         "linear",
         lambda model: generate(model, cache=transformers.DynamicCache()),
@@ -277,7 +290,8 @@ BAD = {
 
 @pytest.mark.parametrize(("kind", "call", "message"), BAD.values(), ids=BAD)
 def test_what_a_tnl_cannot_do_is_said(kind, call, message):
-    model, _ = wrapped(CONFIGS[kind])
+    configs = CONFIGS | {"positions": POSITIONS}
+    model, _ = wrapped(configs[kind])
     with pytest.raises(ValueError, match=message):
         call(model)
 
