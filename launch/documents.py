@@ -325,7 +325,7 @@ def file_size(path: Path) -> int:
 def standard_library() -> list[tuple[str, Path]]:
     """Name and path of the standard library's sources, without its tests."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = _walk(root, (".py",))
+    files = _library_files(root)
     if not files:
         raise DataError(f"{root} holds no .py files: pass --input with text of your own.")
     return [(path.relative_to(root).as_posix(), path) for path in files]
@@ -340,7 +340,7 @@ def find_files(inputs: list[Path]) -> list[tuple[str, Path]]:
     files: list[tuple[str, Path]] = []
     for path in inputs:
         if is_folder(path):
-            inside = _walk(path, None)
+            inside = _all_files(path)
             files += [(f"{path.name}/{each.relative_to(path).as_posix()}", each) for each in inside]
         elif is_file(path):
             files.append((path.name, path))
@@ -365,13 +365,41 @@ def _unique(files: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
     return unique
 
 
-def _walk(root: Path, suffixes: tuple[str, ...] | None) -> list[Path]:
+def _library_files(root: Path) -> list[Path]:
+    """The sources below the standard library's folder, without its tests."""
     found: list[Path] = []
     for folder, folders, names in os.walk(root):
-        # Folders given by the user are read in full; the library is read without its tests.
-        if suffixes is not None:
-            folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
-        found += [
-            Path(folder, name) for name in names if suffixes is None or name.endswith(suffixes)
-        ]
+        folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(found)
+
+
+def _all_files(root: Path) -> list[Path]:
+    """All files below a folder, those of linked folders too; a folder that is reached several times
+    is read once, under its own name if it has one below the root.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise DataError(f"input {error.filename} cannot be read: {error.strerror}.") from None
+
+    found: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    starts = [root]
+    while starts:
+        links: list[Path] = []
+        for start in starts:
+            for folder, folders, names in os.walk(start, onerror=fail):
+                status = os.stat(folder)
+                identity = status.st_dev, status.st_ino
+                if identity in seen:
+                    folders.clear()
+                    continue
+                seen.add(identity)
+                inside = [Path(folder, name) for name in folders]
+                links += [path for path in inside if path.is_symlink()]
+                found += [Path(folder, name) for name in names]
+        starts = sorted(links)
     return sorted(found)

@@ -48,6 +48,12 @@ class HeldOut:
         return self.lowest[1] if self.count_below == 0 else self.highest
 
 
+def split_document(text: str, fraction: float) -> tuple[str, str]:
+    """A single document's training text, and its end, which is held out."""
+    cut = max(1, round(len(text) * (1 - fraction)))
+    return text[:cut], text[cut:]
+
+
 def hash_of(name: str) -> float:
     """A number in [0, 1) that depends on `name` alone."""
     # File names may not be UTF-8.
@@ -103,10 +109,9 @@ class Encoder:
             if self._threshold > 0:
                 named["val" if hashes[-1] < self._threshold else "train"].append((name, text))
             else:
-                # A single document: its end is held out.
-                cut = max(1, round(len(text) * (1 - self._fraction)))
-                named["train"].append((name, text[:cut]))
-                named["val"].append((name, text[cut:]))
+                train, val = split_document(text, self._fraction)
+                named["train"].append((name, train))
+                named["val"].append((name, val))
         splits = {split: encode(self._coder, texts) for split, texts in named.items()}
         return Encoded(splits, hashes, skipped, chunk.size)
 

@@ -26,6 +26,7 @@ from launch.checkpoint.store import Checkpoint, open_checkpoint
 from launch.command_line import parse as parse_arguments
 from launch.config import Config, check_path
 from launch.data import DataFolder, IndexedSource, Segments
+from launch.data_digests import describe_tokenizer
 from launch.distributed import (
     DistContext,
     get_rank_info,
@@ -220,7 +221,7 @@ def open_source(arguments: Arguments, config: Config, saved: SavedRun) -> Indexe
                 f"the checkpoint {saved.checkpoint.path} has no tokenizer, and the tokens of "
                 f"{arguments.data} are of one: evaluate on the data that it was trained on."
             )
-        if folder.tokenizer.spec() != saved.tokenizer.spec():
+        if describe_tokenizer(folder.tokenizer) != describe_tokenizer(saved.tokenizer):
             raise DataError(
                 f"the tokenizer of {arguments.data} ({folder.tokenizer.vocab_size} tokens) is not "
                 f"that of the checkpoint {saved.checkpoint.path} ({saved.tokenizer.vocab_size} "

@@ -273,7 +273,12 @@ def _run(arguments: Arguments, device: torch.device, ctx: DistContext) -> None:
     stats = Stats(device, time.perf_counter() - began)
     prompts = [encode(tokenizer, text) for text in texts]
     size = arguments.batch_size if ctx.cp_group is None else 1
+    seeds = torch.Generator().manual_seed(arguments.seed)
     for first in range(0, len(prompts), size):
+        seed = arguments.seed
+        if first > 0:
+            # Another for each batch: equal prompts would have equal samples.
+            seed = int(torch.randint(1 << 62, (), generator=seeds))
         batch = slice(first, first + size)
         steps = continuations(
             model,
@@ -284,7 +289,7 @@ def _run(arguments: Arguments, device: torch.device, ctx: DistContext) -> None:
             temperature=arguments.temperature,
             top_k=arguments.top_k,
             top_p=arguments.top_p,
-            seed=arguments.seed,
+            seed=seed,
             prefill_chunk=arguments.prefill_chunk or None,
             group=ctx.cp_group,
         )

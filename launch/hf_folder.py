@@ -23,6 +23,7 @@ from launch.checkpoint.shards import StoredTensor, TensorFiles
 from launch.exit_codes import CheckpointError, DataError
 from launch.files import is_file, is_folder, read_json
 from launch.tokenizer import ByteTokenizer, Tokenizer, tokenizer_from_spec
+from launch.tokenizer_file import read_tokenizer
 
 # In the order of preference, which is that of transformers. An index lists the files of a model
 # that has several.
@@ -280,19 +281,10 @@ def _tokenizer_of(folder: Path, path: Path) -> Tokenizer:
     # Not one of prepare_data.py, or damaged: then the second says what is wrong.
     with contextlib.suppress(DataError):
         return tokenizer_from_spec({"kind": "bpe", "tokenizer": description})
-    config: dict[str, Any] = {}
-    if (folder / "tokenizer_config.json").exists():
-        config = _read_json(folder / "tokenizer_config.json")
-    end, pad = (_token_name(config.get(name)) for name in ("eos_token", "pad_token"))
-    spec = {
-        "kind": "file",
-        "tokenizer": description,
-        "eod_token": end,
-        # What pads is no label, and the end of a text has to be one.
-        "pad_token": None if pad == end else pad,
-    }
     try:
-        return tokenizer_from_spec(spec)
+        # With the special tokens that prepare_data.py finds.
+        spec = read_tokenizer(path).spec()
+        return tokenizer_from_spec({**spec, "tokenizer": description})
     except DataError as error:
         raise CheckpointError(f"{path} cannot be used: {error}") from None
 
@@ -300,9 +292,3 @@ def _tokenizer_of(folder: Path, path: Path) -> Tokenizer:
 def _without_added_tokens(description: dict[str, Any]) -> dict[str, Any]:
     # Post-processors add tokens around a text. (transformers saves one that adds none.)
     return {**description, "post_processor": None}
-
-
-def _token_name(value: Any) -> str | None:
-    """The text of a token in tokenizer_config.json, which may be an object with its "content"."""
-    value = value.get("content") if isinstance(value, dict) else value
-    return value if isinstance(value, str) else None

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from launch.data import DataFolder, IndexedSource, order_of_pass
+from launch.data_digests import describe_tokenizer
 from launch.exit_codes import DataError
 from launch.tokenizer import Tokenizer
 
@@ -181,17 +182,13 @@ def open_mixture(folders: Sequence[tuple[Path, float]]) -> DataMixture:
     opened = [DataFolder(path) for path, _ in folders]
     first = opened[0]
     for folder in opened[1:]:
-        if _spec(folder) != _spec(first):
+        if describe_tokenizer(folder.tokenizer) != describe_tokenizer(first.tokenizer):
             raise DataError(
                 f"data.folders {first.folder} and {folder.folder} have different tokenizers "
                 f"({_describe(first)} and {_describe(folder)}): prepare one of them again with "
                 "launch/prepare_data.py --tokenizer and the folder of the other."
             )
     return DataMixture(opened, [weight for _, weight in folders])
-
-
-def _spec(folder: DataFolder) -> dict[str, Any] | None:
-    return None if folder.tokenizer is None else folder.tokenizer.spec()
 
 
 def _describe(folder: DataFolder) -> str:

@@ -21,7 +21,7 @@ from launch.command_line import parse
 from launch.config import STANDARD_LIBRARY_FOLDER, check_path
 from launch.data_digests import seal_meta
 from launch.documents import file_size, find_files, has_rows, read_chunks, standard_library
-from launch.encode import Encoder, HeldOut, hash_of
+from launch.encode import Encoder, HeldOut, hash_of, split_document
 from launch.exit_codes import DataError, UserError
 from launch.files import remove_leftovers, staging_folder
 from launch.indexed_dataset import IndexedWriter, token_dtype
@@ -189,7 +189,9 @@ class _Preparation:
             for name, text in chunk.documents([]):
                 hashed = hash_of(name)
                 seen.see([hashed])
-                if hashed >= self.threshold:
+                if self.threshold == 0:
+                    yield split_document(text, self.val_fraction)[0]
+                elif hashed >= self.threshold:
                     yield text
 
     def write(self, folder: Path, coder: Tokenizer) -> dict[str, Any]:

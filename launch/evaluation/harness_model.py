@@ -119,14 +119,16 @@ def _generate_options(generation_kwargs: dict[str, Any]) -> tuple[dict[str, Any]
     ConfigError for a kind of sampling that is not known."""
     given: dict[str, Any] = dict(normalize_gen_kwargs(generation_kwargs, _MAX_NEW_TOKENS))
     options, until = {"max_new_tokens": given.pop("max_gen_toks")}, given.pop("until")
-    # Without it the rest has no effect.
-    if given.pop("do_sample", False):
-        options["temperature"] = float(given.pop("temperature", 0.0))
+    # Without them the rest has no effect.
+    if given.pop("do_sample", False) and (temperature := float(given.pop("temperature", 0.0))):
+        options["temperature"] = temperature
         options["top_k"] = int(given.pop("top_k", 0)) or None
+        top_p = float(given.pop("top_p", 1.0))
+        options["top_p"] = None if top_p == 1 else top_p
         if given:
             raise ConfigError(
-                f"generation_kwargs {', '.join(map(repr, given))}: sampling knows temperature and "
-                "top_k."
+                f"generation_kwargs {', '.join(map(repr, given))}: sampling knows temperature, "
+                "top_k and top_p."
             )
     return options, [text for text in until if text]
 

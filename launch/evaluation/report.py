@@ -110,7 +110,12 @@ class Report:
 
     def _loss_lines(self) -> list[str]:
         results, training = self.results, self.config.training
-        names = {"loss": "loss (nats per token)", "ppl": "perplexity", "bpb": "bits per byte"}
+        names = {
+            "loss": "loss (nats per token)",
+            "ppl": "perplexity",
+            "bpb": "bits per byte",
+            "word_ppl": "perplexity per word",
+        }
         measured = [f"{text}: {results[key]:.6f}" for key, text in names.items() if key in results]
         samples = f"{results['samples']:,} of {results['samples_in_data']:,} samples"
         table = [f"{'positions':>21} {'tokens':>12} {'loss':>9}"]

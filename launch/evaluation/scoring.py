@@ -80,6 +80,7 @@ class TextScorer:
         eos_token_id: int,
         temperature: float = 0.0,
         top_k: int | None = None,
+        top_p: float | None = None,
         seed: int = 0,
     ) -> list[list[int]]:
         """The tokens that follow each context, up to the first end of document."""
@@ -97,6 +98,7 @@ class TextScorer:
                     max_new_tokens,
                     temperature=temperature,
                     top_k=top_k,
+                    top_p=top_p,
                     eos_token_id=eos_token_id,
                     generator=generator,
                 )

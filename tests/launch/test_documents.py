@@ -232,3 +232,33 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     finally:
         tracemalloc.stop()
     assert num_bytes > 2 * peak and peak < 12e6
+
+
+def test_linked_folders_are_read_once(tmp_path):
+    root, other = tmp_path / "in", tmp_path / "other"
+    for folder in (root / "b", root / "c", other / "deep"):
+        folder.mkdir(parents=True)
+    for path in (root / "x.txt", root / "b" / "y.txt", other / "deep" / "z.txt"):
+        path.write_text("text")
+    # To a folder elsewhere, to one that has a name of its own, and to those that are read already.
+    (root / "a").symlink_to(other, target_is_directory=True)
+    (root / "again").symlink_to(root / "b", target_is_directory=True)
+    (root / "c" / "up").symlink_to(root, target_is_directory=True)
+    (other / "deep" / "loop").symlink_to(other, target_is_directory=True)
+    names = [name for name, _ in find_files([root])]
+    assert names == ["in/a/deep/z.txt", "in/b/y.txt", "in/x.txt"]
+
+
+def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.txt").write_text("text")
+    scandir = documents.os.scandir
+
+    def refuse(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(documents.os, "scandir", refuse)
+    with pytest.raises(DataError, match="input .*/sub cannot be read: Permission denied"):
+        find_files([tmp_path])

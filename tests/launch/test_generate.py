@@ -58,6 +58,15 @@ def test_a_file_with_one_line_is_printed_as_a_line_of_json(run, tmp_path):
     assert json.loads(out) == {"prompt": "x", "text": alone.removesuffix("\n")}
 
 
+def test_samples_of_one_prompt_differ_over_batches(run, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a"}\n' * 6, encoding="utf-8")
+    argv = ["--prompts", str(path), "--batch_size", "2", "--temperature", "2"]
+    lines = run(*argv)[0].splitlines()
+    assert len(set(lines)) == 6
+    assert run(*argv)[0].splitlines() == lines
+
+
 def test_a_text_file_is_one_prompt(run, tmp_path):
     path = tmp_path / "prompt.txt"
     path.write_text("several\nlines\n", encoding="utf-8")

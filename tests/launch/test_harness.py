@@ -154,10 +154,16 @@ metric_list: [{metric: exact_match}]
         ({"temperature": 0.0, "top_p": 0.9, "max_tokens": 7}, {"max_new_tokens": 7}, []),
         (
             {"do_sample": True, "temperature": 0.5, "top_k": 3, "until": ["", "\n"]},
-            {"max_new_tokens": 256, "temperature": 0.5, "top_k": 3},
+            {"max_new_tokens": 256, "temperature": 0.5, "top_k": 3, "top_p": None},
             ["\n"],
         ),
-        ({"do_sample": True, "temperature": 0.5, "top_p": 0.9}, "'top_p': sampling knows", None),
+        (
+            {"do_sample": True, "temperature": 0.5, "top_p": 0.9},
+            {"max_new_tokens": 256, "temperature": 0.5, "top_k": None, "top_p": 0.9},
+            [],
+        ),
+        ({"do_sample": True, "temperature": 0, "min_p": 0.1}, {"max_new_tokens": 256}, []),
+        ({"do_sample": True, "temperature": 0.5, "min_p": 0.1}, "'min_p': sampling knows", None),
     ],
 )
 def test_generation_options_of_tasks(given, options, until):

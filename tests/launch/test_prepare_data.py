@@ -221,6 +221,21 @@ def test_a_pass_is_repeated_only_for_another_threshold(tmp_path, monkeypatch, na
     assert len(made) == passes and made[-1] == 0
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_the_bpe_of_a_single_document_does_not_see_its_end(tmp_path, monkeypatch, name):
+    text, seen, real = "A" * 900 + "Z" * 100, [], prepare_data.train_bpe
+
+    def train_bpe(texts, vocab_size):
+        seen[:] = texts
+        return real(iter(seen), vocab_size)
+
+    monkeypatch.setattr(prepare_data, "train_bpe", train_bpe)
+    (tmp_path / name).write_text(json.dumps({"text": text}) if name == "a.jsonl" else text)
+    options = dict(tokenizer="bpe", vocab_size=300, val_fraction=0.1)
+    folder = prepare(tmp_path / "out", [tmp_path / name], **options).folder
+    assert seen == documents(folder, "train") == ["A" * 900]
+
+
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
 def test_a_long_document_is_one_document(tmp_path, monkeypatch, tokenizer):
     """Encoded in parts, read in many blocks; as a file and as a line of a .jsonl."""

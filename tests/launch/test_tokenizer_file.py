@@ -17,7 +17,10 @@ from tokenizers import (
 )
 
 from launch import tokenizer as launch_tokenizer
+from launch.data_digests import describe_tokenizer
 from launch.exit_codes import DataError
+from launch.hf_folder import _read_tokenizer
+from launch.mixture import open_mixture
 from launch.prepare_data import prepare
 from launch.tokenizer import FileTokenizer, tokenizer_from_spec
 from launch.tokenizer_file import read_tokenizer
@@ -272,3 +275,35 @@ def test_a_prepared_folder_lends_its_tokenizer(tmp_path):
     (first.folder / "meta.json").write_text("{}")
     with pytest.raises(DataError, match="meta.json is damaged .*prepare that data again"):
         prepare(tmp_path / "x", inputs, tokenizer=str(first.folder))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
+        {"eos_token": "<|endoftext|>", "pad_token": "no such token"},
+    ],
+)
+def test_prepared_and_imported_tokenizers_are_the_same(tmp_path, config):
+    """Data and weights from the same published folder fit each other."""
+    tokenizer = byte_level("<|endoftext|>", "<|pad|>")
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
+    if config is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    prepared = read_tokenizer(tmp_path)
+    imported = tokenizer_from_spec(_read_tokenizer(tmp_path, 1000))
+    assert describe_tokenizer(imported) == describe_tokenizer(prepared)
+    assert tokenizer.id_to_token(imported.pad_id) == "<|pad|>"
+    # One of them has a post-processor, which is of no effect here.
+    (tmp_path / "text.txt").write_text("".join(TEXTS) * 50)
+    folders = []
+    for name, coder in (("a", prepared), ("b", imported)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text(json.dumps(coder.spec()["tokenizer"]))
+        folders.append(tmp_path / f"data_{name}")
+        prepare(folders[-1], inputs=[tmp_path / "text.txt"], tokenizer=str(folder))
+    mixture = open_mixture([(folder, 1) for folder in folders])
+    assert describe_tokenizer(mixture.tokenizer) == describe_tokenizer(prepared)

@@ -119,6 +119,7 @@ def test_a_recipe_trains_resumes_to_the_bit_and_reports_perplexities(
     line = ["--checkpoint", str(whole / "checkpoint"), "--data", str(prepared), "--split", "test"]
     assert evaluate.main([*line, "--output", str(tmp_path / "results.json")]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
+    assert f"perplexity per word: {results['word_ppl']:.6f}" in capsys.readouterr().out
     about = DataFolder(prepared).meta["test"]
     ratio = about["tokens"] / about["words"]
     assert results["word_ppl"] == pytest.approx(math.exp(results["loss"] * ratio))
