@@ -105,7 +105,9 @@ class BatchSplitter:
                     module.rotary_pos_emb = ShardedRotaryEmbedding(
                         rotary, self.layout, by_document=not stock
                     )
-            follow_layout(self.cp_group, self.layout)
+            configs = [module.config for module in modules if hasattr(module, "config")]
+            per_token = getattr(configs[0], "calculate_per_token_loss", False)
+            follow_layout(self.cp_group, self.layout, per_token_loss=per_token)
         for core in cores:
             core.layout_confirmed = True
 

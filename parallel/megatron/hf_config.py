@@ -76,7 +76,6 @@ _LING_ONLY: dict[str, Any] = {
     "linear_rope": True,
     "norm_topk_prob": True,
     "rope_interleave": True,
-    "rope_scaling": None,
     "score_function": "sigmoid",
     "moe_router_enable_expert_bias": True,
     "tie_word_embeddings": False,
@@ -87,7 +86,6 @@ _LING_ONLY: dict[str, Any] = {
 _MINIMAX_ONLY: dict[str, Any] = {
     "hidden_act": "silu",
     "postnorm": True,
-    "rope_scaling": None,
     "sliding_window": None,
     "tie_word_embeddings": False,
 }
@@ -178,6 +176,14 @@ def _check(values, sizes, only):
     for name, supported in only.items():
         if values.get(name, supported) != supported:
             raise ValueError(f"{name} is {values[name]!r}: only {supported!r} is supported.")
+    for field in ("rope_scaling", "rope_parameters"):
+        scaling = values.get(field) or {}
+        known = isinstance(scaling, Mapping)
+        kind = (scaling.get("rope_type") or scaling.get("type") or "default") if known else None
+        if kind != "default":
+            raise ValueError(
+                f"{field} is {scaling!r}: rotary positions are supported unscaled only."
+            )
     if values["num_attention_heads"] % values["num_key_value_heads"]:
         raise ValueError(
             f"num_attention_heads is {values['num_attention_heads']}: num_key_value_heads "

@@ -103,11 +103,16 @@ _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
+# Likewise of MLA's latents, which Transformer Engine norms in the projections that follow.
+_FUSED_LATENT_NORMS = {
+    "self_attention.linear_q_up_proj.layer_norm_weight": "self_attention.q_layernorm.weight",
+    "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attention.kv_layernorm.weight",
+}
 
 
 def other_name(key: str) -> str:
     """The name that a tensor has with Megatron's other backends; the same for most."""
-    for fused, alone in _FUSED_NORMS.items():
+    for fused, alone in (_FUSED_NORMS | _FUSED_LATENT_NORMS).items():
         for ours, theirs in ((fused, alone), (alone, fused)):
             if key.endswith("." + ours):
                 return key.removesuffix(ours) + theirs

@@ -24,13 +24,14 @@ from parallel.megatron.layout import segments
 __all__ = ["follow_layout", "roll_tensor"]
 
 _megatron_roll = multi_token_prediction.roll_tensor
-# The layout that batches of a context-parallel group have.
-_layouts: weakref.WeakKeyDictionary[ProcessGroup, str] = weakref.WeakKeyDictionary()
+# The layout that batches of a context-parallel group have, and whether the loss is per token.
+_layouts: weakref.WeakKeyDictionary[ProcessGroup, tuple[str, bool]] = weakref.WeakKeyDictionary()
 
 
-def follow_layout(cp_group: ProcessGroup, layout: str) -> None:
-    """From now on Megatron rolls the sequences of `cp_group` in `layout`."""
-    _layouts[cp_group] = layout
+def follow_layout(cp_group: ProcessGroup, layout: str, *, per_token_loss: bool) -> None:
+    """From now on Megatron rolls the sequences of `cp_group` in `layout`; `per_token_loss`: of the
+    model's config (calculate_per_token_loss)."""
+    _layouts[cp_group] = layout, per_token_loss
     for module in (multi_token_prediction, gpt_model):
         # Since 0.17 gpt_model has none of its own.
         if hasattr(module, "roll_tensor"):
@@ -47,10 +48,12 @@ def roll_tensor(
     """Megatron's roll_tensor: (each token's successor, this rank's count of them), zero where the
     sequence or the document ends.
 
-    The count of a mask of tokens is by what Megatron divides the loss: since 0.18 it gives the
-    tokens that have a successor the weight of all. Only the last rank lacks one, so counts of
-    single ranks would make the gradients depend on the number of ranks. This rank's count is its
-    number of tokens before the first roll, times the part of all ranks' that is left.
+    The count of a mask of tokens is by what Megatron divides the loss. Counts of single ranks would
+    make the gradients depend on the number of ranks, for masks differ from rank to rank, and only
+    the last one has a token without successor. With calculate_per_token_loss, Megatron (since 0.18)
+    gives the tokens that have a successor the weight of all: this rank's count is its number of
+    tokens before the first roll, times the part of all ranks' that is left. Without it, the mean
+    over ranks is taken: the count is the mean of all ranks' too.
 
     Args:
         tensor: [..., s], tokens of this rank along the last dimension.
@@ -58,14 +61,15 @@ def roll_tensor(
     Raises:
         ValueError: another shift or dimension, over ranks whose layout is known.
     """
-    layout = None if cp_group is None or cp_group.size() == 1 else _layouts.get(cp_group)
-    if layout is None:
+    known = None if cp_group is None or cp_group.size() == 1 else _layouts.get(cp_group)
+    if known is None:
         return _megatron_roll(tensor, shifts, dims, cp_group, packed_seq_params)
     if shifts != -1 or dims not in (-1, tensor.dim() - 1):
         raise ValueError(
             f"shifts is {shifts} and dims {dims}: sequences over context-parallel ranks are rolled "
             "by one token to the left, along the last dimension."
         )
+    layout, per_token_loss = known
     rank, size = cp_group.rank(), cp_group.size()
     total = tensor.shape[-1] * size
     rolled = _successors(tensor, segments(total, layout, rank, size), cp_group, layout)
@@ -77,15 +81,18 @@ def roll_tensor(
         ).to(tensor.device)
         ends = torch.isin(places + 1, cu_seqlens.to(tensor.device))
         rolled = rolled.masked_fill(ends, 0)
-    return rolled, _count(tensor, rolled, cp_group)
+    return rolled, _count(tensor, rolled, cp_group, per_token_loss)
 
 
-def _count(tensor, rolled, group):
+def _count(tensor, rolled, group, per_token_loss):
     sums = torch.stack([tensor.sum().double(), rolled.sum().double()])
     local = sums[0].clone()
     dist.all_reduce(sums, group=group)
     # Further rolls of a mask refer to the first.
     rolled.lasp_tokens = local, total = getattr(tensor, "lasp_tokens", (local, sums[0]))
+    if not per_token_loss:
+        # Not 0: 0.16 divides by it.
+        return sums[1].clamp(min=1) / group.size()
     return local * sums[1] / total.clamp(min=1)
 
 

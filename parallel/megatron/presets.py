@@ -86,17 +86,20 @@ class HybridPreset:
         """This pipeline stage of the model, with random weights.
 
         Args:
-            options: arguments of GPTModel, such as a padded vocab_size.
+            options: arguments of GPTModel, such as a padded vocab_size, or the vp_stage of a
+                virtual pipeline.
         """
+        vp_stage = options.get("vp_stage")
+        stage = dict(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
         arguments = dict(
             vocab_size=self.model.hf["vocab_size"],
-            pre_process=parallel_state.is_pipeline_first_stage(),
-            post_process=parallel_state.is_pipeline_last_stage(),
-            mtp_block_spec=self.mtp_spec(options.get("vp_stage")),
+            pre_process=parallel_state.is_pipeline_first_stage(**stage),
+            post_process=parallel_state.is_pipeline_last_stage(**stage),
+            mtp_block_spec=self.mtp_spec(vp_stage),
             share_embeddings_and_output_weights=False,
             **self.positions,
         )
-        spec = self.block_spec(options.get("vp_stage"))
+        spec = self.block_spec(vp_stage)
         arguments |= dict(max_sequence_length=max_sequence_length) | options
         return GPTModel(self.config, spec, **arguments)
 
@@ -203,6 +206,7 @@ def _ling(model, megatron):
     layers, dense, inner = (
         hf[name] for name in ("num_hidden_layers", "first_k_dense_replace", "moe_intermediate_size")
     )
+    dense = min(dense, layers)
     fields = dict(
         qk_layernorm=True,
         num_moe_experts=hf["num_experts"],

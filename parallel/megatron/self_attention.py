@@ -138,9 +138,8 @@ class LaspMLASelfAttention(PackedAttention, MLASelfAttention):
     of the rotary part of the keys, which all heads share.
 
     Raises:
-        ValueError: apply_rope_fusion over context-parallel ranks, whose kernel counts in zigzag;
-            tensor parallelism without sequence parallelism; FP8 or FP4 with Megatron's local linear
-            layers.
+        ValueError: apply_rope_fusion, whose kernel counts positions by itself; tensor parallelism
+            without sequence parallelism; FP8 or FP4 with Megatron's local linear layers.
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, **keywords: Any) -> None:
@@ -151,11 +150,11 @@ class LaspMLASelfAttention(PackedAttention, MLASelfAttention):
         layout = getattr(self.core_attention, "sequence_layout", None)
         if layout is None:
             return
-        if config.apply_rope_fusion and self.pg_collection.cp.size() > 1:
+        if config.apply_rope_fusion:
             raise ValueError(
-                "config.apply_rope_fusion is True with latent attention over "
-                f"{self.pg_collection.cp.size()} context-parallel ranks: its kernel counts "
-                "positions in Megatron's zigzag only. Set it to False."
+                "config.apply_rope_fusion is True with latent attention: its kernel counts "
+                "positions by itself, in Megatron's zigzag only and without regard to packed "
+                "documents. Set it to False."
             )
         self.rotary_pos_emb = ShardedRotaryEmbedding(
             self.rotary_pos_emb, layout, self.pg_collection.cp

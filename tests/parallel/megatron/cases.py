@@ -302,9 +302,10 @@ def restore(folder, model, optimizer):
     optimizer.load_state_dict(state["optimizer"])
 
 
-def loss_and_count(losses):
+def loss_and_count(losses, mask=None):
     """What Megatron's schedule asks of a loss: the sum, the number of tokens, a report."""
-    total, count = losses.sum(), torch.tensor(losses.numel(), dtype=torch.int)
+    mask = torch.ones_like(losses) if mask is None else mask
+    total, count = (losses * mask).sum(), mask.sum().int()
     return total, count, {"loss": torch.stack([total.detach(), count.float()])}
 
 

@@ -38,8 +38,7 @@ def build_hybrid(fields, options, mtp_kind="S", decay_index=None):
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=1 if ep > 1 else tp,
         sequence_parallel=tp > 1,
-        calculate_per_token_loss=True,
-        **fields,
+        **{"calculate_per_token_loss": True} | fields,
     )
     torch.manual_seed(1)
     options = dict(options)
@@ -84,7 +83,9 @@ def documents(lengths):
     return PackedSeqParams("thd", cu_seqlens, cu_seqlens, None, None, longest, longest)
 
 
-def run_hybrid(sizes, fields, options, tokens, folder, *, first=False, lengths=None, **mtp):
+def run_hybrid(
+    sizes, fields, options, tokens, folder, *, first=False, lengths=None, masked=0, **mtp
+):
     """(loss, gradients by name) of one step, with the weights of the checkpoint folder/weights;
     `first`: draw them, and save them there. Every data-parallel rank has all rows.
 
@@ -101,7 +102,7 @@ def run_hybrid(sizes, fields, options, tokens, folder, *, first=False, lengths=N
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
     model = DistributedDataParallel(inner.config, ddp, inner)
     inner.config.finalize_model_grads_func = finalize_model_grads
-    loss = step(model, BatchSplitter(model), tokens, lengths)
+    loss = step(model, BatchSplitter(model), tokens, lengths, masked)
     with torch.no_grad():
         for p in inner.parameters():
             p.copy_(p.main_grad)
@@ -137,11 +138,14 @@ def restore(model, folder):
     model.load_state_dict(state["model"], strict=False)
 
 
-def step(model, split, tokens, lengths=None):
-    """Loss over all tokens, of one forward and backward by Megatron's schedule."""
+def step(model, split, tokens, lengths=None, masked=0):
+    """Loss over all tokens, of one forward and backward by Megatron's schedule; `masked`: the first
+    tokens of each row have no loss."""
     positions = torch.arange(tokens.shape[1] - 1).expand(tokens.shape[0], -1)
     rows = dict(tokens=tokens[:, :-1], labels=tokens[:, 1:], position_ids=positions)
     rows["loss_mask"] = torch.ones_like(rows["tokens"], dtype=torch.float32)
+    rows["loss_mask"][:, :masked] = 0
+    num_tokens = rows["loss_mask"].sum()
     packed = None if lengths is None else documents(lengths)
 
     def forward_step(batches, model):
@@ -151,7 +155,14 @@ def step(model, split, tokens, lengths=None):
         if get_model_config(model).mtp_num_layers:
             more["loss_mask"] = batch["loss_mask"]
         losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], **more)
-        return losses, loss_and_count
+        if get_model_config(model).calculate_per_token_loss:
+            return losses, lambda losses: loss_and_count(losses, batch["loss_mask"])
+        return losses, lambda losses: mean_loss(losses, batch["loss_mask"])
+
+    def mean_loss(losses, mask):
+        total = (losses * mask).sum()
+        report = torch.stack([total.detach(), mask.sum()])
+        return total / num_tokens, {"loss": report}
 
     reports = get_forward_backward_func()(
         forward_step_func=forward_step,

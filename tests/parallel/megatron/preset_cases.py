@@ -5,7 +5,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
 from parallel.megatron.hf_weights import load_weights
-from parallel.megatron.presets import from_hf_folder
+from parallel.megatron.presets import from_hf_config, from_hf_folder
 from tests.parallel.megatron.cases import set_up_groups, sizes_here
 from tests.parallel.megatron.hybrid_cases import save
 
@@ -21,6 +21,18 @@ def build(folder):
     )
     preset = from_hf_folder(folder, megatron=sizes_here() | parallel)
     return preset.gpt_model(max_sequence_length=64)
+
+
+def ends_of_virtual_chunks(sizes, hf):
+    """(has an embedding, has an output layer) of both chunks of a virtual pipeline of two."""
+    set_up_groups(*sizes)
+    preset = from_hf_config(hf, megatron=sizes_here())
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(2)
+    try:
+        chunks = [preset.gpt_model(64, vp_stage=stage) for stage in range(2)]
+    finally:
+        parallel_state.set_virtual_pipeline_model_parallel_world_size(None)
+    return [(hasattr(each, "embedding"), hasattr(each, "output_layer")) for each in chunks]
 
 
 def outputs(sizes, folder, checkpoint, tokens):

@@ -124,6 +124,10 @@ BAD = {
     "another model": (config(model_type="llama"), "model_type is 'llama'"),
     "Ling 3": (config(kda_lower_bound=-5), "Kimi Delta Attention"),
     "scaled rotary": (config(rope_scaling={"type": "yarn"}), "rope_scaling is"),
+    "scaled rotary, by its new name": (
+        config(rope_parameters={"rope_type": "yarn", "factor": 4.0}),
+        "rope_parameters is",
+    ),
     "no size": (config(hidden_size=None), "hidden_size is None: it must be a whole number"),
     "other router": (config(topk_group=1), "twice as many experts as groups"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "lacks model.safetensors"),

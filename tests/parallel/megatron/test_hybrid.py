@@ -138,6 +138,16 @@ def test_packed_documents_have_positions_of_their_own_over_ranks(packed, sizes, 
     packed.check(sizes, layout)
 
 
+@pytest.mark.parametrize("masked", [8, 24])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_predicted_tokens_weigh_the_same_over_ranks(megatron, tmp_path, per_token, masked):
+    """Of 32 tokens; with 24 masked the first rank has no loss. The loss is a sum of tokens, or a
+    mean, which Megatron takes by default."""
+    fields = LING | dict(calculate_per_token_loss=per_token)
+    reference = Reference(megatron, tmp_path, fields, LING_SPEC, masked=masked)
+    reference.check((1, 2), "contiguous")
+
+
 @slow
 def test_prediction_layers_may_be_linear(megatron, tmp_path):
     options = dict(mtp_kind="L", decay_index=2)

@@ -19,7 +19,7 @@ from tests.parallel.megatron.published import (
 )
 
 pytest.importorskip("megatron.core")
-from parallel.megatron import hf_weights, presets  # noqa: E402
+from parallel.megatron import hf_layout, hf_weights, presets  # noqa: E402
 from tests.parallel.megatron.test_hf_weights import read_folder  # noqa: E402
 
 slow = pytest.mark.slow
@@ -151,6 +151,28 @@ def test_presets_have_the_published_sizes(build, parameters):
     assert preset.config.tensor_model_parallel_size == 2
     hf = preset.model.hf
     assert preset.pattern.count("S") * hf.get("layer_group_size", 8) == hf["num_hidden_layers"]
+
+
+def test_rotary_positions_may_be_named_as_unscaled():
+    names = dict(rope_scaling={"rope_type": "default"}, rope_parameters={"rope_theta": 5e5})
+    preset = presets.from_hf_config({**LING_2_6, **names})
+    assert preset.model.hf["rope_theta"] == 5e5
+
+
+def test_a_preset_may_have_fewer_layers_than_dense_ones():
+    assert presets.ling_2_5_1t(num_hidden_layers=2).config.moe_layer_freq == [0, 0]
+
+
+def test_chunks_of_a_virtual_pipeline_have_their_own_ends(megatron):
+    chunks = megatron.run("preset_cases.ends_of_virtual_chunks", (1, 1), LING_2_0)[0]
+    assert chunks == [(True, False), (False, True)]
+
+
+def test_transformer_engine_norms_latents_in_projections():
+    for latents, norm in (("q", "q_layernorm"), ("kv", "kv_layernorm")):
+        alone = f"decoder.layers.3.self_attention.{norm}.weight"
+        fused = f"decoder.layers.3.self_attention.linear_{latents}_up_proj.layer_norm_weight"
+        assert hf_layout.other_name(alone) == fused and hf_layout.other_name(fused) == alone
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ MESSAGES = {
     "qk norm": "qk_norm is True and config.qk_layernorm False",
     "residual": "residual has no factors for softmax",
     "residual name": "lineer=.* is no option of residual: did you mean 'linear'",
-    "fused latent rotary": "config.apply_rope_fusion is True with latent attention over 2",
+    "fused latent rotary": "config.apply_rope_fusion is True with latent attention: its kernel",
     "inference in a hybrid": "a linear-attention layer has no key-value cache",
     "softmax": "config.softmax_type is 'off-by-one'",
     "packed otherwise": "qkv_format is 'sbhd'",
