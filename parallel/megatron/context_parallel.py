@@ -75,7 +75,8 @@ class BatchSplitter:
             only).
 
     Raises:
-        ValueError: layers that disagree, or that do not support the layout.
+        ValueError: layers that disagree, or that do not support the layout; a repeated layer of
+            multi-token prediction that is recomputed.
     """
 
     def __init__(self, model: nn.Module | Iterable[nn.Module], layout: str | None = None) -> None:
@@ -105,8 +106,9 @@ class BatchSplitter:
                     module.rotary_pos_emb = ShardedRotaryEmbedding(
                         rotary, self.layout, by_document=not stock
                     )
-            configs = [module.config for module in modules if hasattr(module, "config")]
-            per_token = getattr(configs[0], "calculate_per_token_loss", False)
+            config = next((each.config for each in modules if hasattr(each, "config")), None)
+            _check_repeated_layer(config)
+            per_token = getattr(config, "calculate_per_token_loss", False)
             follow_layout(self.cp_group, self.layout, per_token_loss=per_token)
         for core in cores:
             core.layout_confirmed = True
@@ -114,6 +116,19 @@ class BatchSplitter:
     def __call__(self, batch: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
         """As `split_batch`."""
         return split_batch(batch, self.layout, self.cp_group)
+
+
+def _check_repeated_layer(config: object) -> None:
+    """Raise ValueError for a layer that runs several times per batch and is recomputed: exchanges
+    are kept for recomputation in the order of batches."""
+    repeats = getattr(config, "mtp_use_repeated_layer", False)
+    depth = getattr(config, "mtp_num_layers", None) or 0
+    if repeats and depth > 1 and getattr(config, "recompute_granularity", None) == "full":
+        raise ValueError(
+            "config.mtp_use_repeated_layer is True with recompute_granularity 'full' over "
+            "context-parallel ranks: a layer that runs several times per batch cannot be "
+            "recomputed. Use separate layers of multi-token prediction, or do not recompute."
+        )
 
 
 def _check_contiguous(module: nn.Module) -> None:

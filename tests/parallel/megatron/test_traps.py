@@ -61,6 +61,7 @@ MESSAGES = {
     "inference in a hybrid": "a linear-attention layer has no key-value cache",
     "softmax": "config.softmax_type is 'off-by-one'",
     "packed otherwise": "qkv_format is 'sbhd'",
+    "repeated prediction layer": "config.mtp_use_repeated_layer is True with recompute",
     "two layouts": "name the layouts .*zigzag.*: there must be exactly one",
     "no layout": r"name the layouts set\(\): there must be exactly one",
     "zigzag only": "has a TEDotProductAttention, which supports zigzag only",

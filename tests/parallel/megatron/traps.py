@@ -70,6 +70,15 @@ def stack_of_two_layouts():
     BatchSplitter([one, other])
 
 
+def repeated_prediction_layer():
+    layer = core(layout="zigzag")
+    for name, value in (("mtp_use_repeated_layer", True), ("mtp_num_layers", 2)):
+        setattr(layer.config, name, value)
+    BatchSplitter(layer)
+    layer.config.recompute_granularity = "full"
+    BatchSplitter(layer)
+
+
 def stack_with_zigzag_only_attention():
     named_as_te = type("TEDotProductAttention", (torch.nn.Module,), {})
     BatchSplitter([core(layout="contiguous"), named_as_te()])
@@ -259,6 +268,7 @@ WRONG = {
     "latent attention": latent_attention,
     "softmax": lambda: LaspSoftmaxAttention(config(softmax_type="off-by-one"), 1),
     "packed otherwise": lambda: packed(core(), "sbhd"),
+    "repeated prediction layer": repeated_prediction_layer,
     "two layouts": stack_of_two_layouts,
     "no layout": lambda: BatchSplitter(torch.nn.Identity()),
     "zigzag only": stack_with_zigzag_only_attention,
