@@ -4,6 +4,7 @@ lines of a step that takes minutes, and stopping between two segments."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 
@@ -91,11 +92,13 @@ def segment_runner(state: TrainState, batch: SegmentedBatch, first: int = 0) -> 
     segments, device = state.segments, state.ctx.device
     assert segments is not None
 
+    # Zero tensors rather than None for the first segment: compiled blocks then see one kind of
+    # call. A last validation batch may have fewer sequences than others.
+    initial_states = functools.cache(state.model.initial_states)
+
     def run(index: int, states: Sequence[Tensor] | None, *, states_only: bool):
         part = batch.read(index)
-        # Zero tensors rather than None for the first segment: compiled blocks then see one kind of
-        # call. A last validation batch may have fewer sequences than others.
-        zeros = state.model.initial_states(len(part.inputs))
+        zeros = initial_states(len(part.inputs))
         if states is None or not part.continues:
             with_grad = torch.is_grad_enabled()
             states = [each.detach().requires_grad_(with_grad) for each in zeros.layers]
